@@ -1,0 +1,179 @@
+"""Reading checkpoint files safely, and what their weights say about the model."""
+
+import argparse
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..presets import PRESETS
+from . import dit
+
+
+# Width -> heads of the paper's sizes: heads leave no trace in the weights.
+KNOWN_HEADS = {
+    preset.num_attention_heads * preset.attention_head_dim: preset.num_attention_heads for preset in PRESETS.values()
+}
+FAMILIES = ("auto", "dit")
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """
+    Opens a `.pt` or `.safetensors` file without executing anything in it.
+
+    Args:
+        path (`str` or `Path`): The file. In a pickle, tensors, plain values and `argparse.Namespace` are allowed.
+
+    Returns:
+        `dict`: what was saved.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or holds anything else; the message names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no checkpoint file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        refused = re.search(r"GLOBAL (\S+)|Unsupported (?:class|global|operand) \S+", str(error))
+        if refused:
+            reason = f"it holds {refused.group(1) or refused.group(0)}, which is neither a tensor nor a plain value"
+        raise ValueError(f"Can't read checkpoint {path}: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights.")
+    return content
+
+
+def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, torch.Tensor]:
+    """
+    The state dict inside a checkpoint: the file itself, or the `ema` or `model` entry of a training checkpoint.
+
+    Args:
+        content (`dict`): From [`read_checkpoint`].
+        weights (`str`): `"ema"` or `"model"`; ignored if the file holds one state dict only.
+        path (`str` or `Path`): Named in errors.
+
+    Returns:
+        `dict[str, torch.Tensor]`
+
+    Raises:
+        ValueError: if there are no such weights.
+    """
+    if weights not in ("ema", "model"):
+        raise ValueError(f"`weights` is {weights!r}; it must be 'ema' or 'model'.")
+    if "ema" in content or "model" in content:
+        if weights not in content:
+            have = ", ".join(sorted(content))
+            raise ValueError(f"Checkpoint {path} has no {weights!r} weights; it holds {have}.")
+        content = content[weights]
+    stray = [key for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    if stray:
+        raise ValueError(f"Checkpoint {path}: {stray[0]!r} is not a tensor.")
+    return content
+
+
+def infer_config(state_dict: dict[str, torch.Tensor], num_attention_heads: int | None, path: str | Path) -> dict:
+    """
+    Reads a DiT's dimensions off its weights.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): In the original's words.
+        num_attention_heads (`int`, *optional*): Needed if the width is none of the paper's.
+        path (`str` or `Path`): Named in errors.
+
+    Returns:
+        `dict`: arguments of `DiTTransformer2DModel`.
+
+    Raises:
+        ValueError: if a weight is missing or does not fit, or the heads can't be known.
+    """
+    for key in (*dit.KEYS, dit.POSITIONS, "blocks.0.mlp.fc1.weight"):
+        if key not in state_dict:
+            raise ValueError(f"Checkpoint {path} is no DiT: the key {key!r} is missing.")
+    dim, in_channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
+    heads = num_attention_heads or KNOWN_HEADS.get(dim)
+    if heads is None:
+        known = ", ".join(map(str, KNOWN_HEADS))
+        raise ValueError(
+            f"Checkpoint {path}: the heads of a model of width {dim} are unknown (known widths: {known}); "
+            "pass num_attention_heads."
+        )
+    if dim % heads:
+        raise ValueError(f"Checkpoint {path}: the width {dim} is not divisible by {heads} attention heads.")
+    side = round(state_dict[dit.POSITIONS].shape[1] ** 0.5)
+    out_channels = state_dict["final_layer.linear.weight"].shape[0] // patch_size**2
+    layers = {int(match.group(1)) for key in state_dict if (match := re.match(r"blocks\.(\d+)\.", key))}
+    return {
+        "sample_size": side * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "num_layers": max(layers) + 1,
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "mlp_ratio": state_dict["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "num_classes": state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "learn_sigma": out_channels == 2 * in_channels,
+    }
+
+
+def convert_state_dict(state_dict: dict[str, torch.Tensor], num_layers: int, path: str | Path) -> dict:
+    """
+    Renames an original's weights into ours, strictly: no key may be missing or left over.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): In the original's words.
+        num_layers (`int`): Blocks of the model.
+        path (`str` or `Path`): Named in errors.
+
+    Returns:
+        `dict[str, torch.Tensor]`: in ours.
+
+    Raises:
+        ValueError: naming the first key that is missing or unknown.
+    """
+    table = dit.key_table(num_layers)
+    missing = sorted(table.keys() - state_dict.keys())
+    unknown = sorted(state_dict.keys() - table.keys() - {dit.POSITIONS})
+    for keys, what in ((missing, "is missing"), (unknown, "is unknown")):
+        if keys:
+            raise ValueError(f"Checkpoint {path}: the key {keys[0]!r} {what} ({len(keys)} such keys).")
+    converted = {}
+    for original, ours in table.items():
+        names = (ours,) if isinstance(ours, str) else ours
+        parts = state_dict[original].chunk(len(names)) if len(names) > 1 else (state_dict[original],)
+        converted.update((name, part.clone()) for name, part in zip(names, parts, strict=True))
+    return converted
+
+
+def load_single_file(
+    path: str | Path, num_attention_heads: int | None = None, family: str = "auto", weights: str = "ema"
+) -> tuple[dict, dict[str, torch.Tensor]]:
+    """
+    A checkpoint file as configuration and weights of `DiTTransformer2DModel`.
+
+    Args:
+        path (`str` or `Path`): A local `.pt` or `.safetensors` file.
+        num_attention_heads (`int`, *optional*): Needed if the width is none of the paper's.
+        family (`str`, defaults to `"auto"`): `"auto"` or `"dit"`.
+        weights (`str`, defaults to `"ema"`): Which weights of a training checkpoint.
+
+    Returns:
+        `tuple[dict, dict[str, torch.Tensor]]`: constructor arguments and state dict.
+
+    Raises:
+        ValueError: if the file is no such checkpoint; the message names the file and the key.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"`family` is {family!r}; it must be one of {', '.join(FAMILIES)}.")
+    original = select_weights(read_checkpoint(path), weights, path)
+    config = infer_config(original, num_attention_heads, path)
+    return config, convert_state_dict(original, config["num_layers"], path)

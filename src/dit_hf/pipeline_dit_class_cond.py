@@ -1,0 +1,392 @@
+"""Class-conditional image generation with a Diffusion Transformer, any diffusers scheduler and any VAE.
+
+Shapes: `B` images, `C` channels, `H W` latent size.
+
+The file is self-contained: it imports torch and diffusers only, so that it is also the code a Hub repository carries.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+
+LEARNED_VARIANCE = ("learned", "learned_range")
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+class DiTClassCondPipeline(DiffusionPipeline):
+    r"""
+    Pipeline for class-conditional image generation with DiT (https://arxiv.org/abs/2212.09748).
+
+    Args:
+        transformer (`DiTTransformer2DModel`): Predicts noise, velocity or whatever the scheduler's
+            `prediction_type` says, from latents, timestep and class.
+        scheduler (`SchedulerMixin`): Any of diffusers' samplers.
+        vae (`AutoencoderKL`, *optional*): Decodes latents; without one the model works on pixels in [-1, 1].
+        id2label (`dict[int, str]`, *optional*): Class names; synonyms are separated by commas.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents", "class_labels"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        id2label: dict[int, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        # JSON turns the keys into strings; they are numbers again here.
+        self.id2label = {int(key): name for key, name in sorted((id2label or {}).items(), key=lambda e: int(e[0]))}
+        self.register_to_config(id2label=self.id2label or None)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_bundled(cls, name: str = "emoji64", **kwargs) -> "DiTClassCondPipeline":
+        """
+        Loads a small trained pipeline that comes with the package.
+
+        Args:
+            name (`str`, defaults to `"emoji64"`): Folder under `dit_hf/bundled`.
+            kwargs: Passed on to `from_pretrained`.
+
+        Returns:
+            `DiTClassCondPipeline`: in float32 unless `torch_dtype` says otherwise.
+
+        Raises:
+            ValueError: if there is no such pipeline.
+        """
+        folder = BUNDLED / name
+        if not (folder / "model_index.json").is_file():
+            have = ", ".join(sorted(path.parent.name for path in BUNDLED.glob("*/model_index.json"))) or "none"
+            raise ValueError(f"There is no bundled pipeline {name!r}; this installation has {have}.")
+        return cls.from_pretrained(folder, **({"torch_dtype": torch.float32} | kwargs))
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class name -> id, in alphabetical order; every synonym is a name of its own."""
+        pairs = [(name.strip(), key) for key, names in self.id2label.items() for name in names.split(",")]
+        return dict(sorted(pairs))
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """
+        Class names to ids.
+
+        Args:
+            label (`str` or `list[str]`): One name or several; a synonym, or the whole `id2label` entry.
+
+        Returns:
+            `list[int]`
+
+        Raises:
+            ValueError: if a name is unknown; the message suggests the nearest.
+        """
+        known = self.labels | {names: key for key, names in self.id2label.items()}
+        folded = {name.casefold(): key for name, key in known.items()}
+        ids = []
+        for name in [label] if isinstance(label, str) else label:
+            key = folded.get(name.strip().casefold())
+            if key is None:
+                if not known:
+                    raise ValueError(f"There is no class {name!r}: this pipeline has no `id2label`; use ids.")
+                nearest = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)
+                hint = f"Did you mean {' or '.join(map(repr, nearest))}?" if nearest else "See `pipe.labels`."
+                raise ValueError(f"There is no class {name!r}. {hint}")
+            ids.append(key)
+        return ids
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def _resolve_class_labels(self, class_labels):
+        """Ids, names, or one of either -> ids, all checked."""
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.reshape(-1).tolist()
+        if isinstance(class_labels, (int, str)):
+            class_labels = [class_labels]
+        if len(class_labels) == 0:
+            raise ValueError("`class_labels` is empty; give at least one class id or name.")
+        ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in class_labels]
+        num_classes = self.transformer.config.num_classes
+        for label in ids:
+            if isinstance(label, bool) or not isinstance(label, int):
+                raise ValueError(f"`class_labels` holds {label!r}; it must hold ids (int) or names (str).")
+            if not 0 <= label < num_classes:
+                raise ValueError(f"`class_labels` holds {label}; the model's classes are 0 to {num_classes - 1}.")
+        return ids
+
+    def _check_guidance(self, guidance_scale, guidance_channels, guidance_interval):
+        config = self.transformer.config
+        if guidance_scale < 0:
+            raise ValueError(f"`guidance_scale` is {guidance_scale}; it must not be negative (1 turns guidance off).")
+        if guidance_scale > 1 and config.class_dropout_prob == 0:
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale}, but the model was built with `class_dropout_prob=0` and has "
+                "no null class to guide away from; pass `guidance_scale=1`."
+            )
+        if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
+            raise ValueError(
+                f"`guidance_channels` is {guidance_channels}; it must be None (all) or 1 to {config.in_channels}."
+            )
+        start, end = guidance_interval
+        if not 0.0 <= start < end <= 1.0:
+            raise ValueError(
+                f"`guidance_interval` is {tuple(guidance_interval)}; it must be (start, end) with 0 ≤ start < end ≤ 1."
+            )
+
+    def _check_scheduler(self, timesteps, sigmas, num_inference_steps, eta):
+        name = type(self.scheduler).__name__
+        accepted = inspect.signature(self.scheduler.set_timesteps).parameters
+        if timesteps is not None and sigmas is not None:
+            raise ValueError("`timesteps` and `sigmas` were both given; a schedule is one or the other.")
+        for argument, schedule in (("timesteps", timesteps), ("sigmas", sigmas)):
+            if schedule is None:
+                continue
+            if argument not in accepted:
+                raise ValueError(f"`{argument}` was given, but {name} takes no custom {argument}.")
+            if len(schedule) == 0:
+                raise ValueError(f"`{argument}` is empty.")
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; it must be a whole number from 1.")
+        if eta != 0 and "eta" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(f"`eta` is {eta}, but {name} has no such parameter; leave it at 0.")
+        if self._scheduler_takes_variance and not self.transformer.config.learn_sigma:
+            raise ValueError(
+                f"{name} has variance_type={self.scheduler.config.variance_type!r}, but the model predicts no "
+                "variance (`learn_sigma=False`); use variance_type='fixed_small'."
+            )
+
+    def _check_size(self, height, width, latents, batch_size):
+        """The shape of the latents that the arguments ask for."""
+        config = self.transformer.config
+        multiple = self.vae_scale_factor * config.patch_size
+        for argument, pixels in (("height", height), ("width", width)):
+            if pixels is not None and (pixels < multiple or pixels % multiple):
+                raise ValueError(f"`{argument}` is {pixels}; it must be a positive multiple of {multiple} pixels.")
+        default = config.sample_size * self.vae_scale_factor
+        if latents is not None and height is None and width is None and latents.ndim == 4:
+            height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
+        sides = [(pixels or default) // self.vae_scale_factor for pixels in (height, width)]
+        shape = (batch_size, config.in_channels, *sides)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}; these arguments need {shape}.")
+        if any(side % config.patch_size for side in sides):
+            raise ValueError(f"`latents` of {sides[0]}×{sides[1]} are not divisible by patches of {config.patch_size}.")
+        return shape
+
+    def _check_callback(self, callback_on_step_end_tensor_inputs):
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` holds {unknown}; allowed are {self._callback_tensor_inputs}."
+            )
+
+    @property
+    def _scheduler_takes_variance(self):
+        return self.scheduler.config.get("variance_type") in LEARNED_VARIANCE
+
+    def _set_timesteps(self, num_inference_steps, timesteps, sigmas, device):
+        """The scheduler's own spacing, the caller's, or for flow matching N equal steps from noise to data."""
+        if timesteps is not None:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        elif sigmas is not None:
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        elif type(self.scheduler).__name__.startswith("FlowMatch") and self._scheduler_takes_sigmas:
+            sigmas = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        return self.scheduler.timesteps
+
+    @property
+    def _scheduler_takes_sigmas(self):
+        return "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters
+
+    def _prepare_latents(self, shape, latents, generator, device):
+        """Unit noise (drawn or given) at the scheduler's starting scale, float32."""
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents = latents.to(device, torch.float32)
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _predict(self, latents, timestep, class_labels, guidance_channels, guided):
+        """One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32."""
+        model_input = latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            model_input = self.scheduler.scale_model_input(model_input, timestep)
+        model_input = model_input.to(self.transformer.dtype)
+        if guided:
+            # Unconditional first: the order diffusers' caches expect.
+            null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
+            model_input = torch.cat([model_input, model_input])
+            class_labels = torch.cat([null_labels, class_labels])
+        with self.transformer.cache_context("guided" if guided else "conditional"):
+            output = self.transformer(
+                hidden_states=model_input,
+                timestep=timestep.expand(len(model_input)).to(model_input.device),
+                class_labels=class_labels,
+                return_dict=False,
+            )[0].float()
+        channels = latents.shape[1]
+        if guided:
+            unconditional, conditional = output.chunk(2)
+            count = guidance_channels or channels
+            direction = conditional[:, :count] - unconditional[:, :count]
+            mean = unconditional[:, :count] + self._guidance_scale * direction
+            output = torch.cat([mean, conditional[:, count:]], dim=1)  # the rest, variance too, is conditional
+        return output if self._scheduler_takes_variance else output[:, :channels]
+
+    def _decode(self, latents):
+        """Latents -> images in [-1, 1], `(B, 3, height, width)`; pixel-space models are there already."""
+        if self.vae is None:
+            return latents
+        config = self.vae.config
+        latents = latents / (config.get("scaling_factor") or 1.0)
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+            latents = latents * std + mean
+        latents = latents + (config.get("shift_factor") or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | list[int | str] | torch.Tensor,
+        guidance_scale: float = 4.0,
+        guidance_channels: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_label: int = 1,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Draws images of the given classes.
+
+        Args:
+            class_labels (`int`, `str`, `list` of either, or `torch.Tensor`): Class ids or names (see `labels`).
+            guidance_scale (`float`, defaults to 4.0): Classifier-free guidance; 1 turns it off.
+            guidance_channels (`int`, *optional*):
+                Guide the first channels only; all if not given. The paper's figures guide 3 of 4.
+            guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
+                Fractions of the trajectory, 0 the first step: guidance from `start` to before `end`. Outside only the
+                conditional half is computed.
+            num_inference_steps (`int`, defaults to 50): Steps; the scheduler's spacing.
+            timesteps (`list[int]`, *optional*): The scheduler's timesteps instead, if it takes them.
+            sigmas (`list[float]`, *optional*): The scheduler's sigmas instead, if it takes them.
+            generator (`torch.Generator` or `list`, *optional*):
+                One, or one an image: then each image depends on its own generator only.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Unit noise to start from.
+            height, width (`int`, *optional*): Pixels; the model's own size if not given.
+            num_images_per_label (`int`, defaults to 1): Images of each label, one after the other.
+            eta (`float`, defaults to 0.0): DDIM's noise share, for schedulers that have it.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` (values in [0, 1]) or `"latent"`.
+            callback_on_step_end (`Callable`, *optional*):
+                `f(pipe, step, timestep, tensors) -> tensors`, called after each step.
+            callback_on_step_end_tensor_inputs (`list[str]`): Which of `latents`, `class_labels` it gets.
+            return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput`.
+
+        Returns:
+            `ImagePipelineOutput` or `tuple`: `images`.
+
+        Raises:
+            ValueError: on any argument that is out of range or contradicts another, before any compute.
+
+        Example:
+
+            >>> from dit_hf import DiTClassCondPipeline
+            >>> pipe = DiTClassCondPipeline.from_bundled("emoji64")
+            >>> images = pipe(["food", "flags"], num_inference_steps=4).images
+            >>> images[0].size
+            (64, 64)
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
+        # 1. Check everything before any compute
+        class_ids = self._resolve_class_labels(class_labels)
+        if not isinstance(num_images_per_label, int) or num_images_per_label < 1:
+            raise ValueError(f"`num_images_per_label` is {num_images_per_label!r}; it must be a whole number from 1.")
+        class_ids = [label for label in class_ids for _ in range(num_images_per_label)]
+        if isinstance(generator, list) and len(generator) != len(class_ids):
+            raise ValueError(f"{len(generator)} generators were given for {len(class_ids)} images; give one an image.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
+        self._check_guidance(guidance_scale, guidance_channels, guidance_interval)
+        self._check_scheduler(timesteps, sigmas, num_inference_steps, eta)
+        self._check_callback(callback_on_step_end_tensor_inputs)
+        shape = self._check_size(height, width, latents, len(class_ids))
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        # 2. Prepare schedule, labels and noise
+        device = self._execution_device
+        schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
+        self._num_timesteps = len(schedule)
+        class_labels = torch.tensor(class_ids, device=device)
+        latents = self._prepare_latents(shape, latents, generator, device)
+        step_options = {"eta": eta, "generator": generator}
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_options = {name: value for name, value in step_options.items() if name in accepted}
+
+        # 3. Denoise
+        with self.progress_bar(total=len(schedule)) as progress_bar:
+            for index, timestep in enumerate(schedule):
+                if self._interrupt:
+                    break
+                fraction = index / len(schedule)
+                guided = self.do_classifier_free_guidance and guidance_interval[0] <= fraction < guidance_interval[1]
+                output = self._predict(latents, timestep, class_labels, guidance_channels, guided)
+                latents = self.scheduler.step(output, timestep, latents, **step_options, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    available = {"latents": latents, "class_labels": class_labels}
+                    tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, index, timestep, tensors)
+                    latents = changed.pop("latents", latents)
+                    class_labels = changed.pop("class_labels", class_labels)
+                progress_bar.update()
+
+        # 4. Decode
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(self._decode(latents), output_type=output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)

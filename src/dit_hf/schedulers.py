@@ -1,0 +1,61 @@
+"""Named sampling recipes: diffusers schedulers configured for DiT's training diffusion and for flow matching."""
+
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+
+# The training diffusion: linear betas over 1000 steps (DiT §4, ADM's hyperparameters).
+TRAINING_DIFFUSION = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+# The original's respaced sampling: 250 DDPM steps with learned variance make the paper's figures.
+DDPM = {"variance_type": "learned_range", "clip_sample": False, "timestep_spacing": "linspace"}
+DDIM = {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "leading"}
+MULTISTEP = {"timestep_spacing": "linspace", "lower_order_final": True}
+
+RECIPES = {
+    "ddpm": (DDPMScheduler, TRAINING_DIFFUSION | DDPM),
+    "ddim": (DDIMScheduler, TRAINING_DIFFUSION | DDIM),
+    "dpm++": (DPMSolverMultistepScheduler, TRAINING_DIFFUSION | MULTISTEP),
+    "dpm++_singlestep": (DPMSolverSinglestepScheduler, TRAINING_DIFFUSION),
+    "unipc": (UniPCMultistepScheduler, TRAINING_DIFFUSION | MULTISTEP),
+    "flow_euler": (FlowMatchEulerDiscreteScheduler, {}),
+    "flow_heun": (FlowMatchHeunDiscreteScheduler, {}),
+    "flow_dpm++": (
+        DPMSolverMultistepScheduler,
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0},
+    ),
+    "flow_unipc": (
+        UniPCMultistepScheduler,
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0},
+    ),
+}
+
+
+def make_scheduler(name: str, **overrides) -> SchedulerMixin:
+    """
+    Builds a scheduler by the name of its recipe.
+
+    Args:
+        name (`str`):
+            `"ddpm"` and `"ddim"` compute what the original's `p_sample_loop` and `ddim_sample_loop` compute (DDIM for
+            step counts that divide 1000); `"dpm++"`, `"dpm++_singlestep"` and `"unipc"` are fast solvers of the same
+            diffusion; `"flow_euler"`, `"flow_heun"`, `"flow_dpm++"` and `"flow_unipc"` sample flow-matching models.
+        overrides: Entries of the scheduler's config that replace the recipe's.
+
+    Returns:
+        `SchedulerMixin`
+
+    Raises:
+        ValueError: if there is no such recipe.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"There is no scheduler recipe {name!r}; choose one of {', '.join(RECIPES)}.")
+    scheduler_class, config = RECIPES[name]
+    return scheduler_class(**(config | overrides))

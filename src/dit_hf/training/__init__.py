@@ -1,0 +1,1 @@
+"""Losses, checkpoints and seeded batches for training."""

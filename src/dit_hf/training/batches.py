@@ -1,0 +1,54 @@
+"""Batches and random draws that depend on (seed, step) alone, whatever the number of processes."""
+
+import torch
+
+
+class SeededBatches:
+    """
+    Shuffled epochs as a function of the step, so that resuming needs no state.
+
+    Args:
+        num_samples (`int`): Size of the dataset.
+        batch_size (`int`): Samples of one optimizer step, over all processes.
+        seed (`int`, defaults to 0): Seed of the order and of all draws.
+
+    Raises:
+        ValueError: if a batch is larger than the dataset.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int = 0):
+        if not 1 <= batch_size <= num_samples:
+            raise ValueError(f"A batch of {batch_size} can't be drawn from {num_samples} samples.")
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.steps_per_epoch = num_samples // batch_size
+        self._epoch, self._order = None, None
+
+    def indices(self, step: int) -> torch.Tensor:
+        """
+        The samples of one step; an epoch's incomplete last batch is left out.
+
+        Args:
+            step (`int`): Counted from 0.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`, int64.
+        """
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, torch.randperm(self.num_samples, generator=self._generator(epoch, 1))
+        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def generator(self, step: int) -> torch.Generator:
+        """
+        A CPU generator for the draws of one step: draw for the whole batch, then take this process's share.
+
+        Args:
+            step (`int`): Counted from 0.
+
+        Returns:
+            `torch.Generator`
+        """
+        return self._generator(step, 0)
+
+    def _generator(self, number, stream):
+        return torch.Generator().manual_seed((self.seed * 2**32 + number) * 2 + stream)

@@ -1,0 +1,125 @@
+"""Training losses: the paper's (epsilon MSE + variational bound) and velocity flow matching.
+
+Shapes: `B` batch, `C` channels, `H W` latent size. Every loss is one value a sample, `(B,)`.
+
+Sources: Improved DDPM (Nichol & Dhariwal, https://arxiv.org/abs/2102.09672) for the bound and the learned variance,
+DDPM (Ho et al., https://arxiv.org/abs/2006.11239) for the decoder's likelihood.
+"""
+
+import math
+
+import torch
+
+
+NATS_PER_BIT = math.log(2.0)
+# Pixels are 8-bit values in [-1, 1]: two neighbours are 2/255 apart.
+HALF_BIN = 1.0 / 255.0
+
+
+def diffusion_loss(
+    model_output: torch.Tensor, x_start: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor, scheduler
+) -> dict[str, torch.Tensor]:
+    """
+    The loss DiT is trained with: epsilon's squared error, plus the bound's term for a learned variance.
+
+    Args:
+        model_output (`torch.Tensor` of shape `(B, C, H, W)`, or `(B, 2C, H, W)` with a learned variance):
+            What the model predicted at `timestep`.
+        x_start (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents.
+        noise (`torch.Tensor` of shape `(B, C, H, W)`): The noise that was added.
+        timestep (`torch.Tensor` of shape `(B,)`, int64): Training timesteps, 0 … T-1.
+        scheduler: A diffusers scheduler with `betas`, e.g. `make_scheduler("ddpm")`.
+
+    Returns:
+        `dict`: `mse` and `loss`, `(B,)` each; with a learned variance also `vb`, in bits, the mean over values. `loss`
+        is their sum; the bound's gradient reaches the variance channels only.
+
+    Raises:
+        ValueError: if the channels of the output are neither those of `x_start` nor twice as many.
+    """
+    channels = x_start.shape[1]
+    if model_output.shape[1] not in (channels, 2 * channels):
+        raise ValueError(
+            f"`model_output` has {model_output.shape[1]} channels; {channels} or, with a learned variance, "
+            f"{2 * channels} fit an `x_start` of {channels}."
+        )
+    epsilon = model_output[:, :channels]
+    terms = {"mse": _mean_over_values((noise - epsilon).square())}
+    terms["loss"] = terms["mse"]
+    if model_output.shape[1] == 2 * channels:
+        variance_values = model_output[:, channels:]
+        terms["vb"] = _variational_bound(epsilon.detach(), variance_values, x_start, noise, timestep, scheduler)
+        terms["loss"] = terms["mse"] + terms["vb"]
+    return terms
+
+
+def velocity_loss(model_output: torch.Tensor, x_start: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    Flow matching in diffusers' convention: x = (1 - sigma)·data + sigma·noise, and the target is noise - data.
+
+    Args:
+        model_output (`torch.Tensor` of shape `(B, C, H, W)`): The predicted velocity.
+        x_start (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents.
+        noise (`torch.Tensor` of shape `(B, C, H, W)`): The noise that was mixed in.
+
+    Returns:
+        `dict`: `mse` and `loss`, equal, `(B,)` each.
+    """
+    mse = _mean_over_values((model_output - (noise - x_start)).square())
+    return {"mse": mse, "loss": mse}
+
+
+def _mean_over_values(values):
+    return values.flatten(1).mean(dim=1)
+
+
+def _variational_bound(epsilon, variance_values, x_start, noise, timestep, scheduler):
+    """KL of the true posterior to the model's, at t = 0 the likelihood of the decoder, in bits (Improved DDPM §2)."""
+    # The schedule is computed in double precision, as its smallest differences vanish in single.
+    betas = scheduler.betas.to(x_start.device, torch.float64)
+    alphas_cumprod = (1.0 - betas).cumprod(0)
+    previous_cumprod = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
+    posterior_variance = betas * (1.0 - previous_cumprod) / (1.0 - alphas_cumprod)  # Improved DDPM eq. 10
+    # The first posterior variance is 0; its logarithm is taken from the second.
+    posterior_log_variance = torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log()
+    start_weight = betas * previous_cumprod.sqrt() / (1.0 - alphas_cumprod)  # Improved DDPM eq. 11
+    noisy_weight = (1.0 - previous_cumprod) * (1.0 - betas).sqrt() / (1.0 - alphas_cumprod)
+
+    def at(values):
+        return values[timestep].float()[:, None, None, None]
+
+    noisy = at(alphas_cumprod.sqrt()) * x_start + at((1.0 - alphas_cumprod).sqrt()) * noise
+    predicted_start = at((1.0 / alphas_cumprod).sqrt()) * noisy - at((1.0 / alphas_cumprod - 1.0).sqrt()) * epsilon
+    true_mean = at(start_weight) * x_start + at(noisy_weight) * noisy
+    model_mean = at(start_weight) * predicted_start + at(noisy_weight) * noisy
+
+    true_log_variance = at(posterior_log_variance)
+    fraction = (variance_values + 1.0) / 2.0
+    model_log_variance = fraction * at(betas.log()) + (1.0 - fraction) * true_log_variance  # Improved DDPM eq. 15
+
+    kl = 0.5 * (
+        model_log_variance
+        - true_log_variance
+        + (true_log_variance - model_log_variance).exp()
+        + (true_mean - model_mean).square() * (-model_log_variance).exp()
+        - 1.0
+    )
+    likelihood = -_decoder_log_likelihood(x_start, model_mean, 0.5 * model_log_variance)
+    return torch.where(timestep == 0, _mean_over_values(likelihood), _mean_over_values(kl)) / NATS_PER_BIT
+
+
+def _decoder_log_likelihood(values, mean, log_std):
+    """Log probability of the 8-bit bin each value lies in, under a Gaussian (DDPM eq. 13)."""
+    inverse_std = (-log_std).exp()
+    below_upper = _normal_cdf((values - mean + HALF_BIN) * inverse_std)
+    below_lower = _normal_cdf((values - mean - HALF_BIN) * inverse_std)
+    # The outermost bins reach to infinity.
+    probability = torch.where(
+        values < -0.999, below_upper, torch.where(values > 0.999, 1.0 - below_lower, below_upper - below_lower)
+    )
+    return probability.clamp(min=1e-12).log()
+
+
+def _normal_cdf(values):
+    """The tanh approximation of the Gaussian's distribution function that ADM's code, and so DiT's, uses."""
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (values + 0.044715 * values.pow(3))))

@@ -1,0 +1,518 @@
+"""Diffusion Transformer for class-conditional images (DiT, Peebles & Xie, https://arxiv.org/abs/2212.09748).
+
+Shapes: `B` batch, `C` channels, `H W` latent size, `p` patch size, `h w` = `H/p W/p`, `N` = `h·w` tokens (two more
+with in-context conditioning), `D` width, `heads` attention heads.
+
+The file is self-contained: it imports torch and diffusers only, so that it is also the code a Hub repository carries.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import apply_lora_scale
+
+
+CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
+POSITION_EMBEDDINGS = ("sincos",)
+# Width of the sinusoidal timestep embedding, before its MLP.
+FREQUENCY_DIM = 256
+NORM_EPS = 1e-6
+# Initial standard deviation of the embedding table and of the timestep MLP.
+EMBEDDING_STD = 0.02
+
+
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Adaptive layer norm's affine part: `(B, N, D)` with `(B, D)` shift and scale (DiT §3.2)."""
+    return hidden_states * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def sincos_positions(height: int, width: int, dim: int) -> torch.Tensor:
+    """
+    The frozen 2-D sine-cosine table of the original: half of the channels encode the column, half the row.
+
+    Args:
+        height (`int`): Tokens in a column.
+        width (`int`): Tokens in a row.
+        dim (`int`): Width of the model, divisible by 4.
+
+    Returns:
+        `torch.Tensor` of shape `(1, height * width, dim)`, float32.
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
+    )
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]  # two of (N, D/4)
+    table = torch.cat([function(angle) for angle in angles for function in (torch.sin, torch.cos)], dim=1)
+    return table.float().unsqueeze(0)
+
+
+class DiTPatchEmbed(nn.Module):
+    """Cuts latents into patches, projects them and adds positions; positions of every size seen are kept."""
+
+    def __init__(self, sample_size: int, patch_size: int, in_channels: int, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.base_size = (sample_size // patch_size, sample_size // patch_size)
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.register_buffer("positions", sincos_positions(*self.base_size, dim), persistent=False)
+        self._other_positions = {}
+
+    def positions_for(self, height, width):
+        if (height, width) == self.base_size:
+            return self.positions
+        key = (height, width, self.positions.device, self.positions.dtype)
+        if key not in self._other_positions:
+            self._other_positions[key] = sincos_positions(height, width, self.dim).to(self.positions)
+        return self._other_positions[key]
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.proj(latents)  # (B, D, h, w)
+        positions = self.positions_for(*hidden_states.shape[-2:])
+        return hidden_states.flatten(2).transpose(1, 2) + positions  # (B, N, D)
+
+
+class DiTAttnProcessor:
+    """Scaled dot-product attention through diffusers' dispatcher, which owns backends and context parallelism."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "DiTAttention",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        query, key, value = attn.project(hidden_states, encoder_hidden_states)
+        # The number of heads is left open: under tensor parallelism each rank holds a share of them.
+        query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in (query, key, value))
+        hidden_states = dispatch_attention_fn(
+            query,  # (B, N, heads, D/heads)
+            key,
+            value,
+            backend=self._attention_backend,
+            # Condition tokens are not split over ranks, so cross-attention is local.
+            parallel_config=self._parallel_config if encoder_hidden_states is None else None,
+        )
+        return attn.to_out[0](hidden_states.flatten(2).to(query.dtype))
+
+
+class DiTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention with biases; `is_cross_attention` takes keys and values from the condition tokens."""
+
+    _default_processor_cls = DiTAttnProcessor
+    _available_processors = [DiTAttnProcessor]
+
+    def __init__(self, num_attention_heads: int, attention_head_dim: int, is_cross_attention: bool = False):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.heads = num_attention_heads
+        self.head_dim = attention_head_dim
+        self.use_bias = True
+        self.is_cross_attention = is_cross_attention
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.set_processor(self._default_processor_cls())
+
+    def project(self, hidden_states, encoder_hidden_states=None):
+        """Queries, keys and values, `(B, N, D)` each, by the fused layer if there is one."""
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if not self.fused_projections:
+            return self.to_q(hidden_states), self.to_k(source), self.to_v(source)
+        if self.is_cross_attention:
+            return self.to_q(hidden_states), *self.to_kv(source).chunk(2, dim=-1)
+        return self.to_qkv(hidden_states).chunk(3, dim=-1)
+
+    def forward(self, hidden_states, encoder_hidden_states=None):
+        return self.processor(self, hidden_states, encoder_hidden_states)
+
+
+def build_feed_forward(dim, mlp_ratio):
+    """The two-layer perceptron of all four designs, tanh GELU inside."""
+    return FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+
+
+class DiTBlock(nn.Module):
+    """Adaptive layer norm block; `gated` (adaLN-Zero) scales both branches by regressed gates (DiT fig. 3)."""
+
+    def __init__(self, num_attention_heads: int, attention_head_dim: int, mlp_ratio: float, gated: bool = True):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.gated = gated
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.attn = DiTAttention(num_attention_heads, attention_head_dim)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.ff = build_feed_forward(dim, mlp_ratio)
+        self.modulation = nn.Linear(dim, (6 if gated else 4) * dim)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        modulation = self.modulation(F.silu(temb)).chunk(6 if self.gated else 4, dim=1)  # (B, D) each
+        if self.gated:
+            shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
+        else:
+            shift_attn, scale_attn, shift_ff, scale_ff = modulation
+
+        attn_output = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
+        if self.gated:
+            attn_output = gate_attn.unsqueeze(1) * attn_output
+        hidden_states = hidden_states + attn_output
+
+        ff_output = self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
+        if self.gated:
+            ff_output = gate_ff.unsqueeze(1) * ff_output
+        return hidden_states + ff_output
+
+
+class DiTContextBlock(nn.Module):
+    """Plain pre-norm block; the condition comes as tokens among the others, or through cross-attention (DiT §3.2)."""
+
+    def __init__(
+        self, num_attention_heads: int, attention_head_dim: int, mlp_ratio: float, cross_attention: bool = False
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = DiTAttention(num_attention_heads, attention_head_dim)
+        self.cross_attn = None
+        if cross_attention:
+            self.norm_cross = nn.LayerNorm(dim, eps=NORM_EPS)
+            self.cross_attn = DiTAttention(num_attention_heads, attention_head_dim, is_cross_attention=True)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.ff = build_feed_forward(dim, mlp_ratio)
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
+        if self.cross_attn is not None:
+            hidden_states = hidden_states + self.cross_attn(self.norm_cross(hidden_states), encoder_hidden_states)
+        return hidden_states + self.ff(self.norm2(hidden_states))
+
+
+class DiTAdaLayerNormOut(nn.Module):
+    """Layer norm before the head, modulated by the condition."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.linear = nn.Linear(dim, 2 * dim)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.linear(F.silu(temb)).chunk(2, dim=1)
+        return modulate(self.norm(hidden_states), shift, scale)
+
+
+class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
+    r"""
+    Class-conditional Diffusion Transformer (DiT, https://arxiv.org/abs/2212.09748).
+
+    Args:
+        sample_size (`int`, defaults to 32): Side of the latents the model is built for; other sizes work too.
+        patch_size (`int`, defaults to 2): Side of a patch; a token is one patch.
+        in_channels (`int`, defaults to 4): Channels of the latents.
+        num_layers (`int`, defaults to 28): Blocks.
+        num_attention_heads (`int`, defaults to 16): Heads a block.
+        attention_head_dim (`int`, defaults to 72): Channels a head; the width is heads × channels, divisible by 4.
+        mlp_ratio (`float`, defaults to 4.0): Hidden width of the feed-forward layers over the model's width.
+        num_classes (`int`, defaults to 1000): Classes; the id `num_classes` is the null class.
+        class_dropout_prob (`float`, defaults to 0.1):
+            Probability with which a training sample's label is replaced by the null class. With 0 there is no null
+            class, and so no classifier-free guidance.
+        learn_sigma (`bool`, defaults to `True`): Whether the head predicts variance channels beside the mean's.
+        conditioning (`str`, defaults to `"adaln_zero"`):
+            How time and class enter a block: `"adaln_zero"`, `"adaln"`, `"cross_attention"` or `"in_context"`.
+        position_embedding (`str`, defaults to `"sincos"`): Kind of position embedding.
+        timestep_scale (`float`, defaults to 1.0):
+            The scheduler's timestep is multiplied by this before it is embedded; 0.001 for models that were trained
+            with time in [0, 1].
+
+    Raises:
+        ValueError: if an option is unknown or sizes do not fit; the message names the option.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DiTBlock", "DiTContextBlock"]
+    _repeated_blocks = ["DiTBlock", "DiTContextBlock"]
+    _keep_in_fp32_modules = ["time_embed"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+    _cp_plan = {
+        "transformer_blocks.0": {
+            "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)
+        },
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+    _tp_plan = {
+        "transformer_blocks.*.attn.to_q": "colwise",
+        "transformer_blocks.*.attn.to_k": "colwise",
+        "transformer_blocks.*.attn.to_v": "colwise",
+        "transformer_blocks.*.attn.to_out.0": "rowwise",
+        "transformer_blocks.*.ff.net.0.proj": "colwise",
+        "transformer_blocks.*.ff.net.2": "rowwise",
+    }
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+        conditioning: str = "adaln_zero",
+        position_embedding: str = "sincos",
+        timestep_scale: float = 1.0,
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        if conditioning not in CONDITIONINGS:
+            raise ValueError(f"`conditioning` is {conditioning!r}; it must be one of {', '.join(CONDITIONINGS)}.")
+        if position_embedding not in POSITION_EMBEDDINGS:
+            allowed = ", ".join(POSITION_EMBEDDINGS)
+            raise ValueError(f"`position_embedding` is {position_embedding!r}; it must be one of {allowed}.")
+        if sample_size % patch_size != 0:
+            raise ValueError(f"`sample_size` {sample_size} is not divisible by `patch_size` {patch_size}.")
+        if dim % 4 != 0:
+            raise ValueError(
+                f"The width `num_attention_heads` × `attention_head_dim` = {num_attention_heads} × "
+                f"{attention_head_dim} = {dim} must be divisible by 4, for two axes of sines and cosines."
+            )
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+
+        # 1. Embed patches, time and class
+        self.pos_embed = DiTPatchEmbed(sample_size, patch_size, in_channels, dim)
+        self.time_proj = Timesteps(FREQUENCY_DIM, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(FREQUENCY_DIM, dim)
+        self.class_embed = nn.Embedding(num_classes + int(class_dropout_prob > 0), dim)
+
+        # 2. Blocks
+        if conditioning in ("adaln_zero", "adaln"):
+            block_class, options = DiTBlock, {"gated": conditioning == "adaln_zero"}
+        else:
+            block_class, options = DiTContextBlock, {"cross_attention": conditioning == "cross_attention"}
+        self.transformer_blocks = nn.ModuleList(
+            [block_class(num_attention_heads, attention_head_dim, mlp_ratio, **options) for _ in range(num_layers)]
+        )
+
+        # 3. Head
+        adaptive = conditioning in ("adaln_zero", "adaln")
+        self.norm_out = DiTAdaLayerNormOut(dim) if adaptive else nn.LayerNorm(dim, eps=NORM_EPS)
+        self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
+
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        """Initialises as DiT §3.2 says: Xavier linears, small embeddings, the identity function by zero gates."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, DiTAttention) and not module.is_cross_attention:
+                # Queries, keys and values are one matrix in the original, and Xavier's bound sees its full height.
+                for projection in (module.to_q, module.to_k, module.to_v):
+                    nn.init.xavier_uniform_(projection.weight, gain=0.5**0.5)
+        nn.init.xavier_uniform_(self.pos_embed.proj.weight.view(self.pos_embed.proj.weight.shape[0], -1))
+        nn.init.zeros_(self.pos_embed.proj.bias)
+        nn.init.normal_(self.class_embed.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.time_embed.linear_1.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.time_embed.linear_2.weight, std=EMBEDDING_STD)
+        if self.config.conditioning == "adaln_zero":
+            for block in self.transformer_blocks:
+                nn.init.zeros_(block.modulation.weight)
+            nn.init.zeros_(self.norm_out.linear.weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "DiTTransformer2DModel":
+        """
+        A freshly initialised model of a size of the paper.
+
+        Args:
+            name (`str`): `"DiT-S/8"` … `"DiT-XL/2"`; see `dit_hf.presets.PRESETS`.
+            overrides: Constructor arguments that replace the preset's.
+
+        Returns:
+            `DiTTransformer2DModel`
+
+        Raises:
+            ValueError: if there is no such preset.
+        """
+        try:
+            from dit_hf.presets import preset_config
+        except ImportError as error:
+            raise ImportError("`from_preset` needs the package: `pip install dit_hf`.") from error
+        return cls(**(preset_config(name) | overrides))
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str,
+        num_attention_heads: int | None = None,
+        family: str = "auto",
+        weights: str = "ema",
+        torch_dtype: torch.dtype | None = None,
+    ) -> "DiTTransformer2DModel":
+        """
+        Loads a checkpoint of an original code base.
+
+        Args:
+            pretrained_model_link_or_path (`str`): A local `.pt` or `.safetensors` file.
+            num_attention_heads (`int`, *optional*):
+                Heads can't be read off the weights; the widths of the paper are known, others need this.
+            family (`str`, defaults to `"auto"`): Code base the file comes from; `"dit"` is known.
+            weights (`str`, defaults to `"ema"`): Which of a training checkpoint's weights, `"ema"` or `"model"`.
+            torch_dtype (`torch.dtype`, *optional*): Type of the weights; the file's own if not given.
+
+        Returns:
+            `DiTTransformer2DModel`: in eval mode.
+
+        Raises:
+            ValueError: if the file is not such a checkpoint; the message names the file and the key.
+        """
+        try:
+            from dit_hf.checkpoints.loading import load_single_file
+        except ImportError as error:
+            raise ImportError("`from_single_file` needs the package: `pip install dit_hf`.") from error
+        config, state_dict = load_single_file(pretrained_model_link_or_path, num_attention_heads, family, weights)
+        model = cls(**config)
+        model.load_state_dict(state_dict, strict=True)
+        if torch_dtype is not None:
+            model.to(torch_dtype)
+        return model.eval()
+
+    def _embed_condition(self, timestep, class_labels, force_drop_ids, batch_size):
+        """Time and class embeddings, `(B, D)` each; labels are dropped here, once a sample."""
+        timestep = torch.as_tensor(timestep, device=class_labels.device).expand(batch_size)
+        frequencies = self.time_proj(timestep.float() * self.config.timestep_scale)
+        time_embedding = self.time_embed(frequencies.to(self.time_embed.linear_1.weight.dtype))
+
+        if force_drop_ids is None and self.training and self.config.class_dropout_prob > 0:
+            force_drop_ids = torch.rand(batch_size, device=class_labels.device) < self.config.class_dropout_prob
+        if force_drop_ids is not None:
+            class_labels = torch.where(force_drop_ids.bool(), self.config.num_classes, class_labels)
+        return time_embedding, self.class_embed(class_labels)
+
+    def _check_inputs(self, hidden_states, class_labels, force_drop_ids):
+        """Everything that can be told from shapes alone."""
+        channels, height, width = hidden_states.shape[-3:]
+        patch_size = self.config.patch_size
+        if hidden_states.ndim != 4 or channels != self.config.in_channels:
+            raise ValueError(
+                f"`hidden_states` has shape {tuple(hidden_states.shape)}; it must be "
+                f"(batch, {self.config.in_channels}, height, width)."
+            )
+        if height % patch_size != 0 or width % patch_size != 0 or min(height, width) == 0:
+            raise ValueError(f"The latent size {height}×{width} is not divisible by the patch size {patch_size}.")
+        if class_labels.shape != hidden_states.shape[:1]:
+            raise ValueError(
+                f"`class_labels` has shape {tuple(class_labels.shape)}; a batch of {hidden_states.shape[0]} needs "
+                f"({hidden_states.shape[0]},)."
+            )
+        if force_drop_ids is not None and self.config.class_dropout_prob == 0:
+            raise ValueError("`force_drop_ids` needs a null class, and a model with `class_dropout_prob=0` has none.")
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor,
+        force_drop_ids: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, C, H, W)`): Noisy latents; H and W divisible by the patch size.
+            timestep (`torch.Tensor` of shape `(B,)`, or a number): The scheduler's timestep, fractional ones too.
+            class_labels (`torch.Tensor` of shape `(B,)`, int64): Class ids; `num_classes` is the null class.
+            force_drop_ids (`torch.Tensor` of shape `(B,)`, *optional*):
+                Non-zero where the label is to be replaced by the null class; given, it takes the place of the random
+                dropout of training.
+            attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters.
+            return_dict (`bool`, defaults to `True`): Whether to return a `Transformer2DModelOutput`.
+
+        Returns:
+            `Transformer2DModelOutput` or `tuple`: `sample` of shape `(B, C, H, W)`, with `learn_sigma`
+            `(B, 2C, H, W)` whose second half are the variance channels.
+
+        Raises:
+            ValueError: if shapes do not fit.
+        """
+        self._check_inputs(hidden_states, class_labels, force_drop_ids)
+        batch_size, _, height, width = hidden_states.shape
+
+        # 1. Embed
+        hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
+        time_embedding, class_embedding = self._embed_condition(timestep, class_labels, force_drop_ids, batch_size)
+        dtype = hidden_states.dtype
+        temb = (time_embedding + class_embedding).to(dtype)  # (B, D)
+        condition_tokens = None
+        if self.config.conditioning in ("cross_attention", "in_context"):
+            condition_tokens = torch.stack([time_embedding, class_embedding], dim=1).to(dtype)  # (B, 2, D)
+        if self.config.conditioning == "in_context":
+            hidden_states = torch.cat([condition_tokens, hidden_states], dim=1)
+
+        # 2. Blocks
+        adaptive = condition_tokens is None
+        name, condition = ("temb", temb) if adaptive else ("encoder_hidden_states", condition_tokens)
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition)
+            else:
+                hidden_states = block(hidden_states=hidden_states, **{name: condition})
+
+        # 3. Head
+        hidden_states = self.norm_out(hidden_states, temb) if adaptive else self.norm_out(hidden_states)
+        hidden_states = self.proj_out(hidden_states)  # (B, N, p·p·C)
+        if self.config.conditioning == "in_context":
+            hidden_states = hidden_states[:, condition_tokens.shape[1] :]
+
+        patch_size = self.config.patch_size
+        grid = (height // patch_size, width // patch_size)
+        output = hidden_states.unflatten(1, grid).unflatten(-1, (patch_size, patch_size, self.out_channels))
+        output = output.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+
+        if not return_dict:
+            return (output,)
+        return Transformer2DModelOutput(sample=output)
+
+
+def _skip_attention(attn, hidden_states, encoder_hidden_states=None):
+    """What a cache that skips attention gets in its stead."""
+    return hidden_states
+
+
+AttentionProcessorRegistry.register(
+    DiTAttnProcessor, AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)
+)
+for _block_class in (DiTBlock, DiTContextBlock):
+    TransformerBlockRegistry.register(
+        _block_class,
+        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+    )
