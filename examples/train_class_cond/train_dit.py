@@ -1,0 +1,262 @@
+#!/usr/bin/env python
+"""Trains a class-conditional DiT on the latents of an image dataset, and writes a pipeline folder.
+
+    accelerate launch examples/train_class_cond/train_dit.py --dataset_name outputs/emoji64 --vae outputs/autoencoder/vae \
+        --transformer_config examples/train_class_cond/emoji64.json --output_dir outputs/dit
+
+Expected: the commands, times and figures of the bundled model are in docs/log.md. Run the same command again to resume.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf.data.images import label_names, load_image_dataset, stack_images
+from dit_hf.data.latents import cache_latents, latent_statistics, normalise_latents
+from dit_hf.presets import PRESETS
+from dit_hf.training.batches import SeededBatches
+from dit_hf.training.checkpointing import list_checkpoints, resume_from, save_checkpoint
+from dit_hf.training.losses import diffusion_loss, velocity_loss
+
+
+def load_latents(args, vae, accelerator):
+    """The cached posteriors, normalised by statistics that are then in the VAE's config; and the class names."""
+    dataset = load_image_dataset(args.dataset_name, args.split)
+    names = label_names(dataset, args.label_column)
+    with accelerator.main_process_first():
+        images = stack_images(dataset, args.resolution, args.image_column)
+        labels = torch.tensor(dataset[args.label_column])
+        cached = load_file(cache_latents(vae, images, labels, args.output_dir / "latents"))
+    mean, std = latent_statistics(cached["mean"], cached["std"])
+    vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
+    for suffix in ("", "_flipped"):
+        cached["mean" + suffix] = normalise_latents(cached["mean" + suffix], mean, std)
+        cached["std" + suffix] = cached["std" + suffix] / torch.tensor(std).view(1, -1, 1, 1)
+    return cached, names
+
+
+def draw_batch(latents, batches, step, args):
+    """All random choices of one step, for the whole batch over all processes; a function of (seed, step) alone."""
+    indices, generator = batches.indices(step), batches.generator(step)
+    flipped = (torch.rand(len(indices), generator=generator) < args.flip_probability)[:, None, None, None]
+    mean = torch.where(flipped, latents["mean_flipped"][indices], latents["mean"][indices])
+    std = torch.where(flipped, latents["std_flipped"][indices], latents["std"][indices])
+    x_start = mean + std * torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=generator)
+    dropped = torch.rand(len(indices), generator=generator) < args.class_dropout_prob
+    if args.objective == "epsilon":
+        time_draw = torch.randint(0, 1000, (len(indices),), generator=generator)
+    elif args.time_sampling == "uniform":
+        time_draw = torch.rand(len(indices), generator=generator)
+    else:
+        time_draw = torch.randn(len(indices), generator=generator).sigmoid()
+    return {"x_start": x_start, "noise": noise, "time": time_draw, "label": latents["label"][indices], "drop": dropped}
+
+
+def batch_loss(transformer, batch, scheduler, objective):
+    """The loss a sample, `(B,)`: the paper's on noisy latents, or flow matching on interpolated ones."""
+    x_start, noise, time_draw = batch["x_start"], batch["noise"], batch["time"]
+    if objective == "epsilon":
+        noisy, timestep = scheduler.add_noise(x_start, noise, time_draw), time_draw
+    else:
+        sigma = time_draw[:, None, None, None]
+        noisy, timestep = (1 - sigma) * x_start + sigma * noise, time_draw * 1000
+    output = transformer(noisy, timestep, batch["label"], force_drop_ids=batch["drop"], return_dict=False)[0]
+    if objective == "epsilon":
+        return diffusion_loss(output, x_start, noise, time_draw, scheduler)["loss"]
+    return velocity_loss(output, x_start, noise)["loss"]
+
+
+def build_pipeline(transformer, vae, names, objective):
+    """The pipeline that is sampled while training and saved at the end."""
+    scheduler = make_scheduler("flow_euler" if objective == "velocity" else "ddpm")
+    if objective == "epsilon" and not transformer.config.learn_sigma:
+        scheduler = make_scheduler("ddpm", variance_type="fixed_large")
+    pipe = DiTClassCondPipeline(transformer, scheduler, vae, id2label=dict(enumerate(names)))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write_samples(pipe, args, path):
+    """A grid with one row a class, the same noise every time."""
+    from diffusers.utils import make_image_grid
+
+    classes = list(pipe.id2label)[: args.validation_classes]
+    columns = args.validation_images_per_class
+    generators = [torch.Generator().manual_seed(index) for index in range(len(classes) * columns)]
+    images = pipe(
+        classes,
+        num_images_per_label=columns,
+        generator=generators,
+        guidance_scale=args.guidance_scale,
+        num_inference_steps=args.validation_inference_steps,
+    ).images
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(images, rows=len(classes), cols=columns).save(path)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_name", required=True, help="Hub id or local folder for `datasets.load_dataset`.")
+    data.add_argument("--split", default="train", help="Split to train on.")
+    data.add_argument("--image_column", default="image", help="Column with images.")
+    data.add_argument("--label_column", default="label", help="Column with class labels.")
+    data.add_argument("--resolution", type=int, default=64, help="Pixels a side.")
+    data.add_argument("--flip_probability", type=float, default=0.5, help="Share of mirrored images.")
+    data.add_argument("--vae", required=True, help="Folder or Hub id of an AutoencoderKL.")
+    model = parser.add_argument_group("model")
+    size = model.add_mutually_exclusive_group(required=True)
+    size.add_argument("--preset", choices=PRESETS, help="A size of the paper.")
+    size.add_argument("--transformer_config", type=Path, help="JSON with arguments of DiTTransformer2DModel.")
+    model.add_argument("--class_dropout_prob", type=float, default=0.1, help="Share of samples without a label.")
+    train = parser.add_argument_group("training")
+    train.add_argument("--objective", choices=("velocity", "epsilon"), default="velocity", help="What is predicted.")
+    train.add_argument("--time_sampling", choices=("uniform", "logit_normal"), default="logit_normal", help="Of sigma.")
+    train.add_argument("--train_batch_size", type=int, default=128, help="Samples of one step, over all processes.")
+    train.add_argument("--max_train_steps", type=int, default=4000, help="Optimizer steps.")
+    train.add_argument("--learning_rate", type=float, default=1e-3, help="Peak learning rate.")
+    train.add_argument("--lr_scheduler", default="cosine", help="Any of diffusers' schedules.")
+    train.add_argument("--lr_warmup_steps", type=int, default=100, help="Steps of linear warm-up.")
+    train.add_argument("--adam_beta2", type=float, default=0.99, help="AdamW's second beta.")
+    train.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's weight decay.")
+    train.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradient clipping.")
+    train.add_argument("--ema_decay", type=float, default=0.999, help="Decay of the averaged weights.")
+    train.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="accelerate's.")
+    train.add_argument("--seed", type=int, default=0, help="Seed of weights, order and draws.")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", type=Path, required=True, help="Cache, checkpoints, samples, final pipeline.")
+    output.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
+    output.add_argument("--checkpoints_total_limit", type=int, default=2, help="Checkpoints kept.")
+    output.add_argument("--validation_steps", type=int, default=500, help="Steps between sample grids.")
+    output.add_argument("--validation_classes", type=int, default=10, help="Rows of a sample grid.")
+    output.add_argument("--validation_images_per_class", type=int, default=8, help="Columns of a sample grid.")
+    output.add_argument("--validation_inference_steps", type=int, default=25, help="Sampler steps of a grid.")
+    output.add_argument("--guidance_scale", type=float, default=3.0, help="Guidance of a grid.")
+    return parser.parse_args()
+
+
+def build_transformer(args, vae, num_classes):
+    """A fresh model for the dataset's classes and the VAE's latents."""
+    levels = len(vae.config.block_out_channels)
+    config = {
+        "sample_size": args.resolution // 2 ** (levels - 1),
+        "in_channels": vae.config.latent_channels,
+        "num_classes": num_classes,
+        "class_dropout_prob": args.class_dropout_prob,
+        "learn_sigma": args.objective == "epsilon",
+    }
+    if args.preset:
+        return DiTTransformer2DModel.from_preset(args.preset, **config)
+    return DiTTransformer2DModel(**(config | json.loads(args.transformer_config.read_text())))
+
+
+def train(args, accelerator, transformer, optimizer, lr_schedule, ema, latents, pipe):
+    """The loop; returns when `max_train_steps` are done and the last checkpoint is written."""
+    batches = SeededBatches(len(latents["label"]), args.train_batch_size, args.seed)
+    per_process = args.train_batch_size // accelerator.num_processes
+    share = slice(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
+    scheduler = make_scheduler("ddpm")
+    unwrapped = accelerator.unwrap_model(transformer)
+    step = first = resume_from(accelerator, args.output_dir)
+    progress = tqdm(total=args.max_train_steps, initial=step, mininterval=10, disable=not accelerator.is_main_process)
+    started, log = time.time(), open(args.output_dir / "train_log.jsonl", "a")
+    while step < args.max_train_steps:
+        batch = draw_batch(latents, batches, step, args)
+        batch = {name: values[share].to(accelerator.device) for name, values in batch.items()}
+        loss = batch_loss(transformer, batch, scheduler, args.objective).mean()
+        accelerator.backward(loss)
+        gradient_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
+        optimizer.step()
+        lr_schedule.step()
+        optimizer.zero_grad()
+        ema.step(unwrapped.parameters())
+        step += 1
+        progress.update()
+        record = {"step": step, "loss": accelerator.reduce(loss.detach(), "mean").item()}
+        record |= {"grad_norm": float(gradient_norm), "lr": lr_schedule.get_last_lr()[0]}
+        record["seconds_per_step"] = round((time.time() - started) / (step - first), 4)
+        if accelerator.is_main_process:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+        finished = step == args.max_train_steps
+        if step % args.checkpointing_steps == 0 or finished:
+            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+        if accelerator.is_main_process and (step % args.validation_steps == 0 or finished):
+            with_ema_weights(ema, unwrapped, lambda: write_samples(pipe, args, sample_path(args, step)))
+            progress.write(json.dumps(record))
+    log.close()
+
+
+def with_ema_weights(ema, transformer, action):
+    """Runs an action with the averaged weights in the model's place, in eval mode."""
+    ema.store(transformer.parameters())
+    ema.copy_to(transformer.parameters())
+    transformer.eval()
+    try:
+        action()
+    finally:
+        transformer.train()
+        ema.restore(transformer.parameters())
+
+
+def sample_path(args, step):
+    return args.output_dir / "samples" / f"step-{step:06d}.png"
+
+
+def main():
+    args = parse_args()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if args.train_batch_size % accelerator.num_processes:
+        raise SystemExit(
+            f"--train_batch_size {args.train_batch_size} can't be shared by {accelerator.num_processes} processes."
+        )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    set_seed(args.seed)
+    vae = AutoencoderKL.from_pretrained(args.vae).to(accelerator.device).eval().requires_grad_(False)
+    latents, names = load_latents(args, vae, accelerator)
+    transformer = build_transformer(args, vae, len(names)).to(accelerator.device).train()
+
+    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    configuration = json.dumps(vars(args) | {"transformer": config}, indent=2, default=str)
+    if accelerator.is_main_process:
+        print(configuration, f"\n{transformer.num_parameters() / 1e6:.2f} M parameters, {len(names)} classes")
+        (args.output_dir / "training_config.json").write_text(configuration)
+
+    betas = (0.9, args.adam_beta2)
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(), lr=args.learning_rate, betas=betas, weight_decay=args.weight_decay, fused=True
+    )
+    lr_schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+    ema = EMAModel(transformer.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    accelerator.register_for_checkpointing(ema, lr_schedule)
+    unwrapped = accelerator.unwrap_model(transformer)
+    pipe = build_pipeline(unwrapped, vae, names, args.objective)
+    train(args, accelerator, transformer, optimizer, lr_schedule, ema, latents, pipe)
+    if accelerator.is_main_process:
+        with_ema_weights(ema, unwrapped, lambda: pipe.save_pretrained(args.output_dir / "pipeline"))
+        print(f"Pipeline: {args.output_dir / 'pipeline'}; checkpoints: {len(list_checkpoints(args.output_dir))}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
