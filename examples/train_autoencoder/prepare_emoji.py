@@ -131,7 +131,9 @@ def parse_args():
     args = parser.parse_args()
     missing = [name for name in ICON_SETS if not (args.icons_dir / name / "icons.json").exists()]
     if missing:
-        parser.error(f"--icons_dir {args.icons_dir} lacks {', '.join(missing)}; the npm command is at the top of this file")
+        parser.error(
+            f"--icons_dir {args.icons_dir} lacks {', '.join(missing)}; the npm command is at the top of this file"
+        )
     return args
 
 

@@ -71,7 +71,8 @@ def validate(vae, images, path):
     made = [vae.decode(vae.encode(batch).latent_dist.mode()).sample.clamp(-1, 1) for batch in images.split(64)]
     made = torch.cat(made)
     squared_error = ((made - images) / 2).square().mean(dim=(1, 2, 3))
-    rows = [torch.cat(list(row), dim=2) for pair in zip(images[:32].split(16), made[:32].split(16)) for row in pair]
+    pairs = zip(images[:32].split(16), made[:32].split(16), strict=True)
+    rows = [torch.cat(list(row), dim=2) for pair in pairs for row in pair]
     grid = ((torch.cat(rows, dim=1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     Image.fromarray(grid.cpu().numpy()).save(path)
     return float(-10 * squared_error.log10().mean())

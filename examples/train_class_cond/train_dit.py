@@ -10,6 +10,7 @@ Expected: the commands, times and figures of the bundled model are in docs/log.m
 import argparse
 import json
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -90,8 +92,6 @@ def build_pipeline(transformer, vae, names, objective):
 
 def write_samples(pipe, args, path):
     """A grid with one row a class, the same noise every time."""
-    from diffusers.utils import make_image_grid
-
     classes = list(pipe.id2label)[: args.validation_classes]
     columns = args.validation_images_per_class
     generators = [torch.Generator().manual_seed(index) for index in range(len(classes) * columns)]
@@ -125,7 +125,9 @@ def parse_args():
     model.add_argument("--class_dropout_prob", type=float, default=0.1, help="Share of samples without a label.")
     train = parser.add_argument_group("training")
     train.add_argument("--objective", choices=("velocity", "epsilon"), default="velocity", help="What is predicted.")
-    train.add_argument("--time_sampling", choices=("uniform", "logit_normal"), default="logit_normal", help="Of sigma.")
+    train.add_argument(
+        "--time_sampling", choices=("uniform", "logit_normal"), default="logit_normal", help="Of sigma."
+    )
     train.add_argument("--train_batch_size", type=int, default=128, help="Samples of one step, over all processes.")
     train.add_argument("--max_train_steps", type=int, default=4000, help="Optimizer steps.")
     train.add_argument("--learning_rate", type=float, default=1e-3, help="Peak learning rate.")
@@ -173,7 +175,7 @@ def train(args, accelerator, transformer, optimizer, lr_schedule, ema, latents, 
     unwrapped = accelerator.unwrap_model(transformer)
     step = first = resume_from(accelerator, args.output_dir)
     progress = tqdm(total=args.max_train_steps, initial=step, mininterval=10, disable=not accelerator.is_main_process)
-    started, log = time.time(), open(args.output_dir / "train_log.jsonl", "a")
+    started = time.time()
     while step < args.max_train_steps:
         batch = draw_batch(latents, batches, step, args)
         batch = {name: values[share].to(accelerator.device) for name, values in batch.items()}
@@ -190,31 +192,29 @@ def train(args, accelerator, transformer, optimizer, lr_schedule, ema, latents, 
         record |= {"grad_norm": float(gradient_norm), "lr": lr_schedule.get_last_lr()[0]}
         record["seconds_per_step"] = round((time.time() - started) / (step - first), 4)
         if accelerator.is_main_process:
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+            with open(args.output_dir / "train_log.jsonl", "a") as log:
+                log.write(json.dumps(record) + "\n")
         finished = step == args.max_train_steps
         if step % args.checkpointing_steps == 0 or finished:
             save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
         if accelerator.is_main_process and (step % args.validation_steps == 0 or finished):
-            with_ema_weights(ema, unwrapped, lambda: write_samples(pipe, args, sample_path(args, step)))
+            path = args.output_dir / "samples" / f"step-{step:06d}.png"
+            with ema_weights(ema, unwrapped):
+                write_samples(pipe, args, path)
             progress.write(json.dumps(record))
-    log.close()
 
 
-def with_ema_weights(ema, transformer, action):
-    """Runs an action with the averaged weights in the model's place, in eval mode."""
+@contextmanager
+def ema_weights(ema, transformer):
+    """The averaged weights in the model's place, in eval mode, until the block ends."""
     ema.store(transformer.parameters())
     ema.copy_to(transformer.parameters())
     transformer.eval()
     try:
-        action()
+        yield
     finally:
         transformer.train()
         ema.restore(transformer.parameters())
-
-
-def sample_path(args, step):
-    return args.output_dir / "samples" / f"step-{step:06d}.png"
 
 
 def main():
@@ -253,7 +253,8 @@ def main():
     pipe = build_pipeline(unwrapped, vae, names, args.objective)
     train(args, accelerator, transformer, optimizer, lr_schedule, ema, latents, pipe)
     if accelerator.is_main_process:
-        with_ema_weights(ema, unwrapped, lambda: pipe.save_pretrained(args.output_dir / "pipeline"))
+        with ema_weights(ema, unwrapped):
+            pipe.save_pretrained(args.output_dir / "pipeline")
         print(f"Pipeline: {args.output_dir / 'pipeline'}; checkpoints: {len(list_checkpoints(args.output_dir))}")
     accelerator.end_training()
 

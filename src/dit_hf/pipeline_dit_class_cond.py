@@ -197,7 +197,9 @@ class DiTClassCondPipeline(DiffusionPipeline):
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}; these arguments need {shape}.")
         if any(side % config.patch_size for side in sides):
-            raise ValueError(f"`latents` of {sides[0]}×{sides[1]} are not divisible by patches of {config.patch_size}.")
+            raise ValueError(
+                f"`latents` of {sides[0]}×{sides[1]} are not divisible by patches of {config.patch_size}."
+            )
         return shape
 
     def _check_callback(self, callback_on_step_end_tensor_inputs):
@@ -269,7 +271,9 @@ class DiTClassCondPipeline(DiffusionPipeline):
         config = self.vae.config
         latents = latents / (config.get("scaling_factor") or 1.0)
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+            mean, std = (
+                latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
+            )
             latents = latents * std + mean
         latents = latents + (config.get("shift_factor") or 0.0)
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()

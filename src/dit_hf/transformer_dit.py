@@ -86,7 +86,9 @@ class DiTPatchEmbed(nn.Module):
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         hidden_states = self.proj(latents)  # (B, D, h, w)
         positions = self.positions_for(*hidden_states.shape[-2:])
-        return hidden_states.flatten(2).transpose(1, 2) + positions  # (B, N, D)
+        hidden_states = hidden_states.flatten(2).transpose(1, 2) + positions  # (B, N, D)
+        # `from_pretrained` in half precision leaves positions float32, and so would be the sum.
+        return hidden_states.to(self.proj.weight.dtype)
 
 
 class DiTAttnProcessor:

@@ -146,7 +146,7 @@ def convert_state_dict(state_dict: dict[str, torch.Tensor], num_layers: int, pat
     for keys, what in ((missing, "is missing"), (unknown, "is unknown")):
         if keys:
             raise ValueError(f"Checkpoint {path}: the key {keys[0]!r} {what} ({len(keys)} such keys).")
-    converted = {}
+    converted: dict[str, torch.Tensor] = {}
     for original, ours in table.items():
         names = (ours,) if isinstance(ours, str) else ours
         parts = state_dict[original].chunk(len(names)) if len(names) > 1 else (state_dict[original],)

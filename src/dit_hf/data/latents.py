@@ -20,7 +20,9 @@ CACHE_FILE = "latents.safetensors"
 
 
 @torch.no_grad()
-def cache_latents(vae, images: torch.Tensor, labels: torch.Tensor, cache_dir: str | Path, batch_size: int = 64) -> Path:
+def cache_latents(
+    vae, images: torch.Tensor, labels: torch.Tensor, cache_dir: str | Path, batch_size: int = 64
+) -> Path:
     """
     Encodes images and their mirror images, and writes the posteriors' means and standard deviations.
 
@@ -40,7 +42,7 @@ def cache_latents(vae, images: torch.Tensor, labels: torch.Tensor, cache_dir: st
         with safe_open(path, "pt") as cached:
             if (cached.metadata() or {}).get("fingerprint") == fingerprint:
                 return path
-    posteriors = {"mean": [], "std": [], "mean_flipped": [], "std_flipped": []}
+    posteriors: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "mean_flipped": [], "std_flipped": []}
     for batch in tqdm(images.split(batch_size), desc="latents"):
         pixels = to_unit_range(batch).to(vae.device, vae.dtype)
         for suffix, view in (("", pixels), ("_flipped", pixels.flip(-1))):

@@ -21,7 +21,8 @@ class SeededBatches:
             raise ValueError(f"A batch of {batch_size} can't be drawn from {num_samples} samples.")
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.steps_per_epoch = num_samples // batch_size
-        self._epoch, self._order = None, None
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.int64)
 
     def indices(self, step: int) -> torch.Tensor:
         """

@@ -1,0 +1,50 @@
+"""Shared fixtures: golden data and tiny models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dit_hf import DiTTransformer2DModel
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parents[1]
+
+
+def load_golden(name):
+    """A recorded output of the original code."""
+    return load_file(FIXTURES / f"{name}.safetensors")
+
+
+def tiny_transformer(seed=0, **overrides):
+    """Two blocks of width 48 with random, not zero, head and gates, so that every weight matters."""
+    config = {
+        "sample_size": 8,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "attention_head_dim": 12,
+        "num_classes": 10,
+    }
+    torch.manual_seed(seed)
+    model = DiTTransformer2DModel(**(config | overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_inputs(batch_size=3, channels=4, height=8, width=8, seed=0):
+    """Keyword arguments of a forward pass; the last label is the null class."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch_size, channels, height, width, generator=generator),
+        "timestep": torch.tensor([0.0, 999.0, 412.5, 77.0])[:batch_size],
+        "class_labels": torch.tensor([3, 0, 10, 7])[:batch_size],
+    }
+
+
+@pytest.fixture
+def transformer():
+    return tiny_transformer()
