@@ -19,6 +19,7 @@ from dit_hf.data.images import load_image_dataset, stack_images
 from dit_hf.evaluation.features import EfficientNetLite0
 from dit_hf.evaluation.frechet import frechet_distance
 from dit_hf.evaluation.probe import class_agreement, extract_features, train_probe
+from dit_hf.seeds import seeded_generator
 
 
 def sample(pipe, labels, args):
@@ -27,12 +28,11 @@ def sample(pipe, labels, args):
     batches = []
     for start in tqdm(range(0, len(labels), args.batch_size), desc="samples", mininterval=5):
         chosen = labels[start : start + args.batch_size].tolist()
-        seeds = [args.seed * 2**32 + index for index in range(start, start + len(chosen))]
         images = pipe(
             chosen,
             guidance_scale=args.guidance_scale,
             num_inference_steps=args.num_inference_steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=[seeded_generator(args.seed, start + index) for index in range(len(chosen))],
             output_type="pt",
         ).images
         batches.append((images * 255).round().to(torch.uint8))

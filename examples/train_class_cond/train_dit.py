@@ -27,6 +27,7 @@ from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.data.images import label_names, load_image_dataset, stack_images
 from dit_hf.data.latents import cache_latents, latent_statistics, normalise_latents
 from dit_hf.presets import PRESETS
+from dit_hf.seeds import seeded_generator
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import list_checkpoints, resume_from, save_checkpoint
 from dit_hf.training.losses import diffusion_loss, velocity_loss
@@ -94,7 +95,7 @@ def write_samples(pipe, args, path):
     """A grid with one row a class, the same noise every time."""
     classes = list(pipe.id2label)[: args.validation_classes]
     columns = args.validation_images_per_class
-    generators = [torch.Generator().manual_seed(index) for index in range(len(classes) * columns)]
+    generators = [seeded_generator(args.seed, index) for index in range(len(classes) * columns)]
     images = pipe(
         classes,
         num_images_per_label=columns,

@@ -8,6 +8,7 @@ The file is self-contained: it imports torch and diffusers only, so that it is a
 import difflib
 import inspect
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,14 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers import (
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -44,14 +53,17 @@ class DiTClassCondPipeline(DiffusionPipeline):
         transformer: ModelMixin,
         scheduler: SchedulerMixin,
         vae: ModelMixin | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         # JSON turns the keys into strings; they are numbers again here.
         self.id2label = {int(key): name for key, name in sorted((id2label or {}).items(), key=lambda e: int(e[0]))}
         self.register_to_config(id2label=self.id2label or None)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.vae_scale_factor = 1
+        if vae is not None:
+            ratio = getattr(vae, "spatial_compression_ratio", None)  # AutoencoderDC
+            self.vae_scale_factor = ratio or 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
@@ -92,21 +104,30 @@ class DiTClassCondPipeline(DiffusionPipeline):
             `list[int]`
 
         Raises:
-            ValueError: if a name is unknown; the message suggests the nearest.
+            ValueError: if a name is unknown, the message suggests the nearest; or if it is the name of several classes.
         """
-        known = self.labels | {names: key for key, names in self.id2label.items()}
-        folded = {name.casefold(): key for name, key in known.items()}
-        ids = []
-        for name in [label] if isinstance(label, str) else label:
-            key = folded.get(name.strip().casefold())
-            if key is None:
-                if not known:
-                    raise ValueError(f"There is no class {name!r}: this pipeline has no `id2label`; use ids.")
-                nearest = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)
-                hint = f"Did you mean {' or '.join(map(repr, nearest))}?" if nearest else "See `pipe.labels`."
-                raise ValueError(f"There is no class {name!r}. {hint}")
-            ids.append(key)
-        return ids
+        return [self._get_label_id(name) for name in ([label] if isinstance(label, str) else label)]
+
+    def _get_label_id(self, name):
+        # The whole entry goes before a synonym and the spelling as written before another case: ImageNet has a
+        # "Cardigan" that is a dog and a "cardigan" that is not.
+        for fold in (str.strip, lambda text: text.strip().casefold()):
+            for whole in (True, False):
+                ids = [
+                    key
+                    for key, names in self.id2label.items()
+                    if fold(name) in [fold(part) for part in ([names] if whole else names.split(","))]
+                ]
+                if len(ids) > 1:
+                    raise ValueError(f"{name!r} is the name of classes {', '.join(map(str, ids))}; give the id.")
+                if ids:
+                    return ids[0]
+        if not self.id2label:
+            raise ValueError(f"There is no class {name!r}: this pipeline has no `id2label`; use ids.")
+        spelling = {known.casefold(): known for known in self.labels}
+        nearest = [spelling[known] for known in difflib.get_close_matches(name.casefold(), spelling, n=3, cutoff=0.5)]
+        hint = f"Did you mean {' or '.join(map(repr, nearest))}?" if nearest else "See `pipe.labels`."
+        raise ValueError(f"There is no class {name!r}. {hint}")
 
     @property
     def guidance_scale(self) -> float:
@@ -126,13 +147,13 @@ class DiTClassCondPipeline(DiffusionPipeline):
 
     def _resolve_class_labels(self, class_labels):
         """Ids, names, or one of either -> ids, all checked."""
-        if isinstance(class_labels, torch.Tensor):
+        if hasattr(class_labels, "tolist"):  # torch's and numpy's
             class_labels = class_labels.reshape(-1).tolist()
-        if isinstance(class_labels, (int, str)):
+        if not isinstance(class_labels, (list, tuple, range)):
             class_labels = [class_labels]
         if len(class_labels) == 0:
             raise ValueError("`class_labels` is empty; give at least one class id or name.")
-        ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in class_labels]
+        ids = [self._get_label_id(label) if isinstance(label, str) else label for label in class_labels]
         num_classes = self.transformer.config.num_classes
         for label in ids:
             if isinstance(label, bool) or not isinstance(label, int):
@@ -150,17 +171,17 @@ class DiTClassCondPipeline(DiffusionPipeline):
                 f"`guidance_scale` is {guidance_scale}, but the model was built with `class_dropout_prob=0` and has "
                 "no null class to guide away from; pass `guidance_scale=1`."
             )
-        if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
+        counts = range(1, config.in_channels + 1)
+        if guidance_channels is not None and not (isinstance(guidance_channels, int) and guidance_channels in counts):
             raise ValueError(
                 f"`guidance_channels` is {guidance_channels}; it must be None (all) or 1 to {config.in_channels}."
             )
-        start, end = guidance_interval
-        if not 0.0 <= start < end <= 1.0:
+        if len(guidance_interval) != 2 or not 0.0 <= guidance_interval[0] < guidance_interval[1] <= 1.0:
             raise ValueError(
                 f"`guidance_interval` is {tuple(guidance_interval)}; it must be (start, end) with 0 ≤ start < end ≤ 1."
             )
 
-    def _check_scheduler(self, timesteps, sigmas, num_inference_steps, eta):
+    def _check_scheduler(self, timesteps, sigmas, eta):
         name = type(self.scheduler).__name__
         accepted = inspect.signature(self.scheduler.set_timesteps).parameters
         if timesteps is not None and sigmas is not None:
@@ -168,12 +189,13 @@ class DiTClassCondPipeline(DiffusionPipeline):
         for argument, schedule in (("timesteps", timesteps), ("sigmas", sigmas)):
             if schedule is None:
                 continue
-            if argument not in accepted:
+            # EDMEulerScheduler's `sigmas` are positions on its own schedule, not sigmas.
+            if argument not in accepted or name == "EDMEulerScheduler":
                 raise ValueError(f"`{argument}` was given, but {name} takes no custom {argument}.")
             if len(schedule) == 0:
                 raise ValueError(f"`{argument}` is empty.")
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; it must be a whole number from 1.")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"`eta` is {eta}; it must be from 0 to 1.")
         if eta != 0 and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"`eta` is {eta}, but {name} has no such parameter; leave it at 0.")
         if self._scheduler_takes_variance and not self.transformer.config.learn_sigma:
@@ -181,13 +203,15 @@ class DiTClassCondPipeline(DiffusionPipeline):
                 f"{name} has variance_type={self.scheduler.config.variance_type!r}, but the model predicts no "
                 "variance (`learn_sigma=False`); use variance_type='fixed_small'."
             )
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            raise ValueError(f"{name} has use_dynamic_shifting=True, which is for text-to-image; set a fixed shift.")
 
     def _check_size(self, height, width, latents, batch_size):
         """The shape of the latents that the arguments ask for."""
         config = self.transformer.config
         multiple = self.vae_scale_factor * config.patch_size
         for argument, pixels in (("height", height), ("width", width)):
-            if pixels is not None and (pixels < multiple or pixels % multiple):
+            if pixels is not None and (not isinstance(pixels, int) or pixels < multiple or pixels % multiple):
                 raise ValueError(f"`{argument}` is {pixels}; it must be a positive multiple of {multiple} pixels.")
         default = config.sample_size * self.vae_scale_factor
         if latents is not None and height is None and width is None and latents.ndim == 4:
@@ -211,24 +235,45 @@ class DiTClassCondPipeline(DiffusionPipeline):
 
     @property
     def _scheduler_takes_variance(self):
-        return self.scheduler.config.get("variance_type") in LEARNED_VARIANCE
+        # Others may have DDPM's `variance_type` in their config, as `from_config` hands it on.
+        is_ddpm = isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler))
+        return is_ddpm and self.scheduler.config.variance_type in LEARNED_VARIANCE
+
+    @contextmanager
+    def _without_foreign_variance(self):
+        """Solvers that got `variance_type` from a DDPM would cut the prediction down to three channels."""
+        variance_type = self.scheduler.config.get("variance_type")
+        foreign = variance_type in LEARNED_VARIANCE and not self._scheduler_takes_variance
+        if foreign:
+            self.scheduler.register_to_config(variance_type=None)
+        try:
+            yield
+        finally:
+            if foreign:
+                self.scheduler.register_to_config(variance_type=variance_type)
 
     def _set_timesteps(self, num_inference_steps, timesteps, sigmas, device):
         """The scheduler's own spacing, the caller's, or for flow matching N equal steps from noise to data."""
+        scheduler = self.scheduler
         if timesteps is not None:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+            scheduler.set_timesteps(timesteps=timesteps, device=device)
         elif sigmas is not None:
-            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-        elif type(self.scheduler).__name__.startswith("FlowMatch") and self._scheduler_takes_sigmas:
+            if isinstance(scheduler, UniPCMultistepScheduler):
+                sigmas = torch.tensor(sigmas, dtype=torch.float64).numpy()  # it multiplies them
+            scheduler.set_timesteps(sigmas=sigmas, device=device)
+        elif isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler)):
             sigmas = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
-            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+            scheduler.set_timesteps(sigmas=sigmas, device=device)
+        elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+            # It takes no sigmas; its own spacing would waste a step between 1/1000 and 0.
+            sigma_min, scheduler.sigma_min = scheduler.sigma_min, 1.0 / num_inference_steps
+            scheduler.set_timesteps(num_inference_steps, device=device)
+            scheduler.sigma_min = sigma_min
         else:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        return self.scheduler.timesteps
-
-    @property
-    def _scheduler_takes_sigmas(self):
-        return "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)  # looking the first timestep up fails where it occurs twice
+        return scheduler.timesteps
 
     def _prepare_latents(self, shape, latents, generator, device):
         """Unit noise (drawn or given) at the scheduler's starting scale, float32."""
@@ -304,15 +349,16 @@ class DiTClassCondPipeline(DiffusionPipeline):
 
         Args:
             class_labels (`int`, `str`, `list` of either, or `torch.Tensor`): Class ids or names (see `labels`).
-            guidance_scale (`float`, defaults to 4.0): Classifier-free guidance; 1 turns it off.
+            guidance_scale (`float`, defaults to 4.0): Classifier-free guidance; 1 or less turns it off.
             guidance_channels (`int`, *optional*):
                 Guide the first channels only; all if not given. The paper's figures guide 3 of 4.
             guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
                 Fractions of the trajectory, 0 the first step: guidance from `start` to before `end`. Outside only the
                 conditional half is computed.
             num_inference_steps (`int`, defaults to 50): Steps; the scheduler's spacing.
-            timesteps (`list[int]`, *optional*): The scheduler's timesteps instead, if it takes them.
-            sigmas (`list[float]`, *optional*): The scheduler's sigmas instead, if it takes them.
+            timesteps (`list[int]`, *optional*): Timesteps in place of the scheduler's own, if it takes them.
+            sigmas (`list[float]`, *optional*):
+                Sigmas in place of the scheduler's own, if it takes them; with a last 0 where it wants one.
             generator (`torch.Generator` or `list`, *optional*):
                 One, or one an image: then each image depends on its own generator only.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Unit noise to start from.
@@ -344,15 +390,18 @@ class DiTClassCondPipeline(DiffusionPipeline):
 
         # 1. Check everything before any compute
         class_ids = self._resolve_class_labels(class_labels)
-        if not isinstance(num_images_per_label, int) or num_images_per_label < 1:
-            raise ValueError(f"`num_images_per_label` is {num_images_per_label!r}; it must be a whole number from 1.")
+        counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
+        for argument, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"`{argument}` is {count!r}; it must be a whole number from 1.")
         class_ids = [label for label in class_ids for _ in range(num_images_per_label)]
+        generator = list(generator) if isinstance(generator, tuple) else generator
         if isinstance(generator, list) and len(generator) != len(class_ids):
             raise ValueError(f"{len(generator)} generators were given for {len(class_ids)} images; give one an image.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
         self._check_guidance(guidance_scale, guidance_channels, guidance_interval)
-        self._check_scheduler(timesteps, sigmas, num_inference_steps, eta)
+        self._check_scheduler(timesteps, sigmas, eta)
         self._check_callback(callback_on_step_end_tensor_inputs)
         shape = self._check_size(height, width, latents, len(class_ids))
         self._guidance_scale = guidance_scale
@@ -369,7 +418,7 @@ class DiTClassCondPipeline(DiffusionPipeline):
         step_options = {name: value for name, value in step_options.items() if name in accepted}
 
         # 3. Denoise
-        with self.progress_bar(total=len(schedule)) as progress_bar:
+        with self._without_foreign_variance(), self.progress_bar(total=len(schedule)) as progress_bar:
             for index, timestep in enumerate(schedule):
                 if self._interrupt:
                     break

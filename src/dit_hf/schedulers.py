@@ -23,7 +23,7 @@ RECIPES = {
     "ddpm": (DDPMScheduler, TRAINING_DIFFUSION | DDPM),
     "ddim": (DDIMScheduler, TRAINING_DIFFUSION | DDIM),
     "dpm++": (DPMSolverMultistepScheduler, TRAINING_DIFFUSION | MULTISTEP),
-    "dpm++_singlestep": (DPMSolverSinglestepScheduler, TRAINING_DIFFUSION),
+    "dpm++_singlestep": (DPMSolverSinglestepScheduler, TRAINING_DIFFUSION | {"lower_order_final": True}),
     "unipc": (UniPCMultistepScheduler, TRAINING_DIFFUSION | MULTISTEP),
     "flow_euler": (FlowMatchEulerDiscreteScheduler, {}),
     "flow_heun": (FlowMatchHeunDiscreteScheduler, {}),

@@ -397,12 +397,10 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             ValueError: if the file is not such a checkpoint; the message names the file and the key.
         """
         try:
-            from dit_hf.checkpoints.loading import load_single_file
+            from dit_hf.checkpoints.loading import load_model
         except ImportError as error:
             raise ImportError("`from_single_file` needs the package: `pip install dit_hf`.") from error
-        config, state_dict = load_single_file(pretrained_model_link_or_path, num_attention_heads, family, weights)
-        model = cls(**config)
-        model.load_state_dict(state_dict, strict=True)
+        model = load_model(cls, pretrained_model_link_or_path, num_attention_heads, family, weights)
         if torch_dtype is not None:
             model.to(torch_dtype)
         return model.eval()

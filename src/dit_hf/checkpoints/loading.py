@@ -154,20 +154,21 @@ def convert_state_dict(state_dict: dict[str, torch.Tensor], num_layers: int, pat
     return converted
 
 
-def load_single_file(
-    path: str | Path, num_attention_heads: int | None = None, family: str = "auto", weights: str = "ema"
-) -> tuple[dict, dict[str, torch.Tensor]]:
+def load_model(
+    model_class, path: str | Path, num_attention_heads: int | None = None, family: str = "auto", weights: str = "ema"
+):
     """
-    A checkpoint file as configuration and weights of `DiTTransformer2DModel`.
+    Builds the model that a checkpoint file holds.
 
     Args:
+        model_class (`type`): `DiTTransformer2DModel`.
         path (`str` or `Path`): A local `.pt` or `.safetensors` file.
         num_attention_heads (`int`, *optional*): Needed if the width is none of the paper's.
         family (`str`, defaults to `"auto"`): `"auto"` or `"dit"`.
         weights (`str`, defaults to `"ema"`): Which weights of a training checkpoint.
 
     Returns:
-        `tuple[dict, dict[str, torch.Tensor]]`: constructor arguments and state dict.
+        `DiTTransformer2DModel`
 
     Raises:
         ValueError: if the file is no such checkpoint; the message names the file and the key.
@@ -176,4 +177,11 @@ def load_single_file(
         raise ValueError(f"`family` is {family!r}; it must be one of {', '.join(FAMILIES)}.")
     original = select_weights(read_checkpoint(path), weights, path)
     config = infer_config(original, num_attention_heads, path)
-    return config, convert_state_dict(original, config["num_layers"], path)
+    state_dict = convert_state_dict(original, config["num_layers"], path)
+    model = model_class(**config)
+    for key, expected in model.state_dict().items():
+        if state_dict[key].shape != expected.shape:
+            given, needed = tuple(state_dict[key].shape), tuple(expected.shape)
+            raise ValueError(f"Checkpoint {path}: {key!r} has shape {given}, where {needed} is needed.")
+    model.load_state_dict(state_dict, strict=True)
+    return model

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..seeds import seeded_generator
+
 
 class SeededBatches:
     """
@@ -36,7 +38,10 @@ class SeededBatches:
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, torch.randperm(self.num_samples, generator=self._generator(epoch, 1))
+            self._epoch, self._order = (
+                epoch,
+                torch.randperm(self.num_samples, generator=seeded_generator(self.seed, epoch, 1)),
+            )
         return self._order[position * self.batch_size : (position + 1) * self.batch_size]
 
     def generator(self, step: int) -> torch.Generator:
@@ -49,7 +54,4 @@ class SeededBatches:
         Returns:
             `torch.Generator`
         """
-        return self._generator(step, 0)
-
-    def _generator(self, number, stream):
-        return torch.Generator().manual_seed((self.seed * 2**32 + number) * 2 + stream)
+        return seeded_generator(self.seed, step, 0)

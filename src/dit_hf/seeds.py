@@ -1,0 +1,28 @@
+"""Generators for draws that are a function of a few numbers, e.g. (seed, index of the sample)."""
+
+import numpy as np
+import torch
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """
+    A CPU generator that depends on all the numbers.
+
+    torch seeds its CPU generator with the low 32 bits of a seed only, so that `seed * 2**32 + index` would ignore the
+    seed; the numbers are mixed first.
+
+    Args:
+        numbers (`int`): Not negative; e.g. a run's seed and a sample's index.
+
+    Returns:
+        `torch.Generator`
+
+    Example:
+
+        >>> import torch
+        >>> from dit_hf.seeds import seeded_generator
+        >>> first, same, other = (torch.rand(1, generator=seeded_generator(*key)) for key in ((0, 7), (0, 7), (1, 7)))
+        >>> bool(first == same), bool(first == other)
+        (True, False)
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))

@@ -1,0 +1,87 @@
+"""The package as a whole: quick and quiet import, one direction of imports, metadata."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import dit_hf
+
+
+SOURCE = ROOT / "src" / "dit_hf"
+# A module may import what stands left of it, never what stands right.
+ORDER = ("_version", "seeds", "presets", "complexity", "transformer_dit", "pipeline_dit_class_cond", "schedulers")
+LAYERS = {name: 0 for name in ORDER} | {"checkpoints": 1, "data": 1, "training": 2, "evaluation": 2}
+SELF_CONTAINED = ("transformer_dit.py", "pipeline_dit_class_cond.py")
+
+TIMED_IMPORT = """
+import sys, time, socket, os
+from diffusers import DiffusionPipeline, ModelMixin
+def refuse(*args, **kwargs):
+    raise AssertionError("import dit_hf touched the network")
+socket.socket.connect = refuse
+before = time.perf_counter()
+import dit_hf
+print(time.perf_counter() - before)
+assert os.listdir(os.curdir) == [], os.listdir(os.curdir)
+"""
+
+
+def test_import_is_quick_and_leaves_nothing(tmp_path):
+    seconds = []
+    for index in range(3):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        result = subprocess.run(
+            [sys.executable, "-c", TIMED_IMPORT], cwd=folder, check=True, capture_output=True, text=True
+        )
+        seconds.append(float(result.stdout))
+    assert min(seconds) < 0.2
+
+
+def module_imports(path):
+    """Modules imported when a file is imported, relative ones with their dots."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+@pytest.mark.parametrize("name", SELF_CONTAINED)
+def test_files_that_travel_import_torch_and_diffusers_only(name):
+    allowed = {"torch", "diffusers"} | sys.stdlib_module_names
+    assert {module.split(".")[0] for module in module_imports(SOURCE / name)} <= allowed
+
+
+def test_imports_run_one_way():
+    for path in SOURCE.rglob("*.py"):
+        package = path.relative_to(SOURCE).with_suffix("").parts[0]
+        if package in ("__init__",):
+            continue
+        for module in module_imports(path):
+            if not module.startswith("."):
+                continue
+            depth = len(module) - len(module.lstrip("."))
+            inside = len(path.relative_to(SOURCE).parts) - 1
+            target = module.lstrip(".").split(".")[0] if depth > inside else package
+            if target and target != package:
+                assert LAYERS[target] <= LAYERS[package], f"{path.name} imports {module}"
+                assert LAYERS[package] or ORDER.index(target) < ORDER.index(package), f"{path.name} imports {module}"
+
+
+def test_nothing_pulls_in_torchvision():
+    from importlib.metadata import distributions
+
+    assert not [name for d in distributions() if (name := d.metadata["Name"]) in ("torchvision", "timm")]
+
+
+def test_public_names():
+    assert set(dit_hf.__all__) <= set(dir(dit_hf))
+    assert dit_hf.DiTTransformer2DModel.__module__ == "dit_hf"
+    assert (
+        f"## [{'Unreleased' if 'dev' in dit_hf.__version__ else dit_hf.__version__}]"
+        in (ROOT / "CHANGELOG.md").read_text()
+    )

@@ -1,0 +1,220 @@
+"""Training scripts end to end on small data: cache, resume after SIGKILL, sampling from EMA weights, pipeline folder."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from datasets import ClassLabel, Dataset, Features, Image
+from diffusers import AutoencoderKL
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+
+from dit_hf import DiTClassCondPipeline
+from dit_hf.data.images import center_crop, label_names, load_image_dataset, stack_images, to_unit_range
+from dit_hf.data.latents import cache_latents, latent_statistics, normalise_latents
+from dit_hf.training.batches import SeededBatches
+from dit_hf.training.checkpointing import list_checkpoints, save_checkpoint
+
+
+TRAIN_DIT = ROOT / "examples" / "train_class_cond" / "train_dit.py"
+TRAIN_AUTOENCODER = ROOT / "examples" / "train_autoencoder" / "train_autoencoder.py"
+
+
+def tiny_vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with a Parquet dataset of two classes, a VAE and a model configuration."""
+    folder = tmp_path_factory.mktemp("training")
+    generator = np.random.default_rng(0)
+    features = Features({"image": Image(), "label": ClassLabel(names=["dark", "light"])})
+    (folder / "data").mkdir()
+    for split, count in (("train", 20), ("test", 8)):
+        rows = []
+        for index in range(count):
+            low = 128 * (index % 2)
+            pixels = generator.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
+            rows.append({"image": PILImage.fromarray(pixels), "label": index % 2})
+        Dataset.from_list(rows, features=features).to_parquet(folder / "data" / f"{split}.parquet")
+    tiny_vae().save_pretrained(folder / "vae")
+    config = {"patch_size": 2, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def train_command(workspace, output_dir, **flags):
+    flags = {
+        "dataset_name": workspace / "data",
+        "vae": workspace / "vae",
+        "transformer_config": workspace / "config.json",
+        "output_dir": output_dir,
+        "resolution": 32,
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "lr_warmup_steps": 2,
+        "checkpointing_steps": 2,
+        "validation_steps": 6,
+        "validation_images_per_class": 2,
+        "validation_inference_steps": 2,
+    } | flags
+    return [sys.executable, TRAIN_DIT, *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
+
+
+def run(command, **options):
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options)
+
+
+def read_log(output_dir):
+    return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
+
+
+def kill_after(command, folder):
+    """Starts a run and kills it as soon as a folder exists."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not folder.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_resume_after_sigkill_is_exact(workspace, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    run(train_command(workspace, straight))
+    kill_after(train_command(workspace, killed), killed / "checkpoint-4")
+    run(train_command(workspace, killed))
+
+    for part in ("transformer", "vae"):
+        file = f"pipeline/{part}/diffusion_pytorch_model.safetensors"
+        weights, resumed = load_file(straight / file), load_file(killed / file)
+        assert all(torch.equal(weights[key], resumed[key]) for key in weights), part
+    last = [{line["step"]: line["loss"] for line in read_log(folder)} for folder in (straight, killed)]
+    assert last[0] == last[1]
+    assert set(last[0]) == {1, 2, 3, 4, 5, 6}
+    assert [path.name for path in list_checkpoints(killed)] == ["checkpoint-4", "checkpoint-6"]
+    assert not list(killed.glob("partial-*"))
+
+    assert (straight / "samples" / "step-000006.png").exists()
+    saved = json.loads((straight / "training_config.json").read_text())
+    assert saved["transformer"]["num_classes"] == 2
+    pipe = DiTClassCondPipeline.from_pretrained(straight / "pipeline")
+    assert pipe.labels == {"dark": 0, "light": 1}
+    assert len(pipe.vae.config.latents_mean) == 4
+    assert pipe("light", num_inference_steps=2).images[0].size == (32, 32)
+
+
+def test_epsilon_objective_trains_a_learned_variance(workspace, tmp_path):
+    run(train_command(workspace, tmp_path, objective="epsilon", max_train_steps=2))
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe.transformer.config.learn_sigma
+    assert pipe.scheduler.config.variance_type == "learned_range"
+    assert all(line["loss"] > 0 for line in read_log(tmp_path))
+
+
+def test_autoencoder_script_trains_and_resumes(workspace, tmp_path):
+    def flags(steps):
+        values = {"dataset_name": workspace / "data", "output_dir": tmp_path, "resolution": 32, "train_batch_size": 4}
+        values |= {"max_train_steps": steps, "checkpointing_steps": 1, "validation_images": 8, "lr_warmup_steps": 1}
+        return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+    script = [
+        sys.executable,
+        TRAIN_AUTOENCODER,
+        "--block_out_channels",
+        "8",
+        "8",
+        "8",
+        "--perceptual_resolution",
+        "32",
+    ]
+    run([*script, *flags(1)])
+    run([*script, *flags(3)])
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3]
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    assert vae.encode(torch.zeros(1, 3, 32, 32)).latent_dist.mean.shape == (1, 4, 8, 8)
+    assert (tmp_path / "reconstruction-000003.png").exists()
+
+
+def test_batches_are_a_function_of_the_step():
+    batches, other = SeededBatches(10, 3, seed=1), SeededBatches(10, 3, seed=2)
+    epoch = torch.cat([batches.indices(step) for step in range(3)])
+    assert len(set(epoch.tolist())) == 9
+    assert torch.equal(SeededBatches(10, 3, seed=1).indices(7), batches.indices(7))
+    assert not torch.equal(other.indices(0), batches.indices(0))
+    draws = [torch.rand(2, generator=batches.generator(step)) for step in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    with pytest.raises(ValueError, match="batch of 11.*10 samples"):
+        SeededBatches(10, 11)
+
+
+def test_checkpoint_limit_keeps_the_newest(tmp_path):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    accelerator.prepare(torch.nn.Linear(2, 2))
+    for step in (5, 10, 100):
+        save_checkpoint(accelerator, tmp_path, step, total_limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+
+
+def test_latent_cache_follows_vae_and_data(workspace, tmp_path):
+    vae, images = tiny_vae(), torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(6)
+    path = cache_latents(vae, images, labels, tmp_path)
+    cached, written = load_file(path), path.stat().st_mtime_ns
+    posterior = vae.encode(to_unit_range(images).flip(-1)).latent_dist
+    torch.testing.assert_close(cached["mean_flipped"], posterior.mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(cached["std_flipped"], posterior.std, rtol=0, atol=1e-5)
+    assert torch.equal(cached["label"], labels)
+
+    cache_latents(vae, images, labels, tmp_path)
+    assert path.stat().st_mtime_ns == written
+    cache_latents(vae, images.flip(0), labels, tmp_path)
+    assert path.stat().st_mtime_ns != written
+
+
+def test_statistics_make_unit_latents():
+    mean, std = 3 + 2 * torch.randn(400, 4, 8, 8), torch.full((400, 4, 8, 8), 0.5)
+    samples = mean + std * torch.randn_like(mean)
+    statistics = latent_statistics(mean, std)
+    normal = normalise_latents(samples, *statistics)
+    torch.testing.assert_close(normal.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=0.02)
+    torch.testing.assert_close(normal.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=0.02)
+
+
+def test_centre_crop_takes_the_middle():
+    pixels = np.zeros((40, 100, 3), dtype=np.uint8)
+    pixels[:, 30:70] = 255
+    crop = np.asarray(center_crop(PILImage.fromarray(pixels), 20))
+    assert crop.shape == (20, 20, 3)
+    assert crop.min() == 255
+
+
+def test_bad_data_is_named(workspace, tmp_path):
+    with pytest.raises(ValueError, match="empty"):
+        load_image_dataset(str(tmp_path))
+    with pytest.raises(ValueError, match="validation"):
+        load_image_dataset(str(workspace / "data"), "validation")
+    dataset = load_image_dataset(str(workspace / "data"))
+    with pytest.raises(ValueError, match="'photo'.*image, label.*--image_column"):
+        stack_images(dataset, 32, "photo")
+    with pytest.raises(ValueError, match="'class'.*image, label.*--label_column"):
+        label_names(dataset, "class")
+    with pytest.raises(ValueError, match="not a ClassLabel"):
+        label_names(dataset, "image")
