@@ -5,6 +5,8 @@ A sampler that is driven rightly turns unit noise into that distribution, up to 
 starting scale, a forgotten input scaling or a wrong schedule gives another mean or spread.
 """
 
+import copy
+
 import pytest
 import torch
 from diffusers import (
@@ -179,13 +181,7 @@ CASES = {
     # Beta spacing spends its steps at high noise; 50 steps give a spread of 0.66.
     "dpm++_beta": (make_scheduler("dpm++", use_beta_sigmas=True), "epsilon", 1000),
     "dpm++_trailing": (make_scheduler("dpm++", timestep_spacing="trailing"), "epsilon", 50),
-    "dpm": (make_scheduler("dpm++", algorithm_type="dpmsolver", final_sigmas_type="sigma_min"), "epsilon", 100),
     "dpm++_sde": (make_scheduler("dpm++", algorithm_type="sde-dpmsolver++"), "epsilon", 200),
-    "dpm_sde": (
-        make_scheduler("dpm++", algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"),
-        "epsilon",
-        200,
-    ),
     "dpm++_singlestep": (make_scheduler("dpm++_singlestep"), "epsilon", 100),
     "dpm++_singlestep_karras": (make_scheduler("dpm++_singlestep", use_karras_sigmas=True), "epsilon", 100),
     # Its step over two timesteps adds noise of first order only.
@@ -245,7 +241,7 @@ LEFT_OUT = {"DPMSolverSDEScheduler": "needs torchsde, which is not installed"}
 
 @pytest.mark.parametrize("name", CASES)
 def test_distribution(name):
-    assert_distributed(sample(*CASES[name]))
+    assert_distributed(sample(*copy.deepcopy(CASES[name])))
 
 
 def test_all_families_are_covered():
@@ -283,7 +279,7 @@ def test_solver_made_from_a_learned_variance_ddpm(scheduler_class):
 @pytest.mark.parametrize("name", ["euler", "heun", "edm_dpm++", "flow_heun", "dpm++"])
 def test_noise_that_the_pipeline_draws(name):
     """Drawn noise is scaled as given noise is; its own spread adds ±0.002 to s and ±0.003 to the mean."""
-    assert_distributed(sample(*CASES[name], latents=None), mean_tolerance=0.012, std_tolerance=0.014)
+    assert_distributed(sample(*copy.deepcopy(CASES[name]), latents=None), mean_tolerance=0.012, std_tolerance=0.014)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7, 50])
@@ -328,19 +324,17 @@ def test_flow_euler_is_the_euler_method():
         (diffusion(EulerDiscreteScheduler), "epsilon", "timesteps", [999, 700, 300, 50]),
         (make_scheduler("flow_euler"), "flow", "timesteps", [1000, 600, 300, 100]),
         (diffusion(HeunDiscreteScheduler), "epsilon", "timesteps", [999, 700, 300, 50]),
-        (make_scheduler("ddpm"), "epsilon", "timesteps", [999, 700, 300, 0]),
+        (make_scheduler("ddpm", variance_type="fixed_small"), "epsilon", "timesteps", [999, 700, 300, 0]),
         (make_scheduler("dpm++"), "epsilon", "timesteps", [999, 700, 300, 50]),
         (make_scheduler("dpm++_singlestep"), "epsilon", "timesteps", [999, 700, 300, 50]),
     ],
     ids=lambda value: type(value).__name__.removesuffix("DiscreteScheduler") if hasattr(value, "step") else None,
 )
 def test_custom_schedule(scheduler, prediction, argument, schedule):
-    if scheduler.config.get("variance_type") == "learned_range":
-        scheduler = make_scheduler("ddpm", variance_type="fixed_small")
     values = sample(scheduler, prediction, steps=50, **{argument: schedule})  # the schedule decides, not the 50
     own = scheduler.timesteps.unique().flip(0).float() if argument == "timesteps" else scheduler.sigmas
     torch.testing.assert_close(own[: len(schedule)], torch.tensor(schedule).float(), atol=1e-3, rtol=1e-4)
-    assert scheduler.num_inference_steps == 4
+    assert len(scheduler.timesteps.unique()) == 4
     assert torch.isfinite(values).all() and abs(values.mean() - MEAN) < 0.1
 
 

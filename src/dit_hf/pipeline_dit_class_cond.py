@@ -39,7 +39,9 @@ class DiTClassCondPipeline(DiffusionPipeline):
     Args:
         transformer (`DiTTransformer2DModel`): Predicts noise, velocity or whatever the scheduler's
             `prediction_type` says, from latents, timestep and class.
-        scheduler (`SchedulerMixin`): Any of diffusers' samplers.
+        scheduler (`SchedulerMixin`):
+            Any of diffusers' samplers for what the model was trained on; EDM's are for models trained inside EDM's
+            preconditioning, which is not the diffusion of DiT.
         vae (`AutoencoderKL`, *optional*): Decodes latents; without one the model works on pixels in [-1, 1].
         id2label (`dict[int, str]`, *optional*): Class names; synonyms are separated by commas.
     """
@@ -153,6 +155,7 @@ class DiTClassCondPipeline(DiffusionPipeline):
             class_labels = [class_labels]
         if len(class_labels) == 0:
             raise ValueError("`class_labels` is empty; give at least one class id or name.")
+        class_labels = [label.tolist() if hasattr(label, "tolist") else label for label in class_labels]
         ids = [self._get_label_id(label) if isinstance(label, str) else label for label in class_labels]
         num_classes = self.transformer.config.num_classes
         for label in ids:

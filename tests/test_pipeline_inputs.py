@@ -1,0 +1,351 @@
+"""What the pipeline accepts and refuses, labels and names, latents, callbacks, and the scheduler recipes."""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_transformer
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.schedulers import RECIPES
+
+
+ID2LABEL = {
+    0: "tench, Tinca tinca",
+    1: "goldfish, Carassius auratus",
+    2: "crane",
+    3: "Cardigan, Cardigan Welsh corgi",
+    4: "crane",
+    5: "cardigan",
+    6: "projectile, missile",
+    7: "missile",
+    11: "beyond the model",
+}
+
+
+def tiny_pipeline(scheduler="ddim", id2label=ID2LABEL, **config):
+    scheduler = make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
+    pipe = DiTClassCondPipeline(tiny_transformer(**config), scheduler, id2label=id2label)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generators(count):
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def test_defaults_are_the_documented_ones():
+    defaults = {name: p.default for name, p in inspect.signature(DiTClassCondPipeline.__call__).parameters.items()}
+    expected = {
+        "guidance_scale": 4.0,
+        "guidance_channels": None,
+        "guidance_interval": (0.0, 1.0),
+        "num_inference_steps": 50,
+        "num_images_per_label": 1,
+        "eta": 0.0,
+        "output_type": "pil",
+        "callback_on_step_end_tensor_inputs": ["latents"],
+        "return_dict": True,
+    }
+    optional = ("timesteps", "sigmas", "generator", "latents", "height", "width", "callback_on_step_end")
+    assert defaults.items() >= (expected | dict.fromkeys(optional)).items()
+
+
+# name -> (pipeline, call, every word of it in the message: what was given and what is allowed)
+LATENTS = torch.zeros(1, 4, 8, 8)
+REFUSED = {
+    "no labels": ({}, {"class_labels": []}, ["class_labels", "empty"]),
+    "no labels in a tensor": ({}, {"class_labels": torch.tensor([]).long()}, ["class_labels", "empty"]),
+    "label too large": ({}, {"class_labels": [1, 10]}, ["10", "0 to 9"]),
+    "null label": ({}, {"class_labels": torch.tensor(10)}, ["10", "0 to 9"]),
+    "label negative": ({}, {"class_labels": -1}, ["-1", "0 to 9"]),
+    "label of the names only": ({}, {"class_labels": "beyond the model"}, ["11", "0 to 9"]),
+    "label bool": ({}, {"class_labels": True}, ["True", "int", "str"]),
+    "label bool in a list": ({}, {"class_labels": [1, False]}, ["False", "int", "str"]),
+    "label bool in a tensor": ({}, {"class_labels": torch.tensor([True])}, ["True", "int", "str"]),
+    "label float": ({}, {"class_labels": 1.0}, ["1.0", "int", "str"]),
+    "label float in a tensor": ({}, {"class_labels": torch.tensor([1.0])}, ["1.0", "int", "str"]),
+    "label None": ({}, {"class_labels": None}, ["None", "int", "str"]),
+    "labels nested": ({}, {"class_labels": [[1, 2]]}, ["[1, 2]", "int", "str"]),
+    "name unknown": ({}, {"class_labels": ["goldfsh"]}, ["goldfsh", "Did you mean 'goldfish'"]),
+    "name without names": ({"id2label": None}, {"class_labels": "goldfish"}, ["goldfish", "no `id2label`"]),
+    "name of two classes": ({}, {"class_labels": "crane"}, ["crane", "2, 4"]),
+    "generators too few": ({}, {"class_labels": [1, 2], "generator": generators(1)}, ["1 generators", "2 images"]),
+    "generators not per label": (
+        {},
+        {"class_labels": [1, 2], "generator": generators(2), "num_images_per_label": 2},
+        ["2 generators", "4 images"],
+    ),
+    "generators in a tuple": ({}, {"generator": tuple(generators(3))}, ["3 generators", "1 images"]),
+    "generators empty": ({}, {"generator": []}, ["0 generators", "1 images"]),
+    "latents too few": ({}, {"class_labels": [1, 2], "latents": LATENTS}, ["(1, 4, 8, 8)", "(2, 4, 8, 8)"]),
+    "latents channels": ({}, {"latents": LATENTS[:, :3]}, ["(1, 3, 8, 8)", "(1, 4, 8, 8)"]),
+    "latents axes": ({}, {"latents": LATENTS[0]}, ["(4, 8, 8)", "(1, 4, 8, 8)"]),
+    "latents against height": ({}, {"latents": LATENTS, "height": 16}, ["(1, 4, 8, 8)", "(1, 4, 16, 8)"]),
+    "latents odd": ({}, {"latents": LATENTS[..., :7]}, ["8×7", "2"]),
+    "latents without pixels": ({}, {"latents": LATENTS[..., :0]}, ["(1, 4, 8, 0)"]),
+    "height odd": ({}, {"height": 15}, ["height", "15", "2"]),
+    "width odd": ({}, {"width": 15}, ["width", "15", "2"]),
+    "height zero": ({}, {"height": 0}, ["height", "0", "2"]),
+    "height negative": ({}, {"height": -16}, ["height", "-16", "2"]),
+    "height float": ({}, {"height": 16.0}, ["height", "16.0", "2"]),
+    "steps zero": ({}, {"num_inference_steps": 0}, ["num_inference_steps", "0", "from 1"]),
+    "steps negative": ({}, {"num_inference_steps": -5}, ["num_inference_steps", "-5", "from 1"]),
+    "steps float": ({}, {"num_inference_steps": 2.0}, ["num_inference_steps", "2.0", "whole"]),
+    "steps bool": ({}, {"num_inference_steps": True}, ["num_inference_steps", "True", "whole"]),
+    "no images": ({}, {"num_images_per_label": 0}, ["num_images_per_label", "0", "from 1"]),
+    "scale negative": ({}, {"guidance_scale": -1.0}, ["guidance_scale", "-1.0"]),
+    "no null class": (
+        {"class_dropout_prob": 0.0},
+        {},
+        ["guidance_scale", "4.0", "class_dropout_prob=0", "null class"],
+    ),
+    "guided channels none": ({}, {"guidance_channels": 0}, ["guidance_channels", "0", "1 to 4"]),
+    "guided channels many": ({}, {"guidance_channels": 5}, ["guidance_channels", "5", "1 to 4"]),
+    "guided channels float": ({}, {"guidance_channels": 3.0}, ["guidance_channels", "3.0", "1 to 4"]),
+    "interval reversed": ({}, {"guidance_interval": (0.7, 0.2)}, ["(0.7, 0.2)", "0 ≤ start < end ≤ 1"]),
+    "interval empty": ({}, {"guidance_interval": (0.5, 0.5)}, ["(0.5, 0.5)", "0 ≤ start < end ≤ 1"]),
+    "interval below": ({}, {"guidance_interval": (-0.1, 1.0)}, ["(-0.1, 1.0)", "0 ≤ start < end ≤ 1"]),
+    "interval in steps": ({}, {"guidance_interval": (0, 20)}, ["(0, 20)", "0 ≤ start < end ≤ 1"]),
+    "interval of one": ({}, {"guidance_interval": (0.5,)}, ["(0.5,)", "(start, end)"]),
+    "two schedules": (
+        {"scheduler": EulerDiscreteScheduler()},
+        {"timesteps": [999, 1], "sigmas": [100.0, 0.0]},
+        ["timesteps", "sigmas", "both"],
+    ),
+    "timesteps for DDIM": ({}, {"timesteps": [999, 500]}, ["timesteps", "DDIMScheduler"]),
+    "sigmas for DDIM": ({}, {"sigmas": [1.0, 0.5]}, ["sigmas", "DDIMScheduler"]),
+    "sigmas for DDPM": ({"scheduler": "ddpm"}, {"sigmas": [1.0, 0.5]}, ["sigmas", "DDPMScheduler"]),
+    "sigmas for EDM": ({"scheduler": EDMEulerScheduler()}, {"sigmas": [80.0, 1.0]}, ["sigmas", "EDMEulerScheduler"]),
+    "sigmas without flow": ({"scheduler": UniPCMultistepScheduler()}, {"sigmas": [1.0, 0.5]}, ["use_flow_sigmas"]),
+    "timesteps empty": ({"scheduler": "ddpm"}, {"timesteps": []}, ["timesteps", "empty"]),
+    "timesteps ascending": ({"scheduler": "ddpm"}, {"timesteps": [0, 500]}, ["descending"]),
+    "steps beyond training": ({}, {"num_inference_steps": 1001}, ["1001", "1000"]),
+    "eta for DDPM": ({"scheduler": "ddpm"}, {"eta": 0.5}, ["eta", "0.5", "DDPMScheduler"]),
+    "eta for Euler": ({"scheduler": EulerDiscreteScheduler()}, {"eta": 1.0}, ["eta", "1.0", "EulerDiscreteScheduler"]),
+    "eta large": ({}, {"eta": 1.5}, ["eta", "1.5", "0 to 1"]),
+    "eta negative": ({}, {"eta": -0.5}, ["eta", "-0.5", "0 to 1"]),
+    "learned variance": (
+        {"scheduler": "ddpm", "learn_sigma": False},
+        {},
+        ["DDPMScheduler", "learned_range", "learn_sigma=False", "fixed_small"],
+    ),
+    "dynamic shift": (
+        {"scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)},
+        {},
+        ["FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting", "shift"],
+    ),
+    "output type": ({}, {"output_type": "jpeg"}, ["output_type", "jpeg", "pil", "np", "pt", "latent"]),
+    "callback tensor": (
+        {},
+        {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]},
+        ["prompt_embeds", "latents", "class_labels"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_before_any_compute(name):
+    pipeline, call, words = REFUSED[name]
+    pipe = tiny_pipeline(**pipeline)
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda *args: calls.append(args))
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError) as error:
+        pipe(**({"class_labels": 1, "num_inference_steps": 2} | call))
+    for word in words:
+        assert word in str(error.value)
+    assert not calls and torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_looks_bad_but_is_not():
+    options = {"num_inference_steps": 1, "output_type": "latent"}
+    pipe = tiny_pipeline(class_dropout_prob=0.0)
+    pipe(9, guidance_scale=1.0, guidance_channels=4, guidance_interval=[0.0, 1.0], **options)
+    pipe(0, guidance_scale=1, generator=tuple(generators(1)), eta=1, height=2, width=6, **options)
+    fixed = make_scheduler("ddpm", variance_type="fixed_small")
+    tiny_pipeline(fixed, learn_sigma=False)(0, **options)
+    tiny_pipeline(DDIMScheduler.from_config(make_scheduler("ddpm").config), learn_sigma=False)(0, **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "ids"),
+    [
+        (3, [3]),
+        ("goldfish", [1]),
+        ([1, "tench", np.int64(7), torch.tensor(3)], [1, 0, 7, 3]),
+        ((1, "Carassius auratus"), [1, 1]),
+        (range(3), [0, 1, 2]),
+        (torch.tensor(4), [4]),
+        (torch.tensor([[4], [2]]), [4, 2]),
+        (torch.tensor([9], dtype=torch.int32), [9]),
+        (np.array([5, 0]), [5, 0]),
+        (np.int64(6), [6]),
+    ],
+)
+def test_ways_to_give_labels(labels, ids):
+    pipe = tiny_pipeline()
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    latents = torch.randn(len(ids), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    pipe(labels, latents=latents, **options)
+    assert seen == [[10] * len(ids) + ids] * 2  # the null class first
+
+
+def test_latents_are_what_the_generator_would_draw():
+    pipe = tiny_pipeline()
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    kept = latents.clone()
+    given = pipe([1, 2], latents=latents, **options).images
+    assert torch.equal(given, pipe([1, 2], generator=torch.Generator().manual_seed(4), **options).images)
+    assert torch.equal(latents, kept)
+    half = pipe([1, 2], latents=latents.half(), **options).images
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, given, atol=0.05, rtol=0.05)
+
+
+def test_callback_sees_and_changes_tensors():
+    pipe = tiny_pipeline()
+    calls = []
+
+    def callback(pipeline, step, timestep, tensors):
+        calls.append((step, int(timestep), sorted(tensors)))
+        assert pipeline is pipe and tensors["latents"].shape == (2, 4, 8, 8)
+        if step == 0:
+            assert tensors["class_labels"].tolist() == [1, 2]
+            tensors["class_labels"] = torch.tensor([5, 6])
+            return {"latents": torch.ones_like(tensors["latents"]), "class_labels": tensors["class_labels"]}
+        assert tensors["class_labels"].tolist() == [5, 6]
+        return {}
+
+    options = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
+    tensor_inputs = ["latents", "class_labels"]
+    output = pipe(
+        [1, 2], callback_on_step_end=callback, callback_on_step_end_tensor_inputs=tensor_inputs, **options
+    ).images
+    assert calls == [(0, 500, sorted(tensor_inputs)), (1, 0, sorted(tensor_inputs))]
+    pipe._guidance_scale = 2.0
+    with torch.no_grad():
+        prediction = pipe._predict(torch.ones(2, 4, 8, 8), torch.tensor(0), torch.tensor([5, 6]), None, True)
+    expected = pipe.scheduler.step(prediction, 0, torch.ones(2, 4, 8, 8)).prev_sample
+    torch.testing.assert_close(output, expected)
+
+
+class Cutoff(PipelineCallback):
+    """Ends guidance at a step, as diffusers' own cutoff callbacks do."""
+
+    tensor_inputs = ["class_labels"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        assert list(callback_kwargs) == ["class_labels"]
+        if step_index == self.config.cutoff_step_index:
+            pipeline._guidance_scale = 0.0
+        return callback_kwargs
+
+
+@pytest.mark.parametrize("wrap", [lambda callback: callback, lambda callback: MultiPipelineCallbacks([callback])])
+def test_callback_objects_and_interrupt(wrap):
+    pipe = tiny_pipeline()
+    sizes = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    callback = wrap(Cutoff(cutoff_step_ratio=None, cutoff_step_index=1))
+    pipe(3, num_inference_steps=5, callback_on_step_end=callback, output_type="latent")
+    assert sizes == [2, 2, 1, 1, 1]
+
+    def interrupt(pipeline, step, timestep, tensors):
+        pipeline._interrupt = step == 1
+        return tensors
+
+    sizes.clear()
+    pipe(3, num_inference_steps=5, callback_on_step_end=interrupt, output_type="latent")
+    assert sizes == [2, 2] and pipe.interrupt
+    pipe(3, num_inference_steps=1, output_type="latent")
+    assert not pipe.interrupt
+
+
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [
+        ("goldfish", [1]),
+        ("Carassius auratus", [1]),
+        ("goldfish, Carassius auratus", [1]),
+        (" GOLDFISH ", [1]),
+        (["tench", "goldfish", "Tinca tinca"], [0, 1, 0]),
+        ("Cardigan", [3]),  # as written, before any case
+        ("cardigan", [5]),
+        ("Cardigan Welsh corgi", [3]),
+        ("missile", [7]),  # the whole entry, before a synonym
+        ("projectile", [6]),
+        ([], []),
+    ],
+)
+def test_label_ids(name, ids):
+    assert tiny_pipeline().get_label_ids(name) == ids
+
+
+def test_labels_and_suggestions():
+    pipe = tiny_pipeline()
+    assert list(pipe.labels) == sorted(pipe.labels)
+    assert pipe.labels["goldfish"] == pipe.labels["Carassius auratus"] == 1 and "crane" in pipe.labels
+    with pytest.raises(ValueError, match=re.escape("'carasius auratus'. Did you mean 'Carassius auratus'")):
+        pipe.get_label_ids(["tench", "carasius auratus"])
+    with pytest.raises(ValueError, match=re.escape("There is no class 'qqqq'. See `pipe.labels`.")):
+        pipe.get_label_ids("qqqq")
+    assert tiny_pipeline(id2label=None).labels == {}
+
+
+def test_id2label_keys_are_numbers_in_order():
+    pipe = tiny_pipeline(id2label={"10": "k", "9": "j", "0": "a, b"})
+    assert list(pipe.id2label.items()) == [(0, "a, b"), (9, "j"), (10, "k")]
+    assert pipe.config.id2label == pipe.id2label
+    assert tiny_pipeline(id2label=None).config.id2label is None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name):
+    pipe = tiny_pipeline(name)
+    scheduler_class, config = RECIPES[name]
+    assert type(pipe.scheduler) is scheduler_class and config.items() <= pipe.scheduler.config.items()
+    assert torch.isfinite(pipe([1, 2], num_inference_steps=4, output_type="latent").images).all()
+
+
+def test_recipe_overrides_and_errors():
+    assert make_scheduler("ddim").config.prediction_type == "epsilon"
+    scheduler = make_scheduler("ddim", prediction_type="v_prediction", beta_end=0.012)
+    assert (scheduler.config.prediction_type, scheduler.config.beta_end) == ("v_prediction", 0.012)
+    assert (scheduler.config.beta_start, scheduler.config.timestep_spacing) == (1e-4, "leading")
+    assert make_scheduler("ddim").config.beta_end == 0.02  # the recipe itself is as it was
+    assert isinstance(make_scheduler("dpm++", solver_order=3), DPMSolverMultistepScheduler)
+    with pytest.raises(ValueError, match="no scheduler recipe 'dpm'") as error:
+        make_scheduler("dpm")
+    assert all(name in str(error.value) for name in RECIPES)
+    with pytest.raises(TypeError, match="shiftt"):
+        make_scheduler("flow_euler", shiftt=3.0)
+
+
+def test_recipes_log_nothing(caplog):
+    for name in RECIPES:
+        make_scheduler(name).set_timesteps(10)
+    assert caplog.records == []
+
+
+def test_no_such_bundled_pipeline():
+    with pytest.raises(ValueError, match="no bundled pipeline 'imagenet'; this installation has"):
+        DiTClassCondPipeline.from_bundled("imagenet")

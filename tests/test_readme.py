@@ -1,0 +1,98 @@
+"""Every snippet of the README runs, and its table says what is measured."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+README = (ROOT / "README.md").read_text()
+SNIPPETS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("python", "bash")}
+SHELL_LINES = [line.split("  #")[0].strip() for block in SNIPPETS["bash"] for line in block.splitlines() if line]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder that looks like the checkout, so that what a snippet writes stays out of it."""
+    for name in ("examples", "conversion", "tests", "Makefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def run_shell(line, folder):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS["python"], ids=range(len(SNIPPETS["python"])))
+def test_python_snippets_run(snippet, checkout):
+    result = subprocess.run([sys.executable, "-c", snippet], cwd=checkout, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    promised = [line.split("#")[1].split(",")[0].strip() for line in snippet.splitlines() if line.startswith("print")]
+    for words in promised:
+        assert words.split(" as ")[0] in result.stdout or words in result.stdout.replace("\n", " ")
+
+
+def test_shell_snippets_are_known():
+    assert [line.split()[0] for line in SHELL_LINES] == ["make", "make", "python"]
+
+
+def test_make_demo_draws_the_grid(checkout):
+    recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = recipe.strip().splitlines()[-1].replace(".venv/bin/python", sys.executable)
+    result = run_shell(command, checkout)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"90 images in [\d.]+ s: outputs/demo.png", result.stdout)
+    assert (checkout / "outputs" / "demo.png").stat().st_size > 50_000
+
+
+def test_conversion_command_runs(checkout):
+    (line,) = [line for line in SHELL_LINES if "conversion/" in line]
+    result = run_shell(line, checkout)
+    assert result.returncode == 0, result.stderr
+    assert (checkout / "outputs" / "dit-tiny" / "model_index.json").exists()
+
+
+def test_files_and_links_exist():
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    tree = re.search(r"## What is where\n\n```\n(.*?)```", README, re.DOTALL).group(1)
+    for line in tree.splitlines():
+        name = line.split()[0].rstrip("/")
+        assert (ROOT / ("src/dit_hf" if line.startswith("  ") else "") / name).exists(), name
+
+
+def test_table_says_what_is_measured():
+    path = ROOT / "benchmarks" / "compare_with_stock.py"
+    spec = importlib.util.spec_from_file_location("compare_with_stock", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    measured = benchmark.measure()
+    embedding = measured["relative error of the timestep embedding"]
+    assert ", ".join(f"{embedding[step]['stock']:.2f}" for step in (100, 500, 999)) in README
+    assert max(embedding[step]["ours"] for step in embedding) < 1e-5
+    for millions in measured["DiT-XL/2 parameters (M)"].values():
+        assert f"{millions} M" in README
+    dropout = measured["label dropout"]
+    assert dropout["stock"]["draws"] == 29
+    assert dropout["stock"]["mixed"] == pytest.approx(0.945, abs=0.02)
+    assert dropout["stock"]["unconditional"] == 0
+    assert dropout["ours"]["draws"] == 1
+    assert dropout["ours"]["mixed"] == 0
+    assert dropout["ours"]["unconditional"] == pytest.approx(0.1, abs=0.02)
+    for row, outcomes in {
+        "null class of 10 classes": ("IndexError", "runs"),
+        "8×16 latents": ("RuntimeError", [1, 8, 8, 16]),
+        "4×16 latents": ([1, 8, 8, 8], [1, 8, 4, 16]),
+        "learned variance": ("TypeError", "runs"),
+        "get_label_ids of one name": ("ValueError", [1]),
+    }.items():
+        assert (measured[row]["stock"], measured[row]["ours"]) == outcomes, row
+    start = measured["Euler: std of the model's first input, 1 is right"]
+    assert start["stock"] < 0.05
+    assert start["ours"] == pytest.approx(1, abs=0.1)
