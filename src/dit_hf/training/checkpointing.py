@@ -34,7 +34,7 @@ def checkpoint_step(path: Path) -> int:
     Returns:
         `int`: N.
     """
-    return int(CHECKPOINT.fullmatch(path.name).group(1))
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit: int | None = None) -> Path:

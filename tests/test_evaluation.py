@@ -1,0 +1,119 @@
+"""Features, distance and probe on real emoji pictures, and the rasteriser that makes them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from dit_hf.data.images import load_image_dataset, stack_images
+from dit_hf.evaluation.features import FEATURE_DIM, EfficientNetLite0
+from dit_hf.evaluation.frechet import frechet_distance
+from dit_hf.evaluation.probe import class_agreement, extract_features, train_probe
+
+
+SQUARE = '<rect x="2" y="2" width="12" height="12" fill="{}"/>'
+CIRCLE = '<circle cx="8" cy="8" r="6" fill="{}"/>'
+ICON_SETS = ("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "fluent-emoji", "fxemoji", "emojione")
+
+
+@pytest.fixture(scope="module")
+def network():
+    return EfficientNetLite0(64)
+
+
+@pytest.fixture(scope="module")
+def dataset_folder(tmp_path_factory):
+    """Two classes drawn by the real script from small icon packages: squares are flags, circles are food."""
+    folder = tmp_path_factory.mktemp("emoji")
+    for number, icon_set in enumerate(ICON_SETS):
+        icons = {}
+        for index in range(12):
+            color = f"rgb({20 * index},{30 * number},{255 - 20 * index})"
+            icons[f"flag-{index}"] = {"body": SQUARE.format(color)}
+            icons[f"fruit-{index}"] = {"body": CIRCLE.format(color), "width": 16, "height": 20}
+        icons["fruit-1-dark-skin-tone"] = {"body": CIRCLE.format("black")}
+        icons["unheard-of"] = {"body": SQUARE.format("black")}
+        metadata = {
+            "categories": {"Flags": [n for n in icons if "flag" in n], "Food": [n for n in icons if "fruit" in n]}
+        }
+        (folder / "icons" / icon_set).mkdir(parents=True)
+        (folder / "icons" / icon_set / "icons.json").write_text(
+            json.dumps({"icons": icons, "width": 16, "height": 16})
+        )
+        (folder / "icons" / icon_set / "metadata.json").write_text(json.dumps(metadata))
+    script = ROOT / "examples" / "train_autoencoder" / "prepare_emoji.py"
+    command = [sys.executable, script, "--icons_dir", folder / "icons", "--output_dir", folder / "data"]
+    subprocess.run([*command, "--held_out", "0.3"], check=True, capture_output=True)
+    return folder
+
+
+def test_rasterised_dataset(dataset_folder):
+    splits = {name: load_image_dataset(str(dataset_folder / "data"), name) for name in ("train", "test")}
+    assert sum(map(len, splits.values())) == 7 * 24  # no skin tones, no unknown classes
+    names = {split: set(data["name"]) for split, data in splits.items()}
+    assert names["train"].isdisjoint(names["test"])
+    assert names["test"]
+    data = splits["train"]
+    assert data.features["label"].int2str(data[0]["label"]) == ("flags" if "flag" in data[0]["name"] else "food")
+    images = stack_images(data, 64)
+    assert images.shape[1:] == (3, 64, 64)
+    assert (images[:, :, 0, 0] == 255).all()
+    assert (images[:, :, 32, 32] != 255).any(dim=1).all()
+
+
+def test_missing_icon_sets_are_named(tmp_path):
+    script = ROOT / "examples" / "train_autoencoder" / "prepare_emoji.py"
+    command = [sys.executable, script, "--icons_dir", tmp_path, "--output_dir", tmp_path / "data"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "noto, noto-v1" in result.stderr
+
+
+def test_features_do_not_depend_on_the_batch(network, dataset_folder):
+    images = stack_images(load_image_dataset(str(dataset_folder / "data")), 64)[:8]
+    features = extract_features(images, network.train(), batch_size=8)
+    assert features.shape == (8, FEATURE_DIM)
+    torch.testing.assert_close(extract_features(images, network, batch_size=3), features, rtol=1e-3, atol=1e-4)
+
+
+def test_frechet_distance_orders_sets(network, dataset_folder):
+    images = stack_images(load_image_dataset(str(dataset_folder / "data")), 64)
+    halves = images[::2], images[1::2]
+    generator = torch.Generator().manual_seed(0)
+    noisy = (halves[0].float() + 60 * torch.randn(halves[0].shape, generator=generator)).clamp(0, 255).to(torch.uint8)
+    same = frechet_distance(halves[0], halves[0], network)
+    assert abs(same) < 0.05
+    assert same < frechet_distance(halves[0], halves[1], network) < frechet_distance(noisy, halves[1], network)
+
+
+def test_frechet_distance_is_the_closed_form(network, dataset_folder):
+    """Against numpy's eigenvalues: |m - m'|² + tr(S) + tr(S') - 2 tr((S S')^(1/2)), Heusel et al. eq. 6."""
+    images = stack_images(load_image_dataset(str(dataset_folder / "data")), 64)
+    sets = images[::2], images[1::2]
+    features = [extract_features(part, network).double() for part in sets]
+    means, covariances = [part.mean(0) for part in features], [part.T.cov() for part in features]
+    root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
+    expected = (means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * root
+    assert frechet_distance(*sets, network) == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_probe_tells_squares_from_circles(network, dataset_folder):
+    splits = {name: load_image_dataset(str(dataset_folder / "data"), name) for name in ("train", "test")}
+    features = {name: extract_features(stack_images(split, 64), network) for name, split in splits.items()}
+    labels = {name: torch.tensor(split["label"]) for name, split in splits.items()}
+    probe = train_probe(features["train"], labels["train"])
+    assert class_agreement(probe, features["test"], labels["test"]) > 0.9
+    swapped = labels["test"].max() + labels["test"].min() - labels["test"]
+    assert class_agreement(probe, features["test"], swapped) < 0.1
+
+
+def test_perceptual_stages_have_gradients(network):
+    images = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    stages = network.stages(images)
+    assert [stage.shape[-1] for stage in stages] == [32, 16, 8, 4]
+    sum(stage.square().sum() for stage in stages).backward()
+    assert images.grad.abs().sum() > 0
+    assert not any(parameter.requires_grad for parameter in network.parameters())
