@@ -187,7 +187,7 @@ CASES = {
     "dpm++_sde": (make_scheduler("dpm++", algorithm_type="sde-dpmsolver++"), "epsilon", 200),
     "dpm++_singlestep": (make_scheduler("dpm++_singlestep"), "epsilon", 100),
     "dpm++_singlestep_karras": (make_scheduler("dpm++_singlestep", use_karras_sigmas=True), "epsilon", 100),
-    # Its step over two timesteps adds noise of first order only.
+    # Slow to converge: 0.427 after 50 steps, 0.474 after 200.
     "dpm++_singlestep_sde": (make_scheduler("dpm++_singlestep", algorithm_type="sde-dpmsolver++"), "epsilon", 1000),
     "unipc": (make_scheduler("unipc"), "epsilon", 50),
     "unipc_karras": (make_scheduler("unipc", use_karras_sigmas=True), "epsilon", 50),
@@ -261,7 +261,7 @@ def test_all_families_are_covered():
 
 @pytest.mark.parametrize("steps", [4, 10, 50])
 def test_learned_variance_makes_ddpm_exact(steps):
-    """With the true variance of each step ancestral sampling of a Gaussian is exact; fixed_small gives 0.29 … 0.44."""
+    """With the true variance of each step ancestral sampling of a Gaussian is exact; fixed_small gives 0.15 … 0.44."""
     assert_distributed(sample(make_scheduler("ddpm"), steps=steps, learn_sigma=True))
 
 

@@ -296,7 +296,7 @@ def parallel_results(tmp_path_factory):
     script = Path(__file__).parent / "testing_utils" / "parallel_forward.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, script, path / "model", path], env=environment, check=True, timeout=200)
+    subprocess.run([*launch, script, path / "model", path], env=environment, check=True, timeout=600)
     return [torch.load(path / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -443,5 +443,5 @@ def test_fresh_process_gives_the_same_output(tmp_path):
     model = tiny_transformer()
     save_file(tiny_inputs(), tmp_path / "inputs.safetensors")
     paths = [saved(model, tmp_path / "model"), tmp_path / "inputs.safetensors", tmp_path / "output.safetensors"]
-    subprocess.run([sys.executable, "-c", FRESH_PROCESS, *paths], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", FRESH_PROCESS, *paths], check=True, timeout=600)
     assert_near(load_file(paths[-1])["sample"], run(model), 1e-6)

@@ -1,8 +1,8 @@
 """
 Started by torchrun in `test_transformer_features.py`: forward passes of tiny models on two processes.
 
-diffusers 0.42 takes devices from `torch.accelerator`, which counts none on a CPU, and leaves the CPU out of the devices
-of tensor parallelism. Both are overridden here; the rest is `enable_parallelism` as it is, on gloo.
+diffusers 0.42 counts devices with `torch.accelerator`, which finds none beside the CPU, and leaves the CPU out of the
+devices of tensor parallelism. Both are overridden here; the rest is `enable_parallelism` as it is, on gloo.
 """
 
 import sys
@@ -49,7 +49,7 @@ def attempt(build, size=8):
     """A result, or the error both ranks met."""
     try:
         return forward(build(), size)
-    except (AssertionError, ValueError) as error:
+    except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
