@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from diffusers import AutoencoderKL
@@ -49,8 +50,9 @@ def build_pipeline(args):
 
 def save_whole(pipe, output_dir):
     """Writes to the side and renames, so that the folder is complete or absent."""
-    partial = output_dir.with_name(f"partial-{output_dir.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=output_dir.parent))
+    partial.chmod(0o755)
     try:
         pipe.save_pretrained(partial)
         os.replace(partial, output_dir)
@@ -73,10 +75,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+    if args.output_dir.is_file() or (args.output_dir.is_dir() and any(args.output_dir.iterdir())):
         raise ValueError(f"--output_dir {args.output_dir} is not empty; choose a new folder.")
     pipe = build_pipeline(args)
-    args.output_dir.parent.mkdir(parents=True, exist_ok=True)
     save_whole(pipe, args.output_dir)
     config = pipe.transformer.config
     print(
@@ -89,6 +90,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel
+from dit_hf.transformer_dit import sincos_positions
 
 
 SCRIPT = ROOT / "conversion" / "convert_original_to_hf.py"
@@ -53,7 +54,7 @@ def widened(key, value):
     """A weight of the fixture with every multiple of its width 48 eight times as large."""
     kept = {"t_embedder.mlp.0.weight": 1, "x_embedder.proj.weight": 1}.get(key, 2)
     shape = [side * 8 if side % 48 == 0 and axis < kept else side for axis, side in enumerate(value.shape)]
-    return torch.zeros(shape[:-1] + [384] if key == "pos_embed" else shape)
+    return sincos_positions(2, 2, 384) if key == "pos_embed" else torch.zeros(shape)
 
 
 def test_safetensors_and_training_weights(tmp_path):
@@ -78,6 +79,10 @@ def test_half_precision():
         FIXTURES / "dit_p2.pt", num_attention_heads=4, torch_dtype=torch.bfloat16
     )
     assert model.proj_out.weight.dtype == torch.bfloat16
+    assert model.time_embed.linear_1.weight.dtype == torch.float32
+    with torch.no_grad():
+        output = model(**tiny_inputs() | {"hidden_states": tiny_inputs()["hidden_states"].bfloat16()}).sample
+    assert output.dtype == torch.bfloat16
 
 
 def test_script_writes_a_pipeline(tmp_path):
@@ -133,6 +138,12 @@ def write_damaged(kind, path):
         weights["note"] = "hello"
     elif kind == "wrong shape":
         weights["blocks.1.attn.proj.bias"] = torch.ones(47)
+    elif kind == "wrong rank":
+        weights["x_embedder.proj.weight"] = torch.ones(48, 16)
+    elif kind == "other positions":
+        weights["pos_embed"] = torch.randn(1, 16, 48)
+    elif kind == "tensor for weights":
+        weights = {"ema": torch.ones(3)}
     elif kind == "pickle":
         weights = {"ema": weights, "args": argparse.Namespace(model="DiT"), "extra": Stranger()}
     torch.save(weights, path)
@@ -150,6 +161,9 @@ def write_damaged(kind, path):
         ("no DiT", "x_embedder.proj.weight"),
         ("stray value", "note"),
         ("wrong shape", "attn.to_out.0.bias"),
+        ("wrong rank", "x_embedder.proj.weight"),
+        ("other positions", "pos_embed"),
+        ("tensor for weights", "Tensor"),
         ("pickle", "Stranger"),
         ("truncated", "Can't read"),
         ("text", "Can't read"),

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
 )
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
@@ -376,3 +380,50 @@ def test_scheduler_can_be_exchanged():
     plain = tiny_pipeline("dpm++")
     expected = plain([1, 2], num_inference_steps=4, generator=seeded(0), output_type="latent").images
     torch.testing.assert_close(latents, expected)
+
+
+def test_caches_skip_work_in_the_pipeline():
+    """diffusers' caches, with the pipeline's own contexts: fewer attention calls, and a timestep to decide by."""
+    pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"))
+    calls = []
+    pipe.transformer.transformer_blocks[-1].attn.to_q.register_forward_hook(lambda *args: calls.append(1))
+
+    def draw():
+        calls.clear()
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        return pipe([3], num_inference_steps=8, latents=latents, output_type="latent").images, len(calls)
+
+    plain, count = draw()
+    assert count == 8
+    configs = (
+        FirstBlockCacheConfig(threshold=10.0),
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 1001),
+            spatial_attention_block_identifiers=["transformer_blocks"],
+            current_timestep_callback=lambda: pipe.current_timestep,
+        ),
+    )
+    for config in configs:
+        pipe.transformer.enable_cache(config)
+        cached, fewer = draw()
+        assert fewer < count, type(config).__name__
+        assert cached.isfinite().all()
+        pipe.transformer.disable_cache()
+        assert torch.equal(draw()[0], plain)
+    assert pipe.current_timestep is None
+
+
+def test_folder_is_a_custom_pipeline(tmp_path):
+    pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddpm"), id2label={3: "cat"})
+    pipe.save_pretrained(tmp_path)
+    folder = Path(__file__).parents[1] / "pipelines" / "dit_class_cond"
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(folder), trust_remote_code=True)
+    assert type(loaded) is DiTClassCondPipeline
+    assert loaded.labels == {"cat": 3}
+
+
+def test_a_model_in_training_mode_is_refused():
+    pipe = DiTClassCondPipeline(tiny_transformer().train(), make_scheduler("ddim"))
+    with pytest.raises(ValueError, match="training mode"):
+        pipe(3)

@@ -139,8 +139,14 @@ REFUSED = {
     "learned variance": (
         {"scheduler": "ddpm", "learn_sigma": False},
         {},
-        ["DDPMScheduler", "learned_range", "learn_sigma=False", "fixed_small"],
+        ["DDPMScheduler", "learned_range", "learn_sigma=False", "fixed_large"],
     ),
+    "interval is a number": ({}, {"guidance_interval": 0.5}, ["guidance_interval", "0.5", "(start, end)"]),
+    "scale is a text": ({}, {"guidance_scale": "3"}, ["guidance_scale", "'3'"]),
+    "scale is no number": ({}, {"guidance_scale": float("nan")}, ["guidance_scale", "nan"]),
+    "channels is a bool": ({}, {"guidance_channels": True}, ["guidance_channels", "True"]),
+    "generator is a number": ({}, {"generator": 5}, ["generator", "int"]),
+    "latents are a list": ({}, {"latents": [1]}, ["latents", "list"]),
     "dynamic shift": (
         {"scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)},
         {},
@@ -174,7 +180,7 @@ def test_what_looks_bad_but_is_not():
     pipe = tiny_pipeline(class_dropout_prob=0.0)
     pipe(9, guidance_scale=1.0, guidance_channels=4, guidance_interval=[0.0, 1.0], **options)
     pipe(0, guidance_scale=1, generator=tuple(generators(1)), eta=1, height=2, width=6, **options)
-    fixed = make_scheduler("ddpm", variance_type="fixed_small")
+    fixed = make_scheduler("ddpm", variance_type="fixed_large")
     tiny_pipeline(fixed, learn_sigma=False)(0, **options)
     tiny_pipeline(DDIMScheduler.from_config(make_scheduler("ddpm").config), learn_sigma=False)(0, **options)
 

@@ -154,6 +154,7 @@ def test_tokens_keep_their_place():
         ({"hidden_states": torch.zeros(3, 4, 7, 8)}, "7×8 is not divisible by the patch size 2"),
         ({"hidden_states": torch.zeros(3, 3, 8, 8)}, r"\(3, 3, 8, 8\).*\(batch, 4, height, width\)"),
         ({"hidden_states": torch.zeros(4, 8, 8)}, r"\(4, 8, 8\)"),
+        ({"hidden_states": torch.zeros(8, 8)}, r"\(8, 8\)"),
         ({"class_labels": torch.tensor([1, 2])}, r"\(2,\).*batch of 3"),
     ],
 )
@@ -167,6 +168,9 @@ def test_wrong_inputs_are_named(transformer, change, message):
     [
         ({"conditioning": "film"}, "film.*adaln_zero"),
         ({"position_embedding": "learned"}, "learned.*sincos"),
+        ({"sample_size": 0}, "`sample_size` is 0"),
+        ({"num_classes": 0}, "`num_classes` is 0"),
+        ({"class_dropout_prob": 1.5}, "`class_dropout_prob` is 1.5"),
         ({"sample_size": 9}, "9 is not divisible by `patch_size` 2"),
         ({"num_attention_heads": 3, "attention_head_dim": 3}, "9 must be divisible by 4"),
     ],

@@ -35,8 +35,23 @@ def sample(pipe, labels, args):
             generator=[seeded_generator(args.seed, start + index) for index in range(len(chosen))],
             output_type="pt",
         ).images
-        batches.append((images * 255).round().to(torch.uint8))
+        batches.append((images * 255).round().to("cpu", torch.uint8))
     return torch.cat(batches)
+
+
+def distinct(images, others):
+    """Indices of the images that are neither blank nor, to the byte, among the others."""
+    known = {image.numpy().tobytes() for image in others}
+    return [i for i, image in enumerate(images) if image.min() < 255 and image.numpy().tobytes() not in known]
+
+
+def same_classes(labels, pool, generator):
+    """Indices into a pool of labels, drawn without replacement so that classes occur as often as in `labels`."""
+    chosen = []
+    for label, count in zip(*labels.unique(return_counts=True), strict=True):
+        members = (pool == label).nonzero().squeeze(1)
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    return torch.cat(chosen)
 
 
 def evaluate(pipe, args):
@@ -46,9 +61,10 @@ def evaluate(pipe, args):
     real = {name: stack_images(split, resolution) for name, split in splits.items()}
     labels = {name: torch.tensor(split["label"]) for name, split in splits.items()}
     generator = torch.Generator().manual_seed(args.seed)
-    chosen = torch.randperm(len(labels["test"]), generator=generator)[: args.num_images]
+    usable = torch.tensor(distinct(real["test"], real["train"]))
+    chosen = usable[torch.randperm(len(usable), generator=generator)[: args.num_images]]
     held_out, asked = real["test"][chosen], labels["test"][chosen]
-    floor_images = real["train"][torch.randperm(len(real["train"]), generator=generator)[: len(chosen)]]
+    floor_images = real["train"][same_classes(asked, labels["train"], generator)]
 
     network = EfficientNetLite0(args.feature_resolution)
     samples = sample(pipe, asked, args)
@@ -59,6 +75,9 @@ def evaluate(pipe, args):
         "class_agreement": class_agreement(probe, extract_features(samples, network), asked),
         "class_agreement_of_held_out_images": class_agreement(probe, extract_features(held_out, network), asked),
         "recipe": {
+            "pipeline": str(args.pipeline),
+            "vae": type(pipe.vae).__name__,
+            "dtype": str(pipe.transformer.dtype),
             "num_images": len(chosen),
             "extractor": f"EfficientNet-Lite0 at {args.feature_resolution} px",
             "scheduler": type(pipe.scheduler).__name__,
@@ -79,8 +98,8 @@ def parse_args():
     parser.add_argument("--pipeline", default="emoji64", help="Folder of a pipeline, or the name of a bundled one.")
     parser.add_argument("--dataset_name", required=True, help="Dataset with a train and a test split.")
     parser.add_argument("--num_images", type=int, default=1008, help="Held-out images, and as many samples.")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="Classifier-free guidance.")
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="Sampler steps.")
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="Classifier-free guidance.")
+    parser.add_argument("--num_inference_steps", type=int, default=30, help="Sampler steps.")
     parser.add_argument("--feature_resolution", type=int, default=112, help="Pixels a side the extractor sees.")
     parser.add_argument("--batch_size", type=int, default=48, help="Images sampled at once.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the samples and of the choice of images.")
@@ -92,7 +111,9 @@ def main():
     args = parse_args()
     is_folder = Path(args.pipeline).is_dir()
     load = DiTClassCondPipeline.from_pretrained if is_folder else DiTClassCondPipeline.from_bundled
-    result = json.dumps(evaluate(load(args.pipeline), args), indent=2)
+    pipe = load(args.pipeline)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    result = json.dumps(evaluate(pipe, args), indent=2)
     print(result)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,14 @@
 
     python examples/train_autoencoder/train_autoencoder.py --dataset_name outputs/emoji64 --output_dir outputs/autoencoder
 
-Expected: about 40 images a second on 2 cores. Run the same command again to resume.
+Expected: 0.73 s a step of 32 images on 2 cores. Run the same command again to resume.
+
+Shapes: `B` images of a step, `(B, 3, H, W)` pixels in [-1, 1], `(B, 4, H/4, W/4)` latents.
 """
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -23,7 +26,11 @@ from tqdm import tqdm
 from dit_hf.data.images import load_image_dataset, stack_images, to_unit_range
 from dit_hf.evaluation.features import EfficientNetLite0
 from dit_hf.training.batches import SeededBatches
-from dit_hf.training.checkpointing import resume_from, save_checkpoint
+from dit_hf.training.checkpointing import check_same_settings, resume_from, save_checkpoint, truncate_log
+
+
+# What a resumed run may change; all else would make it another run.
+MAY_CHANGE = ("max_train_steps", "output_dir", "checkpointing_steps", "checkpoints_total_limit", "validation_images")
 
 
 def build_autoencoder(resolution, block_out_channels, latent_channels):
@@ -105,12 +112,12 @@ def parse_args():
 
 def main():
     args = parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    configuration = json.dumps(vars(args), indent=2, default=str)
-    print(configuration)
-    (args.output_dir / "training_config.json").write_text(configuration)
-
     accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError(f"This script trains in one process; it was started in {accelerator.num_processes}.")
+    print(json.dumps(vars(args), indent=2, default=str))
+    check_same_settings(args.output_dir, vars(args), MAY_CHANGE)
+
     torch.manual_seed(args.seed)
     vae = build_autoencoder(args.resolution, args.block_out_channels, args.latent_channels)
     vae.to(accelerator.device, memory_format=torch.channels_last)
@@ -122,6 +129,7 @@ def main():
     vae, optimizer, schedule = accelerator.prepare(vae, optimizer, schedule)
     accelerator.register_for_checkpointing(ema)
     step = resume_from(accelerator, args.output_dir)
+    truncate_log(args.output_dir / "train_log.jsonl", step)
 
     images = stack_images(load_image_dataset(args.dataset_name, "train"), args.resolution)
     held_out = load_image_dataset(args.dataset_name, "test")
@@ -166,4 +174,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

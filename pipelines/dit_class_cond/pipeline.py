@@ -1,4 +1,4 @@
-"""The entry for `DiffusionPipeline.from_pretrained(..., custom_pipeline="pipelines/dit_class_cond")`."""
+"""The entry for `DiffusionPipeline.from_pretrained(..., custom_pipeline=..., trust_remote_code=True)`."""
 
 from dit_hf import DiTClassCondPipeline
 

@@ -60,13 +60,14 @@ class DiTClassCondPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         # JSON turns the keys into strings; they are numbers again here.
-        self.id2label = {int(key): name for key, name in sorted((id2label or {}).items(), key=lambda e: int(e[0]))}
+        self.id2label = dict(sorted((int(key), name) for key, name in (id2label or {}).items()))
         self.register_to_config(id2label=self.id2label or None)
         self.vae_scale_factor = 1
         if vae is not None:
             ratio = getattr(vae, "spatial_compression_ratio", None)  # AutoencoderDC
             self.vae_scale_factor = ratio or 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._current_timestep = None
 
     @classmethod
     def from_bundled(cls, name: str = "emoji64", **kwargs) -> "DiTClassCondPipeline":
@@ -144,6 +145,11 @@ class DiTClassCondPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The timestep under way, for caches that skip work in a part of the trajectory; None outside of a call."""
+        return self._current_timestep
+
+    @property
     def interrupt(self) -> bool:
         return self._interrupt
 
@@ -167,21 +173,22 @@ class DiTClassCondPipeline(DiffusionPipeline):
 
     def _check_guidance(self, guidance_scale, guidance_channels, guidance_interval):
         config = self.transformer.config
-        if guidance_scale < 0:
-            raise ValueError(f"`guidance_scale` is {guidance_scale}; it must not be negative (1 turns guidance off).")
+        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
+            raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 (1 is no guidance).")
         if guidance_scale > 1 and config.class_dropout_prob == 0:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but the model was built with `class_dropout_prob=0` and has "
                 "no null class to guide away from; pass `guidance_scale=1`."
             )
-        counts = range(1, config.in_channels + 1)
-        if guidance_channels is not None and not (isinstance(guidance_channels, int) and guidance_channels in counts):
+        whole = isinstance(guidance_channels, int) and not isinstance(guidance_channels, bool)
+        if guidance_channels is not None and not (whole and 1 <= guidance_channels <= config.in_channels):
             raise ValueError(
                 f"`guidance_channels` is {guidance_channels}; it must be None (all) or 1 to {config.in_channels}."
             )
-        if len(guidance_interval) != 2 or not 0.0 <= guidance_interval[0] < guidance_interval[1] <= 1.0:
+        pair = isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2
+        if not pair or not 0.0 <= guidance_interval[0] < guidance_interval[1] <= 1.0:
             raise ValueError(
-                f"`guidance_interval` is {tuple(guidance_interval)}; it must be (start, end) with 0 ≤ start < end ≤ 1."
+                f"`guidance_interval` is {guidance_interval}; it must be (start, end) with 0 ≤ start < end ≤ 1."
             )
 
     def _check_scheduler(self, timesteps, sigmas, eta):
@@ -204,7 +211,7 @@ class DiTClassCondPipeline(DiffusionPipeline):
         if self._scheduler_takes_variance and not self.transformer.config.learn_sigma:
             raise ValueError(
                 f"{name} has variance_type={self.scheduler.config.variance_type!r}, but the model predicts no "
-                "variance (`learn_sigma=False`); use variance_type='fixed_small'."
+                "variance (`learn_sigma=False`); use variance_type='fixed_large'."
             )
         if self.scheduler.config.get("use_dynamic_shifting"):
             raise ValueError(f"{name} has use_dynamic_shifting=True, which is for text-to-image; set a fixed shift.")
@@ -285,7 +292,7 @@ class DiTClassCondPipeline(DiffusionPipeline):
         latents = latents.to(device, torch.float32)
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
-    def _predict(self, latents, timestep, class_labels, guidance_channels, guided):
+    def _predict(self, latents, timestep, class_labels, guidance_channels, guided, **position):
         """One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32."""
         model_input = latents
         if hasattr(self.scheduler, "scale_model_input"):
@@ -296,7 +303,7 @@ class DiTClassCondPipeline(DiffusionPipeline):
             null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
             model_input = torch.cat([model_input, model_input])
             class_labels = torch.cat([null_labels, class_labels])
-        with self.transformer.cache_context("guided" if guided else "conditional"):
+        with self.transformer.cache_context("guided" if guided else "conditional", timestep=timestep, **position):
             output = self.transformer(
                 hidden_states=model_input,
                 timestep=timestep.expand(len(model_input)).to(model_input.device),
@@ -356,8 +363,8 @@ class DiTClassCondPipeline(DiffusionPipeline):
             guidance_channels (`int`, *optional*):
                 Guide the first channels only; all if not given. The paper's figures guide 3 of 4.
             guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
-                Fractions of the trajectory, 0 the first step: guidance from `start` to before `end`. Outside only the
-                conditional half is computed.
+                Fractions of the trajectory, counted in model evaluations, 0 the first: guidance from `start` to before
+                `end`. Outside only the conditional half is computed.
             num_inference_steps (`int`, defaults to 50): Steps; the scheduler's spacing.
             timesteps (`list[int]`, *optional*): Timesteps in place of the scheduler's own, if it takes them.
             sigmas (`list[float]`, *optional*):
@@ -401,6 +408,12 @@ class DiTClassCondPipeline(DiffusionPipeline):
         generator = list(generator) if isinstance(generator, tuple) else generator
         if isinstance(generator, list) and len(generator) != len(class_ids):
             raise ValueError(f"{len(generator)} generators were given for {len(class_ids)} images; give one an image.")
+        if not isinstance(generator, (torch.Generator, list, type(None))):
+            raise ValueError(f"`generator` is a {type(generator).__name__}; it must be a torch.Generator or a list.")
+        if not isinstance(latents, (torch.Tensor, type(None))):
+            raise ValueError(f"`latents` is a {type(latents).__name__}; it must be a torch.Tensor.")
+        if self.transformer.training:
+            raise ValueError("The transformer is in training mode and drops labels; call `pipe.transformer.eval()`.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
         self._check_guidance(guidance_scale, guidance_channels, guidance_interval)
@@ -427,7 +440,11 @@ class DiTClassCondPipeline(DiffusionPipeline):
                     break
                 fraction = index / len(schedule)
                 guided = self.do_classifier_free_guidance and guidance_interval[0] <= fraction < guidance_interval[1]
-                output = self._predict(latents, timestep, class_labels, guidance_channels, guided)
+                self._current_timestep = timestep
+                position: dict[str, float] = {"step_index": index, "num_inference_steps": len(schedule)}
+                if hasattr(self.scheduler, "sigmas"):
+                    position["sigma"] = float(self.scheduler.sigmas[index])
+                output = self._predict(latents, timestep, class_labels, guidance_channels, guided, **position)
                 latents = self.scheduler.step(output, timestep, latents, **step_options, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     available = {"latents": latents, "class_labels": class_labels}
@@ -436,6 +453,7 @@ class DiTClassCondPipeline(DiffusionPipeline):
                     latents = changed.pop("latents", latents)
                     class_labels = changed.pop("class_labels", class_labels)
                 progress_bar.update()
+        self._current_timestep = None
 
         # 4. Decode
         if output_type == "latent":

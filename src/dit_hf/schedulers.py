@@ -46,7 +46,8 @@ def make_scheduler(name: str, **overrides) -> SchedulerMixin:
         name (`str`):
             `"ddpm"` and `"ddim"` compute what the original's `p_sample_loop` and `ddim_sample_loop` compute (DDIM for
             step counts that divide 1000); `"dpm++"`, `"dpm++_singlestep"` and `"unipc"` are fast solvers of the same
-            diffusion; `"flow_euler"`, `"flow_heun"`, `"flow_dpm++"` and `"flow_unipc"` sample flow-matching models.
+            diffusion; `"flow_euler"`, `"flow_heun"`, `"flow_dpm++"` and `"flow_unipc"` sample flow-matching models. In
+            the pipeline the first two run N equal steps from sigma 1; the last two start at diffusers' 0.999 for them.
         overrides: Entries of the scheduler's config that replace the recipe's.
 
     Returns:

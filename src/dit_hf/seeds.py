@@ -12,7 +12,7 @@ def seeded_generator(*numbers: int) -> torch.Generator:
     seed; the numbers are mixed first.
 
     Args:
-        numbers (`int`): Not negative; e.g. a run's seed and a sample's index.
+        numbers (`int`): Not negative, at least one; e.g. a run's seed and a sample's index.
 
     Returns:
         `torch.Generator`
@@ -25,4 +25,5 @@ def seeded_generator(*numbers: int) -> torch.Generator:
         >>> bool(first == same), bool(first == other)
         (True, False)
     """
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    sequence = np.random.SeedSequence(numbers[0], spawn_key=numbers[1:])
+    return torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))

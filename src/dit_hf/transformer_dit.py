@@ -6,6 +6,7 @@ with in-context conditioning), `D` width, `heads` attention heads.
 The file is self-contained: it imports torch and diffusers only, so that it is also the code a Hub repository carries.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,10 +79,11 @@ class DiTPatchEmbed(nn.Module):
     def positions_for(self, height, width):
         if (height, width) == self.base_size:
             return self.positions
-        key = (height, width, self.positions.device, self.positions.dtype)
-        if key not in self._other_positions:
-            self._other_positions[key] = sincos_positions(height, width, self.dim).to(self.positions)
-        return self._other_positions[key]
+        known = self._other_positions.get((height, width))
+        if known is None or (known.device, known.dtype) != (self.positions.device, self.positions.dtype):
+            known = sincos_positions(height, width, self.dim).to(self.positions)
+            self._other_positions[height, width] = known
+        return known
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         hidden_states = self.proj(latents)  # (B, D, h, w)
@@ -122,6 +124,7 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = DiTAttnProcessor
     _available_processors = [DiTAttnProcessor]
+    processor: Callable[..., torch.Tensor]
 
     def __init__(self, num_attention_heads: int, attention_head_dim: int, is_cross_attention: bool = False):
         super().__init__()
@@ -134,7 +137,7 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.set_processor(self._default_processor_cls())
+        self.processor = self._default_processor_cls()
 
     def project(self, hidden_states, encoder_hidden_states=None):
         """Queries, keys and values, `(B, N, D)` each, by the fused layer if there is one."""
@@ -167,8 +170,8 @@ class DiTBlock(nn.Module):
         self.ff = build_feed_forward(dim, mlp_ratio)
         self.modulation = nn.Linear(dim, (6 if gated else 4) * dim)
 
-    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        modulation = self.modulation(F.silu(temb)).chunk(6 if self.gated else 4, dim=1)  # (B, D) each
+    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        modulation = self.modulation(F.silu(condition)).chunk(6 if self.gated else 4, dim=1)  # (B, D) each
         if self.gated:
             shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
         else:
@@ -202,10 +205,10 @@ class DiTContextBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.ff = build_feed_forward(dim, mlp_ratio)
 
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
         if self.cross_attn is not None:
-            hidden_states = hidden_states + self.cross_attn(self.norm_cross(hidden_states), encoder_hidden_states)
+            hidden_states = hidden_states + self.cross_attn(self.norm_cross(hidden_states), condition)
         return hidden_states + self.ff(self.norm2(hidden_states))
 
 
@@ -217,8 +220,8 @@ class DiTAdaLayerNormOut(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
         self.linear = nn.Linear(dim, 2 * dim)
 
-    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.linear(F.silu(temb)).chunk(2, dim=1)
+    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.linear(F.silu(condition)).chunk(2, dim=1)
         return modulate(self.norm(hidden_states), shift, scale)
 
 
@@ -294,9 +297,16 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         if position_embedding not in POSITION_EMBEDDINGS:
             allowed = ", ".join(POSITION_EMBEDDINGS)
             raise ValueError(f"`position_embedding` is {position_embedding!r}; it must be one of {allowed}.")
+        counts = {"sample_size": sample_size, "patch_size": patch_size, "in_channels": in_channels}
+        counts |= {"num_layers": num_layers, "num_classes": num_classes}
+        for name, size in counts.items():
+            if size < 1:
+                raise ValueError(f"`{name}` is {size}; it must be at least 1.")
+        if not 0 <= class_dropout_prob <= 1:
+            raise ValueError(f"`class_dropout_prob` is {class_dropout_prob}; it must be from 0 to 1.")
         if sample_size % patch_size != 0:
             raise ValueError(f"`sample_size` {sample_size} is not divisible by `patch_size` {patch_size}.")
-        if dim % 4 != 0:
+        if dim < 4 or dim % 4 != 0:
             raise ValueError(
                 f"The width `num_attention_heads` × `attention_head_dim` = {num_attention_heads} × "
                 f"{attention_head_dim} = {dim} must be divisible by 4, for two axes of sines and cosines."
@@ -310,17 +320,17 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         self.class_embed = nn.Embedding(num_classes + int(class_dropout_prob > 0), dim)
 
         # 2. Blocks
-        if conditioning in ("adaln_zero", "adaln"):
-            block_class, options = DiTBlock, {"gated": conditioning == "adaln_zero"}
-        else:
-            block_class, options = DiTContextBlock, {"cross_attention": conditioning == "cross_attention"}
+        sizes = (num_attention_heads, attention_head_dim, mlp_ratio)
+        self.is_adaptive = conditioning in ("adaln_zero", "adaln")
         self.transformer_blocks = nn.ModuleList(
-            [block_class(num_attention_heads, attention_head_dim, mlp_ratio, **options) for _ in range(num_layers)]
+            DiTBlock(*sizes, gated=conditioning == "adaln_zero")
+            if self.is_adaptive
+            else DiTContextBlock(*sizes, cross_attention=conditioning == "cross_attention")
+            for _ in range(num_layers)
         )
 
         # 3. Head
-        adaptive = conditioning in ("adaln_zero", "adaln")
-        self.norm_out = DiTAdaLayerNormOut(dim) if adaptive else nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_out = DiTAdaLayerNormOut(dim) if self.is_adaptive else nn.LayerNorm(dim, eps=NORM_EPS)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
 
         self.gradient_checkpointing = False
@@ -388,7 +398,9 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
                 Heads can't be read off the weights; the widths of the paper are known, others need this.
             family (`str`, defaults to `"auto"`): Code base the file comes from; `"dit"` is known.
             weights (`str`, defaults to `"ema"`): Which of a training checkpoint's weights, `"ema"` or `"model"`.
-            torch_dtype (`torch.dtype`, *optional*): Type of the weights; the file's own if not given.
+            torch_dtype (`torch.dtype`, *optional*):
+                Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
+                `from_pretrained`.
 
         Returns:
             `DiTTransformer2DModel`: in eval mode.
@@ -401,12 +413,13 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         except ImportError as error:
             raise ImportError("`from_single_file` needs the package: `pip install dit_hf`.") from error
         model = load_model(cls, pretrained_model_link_or_path, num_attention_heads, family, weights)
-        if torch_dtype is not None:
-            model.to(torch_dtype)
+        for name, parameter in model.named_parameters():
+            if torch_dtype is not None and name.split(".")[0] not in cls._keep_in_fp32_modules:
+                parameter.data = parameter.data.to(torch_dtype)
         return model.eval()
 
     def _embed_condition(self, timestep, class_labels, force_drop_ids, batch_size):
-        """Time and class embeddings, `(B, D)` each; labels are dropped here, once a sample."""
+        """Time and class as one vector `(B, D)`, or as two tokens `(B, 2, D)`; labels are dropped, once a sample."""
         timestep = torch.as_tensor(timestep, device=class_labels.device).expand(batch_size)
         frequencies = self.time_proj(timestep.float() * self.config.timestep_scale)
         time_embedding = self.time_embed(frequencies.to(self.time_embed.linear_1.weight.dtype))
@@ -415,17 +428,20 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             force_drop_ids = torch.rand(batch_size, device=class_labels.device) < self.config.class_dropout_prob
         if force_drop_ids is not None:
             class_labels = torch.where(force_drop_ids.bool(), self.config.num_classes, class_labels)
-        return time_embedding, self.class_embed(class_labels)
+        class_embedding = self.class_embed(class_labels)
+        if self.is_adaptive:
+            return time_embedding + class_embedding
+        return torch.stack([time_embedding, class_embedding.to(time_embedding.dtype)], dim=1)
 
     def _check_inputs(self, hidden_states, class_labels, force_drop_ids):
         """Everything that can be told from shapes alone."""
-        channels, height, width = hidden_states.shape[-3:]
         patch_size = self.config.patch_size
-        if hidden_states.ndim != 4 or channels != self.config.in_channels:
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"`hidden_states` has shape {tuple(hidden_states.shape)}; it must be "
                 f"(batch, {self.config.in_channels}, height, width)."
             )
+        height, width = hidden_states.shape[-2:]
         if height % patch_size != 0 or width % patch_size != 0 or min(height, width) == 0:
             raise ValueError(f"The latent size {height}×{width} is not divisible by the patch size {patch_size}.")
         if class_labels.shape != hidden_states.shape[:1]:
@@ -469,29 +485,23 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
         # 1. Embed
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
-        time_embedding, class_embedding = self._embed_condition(timestep, class_labels, force_drop_ids, batch_size)
-        dtype = hidden_states.dtype
-        temb = (time_embedding + class_embedding).to(dtype)  # (B, D)
-        condition_tokens = None
-        if self.config.conditioning in ("cross_attention", "in_context"):
-            condition_tokens = torch.stack([time_embedding, class_embedding], dim=1).to(dtype)  # (B, 2, D)
-        if self.config.conditioning == "in_context":
-            hidden_states = torch.cat([condition_tokens, hidden_states], dim=1)
+        condition = self._embed_condition(timestep, class_labels, force_drop_ids, batch_size).to(hidden_states.dtype)
+        in_context = self.config.conditioning == "in_context"
+        if in_context:
+            hidden_states = torch.cat([condition, hidden_states], dim=1)  # (B, 2 + N, D)
 
         # 2. Blocks
-        adaptive = condition_tokens is None
-        name, condition = ("temb", temb) if adaptive else ("encoder_hidden_states", condition_tokens)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition)
             else:
-                hidden_states = block(hidden_states=hidden_states, **{name: condition})
+                hidden_states = block(hidden_states=hidden_states, condition=condition)
 
         # 3. Head
-        hidden_states = self.norm_out(hidden_states, temb) if adaptive else self.norm_out(hidden_states)
+        hidden_states = self.norm_out(hidden_states, condition) if self.is_adaptive else self.norm_out(hidden_states)
         hidden_states = self.proj_out(hidden_states)  # (B, N, p·p·C)
-        if self.config.conditioning == "in_context":
-            hidden_states = hidden_states[:, condition_tokens.shape[1] :]
+        if in_context:
+            hidden_states = hidden_states[:, condition.shape[1] :]
 
         patch_size = self.config.patch_size
         grid = (height // patch_size, width // patch_size)

@@ -1,4 +1,4 @@
-"""The key table of the original DiT (released files, `train.py`, fast-DiT), used in both directions."""
+"""The key table of the original DiT: released files, `train.py`, fast-DiT."""
 
 # Keys outside of the blocks: original -> ours.
 KEYS = {
@@ -23,7 +23,7 @@ BLOCK_LAYERS = {
     "mlp.fc2": "ff.net.2",
     "adaLN_modulation.1": "modulation",
 }
-# Computed from the configuration: dropped on the way in, computed on the way out.
+# Computed from the configuration: checked, then dropped.
 POSITIONS = "pos_embed"
 
 

@@ -1,13 +1,11 @@
 """Reading checkpoint files safely, and what their weights say about the model."""
 
 import argparse
-import pickle
+import math
 import re
-import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..presets import PRESETS
@@ -19,6 +17,14 @@ KNOWN_HEADS = {
     preset.num_attention_heads * preset.attention_head_dim: preset.num_attention_heads for preset in PRESETS.values()
 }
 FAMILIES = ("auto", "dit")
+# Axes of the weights that the dimensions are read off.
+RANKS = {
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "final_layer.linear.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    dit.POSITIONS: 3,
+}
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -42,7 +48,7 @@ def read_checkpoint(path: str | Path) -> dict:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, OSError) as error:
+    except Exception as error:  # a damaged file fails in many ways inside of torch and pickle
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         refused = re.search(r"GLOBAL (\S+)|Unsupported (?:class|global|operand) \S+", str(error))
         if refused:
@@ -75,7 +81,9 @@ def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, t
             have = ", ".join(sorted(content))
             raise ValueError(f"Checkpoint {path} has no {weights!r} weights; it holds {have}.")
         content = content[weights]
-    stray = [key for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    if not isinstance(content, dict):
+        raise ValueError(f"Checkpoint {path}: its {weights!r} entry is a {type(content).__name__}, not a dictionary.")
+    stray = [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]
     if stray:
         raise ValueError(f"Checkpoint {path}: {stray[0]!r} is not a tensor.")
     return content
@@ -99,6 +107,10 @@ def infer_config(state_dict: dict[str, torch.Tensor], num_attention_heads: int |
     for key in (*dit.KEYS, dit.POSITIONS, "blocks.0.mlp.fc1.weight"):
         if key not in state_dict:
             raise ValueError(f"Checkpoint {path} is no DiT: the key {key!r} is missing.")
+    for key, axes in RANKS.items():
+        if state_dict[key].ndim != axes or 0 in state_dict[key].shape:
+            shape = tuple(state_dict[key].shape)
+            raise ValueError(f"Checkpoint {path}: {key!r} has shape {shape}, where {axes} axes are needed.")
     dim, in_channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
     heads = num_attention_heads or KNOWN_HEADS.get(dim)
     if heads is None:
@@ -109,7 +121,10 @@ def infer_config(state_dict: dict[str, torch.Tensor], num_attention_heads: int |
         )
     if dim % heads:
         raise ValueError(f"Checkpoint {path}: the width {dim} is not divisible by {heads} attention heads.")
-    side = round(state_dict[dit.POSITIONS].shape[1] ** 0.5)
+    tokens = state_dict[dit.POSITIONS].shape[1]
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        raise ValueError(f"Checkpoint {path}: {dit.POSITIONS!r} has {tokens} tokens, which is no square.")
     out_channels = state_dict["final_layer.linear.weight"].shape[0] // patch_size**2
     layers = {int(match.group(1)) for key in state_dict if (match := re.match(r"blocks\.(\d+)\.", key))}
     return {
@@ -183,5 +198,10 @@ def load_model(
         if state_dict[key].shape != expected.shape:
             given, needed = tuple(state_dict[key].shape), tuple(expected.shape)
             raise ValueError(f"Checkpoint {path}: {key!r} has shape {given}, where {needed} is needed.")
+    positions = original[dit.POSITIONS]
+    if positions.shape != model.pos_embed.positions.shape or not torch.allclose(
+        positions.float(), model.pos_embed.positions, atol=1e-2
+    ):
+        raise ValueError(f"Checkpoint {path}: {dit.POSITIONS!r} is not the sine-cosine table that DiT computes.")
     model.load_state_dict(state_dict, strict=True)
     return model

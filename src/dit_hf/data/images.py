@@ -66,12 +66,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     The crop of ADM and DiT: halve with a box filter while possible, resize the short side, cut the middle.
 
     Args:
-        image (`PIL.Image.Image`): Any size and mode.
+        image (`PIL.Image.Image`): Any size and mode; what is transparent becomes white.
         size (`int`): Pixels a side of the result.
 
     Returns:
         `PIL.Image.Image`: RGB, `size` × `size`.
     """
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -60,7 +60,8 @@ def cache_latents(
 def _fingerprint(vae, images, labels):
     """Changes when the VAE's encoder or the data change."""
     digest = hashlib.sha256(json.dumps([list(images.shape), str(vae.dtype)]).encode())
-    for tensor in (*vae.encoder.parameters(), images, labels):
+    encoder = [*vae.encoder.parameters(), *(vae.quant_conv.parameters() if vae.config.use_quant_conv else ())]
+    for tensor in (*encoder, images, labels):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

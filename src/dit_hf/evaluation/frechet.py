@@ -6,6 +6,7 @@ Shapes: `N` images, `H W` pixels.
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from ..data.images import to_unit_range
 from .features import FEATURE_DIM, EfficientNetLite0
 
 
@@ -19,7 +20,7 @@ class _Features(torch.nn.Module):
         self.network = network
 
     def forward(self, images):
-        return self.network(images.float() / 127.5 - 1.0)
+        return self.network(to_unit_range(images))
 
 
 def frechet_distance(
@@ -39,7 +40,7 @@ def frechet_distance(
     Returns:
         `float`: 0 for equal sets; small is good.
     """
-    metric = FrechetInceptionDistance(_Features(network), input_img_size=(3, 64, 64))
+    metric = FrechetInceptionDistance(_Features(network))
     for tensor, real in ((reference, True), (images, False)):
         for batch in tensor.split(batch_size):
             metric.update(batch, real=real)

@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from ..data.images import to_unit_range
 from .features import EfficientNetLite0
 
 
@@ -23,7 +24,7 @@ def extract_features(images: torch.Tensor, network: EfficientNetLite0, batch_siz
     Returns:
         `torch.Tensor` of shape `(N, 1280)`
     """
-    return torch.cat([network(batch.float() / 127.5 - 1.0) for batch in images.split(batch_size)])
+    return torch.cat([network(to_unit_range(batch)) for batch in images.split(batch_size)])
 
 
 def train_probe(features: torch.Tensor, labels: torch.Tensor):

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent: written to the side, renamed, then the oldest removed."""
 
+import json
 import os
 import re
 import shutil
@@ -83,3 +84,47 @@ def resume_from(accelerator, output_dir: str | Path) -> int:
         return 0
     accelerator.load_state(str(checkpoints[-1]))
     return checkpoint_step(checkpoints[-1])
+
+
+def check_same_settings(output_dir: str | Path, settings: dict, may_change: tuple[str, ...]) -> None:
+    """
+    Refuses to resume a run with other settings than it was started with, and records them on a fresh start.
+
+    Args:
+        output_dir (`str` or `Path`): The run's folder; `training_config.json` in it holds the settings.
+        settings (`dict`): All settings; values are compared as JSON.
+        may_change (`tuple[str, ...]`): Settings that a resumed run may change, such as the number of steps.
+
+    Raises:
+        ValueError: naming the settings that differ.
+    """
+    file = Path(output_dir) / "training_config.json"
+    settings = json.loads(json.dumps(settings, default=str))
+    if list_checkpoints(output_dir) and file.exists():
+        before = json.loads(file.read_text())
+        changed = [
+            f"{name} was {before.get(name)!r} and is {value!r}"
+            for name, value in settings.items()
+            if name not in may_change and before.get(name) != value
+        ]
+        if changed:
+            raise ValueError(f"{output_dir} holds a run with other settings: {'; '.join(changed)}. Use a new folder.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def truncate_log(file: str | Path, step: int) -> None:
+    """
+    Drops the lines of steps that were done after the checkpoint a run resumes from, as they are done again.
+
+    Args:
+        file (`str` or `Path`): JSON lines with a `step` each; it need not exist.
+        step (`int`): The checkpoint's step.
+    """
+    file = Path(file)
+    if file.exists():
+        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        partial = file.with_name(f"partial-{file.name}")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(partial, file)

@@ -75,8 +75,9 @@ def _mean_over_values(values):
 
 def _variational_bound(epsilon, variance_values, x_start, noise, timestep, scheduler):
     """KL of the true posterior to the model's, at t = 0 the likelihood of the decoder, in bits (Improved DDPM §2)."""
-    # The schedule is computed in double precision, as its smallest differences vanish in single.
-    betas = scheduler.betas.to(x_start.device, torch.float64)
+    # The schedule is computed in double precision, as its smallest differences vanish in single; on the CPU, as not
+    # every accelerator has doubles.
+    betas = scheduler.betas.to("cpu", torch.float64)
     alphas_cumprod = (1.0 - betas).cumprod(0)
     previous_cumprod = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
     posterior_variance = betas * (1.0 - previous_cumprod) / (1.0 - alphas_cumprod)  # Improved DDPM eq. 10
@@ -86,7 +87,7 @@ def _variational_bound(epsilon, variance_values, x_start, noise, timestep, sched
     noisy_weight = (1.0 - previous_cumprod) * (1.0 - betas).sqrt() / (1.0 - alphas_cumprod)
 
     def at(values):
-        return values[timestep].float()[:, None, None, None]
+        return values.float().to(x_start.device)[timestep][:, None, None, None]
 
     noisy = at(alphas_cumprod.sqrt()) * x_start + at((1.0 - alphas_cumprod).sqrt()) * noise
     predicted_start = at((1.0 / alphas_cumprod).sqrt()) * noisy - at((1.0 / alphas_cumprod - 1.0).sqrt()) * epsilon
