@@ -79,7 +79,7 @@ class DiTClassCondPipeline(DiffusionPipeline):
             kwargs: Passed on to `from_pretrained`.
 
         Returns:
-            `DiTClassCondPipeline`: in float32 unless `torch_dtype` says otherwise.
+            `DiTClassCondPipeline`: in float32 unless `dtype` says otherwise.
 
         Raises:
             ValueError: if there is no such pipeline.
@@ -88,7 +88,9 @@ class DiTClassCondPipeline(DiffusionPipeline):
         if not (folder / "model_index.json").is_file():
             have = ", ".join(sorted(path.parent.name for path in BUNDLED.glob("*/model_index.json"))) or "none"
             raise ValueError(f"There is no bundled pipeline {name!r}; this installation has {have}.")
-        return cls.from_pretrained(folder, **({"torch_dtype": torch.float32} | kwargs))
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)  # the files are float16
+        return cls.from_pretrained(folder, **kwargs)
 
     @property
     def labels(self) -> dict[str, int]:
