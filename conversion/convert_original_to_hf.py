@@ -84,6 +84,8 @@ def main():
         f"{config.num_layers} blocks of width {config.num_attention_heads * config.attention_head_dim}, "
         f"patch {config.patch_size}, {config.num_classes} classes, {pipe.transformer.num_parameters() / 1e6:.2f} M parameters"
     )
+    if pipe.vae is None and config.in_channels != 3:
+        print("There is no VAE in it, so it draws latents (`output_type='latent'`); pass --vae for images.")
     print(f"Pipeline: {args.output_dir}")
 
 

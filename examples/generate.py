@@ -7,6 +7,7 @@ Expected: under a minute on 2 cores for the bundled emoji64 model.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def main():
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
     labels = args.class_labels or list(range(min(12, pipe.transformer.config.num_classes)))
-    labels = [int(label) if str(label).isdigit() else pipe.get_label_ids(label)[0] for label in labels]
+    labels = pipe.resolve_class_labels([int(label) if str(label).isdigit() else label for label in labels])
     columns = args.num_images_per_label
     started = time.time()
     images = pipe(
@@ -75,4 +76,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

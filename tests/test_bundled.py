@@ -28,6 +28,11 @@ def test_size_and_format():
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
 
 
+def test_no_trace_of_the_machine_it_was_trained_on():
+    for path in FOLDER.rglob("*.json"):
+        assert "_name_or_path" not in json.loads(path.read_text()), path
+
+
 def test_card_is_valid():
     card = ModelCard.load(FOLDER / "README.md")
     assert card.data.license == "apache-2.0"

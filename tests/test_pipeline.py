@@ -423,6 +423,23 @@ def test_folder_is_a_custom_pipeline(tmp_path):
     assert loaded.labels == {"cat": 3}
 
 
+def test_a_scheduler_of_the_other_kind_is_named(caplog):
+    pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"))
+    with caplog.at_level(logging.WARNING):
+        pipe(3, num_inference_steps=2, output_type="latent")
+        assert not caplog.records
+        pipe.scheduler = make_scheduler("flow_dpm++")
+        pipe(3, num_inference_steps=2, output_type="latent")
+    assert "DPMSolverMultistepScheduler samples flow matching" in caplog.text
+
+
+def test_a_callback_may_return_nothing():
+    pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"))
+    seen = []
+    pipe(3, num_inference_steps=3, output_type="latent", callback_on_step_end=lambda *args: seen.append(args[1]))
+    assert seen == [0, 1, 2]
+
+
 def test_a_model_in_training_mode_is_refused():
     pipe = DiTClassCondPipeline(tiny_transformer().train(), make_scheduler("ddim"))
     with pytest.raises(ValueError, match="training mode"):

@@ -32,7 +32,7 @@ def count_macs(config: Mapping, height: int | None = None, width: int | None = N
         >>> from dit_hf.complexity import count_macs
         >>> tiny = DiTTransformer2DModel(sample_size=8, num_layers=2, num_attention_heads=4, attention_head_dim=12)
         >>> count_macs(tiny.config)
-        1014336
+        1017600
     """
     height, width = height or config["sample_size"], width or config["sample_size"]
     patch_size = config["patch_size"]

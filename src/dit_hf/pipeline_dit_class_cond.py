@@ -25,11 +25,22 @@ from diffusers.schedulers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 
+logger = logging.get_logger(__name__)
+
 LEARNED_VARIANCE = ("learned", "learned_range")
 BUNDLED = Path(__file__).parent / "bundled"
+
+
+def _is_flow_matching(scheduler):
+    """Whether a scheduler samples flow-matching models; the others sample diffusion models."""
+    flow_sigmas = scheduler.config.get("prediction_type") == "flow_prediction" or scheduler.config.get(
+        "use_flow_sigmas"
+    )
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(flow_sigmas)
 
 
 class DiTClassCondPipeline(DiffusionPipeline):
@@ -59,6 +70,7 @@ class DiTClassCondPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self._built_for_flow_matching = _is_flow_matching(scheduler)
         # JSON turns the keys into strings; they are numbers again here.
         self.id2label = dict(sorted((int(key), name) for key, name in (id2label or {}).items()))
         self.register_to_config(id2label=self.id2label or None)
@@ -155,8 +167,19 @@ class DiTClassCondPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def _resolve_class_labels(self, class_labels):
-        """Ids, names, or one of either -> ids, all checked."""
+    def resolve_class_labels(self, class_labels):
+        """
+        What `class_labels` takes, as ids.
+
+        Args:
+            class_labels (`int`, `str`, `list` of either, or `torch.Tensor`): Class ids or names.
+
+        Returns:
+            `list[int]`
+
+        Raises:
+            ValueError: if there is none, or one is unknown or out of range.
+        """
         if hasattr(class_labels, "tolist"):  # torch's and numpy's
             class_labels = class_labels.reshape(-1).tolist()
         if not isinstance(class_labels, (list, tuple, range)):
@@ -176,7 +199,9 @@ class DiTClassCondPipeline(DiffusionPipeline):
     def _check_guidance(self, guidance_scale, guidance_channels, guidance_interval):
         config = self.transformer.config
         if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
-            raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 (1 is no guidance).")
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 (1 or less is no guidance)."
+            )
         if guidance_scale > 1 and config.class_dropout_prob == 0:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but the model was built with `class_dropout_prob=0` and has "
@@ -214,6 +239,14 @@ class DiTClassCondPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{name} has variance_type={self.scheduler.config.variance_type!r}, but the model predicts no "
                 "variance (`learn_sigma=False`); use variance_type='fixed_large'."
+            )
+        if _is_flow_matching(self.scheduler) != self._built_for_flow_matching:
+            built, given = (
+                ("flow matching", "diffusion") if self._built_for_flow_matching else ("diffusion", "flow matching")
+            )
+            logger.warning(
+                f"This pipeline was built with a scheduler for {built} and {name} samples {given}: unless the model was "
+                "trained for it, the images are noise. See `dit_hf.make_scheduler` for schedulers of both kinds."
             )
         if self.scheduler.config.get("use_dynamic_shifting"):
             raise ValueError(f"{name} has use_dynamic_shifting=True, which is for text-to-image; set a fixed shift.")
@@ -379,7 +412,7 @@ class DiTClassCondPipeline(DiffusionPipeline):
             eta (`float`, defaults to 0.0): DDIM's noise share, for schedulers that have it.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` (values in [0, 1]) or `"latent"`.
             callback_on_step_end (`Callable`, *optional*):
-                `f(pipe, step, timestep, tensors) -> tensors`, called after each step.
+                `f(pipe, step, timestep, tensors) -> tensors`, called after each step; None changes nothing.
             callback_on_step_end_tensor_inputs (`list[str]`): Which of `latents`, `class_labels` it gets.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput`.
 
@@ -401,7 +434,7 @@ class DiTClassCondPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Check everything before any compute
-        class_ids = self._resolve_class_labels(class_labels)
+        class_ids = self.resolve_class_labels(class_labels)
         counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
         for argument, count in counts.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -414,7 +447,7 @@ class DiTClassCondPipeline(DiffusionPipeline):
             raise ValueError(f"`generator` is a {type(generator).__name__}; it must be a torch.Generator or a list.")
         if not isinstance(latents, (torch.Tensor, type(None))):
             raise ValueError(f"`latents` is a {type(latents).__name__}; it must be a torch.Tensor.")
-        if self.transformer.training:
+        if self.transformer.training and self.transformer.config.class_dropout_prob > 0:
             raise ValueError("The transformer is in training mode and drops labels; call `pipe.transformer.eval()`.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
@@ -451,7 +484,7 @@ class DiTClassCondPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     available = {"latents": latents, "class_labels": class_labels}
                     tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, index, timestep, tensors)
+                    changed = callback_on_step_end(self, index, timestep, tensors) or {}
                     latents = changed.pop("latents", latents)
                     class_labels = changed.pop("class_labels", class_labels)
                 progress_bar.update()
