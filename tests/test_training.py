@@ -20,7 +20,7 @@ from dit_hf.data.images import center_crop, label_names, load_image_dataset, sta
 from dit_hf.data.latents import cache_latents, latent_statistics, normalise_latents
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.batches import SeededBatches
-from dit_hf.training.checkpointing import list_checkpoints, save_checkpoint
+from dit_hf.training.checkpointing import list_checkpoints, save_checkpoint, truncate_log
 
 
 TRAIN_DIT = ROOT / "examples" / "train_class_cond" / "train_dit.py"
@@ -205,6 +205,17 @@ def test_checkpoint_limit_keeps_the_newest(tmp_path):
     for step in (5, 10, 100):
         save_checkpoint(accelerator, tmp_path, step, total_limit=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+
+
+def test_log_is_cut_back_to_the_checkpoint(tmp_path):
+    """Steps after the checkpoint are done again, and a line that a kill cut in half is no line."""
+    log = tmp_path / "train_log.jsonl"
+    truncate_log(log, 3)
+    assert not log.exists()
+    log.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 6)) + '{"step": 6, "lo')
+    truncate_log(log, 3)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["train_log.jsonl"]
 
 
 def test_latent_cache_follows_vae_and_data(workspace, tmp_path):
