@@ -7,7 +7,6 @@ Expected: under a minute on 2 cores for the bundled emoji64 model.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from dit_hf import DiTClassCondPipeline
+from dit_hf.command_line import run
 from dit_hf.seeds import seeded_generator
 
 
@@ -76,8 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -12,7 +12,16 @@ import dit_hf
 
 SOURCE = ROOT / "src" / "dit_hf"
 # A module may import what stands left of it, never what stands right.
-ORDER = ("_version", "seeds", "presets", "complexity", "transformer_dit", "pipeline_dit_class_cond", "schedulers")
+ORDER = (
+    "_version",
+    "command_line",
+    "seeds",
+    "presets",
+    "complexity",
+    "transformer_dit",
+    "pipeline_dit_class_cond",
+    "schedulers",
+)
 LAYERS = dict.fromkeys(ORDER, 0) | {"checkpoints": 1, "data": 1, "training": 2, "evaluation": 2}
 SELF_CONTAINED = ("transformer_dit.py", "pipeline_dit_class_cond.py")
 

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline
+from dit_hf.command_line import run
 from dit_hf.data.images import load_image_dataset, stack_images
 from dit_hf.evaluation.features import EfficientNetLite0
 from dit_hf.evaluation.frechet import frechet_distance
@@ -121,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,7 +10,6 @@ Shapes: `B` images of a step, `(B, 3, H, W)` pixels in [-1, 1], `(B, 4, H/4, W/4
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
 
+from dit_hf.command_line import run
 from dit_hf.data.images import load_image_dataset, stack_images, to_unit_range
 from dit_hf.evaluation.features import EfficientNetLite0
 from dit_hf.training.batches import SeededBatches
@@ -174,8 +174,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

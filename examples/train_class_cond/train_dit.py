@@ -12,7 +12,6 @@ Shapes: `B` samples of a step, `C` latent channels, `h w` latent size.
 
 import argparse
 import json
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf.command_line import run
 from dit_hf.data.images import label_names, load_image_dataset, stack_images
 from dit_hf.data.latents import cache_latents, latent_statistics, normalise_latents
 from dit_hf.presets import PRESETS
@@ -277,8 +277,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)
