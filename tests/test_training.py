@@ -73,7 +73,8 @@ def train_command(workspace, output_dir, **flags):
         "validation_images_per_class": 2,
         "validation_inference_steps": 2,
     } | flags
-    return [sys.executable, TRAIN_DIT, *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
+    given = {name: value for name, value in flags.items() if value is not None}
+    return [sys.executable, TRAIN_DIT, *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
 
 
 def run(command, **options):
@@ -152,6 +153,16 @@ def test_a_configuration_that_contradicts_the_flags_is_refused(workspace, tmp_pa
     assert "learn_sigma" in result.stderr
 
 
+def test_training_starts_from_given_weights(workspace, tmp_path):
+    run(train_command(workspace, tmp_path / "first", max_train_steps=1))
+    start = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "first" / "pipeline"}
+    command = train_command(workspace, tmp_path / "second", **start, learning_rate=0, max_train_steps=1)
+    run([*command, "--balance_classes"])
+    file = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    given, kept = load_file(tmp_path / "first" / file), load_file(tmp_path / "second" / file)
+    assert all(torch.equal(given[key], kept[key]) for key in given)
+
+
 def test_epsilon_objective_trains_a_learned_variance(workspace, tmp_path):
     run(train_command(workspace, tmp_path, objective="epsilon", max_train_steps=2))
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "pipeline")
@@ -195,6 +206,14 @@ def test_batches_are_a_function_of_the_step():
     assert not torch.equal(draws[0], draws[2])
     with pytest.raises(ValueError, match="batch of 11.*10 samples"):
         SeededBatches(10, 11)
+
+
+def test_balanced_batches_draw_every_class_equally_often():
+    labels = torch.tensor([0] * 90 + [1] * 9 + [2])
+    batches = SeededBatches(100, 10, labels=labels)
+    drawn = torch.cat([labels[batches.indices(step)] for step in range(300)])
+    assert (drawn.bincount() / 3000 - 1 / 3).abs().max() < 0.04
+    assert torch.equal(SeededBatches(100, 10, labels=labels).indices(25), batches.indices(25))
 
 
 def test_checkpoint_limit_keeps_the_newest(tmp_path):

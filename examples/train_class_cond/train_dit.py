@@ -133,12 +133,14 @@ def parse_args():
     size = model.add_mutually_exclusive_group(required=True)
     size.add_argument("--preset", choices=PRESETS, help="A size of the paper.")
     size.add_argument("--transformer_config", type=Path, help="JSON with arguments of DiTTransformer2DModel.")
+    size.add_argument("--pretrained_model_name_or_path", help="Pipeline folder or Hub id whose weights to start from.")
     model.add_argument("--class_dropout_prob", type=float, default=0.1, help="Share of samples without a label.")
     train = parser.add_argument_group("training")
     train.add_argument("--objective", choices=("velocity", "epsilon"), default="velocity", help="What is predicted.")
     train.add_argument(
         "--time_sampling", choices=("uniform", "logit_normal"), default="logit_normal", help="Of sigma."
     )
+    train.add_argument("--balance_classes", action="store_true", help="Draw all classes equally often.")
     train.add_argument("--train_batch_size", type=int, default=128, help="Samples of one step, over all processes.")
     train.add_argument("--max_train_steps", type=int, default=4000, help="Optimizer steps.")
     train.add_argument("--learning_rate", type=float, default=1e-3, help="Peak learning rate.")
@@ -163,7 +165,7 @@ def parse_args():
 
 
 def build_transformer(args, vae, num_classes):
-    """A fresh model for the dataset's classes and the VAE's latents."""
+    """A model for the dataset's classes and the VAE's latents, fresh or from given weights."""
     levels = len(vae.config.block_out_channels)
     config = {
         "sample_size": args.resolution // 2 ** (levels - 1),
@@ -172,6 +174,10 @@ def build_transformer(args, vae, num_classes):
         "class_dropout_prob": args.class_dropout_prob,
         "learn_sigma": args.objective == "epsilon",
     }
+    if args.pretrained_model_name_or_path:
+        return DiTTransformer2DModel.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="transformer", dtype=torch.float32, **config
+        )
     if args.preset:
         return DiTTransformer2DModel.from_preset(args.preset, **config)
     given = json.loads(args.transformer_config.read_text())
@@ -182,11 +188,13 @@ def build_transformer(args, vae, num_classes):
 
 def train(args, accelerator, transformer, optimizer, lr_schedule, ema, latents, pipe):
     """The loop; returns when `max_train_steps` are done and the last checkpoint is written."""
-    batches = SeededBatches(len(latents["label"]), args.train_batch_size, args.seed)
+    labels = latents["label"]
+    balanced = labels if args.balance_classes else None
+    batches = SeededBatches(len(labels), args.train_batch_size, args.seed, balanced)
     per_process = args.train_batch_size // accelerator.num_processes
     share = slice(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
     scheduler = make_scheduler("ddpm")
-    unwrapped = accelerator.unwrap_model(transformer)
+    unwrapped = accelerator.unwrap_model(transformer, keep_torch_compile=False)
     step = first = resume_from(accelerator, args.output_dir)
     if accelerator.is_main_process:
         truncate_log(args.output_dir / "train_log.jsonl", step)
@@ -266,7 +274,7 @@ def main():
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
     accelerator.register_for_checkpointing(ema, lr_schedule)
-    unwrapped = accelerator.unwrap_model(transformer)
+    unwrapped = accelerator.unwrap_model(transformer, keep_torch_compile=False)
     pipe = build_pipeline(unwrapped, vae, names, args.objective)
     train(args, accelerator, transformer, optimizer, lr_schedule, ema, latents, pipe)
     if accelerator.is_main_process:

@@ -13,16 +13,19 @@ class SeededBatches:
         num_samples (`int`): Size of the dataset.
         batch_size (`int`): Samples of one optimizer step, over all processes.
         seed (`int`, defaults to 0): Seed of the order and of all draws.
+        labels (`torch.Tensor`, *optional*): Classes of the samples, shape `(num_samples,)`, int64. If given, an epoch
+            draws with replacement so that every class is equally likely, however few samples it has.
 
     Raises:
         ValueError: if a batch is larger than the dataset.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int = 0):
+    def __init__(self, num_samples: int, batch_size: int, seed: int = 0, labels: torch.Tensor | None = None):
         if not 1 <= batch_size <= num_samples:
             raise ValueError(f"A batch of {batch_size} can't be drawn from {num_samples} samples.")
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.steps_per_epoch = num_samples // batch_size
+        self._weights = None if labels is None else 1 / labels.bincount()[labels].double()
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
@@ -38,11 +41,13 @@ class SeededBatches:
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                torch.randperm(self.num_samples, generator=seeded_generator(self.seed, epoch, 1)),
-            )
+            self._epoch, self._order = epoch, self._draw_order(seeded_generator(self.seed, epoch, 1))
         return self._order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def _draw_order(self, generator):
+        if self._weights is None:
+            return torch.randperm(self.num_samples, generator=generator)
+        return torch.multinomial(self._weights, self.num_samples, replacement=True, generator=generator)
 
     def generator(self, step: int) -> torch.Generator:
         """
