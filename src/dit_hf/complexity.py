@@ -39,18 +39,22 @@ def count_macs(config: Mapping, height: int | None = None, width: int | None = N
     if height % patch_size or width % patch_size:
         raise ValueError(f"The latent size {height}×{width} is not divisible by the patch size {patch_size}.")
     dim = config["num_attention_heads"] * config["attention_head_dim"]
+    # Two matrices of the full width, or three of two thirds of it.
     hidden_dim = int(dim * config["mlp_ratio"])
+    ff_widths = 3 * int(2 / 3 * hidden_dim) if config["ff"] == "swiglu" else 2 * hidden_dim
     image_tokens = (height // patch_size) * (width // patch_size)
     in_dim = patch_size**2 * config["in_channels"]
     out_dim = in_dim * (2 if config["learn_sigma"] else 1)
     conditioning = config["conditioning"]
 
     tokens = image_tokens + (CONDITION_TOKENS if conditioning == "in_context" else 0)
-    block = _attention_macs(tokens, tokens, dim) + 2 * tokens * dim * hidden_dim
+    block = _attention_macs(tokens, tokens, dim) + tokens * dim * ff_widths
     if conditioning == "cross_attention":
         block += _attention_macs(tokens, CONDITION_TOKENS, dim)
     # Adaptive layer norms regress their vectors once a sample: two or three a branch, and two for the head.
     vectors = {"adaln_zero": 6, "adaln": 4}.get(conditioning, 0)
+    if vectors and not config["modulation_shift"]:
+        vectors -= 2
     block += vectors * dim**2
     head_modulation = 2 * dim**2 if vectors else 0
 

@@ -1,5 +1,8 @@
 """Diffusion Transformer for class-conditional images (DiT, Peebles & Xie, https://arxiv.org/abs/2212.09748).
 
+Options cover the family that grew from it: SiT (https://arxiv.org/abs/2401.08740), REPA
+(https://arxiv.org/abs/2410.06940) and LightningDiT (https://arxiv.org/abs/2501.01423).
+
 Shapes: `B` batch, `C` channels, `H W` latent size, `p` patch size, `h w` = `H/p W/p`, `N` = `h·w` tokens (two more
 with in-context conditioning), `D` width, `heads` attention heads.
 
@@ -24,14 +27,16 @@ from diffusers.models._modeling_parallel import ContextParallelInput, ContextPar
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb, get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 
 
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
-POSITION_EMBEDDINGS = ("sincos",)
+POSITION_EMBEDDINGS = ("sincos", "sincos+rope")
+NORMS = ("layer_norm", "rms_norm")
+FEED_FORWARDS = ("gelu", "swiglu")
 # Width of the sinusoidal timestep embedding, before its MLP.
 FREQUENCY_DIM = 256
 NORM_EPS = 1e-6
@@ -39,9 +44,10 @@ NORM_EPS = 1e-6
 EMBEDDING_STD = 0.02
 
 
-def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Adaptive layer norm's affine part: `(B, N, D)` with `(B, D)` shift and scale (DiT §3.2)."""
-    return hidden_states * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
+    """Adaptive layer norm's affine part: `(B, N, D)` with `(B, D)` shift, or none, and scale (DiT §3.2)."""
+    hidden_states = hidden_states * (1 + scale.unsqueeze(1))
+    return hidden_states if shift is None else hidden_states + shift.unsqueeze(1)
 
 
 def sincos_positions(height: int, width: int, dim: int) -> torch.Tensor:
@@ -93,6 +99,25 @@ class DiTPatchEmbed(nn.Module):
         return hidden_states.to(self.proj.weight.dtype)
 
 
+class DiTRotaryEmbed(nn.Module):
+    """Angles of rotary positions: half of a head's channels turn with the row, half with the column."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self._tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def forward(self, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, `(h·w, D/heads)` float32 each; those of every size seen are kept."""
+        if (height, width, device) not in self._tables:
+            rows = torch.arange(height, device=device).repeat_interleave(width)
+            columns = torch.arange(width, device=device).repeat(height)
+            axes = [get_1d_rotary_pos_embed(self.head_dim // 2, axis, use_real=True) for axis in (rows, columns)]
+            cosines, sines = (torch.cat(tables, dim=1).float() for tables in zip(*axes, strict=True))
+            self._tables[height, width, device] = cosines, sines
+        return self._tables[height, width, device]
+
+
 class DiTAttnProcessor:
     """Scaled dot-product attention through diffusers' dispatcher, which owns backends and context parallelism."""
 
@@ -104,10 +129,15 @@ class DiTAttnProcessor:
         attn: "DiTAttention",
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         query, key, value = attn.project(hidden_states, encoder_hidden_states)
         # The number of heads is left open: under tensor parallelism each rank holds a share of them.
         query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in (query, key, value))
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        if rotary_emb is not None:
+            query, key = (apply_rotary_emb(states, rotary_emb, sequence_dim=1) for states in (query, key))
         hidden_states = dispatch_attention_fn(
             query,  # (B, N, heads, D/heads)
             key,
@@ -120,13 +150,22 @@ class DiTAttnProcessor:
 
 
 class DiTAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention with biases; `is_cross_attention` takes keys and values from the condition tokens."""
+    """
+    Multi-head attention with biases; `is_cross_attention` takes keys and values from the condition tokens, `qk_norm`
+    normalises the queries and keys of each head.
+    """
 
     _default_processor_cls = DiTAttnProcessor
     _available_processors = [DiTAttnProcessor]
     processor: Callable[..., torch.Tensor]
 
-    def __init__(self, num_attention_heads: int, attention_head_dim: int, is_cross_attention: bool = False):
+    def __init__(
+        self,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        is_cross_attention: bool = False,
+        qk_norm: str | None = None,
+    ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         self.heads = num_attention_heads
@@ -137,6 +176,8 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = build_qk_norm(qk_norm, attention_head_dim) if qk_norm else None
+        self.norm_k = build_qk_norm(qk_norm, attention_head_dim) if qk_norm else None
         self.processor = self._default_processor_cls()
 
     def project(self, hidden_states, encoder_hidden_states=None):
@@ -148,42 +189,96 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
             return self.to_q(hidden_states), *self.to_kv(source).chunk(2, dim=-1)
         return self.to_qkv(hidden_states).chunk(3, dim=-1)
 
-    def forward(self, hidden_states, encoder_hidden_states=None):
-        return self.processor(self, hidden_states, encoder_hidden_states)
+    def forward(self, hidden_states, encoder_hidden_states=None, rotary_emb=None):
+        return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb)
 
 
-def build_feed_forward(dim, mlp_ratio):
-    """The two-layer perceptron of all four designs, tanh GELU inside."""
+class DiTSwiGLU(nn.Module):
+    """Gated feed-forward; gate and value are two layers, so that tensor parallelism can split both."""
+
+    def __init__(self, dim: int, inner_dim: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, inner_dim)
+        self.up_proj = nn.Linear(dim, inner_dim)
+        self.down_proj = nn.Linear(inner_dim, dim)
+
+    def forward(self, hidden_states):
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def swiglu_width(dim: int, mlp_ratio: float) -> int:
+    """Hidden width of a SwiGLU with about the parameters of a two-layer perceptron of this ratio."""
+    return int(2 / 3 * int(dim * mlp_ratio))
+
+
+def build_feed_forward(kind, dim, mlp_ratio):
+    """The two-layer perceptron of the paper's designs, tanh GELU inside, or LightningDiT's SwiGLU."""
+    if kind == "swiglu":
+        return DiTSwiGLU(dim, swiglu_width(dim, mlp_ratio))
     return FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
 
 
-class DiTBlock(nn.Module):
-    """Adaptive layer norm block; `gated` (adaLN-Zero) scales both branches by regressed gates (DiT fig. 3)."""
+def build_norm(kind, dim, affine):
+    """A norm over the width; RMS norms have a weight even where modulation follows, as in LightningDiT."""
+    if kind == "rms_norm":
+        return nn.RMSNorm(dim, eps=NORM_EPS)
+    return nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=affine)
 
-    def __init__(self, num_attention_heads: int, attention_head_dim: int, mlp_ratio: float, gated: bool = True):
+
+def build_qk_norm(kind, head_dim):
+    """A norm over a head's channels; layer norms have torch's own epsilon here, as in timm's attention."""
+    return nn.RMSNorm(head_dim, eps=NORM_EPS) if kind == "rms_norm" else nn.LayerNorm(head_dim)
+
+
+class DiTBlock(nn.Module):
+    """
+    Adaptive layer norm block; `gated` (adaLN-Zero) scales both branches by regressed gates (DiT fig. 3), and without
+    `shift` no shift is regressed (LightningDiT).
+    """
+
+    def __init__(
+        self,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        mlp_ratio: float,
+        norm: str = "layer_norm",
+        qk_norm: bool = False,
+        ff: str = "gelu",
+        gated: bool = True,
+        shift: bool = True,
+    ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        self.gated = gated
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
-        self.attn = DiTAttention(num_attention_heads, attention_head_dim)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
-        self.ff = build_feed_forward(dim, mlp_ratio)
-        self.modulation = nn.Linear(dim, (6 if gated else 4) * dim)
+        self.gated, self.shift = gated, shift
+        self.norm1 = build_norm(norm, dim, affine=False)
+        self.attn = DiTAttention(num_attention_heads, attention_head_dim, qk_norm=norm if qk_norm else None)
+        self.norm2 = build_norm(norm, dim, affine=False)
+        self.ff = build_feed_forward(ff, dim, mlp_ratio)
+        self.modulation = nn.Linear(dim, 2 * (1 + gated + shift) * dim)
 
-    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        modulation = self.modulation(F.silu(condition)).chunk(6 if self.gated else 4, dim=1)  # (B, D) each
-        if self.gated:
-            shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
-        else:
-            shift_attn, scale_attn, shift_ff, scale_ff = modulation
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        condition: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        vectors = iter(self.modulation(F.silu(condition)).chunk(2 * (1 + self.gated + self.shift), dim=1))  # (B, D)
+        shift_attn = next(vectors) if self.shift else None
+        scale_attn = next(vectors)
+        gate_attn = next(vectors) if self.gated else None
+        shift_ff = next(vectors) if self.shift else None
+        scale_ff = next(vectors)
+        gate_ff = next(vectors) if self.gated else None
 
-        attn_output = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
-        if self.gated:
+        attn_output = self.attn(
+            modulate(self.norm1(hidden_states), shift_attn, scale_attn), rotary_emb=rotary_emb
+        )
+        if gate_attn is not None:
             attn_output = gate_attn.unsqueeze(1) * attn_output
         hidden_states = hidden_states + attn_output
 
         ff_output = self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
-        if self.gated:
+        if gate_ff is not None:
             ff_output = gate_ff.unsqueeze(1) * ff_output
         return hidden_states + ff_output
 
@@ -192,32 +287,46 @@ class DiTContextBlock(nn.Module):
     """Plain pre-norm block; the condition comes as tokens among the others, or through cross-attention (DiT §3.2)."""
 
     def __init__(
-        self, num_attention_heads: int, attention_head_dim: int, mlp_ratio: float, cross_attention: bool = False
+        self,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        mlp_ratio: float,
+        norm: str = "layer_norm",
+        qk_norm: bool = False,
+        ff: str = "gelu",
+        cross_attention: bool = False,
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = DiTAttention(num_attention_heads, attention_head_dim)
+        heads = {"num_attention_heads": num_attention_heads, "attention_head_dim": attention_head_dim}
+        heads["qk_norm"] = norm if qk_norm else None
+        self.norm1 = build_norm(norm, dim, affine=True)
+        self.attn = DiTAttention(**heads)
         self.cross_attn = None
         if cross_attention:
-            self.norm_cross = nn.LayerNorm(dim, eps=NORM_EPS)
-            self.cross_attn = DiTAttention(num_attention_heads, attention_head_dim, is_cross_attention=True)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.ff = build_feed_forward(dim, mlp_ratio)
+            self.norm_cross = build_norm(norm, dim, affine=True)
+            self.cross_attn = DiTAttention(**heads, is_cross_attention=True)
+        self.norm2 = build_norm(norm, dim, affine=True)
+        self.ff = build_feed_forward(ff, dim, mlp_ratio)
 
-    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        condition: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotary_emb=rotary_emb)
         if self.cross_attn is not None:
             hidden_states = hidden_states + self.cross_attn(self.norm_cross(hidden_states), condition)
         return hidden_states + self.ff(self.norm2(hidden_states))
 
 
 class DiTAdaLayerNormOut(nn.Module):
-    """Layer norm before the head, modulated by the condition."""
+    """Norm before the head, modulated by the condition."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, norm: str = "layer_norm"):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+        self.norm = build_norm(norm, dim, affine=False)
         self.linear = nn.Linear(dim, 2 * dim)
 
     def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -244,7 +353,13 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         learn_sigma (`bool`, defaults to `True`): Whether the head predicts variance channels beside the mean's.
         conditioning (`str`, defaults to `"adaln_zero"`):
             How time and class enter a block: `"adaln_zero"`, `"adaln"`, `"cross_attention"` or `"in_context"`.
-        position_embedding (`str`, defaults to `"sincos"`): Kind of position embedding.
+        position_embedding (`str`, defaults to `"sincos"`):
+            `"sincos"` adds the paper's frozen table, `"sincos+rope"` turns queries and keys by their place as well.
+        norm (`str`, defaults to `"layer_norm"`): `"layer_norm"` or `"rms_norm"`.
+        qk_norm (`bool`, defaults to `False`): Whether queries and keys of each head are normalised.
+        ff (`str`, defaults to `"gelu"`): Feed-forward layers, `"gelu"` or `"swiglu"` of two thirds of the width.
+        modulation_shift (`bool`, defaults to `True`):
+            Whether the blocks' adaptive norms shift as well as scale; the head's does always.
         timestep_scale (`float`, defaults to 1.0):
             The scheduler's timestep is multiplied by this before it is embedded; 0.001 for models that were trained
             with time in [0, 1].
@@ -271,6 +386,9 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         "transformer_blocks.*.attn.to_out.0": "rowwise",
         "transformer_blocks.*.ff.net.0.proj": "colwise",
         "transformer_blocks.*.ff.net.2": "rowwise",
+        "transformer_blocks.*.ff.gate_proj": "colwise",
+        "transformer_blocks.*.ff.up_proj": "colwise",
+        "transformer_blocks.*.ff.down_proj": "rowwise",
     }
 
     @register_to_config
@@ -288,15 +406,31 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         learn_sigma: bool = True,
         conditioning: str = "adaln_zero",
         position_embedding: str = "sincos",
+        norm: str = "layer_norm",
+        qk_norm: bool = False,
+        ff: str = "gelu",
+        modulation_shift: bool = True,
         timestep_scale: float = 1.0,
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        if conditioning not in CONDITIONINGS:
-            raise ValueError(f"`conditioning` is {conditioning!r}; it must be one of {', '.join(CONDITIONINGS)}.")
-        if position_embedding not in POSITION_EMBEDDINGS:
-            allowed = ", ".join(POSITION_EMBEDDINGS)
-            raise ValueError(f"`position_embedding` is {position_embedding!r}; it must be one of {allowed}.")
+        options = {
+            "conditioning": (conditioning, CONDITIONINGS),
+            "position_embedding": (position_embedding, POSITION_EMBEDDINGS),
+            "norm": (norm, NORMS),
+            "ff": (ff, FEED_FORWARDS),
+        }
+        for name, (option, allowed) in options.items():
+            if option not in allowed:
+                raise ValueError(f"`{name}` is {option!r}; it must be one of {', '.join(allowed)}.")
+        self.is_adaptive = conditioning in ("adaln_zero", "adaln")
+        if not self.is_adaptive and not modulation_shift:
+            raise ValueError(f"`modulation_shift=False` needs adaptive norms; `conditioning` {conditioning!r} has none.")
+        rotary = position_embedding == "sincos+rope"
+        if rotary and conditioning == "in_context":
+            raise ValueError("`position_embedding='sincos+rope'` has no place for the tokens of 'in_context'.")
+        if rotary and attention_head_dim % 4 != 0:
+            raise ValueError(f"`attention_head_dim` is {attention_head_dim}; 'sincos+rope' needs a multiple of 4.")
         counts = {"sample_size": sample_size, "patch_size": patch_size, "in_channels": in_channels}
         counts |= {"num_layers": num_layers, "num_classes": num_classes}
         for name, size in counts.items():
@@ -319,18 +453,23 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         self.time_embed = TimestepEmbedding(FREQUENCY_DIM, dim)
         self.class_embed = nn.Embedding(num_classes + int(class_dropout_prob > 0), dim)
 
+        self.rotary_embed = None
+        if rotary:
+            self.rotary_embed = DiTRotaryEmbed(attention_head_dim)
+            angles = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
+            self._cp_plan = self._cp_plan | {"rotary_embed": {0: angles, 1: angles}}
+
         # 2. Blocks
-        sizes = (num_attention_heads, attention_head_dim, mlp_ratio)
-        self.is_adaptive = conditioning in ("adaln_zero", "adaln")
+        sizes = (num_attention_heads, attention_head_dim, mlp_ratio, norm, qk_norm, ff)
         self.transformer_blocks = nn.ModuleList(
-            DiTBlock(*sizes, gated=conditioning == "adaln_zero")
+            DiTBlock(*sizes, gated=conditioning == "adaln_zero", shift=modulation_shift)
             if self.is_adaptive
             else DiTContextBlock(*sizes, cross_attention=conditioning == "cross_attention")
             for _ in range(num_layers)
         )
 
         # 3. Head
-        self.norm_out = DiTAdaLayerNormOut(dim) if self.is_adaptive else nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_out = DiTAdaLayerNormOut(dim, norm) if self.is_adaptive else build_norm(norm, dim, affine=True)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
 
         self.gradient_checkpointing = False
@@ -396,7 +535,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             pretrained_model_link_or_path (`str`): A local `.pt` or `.safetensors` file.
             num_attention_heads (`int`, *optional*):
                 Heads can't be read off the weights; the widths of the paper are known, others need this.
-            family (`str`, defaults to `"auto"`): Code base the file comes from; `"dit"` is known.
+            family (`str`, defaults to `"auto"`):
+                Code base the file comes from: `"dit"`, `"sit"`, `"repa"`, `"lightningdit"` or `"diffusers"`.
             weights (`str`, defaults to `"ema"`): Which of a training checkpoint's weights, `"ema"` or `"model"`.
             torch_dtype (`torch.dtype`, *optional*):
                 Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
@@ -412,11 +552,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             from dit_hf.checkpoints.loading import load_model
         except ImportError as error:
             raise ImportError("`from_single_file` needs the package: `pip install dit_hf`.") from error
-        model = load_model(cls, pretrained_model_link_or_path, num_attention_heads, family, weights)
-        for name, parameter in model.named_parameters():
-            if torch_dtype is not None and name.split(".")[0] not in cls._keep_in_fp32_modules:
-                parameter.data = parameter.data.to(torch_dtype)
-        return model.eval()
+        return load_model(cls, pretrained_model_link_or_path, num_attention_heads, family, weights, torch_dtype)
 
     def _embed_condition(self, timestep, class_labels, force_drop_ids, batch_size):
         """Time and class as one vector `(B, D)`, or as two tokens `(B, 2, D)`; labels are dropped, once a sample."""
@@ -482,10 +618,15 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         """
         self._check_inputs(hidden_states, class_labels, force_drop_ids)
         batch_size, _, height, width = hidden_states.shape
+        patch_size = self.config.patch_size
+        grid = (height // patch_size, width // patch_size)
 
         # 1. Embed
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
         condition = self._embed_condition(timestep, class_labels, force_drop_ids, batch_size).to(hidden_states.dtype)
+        rotary_emb = None
+        if self.rotary_embed is not None:
+            rotary_emb = self.rotary_embed(*grid, hidden_states.device)
         in_context = self.config.conditioning == "in_context"
         if in_context:
             hidden_states = torch.cat([condition, hidden_states], dim=1)  # (B, 2 + N, D)
@@ -493,9 +634,9 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         # 2. Blocks
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition, rotary_emb)
             else:
-                hidden_states = block(hidden_states=hidden_states, condition=condition)
+                hidden_states = block(hidden_states=hidden_states, condition=condition, rotary_emb=rotary_emb)
 
         # 3. Head
         hidden_states = self.norm_out(hidden_states, condition) if self.is_adaptive else self.norm_out(hidden_states)
@@ -503,8 +644,6 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         if in_context:
             hidden_states = hidden_states[:, condition.shape[1] :]
 
-        patch_size = self.config.patch_size
-        grid = (height // patch_size, width // patch_size)
         output = hidden_states.unflatten(1, grid).unflatten(-1, (patch_size, patch_size, self.out_channels))
         output = output.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
 
@@ -513,7 +652,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         return Transformer2DModelOutput(sample=output)
 
 
-def _skip_attention(attn, hidden_states, encoder_hidden_states=None):
+def _skip_attention(attn, hidden_states, encoder_hidden_states=None, rotary_emb=None):
     """What a cache that skips attention gets in its stead."""
     return hidden_states
 

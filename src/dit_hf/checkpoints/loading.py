@@ -1,35 +1,58 @@
 """Reading checkpoint files safely, and what their weights say about the model."""
 
 import argparse
+import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
+from diffusers.utils import logging
 from safetensors.torch import load_file
 
 from ..presets import PRESETS
-from . import dit
+from . import FAMILIES, diffusers_dit
+from .family import Family
 
 
-# Width -> heads of the paper's sizes: heads leave no trace in the weights.
+logger = logging.get_logger(__name__)
+
+# Width -> heads of the paper's sizes and of LightningDiT's larger ones: heads leave no trace in most weights.
 KNOWN_HEADS = {
     preset.num_attention_heads * preset.attention_head_dim: preset.num_attention_heads for preset in PRESETS.values()
-}
-FAMILIES = ("auto", "dit")
-# Axes of the weights that the dimensions are read off.
-RANKS = {
-    "x_embedder.proj.weight": 4,
-    "y_embedder.embedding_table.weight": 2,
-    "final_layer.linear.weight": 2,
-    "blocks.0.mlp.fc1.weight": 2,
-    dit.POSITIONS: 3,
-}
+} | {1536: 24, 1792: 28}
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+# Axes of the weights that dimensions are read off, in our words.
+RANKS = {"pos_embed.proj.weight": 4, "class_embed.weight": 2, "proj_out.weight": 2}
+# What SiT's and REPA's training arguments must say for the model to be what we compute.
+LINEAR_VELOCITY = {"path_type": ("Linear", "linear"), "prediction": ("velocity", "v")}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    A checkpoint that has been understood.
+
+    Args:
+        family (`Family`): The code base it comes from.
+        config (`dict`): Arguments of `DiTTransformer2DModel`.
+        original (`dict[str, torch.Tensor]`): Its weights in the original's words, computed tables among them.
+        weights (`dict[str, torch.Tensor]`): Its weights in ours.
+        aside (`dict[str, torch.Tensor]`): Weights that only training needs, in the original's words.
+    """
+
+    family: Family
+    config: dict
+    original: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    aside: dict[str, torch.Tensor]
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """
-    Opens a `.pt` or `.safetensors` file without executing anything in it.
+    Opens a `.pt`, `.bin` or `.safetensors` file without executing anything in it, its tensors mapped, not copied.
 
     Args:
         path (`str` or `Path`): The file. In a pickle, tensors, plain values and `argparse.Namespace` are allowed.
@@ -47,7 +70,8 @@ def read_checkpoint(path: str | Path) -> dict:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = torch.serialization._is_zipfile(path.open("rb"))  # files from before torch 1.6 are not
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file fails in many ways inside of torch and pickle
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         refused = re.search(r"GLOBAL (\S+)|Unsupported (?:class|global|operand) \S+", str(error))
@@ -61,7 +85,9 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, torch.Tensor]:
     """
-    The state dict inside a checkpoint: the file itself, or the `ema` or `model` entry of a training checkpoint.
+    The state dict inside a checkpoint: the file itself, its `ema` or `model` entry, or its only `state_dict`.
+
+    Prefixes that `DistributedDataParallel` and `torch.compile` put before every key are taken off.
 
     Args:
         content (`dict`): From [`read_checkpoint`].
@@ -81,38 +107,105 @@ def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, t
             have = ", ".join(sorted(content))
             raise ValueError(f"Checkpoint {path} has no {weights!r} weights; it holds {have}.")
         content = content[weights]
+    elif "state_dict" in content:
+        content = content["state_dict"]
     if not isinstance(content, dict):
-        raise ValueError(f"Checkpoint {path}: its {weights!r} entry is a {type(content).__name__}, not a dictionary.")
+        raise ValueError(f"Checkpoint {path}: its weights are a {type(content).__name__}, not a dictionary.")
     stray = [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]
     if stray:
         raise ValueError(f"Checkpoint {path}: {stray[0]!r} is not a tensor.")
-    return content
+    return {WRAPPERS.sub("", key): value for key, value in content.items()}
 
 
-def infer_config(state_dict: dict[str, torch.Tensor], num_attention_heads: int | None, path: str | Path) -> dict:
+def detect_family(state_dict: dict[str, torch.Tensor], arguments: dict) -> str:
     """
-    Reads a DiT's dimensions off its weights.
+    The code base that wrote a checkpoint, by its keys and by the training arguments beside them.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`): In the original's words.
-        num_attention_heads (`int`, *optional*): Needed if the width is none of the paper's.
+        arguments (`dict`): Of the training script; empty if the file has none.
+
+    Returns:
+        `str`: a name of `FAMILIES`. SiT's keys are DiT's, so such a file is `"dit"` unless its arguments say SiT.
+    """
+    if diffusers_dit.MARK in state_dict:
+        return "diffusers"
+    if any(key.startswith(FAMILIES["repa"].aside) for key in state_dict):
+        return "repa"
+    signs = ("feat_rope.freqs_cos", "blocks.0.mlp.w12.weight", "blocks.0.norm1.weight", "blocks.0.attn.q_norm.weight")
+    if any(sign in state_dict for sign in signs):
+        return "lightningdit"
+    if "path_type" in arguments:
+        return "sit"
+    logger.warning("This checkpoint is read as `dit`. SiT's keys are the same: pass `--family sit` if it is one.")
+    return "dit"
+
+
+def training_arguments(content: dict) -> dict:
+    """
+    The training script's arguments that a checkpoint carries.
+
+    Args:
+        content (`dict`): From [`read_checkpoint`].
+
+    Returns:
+        `dict`: empty if there are none.
+    """
+    arguments = content.get("args")
+    if isinstance(arguments, argparse.Namespace):
+        return vars(arguments)
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def check_objective(family: Family, arguments: dict, path: str | Path) -> None:
+    """
+    Refuses flow-matching models on another path or with another prediction than the linear velocity.
+
+    Args:
+        family (`Family`): Of the checkpoint.
+        arguments (`dict`): From [`training_arguments`].
+        path (`str` or `Path`): Named in errors.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not family.flow_matching:
+        return
+    for name, allowed in LINEAR_VELOCITY.items():
+        if arguments.get(name, allowed[0]) not in allowed:
+            raise ValueError(
+                f"Checkpoint {path} was trained with {name}={arguments[name]!r}; only {allowed[0]!r} can be converted."
+            )
+
+
+def infer_config(
+    weights: dict[str, torch.Tensor], tokens: int | None, arguments: dict, heads: int | None, path: str | Path
+) -> dict:
+    """
+    Reads a model's dimensions off its weights.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): In our words.
+        tokens (`int`, *optional*): Rows of the checkpoint's table of positions.
+        arguments (`dict`): From [`training_arguments`].
+        heads (`int`, *optional*): Needed if neither the weights nor the width tell.
         path (`str` or `Path`): Named in errors.
 
     Returns:
-        `dict`: arguments of `DiTTransformer2DModel`.
+        `dict`: arguments of `DiTTransformer2DModel`, without `timestep_scale`.
 
     Raises:
-        ValueError: if a weight is missing or does not fit, or the heads can't be known.
+        ValueError: if the weights contradict each other, or the heads can't be known.
     """
-    for key in (*dit.KEYS, dit.POSITIONS, "blocks.0.mlp.fc1.weight"):
-        if key not in state_dict:
-            raise ValueError(f"Checkpoint {path} is no DiT: the key {key!r} is missing.")
-    for key, axes in RANKS.items():
-        if state_dict[key].ndim != axes or 0 in state_dict[key].shape:
-            shape = tuple(state_dict[key].shape)
-            raise ValueError(f"Checkpoint {path}: {key!r} has shape {shape}, where {axes} axes are needed.")
-    dim, in_channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
-    heads = num_attention_heads or KNOWN_HEADS.get(dim)
+    block = "transformer_blocks.0."
+    dim, in_channels, patch_size, _ = weights["pos_embed.proj.weight"].shape
+    rows = weights["class_embed.weight"].shape[0]
+    out_channels = weights["proj_out.weight"].shape[0] // patch_size**2
+    qk_norm = weights.get(block + "attn.norm_q.weight")
+    swiglu = block + "ff.gate_proj.weight" in weights
+    hidden = weights[block + ("ff.gate_proj.weight" if swiglu else "ff.net.0.proj.weight")].shape[0]
+    if heads is None:
+        heads = dim // len(qk_norm) if qk_norm is not None and len(qk_norm) else KNOWN_HEADS.get(dim)
     if heads is None:
         known = ", ".join(map(str, KNOWN_HEADS))
         raise ValueError(
@@ -121,87 +214,225 @@ def infer_config(state_dict: dict[str, torch.Tensor], num_attention_heads: int |
         )
     if dim % heads:
         raise ValueError(f"Checkpoint {path}: the width {dim} is not divisible by {heads} attention heads.")
-    tokens = state_dict[dit.POSITIONS].shape[1]
-    side = math.isqrt(tokens)
-    if side**2 != tokens:
-        raise ValueError(f"Checkpoint {path}: {dit.POSITIONS!r} has {tokens} tokens, which is no square.")
-    out_channels = state_dict["final_layer.linear.weight"].shape[0] // patch_size**2
-    layers = {int(match.group(1)) for key in state_dict if (match := re.match(r"blocks\.(\d+)\.", key))}
-    return {
-        "sample_size": side * patch_size,
+    config = {
         "patch_size": patch_size,
         "in_channels": in_channels,
-        "num_layers": max(layers) + 1,
+        "num_layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("transformer_blocks.")),
         "num_attention_heads": heads,
         "attention_head_dim": dim // heads,
-        "mlp_ratio": state_dict["blocks.0.mlp.fc1.weight"].shape[0] / dim,
-        "num_classes": state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "mlp_ratio": (1.5 if swiglu else 1.0) * hidden / dim,
+        "num_classes": rows - 1,
         "learn_sigma": out_channels == 2 * in_channels,
+        "norm": "rms_norm" if block + "norm1.weight" in weights else "layer_norm",
+        "qk_norm": qk_norm is not None,
+        "ff": "swiglu" if swiglu else "gelu",
+        "modulation_shift": weights[block + "modulation.weight"].shape[0] != 4 * dim,
     }
+    if arguments.get("num_classes") == rows:  # trained without label dropout
+        config |= {"num_classes": rows, "class_dropout_prob": 0.0}
+    if tokens is not None:
+        if math.isqrt(tokens) ** 2 != tokens:
+            raise ValueError(f"Checkpoint {path}: its table of positions has {tokens} tokens, which is no square.")
+        config["sample_size"] = math.isqrt(tokens) * patch_size
+    return config
 
 
-def convert_state_dict(state_dict: dict[str, torch.Tensor], num_layers: int, path: str | Path) -> dict:
+def _check_readable(weights, family, path):
+    """That the weights dimensions are read off are there, with the axes they need."""
+    table = {name: original for original, names in family.key_table(1).items() for name in names}
+    table |= {ours: f"transformer_blocks.0.{name}" for name, ours in diffusers_dit.EMBEDDERS.items()} if (
+        family.name == "diffusers"
+    ) else {}
+    needed = [*RANKS, "transformer_blocks.0.modulation.weight"]
+    swiglu = "transformer_blocks.0.ff.gate_proj.weight"
+    needed.append(swiglu if swiglu in weights else "transformer_blocks.0.ff.net.0.proj.weight")
+    for name in needed:
+        if name not in weights:
+            raise ValueError(f"Checkpoint {path} is no {family.name} model: the key {table[name]!r} is missing.")
+        weight = weights[name]
+        if weight.ndim != RANKS.get(name, 2) or 0 in weight.shape:
+            raise ValueError(
+                f"Checkpoint {path}: {table[name]!r} has shape {tuple(weight.shape)}, where {RANKS.get(name, 2)} axes "
+                "are needed."
+            )
+
+
+def understand(
+    path: str | Path,
+    num_attention_heads: int | None = None,
+    family: str = "auto",
+    weights: str = "ema",
+    embedders_of_block: int | None = None,
+) -> Checkpoint:
     """
-    Renames an original's weights into ours, strictly: no key may be missing or left over.
+    Reads a checkpoint and what its weights say about the model; nothing is copied but what is baked.
 
     Args:
-        state_dict (`dict[str, torch.Tensor]`): In the original's words.
-        num_layers (`int`): Blocks of the model.
-        path (`str` or `Path`): Named in errors.
+        path (`str` or `Path`):
+            A `.pt`, `.bin` or `.safetensors` file; for the stock diffusers format also the folder with its
+            `config.json`.
+        num_attention_heads (`int`, *optional*): Needed if the width is none of the published ones.
+        family (`str`, defaults to `"auto"`): `"auto"` or a name of `FAMILIES`.
+        weights (`str`, defaults to `"ema"`): Which weights of a training checkpoint.
+        embedders_of_block (`int`, *optional*): Which of the stock diffusers format's copies to take if they differ.
 
     Returns:
-        `dict[str, torch.Tensor]`: in ours.
+        `Checkpoint`
 
     Raises:
-        ValueError: naming the first key that is missing or unknown.
+        ValueError: if the file is no such checkpoint; the message names the file and the key.
     """
-    table = dit.key_table(num_layers)
-    missing = sorted(table.keys() - state_dict.keys())
-    unknown = sorted(state_dict.keys() - table.keys() - {dit.POSITIONS})
+    if family not in ("auto", *FAMILIES):
+        raise ValueError(f"`family` is {family!r}; it must be one of auto, {', '.join(FAMILIES)}.")
+    path, beside = _find_file(Path(path))
+    content = read_checkpoint(path)
+    original = select_weights(content, weights, path)
+    arguments = training_arguments(content)
+    source = FAMILIES[detect_family(original, arguments) if family == "auto" else family]
+    check_objective(source, arguments, path)
+    aside = {key: value for key, value in original.items() if source.aside and key.startswith(source.aside)}
+    original = {key: value for key, value in original.items() if key not in aside}
+
+    layers = [int(match.group(1)) for key in original if (match := re.match(rf"{source.blocks}\.(\d+)\.", key))]
+    num_layers = 1 + max(layers, default=0)
+    converted = source.to_ours(original, num_layers)
+    if source.name == "diffusers":
+        try:
+            converted |= diffusers_dit.take_embedders(original, num_layers, embedders_of_block)
+        except ValueError as error:
+            raise ValueError(f"Checkpoint {path}: {error}") from None
+    _check_readable(converted, source, path)
+    positions = original.get(source.computed[0])
+    tokens = positions.shape[1] if positions is not None and positions.ndim == 3 else None
+    heads = num_attention_heads or beside.get("num_attention_heads")
+    rope = original.get("feat_rope.freqs_cos")
+    if heads is None and rope is not None and rope.ndim == 2 and rope.shape[1]:
+        heads = converted["pos_embed.proj.weight"].shape[0] // rope.shape[1]
+    config = infer_config(converted, tokens, arguments, heads, path)
+    if "sample_size" not in config:
+        if not beside:
+            raise ValueError(
+                f"Checkpoint {path} has no {source.computed[0]!r} to read the latent size off, and no config.json "
+                "beside it."
+            )
+        config["sample_size"] = beside["sample_size"]
+    if rope is not None:
+        config["position_embedding"] = "sincos+rope"
+    if source.flow_matching:
+        config["timestep_scale"] = 0.001
+    return Checkpoint(source, config, original, converted, aside)
+
+
+def _find_file(path):
+    """A checkpoint file and the stock `config.json` beside it (empty if there is none)."""
+    if path.is_dir():
+        names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+        folders = (path, path / "transformer")
+        found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
+        if not found:
+            raise ValueError(f"There is no {names[0]} in {path} or in {path / 'transformer'}.")
+        path = found[0]
+    config = path.with_name("config.json")
+    try:
+        beside = json.loads(config.read_text()) if config.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{config} is no JSON: {error}") from None
+    return path, beside if diffusers_dit.CONFIG_MARK in beside else {}
+
+
+def check_strictly(checkpoint: Checkpoint, model, path: str | Path) -> None:
+    """
+    That a checkpoint has every key of a model in the shape it needs, and no other.
+
+    Args:
+        checkpoint (`Checkpoint`): From [`understand`].
+        model (`DiTTransformer2DModel`): Built from its config.
+        path (`str` or `Path`): Named in errors.
+
+    Raises:
+        ValueError: naming the first key that is missing, unknown or of another shape, in the original's words.
+    """
+    source, original = checkpoint.family, checkpoint.original
+    table = source.key_table(checkpoint.config["num_layers"])
+    needed = model.state_dict()
+    missing = sorted(
+        key for key, names in table.items() if key not in original and any(name in needed for name in names)
+    )
+    stray = {key for key, names in table.items() if not any(name in needed for name in names)}
+    known = set(table) - stray | set(source.computed)
+    if source.name == "diffusers":
+        blocks = range(checkpoint.config["num_layers"])
+        known |= {f"transformer_blocks.{index}.{name}" for index in blocks for name in diffusers_dit.EMBEDDERS}
+    unknown = sorted(set(original) - known)
     for keys, what in ((missing, "is missing"), (unknown, "is unknown")):
         if keys:
             raise ValueError(f"Checkpoint {path}: the key {keys[0]!r} {what} ({len(keys)} such keys).")
-    converted: dict[str, torch.Tensor] = {}
-    for original, ours in table.items():
-        names = (ours,) if isinstance(ours, str) else ours
-        parts = state_dict[original].chunk(len(names)) if len(names) > 1 else (state_dict[original],)
-        converted.update((name, part.clone()) for name, part in zip(names, parts, strict=True))
-    return converted
+    for key, names in table.items():
+        shapes = [tuple(needed[name].shape) for name in names if name in needed]
+        if shapes:
+            expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+            if tuple(original[key].shape) != expected:
+                given = tuple(original[key].shape)
+                raise ValueError(f"Checkpoint {path}: {key!r} has shape {given}, where {expected} is needed.")
+    for name, expected in computed_tables(source, model).items():
+        if name in original and not _is_close(original[name], expected):
+            raise ValueError(f"Checkpoint {path}: {name!r} is not the table that {source.name} computes.")
+
+
+def _is_close(given, expected):
+    return given.shape == expected.shape and torch.allclose(given.float(), expected, atol=1e-2)
+
+
+def computed_tables(family: Family, model) -> dict[str, torch.Tensor]:
+    """
+    The tables of a family's checkpoints that are computed from the configuration.
+
+    Args:
+        family (`Family`): Of the checkpoint.
+        model (`DiTTransformer2DModel`): Whose positions are wanted.
+
+    Returns:
+        `dict[str, torch.Tensor]`: in the original's words; rotary tables only if the model has them.
+    """
+    tables = {family.computed[0]: model.pos_embed.positions}
+    if len(family.computed) > 1 and model.rotary_embed is not None:
+        angles = model.rotary_embed(*model.pos_embed.base_size, torch.device("cpu"))
+        tables |= dict(zip(family.computed[1:], angles, strict=True))
+    return tables
 
 
 def load_model(
-    model_class, path: str | Path, num_attention_heads: int | None = None, family: str = "auto", weights: str = "ema"
+    model_class,
+    path: str | Path,
+    num_attention_heads: int | None = None,
+    family: str = "auto",
+    weights: str = "ema",
+    dtype: torch.dtype | None = None,
+    embedders_of_block: int | None = None,
 ):
     """
     Builds the model that a checkpoint file holds.
 
     Args:
         model_class (`type`): `DiTTransformer2DModel`.
-        path (`str` or `Path`): A local `.pt` or `.safetensors` file.
-        num_attention_heads (`int`, *optional*): Needed if the width is none of the paper's.
-        family (`str`, defaults to `"auto"`): `"auto"` or `"dit"`.
-        weights (`str`, defaults to `"ema"`): Which weights of a training checkpoint.
+        path, num_attention_heads, family, weights, embedders_of_block: As [`understand`] takes them.
+        dtype (`torch.dtype`, *optional*):
+            Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
+            `from_pretrained`.
 
     Returns:
-        `DiTTransformer2DModel`
+        `DiTTransformer2DModel`: in eval mode.
 
     Raises:
         ValueError: if the file is no such checkpoint; the message names the file and the key.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"`family` is {family!r}; it must be one of {', '.join(FAMILIES)}.")
-    original = select_weights(read_checkpoint(path), weights, path)
-    config = infer_config(original, num_attention_heads, path)
-    state_dict = convert_state_dict(original, config["num_layers"], path)
-    model = model_class(**config)
-    for key, expected in model.state_dict().items():
-        if state_dict[key].shape != expected.shape:
-            given, needed = tuple(state_dict[key].shape), tuple(expected.shape)
-            raise ValueError(f"Checkpoint {path}: {key!r} has shape {given}, where {needed} is needed.")
-    positions = original[dit.POSITIONS]
-    if positions.shape != model.pos_embed.positions.shape or not torch.allclose(
-        positions.float(), model.pos_embed.positions, atol=1e-2
-    ):
-        raise ValueError(f"Checkpoint {path}: {dit.POSITIONS!r} is not the sine-cosine table that DiT computes.")
-    model.load_state_dict(state_dict, strict=True)
-    return model
+    checkpoint = understand(path, num_attention_heads, family, weights, embedders_of_block)
+    with init_empty_weights():
+        model = model_class(**checkpoint.config)
+    check_strictly(checkpoint, model, path)
+    # Key by key, so that no second copy of the weights is ever in memory.
+    for name in list(model.state_dict()):
+        kept = name.split(".")[0] in model_class._keep_in_fp32_modules
+        weight = checkpoint.weights.pop(name).to(torch.float32 if kept else dtype or torch.float32, copy=True)
+        model.load_state_dict({name: weight}, strict=False, assign=True)
+    return model.eval()
