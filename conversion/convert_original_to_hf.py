@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Converts an original DiT checkpoint (released format or `train.py`'s) into a pipeline folder.
+"""Converts a checkpoint of DiT, SiT, REPA, LightningDiT or stock diffusers into a pipeline folder, and verifies it.
 
     python conversion/convert_original_to_hf.py --checkpoint_path DiT-XL-2-256x256.pt --output_dir dit-xl-2-256 \
         --vae stabilityai/sd-vae-ft-mse --id2label imagenet.json
 
-Expected: the time it takes to read and write the weights. Every dimension is read off the weights.
+Expected: the time it takes to read and write the weights, and six forward passes. Every dimension is read off the
+weights.
 """
 
 import argparse
@@ -14,10 +15,19 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from verify_parity import add_checkpoint_arguments, read, verify
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf.checkpoints.diffusers_dit import CORRECTED
+from dit_hf.checkpoints.loading import build_model
+from dit_hf.checkpoints.saving import ASIDE_FILE
 from dit_hf.command_line import run
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def read_id2label(path):
@@ -32,44 +42,69 @@ def read_id2label(path):
         ) from None
 
 
-def build_pipeline(args):
-    """The converted model with the paper's sampler, and a VAE if one is given."""
+def check_names(args, num_classes):
+    """The class names of `--id2label`, one a class, or None."""
     id2label = read_id2label(args.id2label) if args.id2label else None
-    transformer = DiTTransformer2DModel.from_single_file(
-        args.checkpoint_path, num_attention_heads=args.num_attention_heads, weights=args.weights
-    )
-    num_classes = transformer.config.num_classes
     if id2label and set(id2label) != set(range(num_classes)):
         raise ValueError(
             f"--id2label {args.id2label} names {len(id2label)} classes; the model has 0 to {num_classes - 1}."
         )
-    variance = {} if transformer.config.learn_sigma else {"variance_type": "fixed_large"}
+    return id2label
+
+
+def build_pipeline(args, checkpoint, id2label):
+    """The converted model with its family's sampler, and a VAE if one is given."""
+    transformer = build_model(DiTTransformer2DModel, checkpoint, args.checkpoint_path, DTYPES[args.dtype])
+    if checkpoint.family.flow_matching:
+        scheduler = make_scheduler("flow_euler")
+    else:
+        scheduler = make_scheduler("ddpm", **({} if transformer.config.learn_sigma else {"variance_type": "fixed_large"}))
     vae = AutoencoderKL.from_pretrained(args.vae) if args.vae else None
-    return DiTClassCondPipeline(transformer, make_scheduler("ddpm", **variance), vae, id2label)
+    return DiTClassCondPipeline(transformer, scheduler, vae, id2label)
 
 
-def save_whole(pipe, output_dir):
-    """Writes to the side and renames, so that the folder is complete or absent."""
+def save_whole(pipe, checkpoint, args):
+    """Writes to the side, verifies and renames, so that the folder is complete, right, or absent."""
+    output_dir = args.output_dir
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=output_dir.parent))
     partial.chmod(0o755)
     try:
         pipe.save_pretrained(partial)
+        if checkpoint.aside:
+            save_file(checkpoint.aside, partial / "transformer" / ASIDE_FILE)
+        pipe.transformer.to("meta")  # its weights are on the disk now
+        if not args.skip_verification:
+            verify(checkpoint, partial)
         os.replace(partial, output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def describe(checkpoint):
+    """One line on what the weights say."""
+    config = checkpoint.config
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    parameters = sum(weight.numel() for weight in checkpoint.weights.values())
+    options = [name for name in ("swiglu", "rms_norm", "sincos+rope") if name in config.values()]
+    options += ["qk_norm"] * config["qk_norm"] + ["no shift"] * (not config["modulation_shift"])
+    return (
+        f"{checkpoint.family.name}: {config['num_layers']} blocks of width {width}, patch {config['patch_size']}, "
+        f"{config['num_classes']} classes, {parameters / 1e6:.2f} M parameters" + "".join(f", {o}" for o in options)
+    )
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--checkpoint_path", type=Path, required=True, help="A .pt or .safetensors file.")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="New folder for the pipeline.")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="Of a training checkpoint.")
-    parser.add_argument("--num_attention_heads", type=int, help="If the width is none of the paper's.")
     parser.add_argument("--vae", help="Folder or Hub id of an AutoencoderKL to put into the pipeline.")
     parser.add_argument("--id2label", type=Path, help="JSON list of class names, or object of id to name.")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Of the written weights.")
+    parser.add_argument("--dry_run", action="store_true", help="Say what the file holds and write nothing.")
+    parser.add_argument("--skip_verification", action="store_true", help="Do not compare what was written.")
     return parser.parse_args()
 
 
@@ -77,15 +112,19 @@ def main():
     args = parse_args()
     if args.output_dir.is_file() or (args.output_dir.is_dir() and any(args.output_dir.iterdir())):
         raise ValueError(f"--output_dir {args.output_dir} is not empty; choose a new folder.")
-    pipe = build_pipeline(args)
-    save_whole(pipe, args.output_dir)
-    config = pipe.transformer.config
-    print(
-        f"{config.num_layers} blocks of width {config.num_attention_heads * config.attention_head_dim}, "
-        f"patch {config.patch_size}, {config.num_classes} classes, {pipe.transformer.num_parameters() / 1e6:.2f} M parameters"
-    )
-    if pipe.vae is None and config.in_channels != 3:
+    checkpoint = read(args)
+    print(describe(checkpoint))
+    if checkpoint.family.name == "diffusers":
+        print(f"Note: {CORRECTED}.")
+    if checkpoint.aside:
+        print(f"{len(checkpoint.aside)} weights that only training needs go to transformer/{ASIDE_FILE}.")
+    id2label = check_names(args, checkpoint.config["num_classes"])
+    pipe = build_pipeline(args, checkpoint, id2label)
+    if pipe.vae is None and pipe.transformer.config.in_channels != 3:
         print("There is no VAE in it, so it draws latents (`output_type='latent'`); pass --vae for images.")
+    if args.dry_run:
+        return
+    save_whole(pipe, checkpoint, args)
     print(f"Pipeline: {args.output_dir}")
 
 

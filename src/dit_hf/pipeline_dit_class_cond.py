@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -43,6 +44,17 @@ def _is_flow_matching(scheduler):
     return type(scheduler).__name__.startswith("FlowMatch") or bool(flow_sigmas)
 
 
+def _correct_stock_model(transformer):
+    """Diffusers' own DiT computes the timestep embedding with a shift that its weights were not trained with."""
+    try:
+        from dit_hf import DiTTransformer2DModel
+        from dit_hf.checkpoints.diffusers_dit import CORRECTED, correct_stock_model
+    except ImportError as error:
+        raise ImportError("Correcting diffusers' own DiT needs the package: `pip install dit_hf`.") from error
+    logger.warning(f"{CORRECTED[0].upper()}{CORRECTED[1:]}.")
+    return correct_stock_model(DiTTransformer2DModel, transformer)
+
+
 class DiTClassCondPipeline(DiffusionPipeline):
     r"""
     Pipeline for class-conditional image generation with DiT (https://arxiv.org/abs/2212.09748).
@@ -69,6 +81,8 @@ class DiTClassCondPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
+        if isinstance(transformer, StockDiTTransformer2DModel):
+            transformer = _correct_stock_model(transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self._built_for_flow_matching = _is_flow_matching(scheduler)
         # JSON turns the keys into strings; they are numbers again here.

@@ -30,8 +30,11 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb, get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import apply_lora_scale
+from diffusers.models.model_loading_utils import load_state_dict
+from diffusers.utils import apply_lora_scale, logging
 
+
+logger = logging.get_logger(__name__)
 
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 POSITION_EMBEDDINGS = ("sincos", "sincos+rope")
@@ -554,6 +557,27 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             raise ImportError("`from_single_file` needs the package: `pip install dit_hf`.") from error
         return load_model(cls, pretrained_model_link_or_path, num_attention_heads, family, weights, torch_dtype)
 
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        """As every `ConfigMixin`'s; the configuration of diffusers' own DiT is read as well."""
+        if isinstance(config, dict) and "num_embeds_ada_norm" in config:
+            config = _diffusers_dit().our_config(config)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, name, loaded_keys, **kwargs):
+        """Renames the weights of diffusers' own DiT; the weights of this class pass through."""
+        if "transformer_blocks.0.norm1.linear.weight" in loaded_keys:
+            if state_dict is None:
+                state_dict = {key: weight for file in resolved_model_file for key, weight in load_state_dict(file).items()}
+            try:
+                state_dict = _diffusers_dit().to_our_state_dict(state_dict)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            loaded_keys = list(state_dict)
+            logger.warning(f"{name}: {_diffusers_dit().CORRECTED}.")
+        return super()._load_pretrained_model(model, state_dict, resolved_model_file, name, loaded_keys, **kwargs)
+
     def _embed_condition(self, timestep, class_labels, force_drop_ids, batch_size):
         """Time and class as one vector `(B, D)`, or as two tokens `(B, 2, D)`; labels are dropped, once a sample."""
         timestep = torch.as_tensor(timestep, device=class_labels.device).expand(batch_size)
@@ -650,6 +674,15 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         if not return_dict:
             return (output,)
         return Transformer2DModelOutput(sample=output)
+
+
+def _diffusers_dit():
+    """The key table of diffusers' own DiT, which only the installed package has."""
+    try:
+        from dit_hf.checkpoints import diffusers_dit
+    except ImportError as error:
+        raise ImportError("Reading diffusers' own DiT needs the package: `pip install dit_hf`.") from error
+    return diffusers_dit
 
 
 def _skip_attention(attn, hidden_states, encoder_hidden_states=None, rotary_emb=None):

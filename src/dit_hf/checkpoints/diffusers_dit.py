@@ -1,6 +1,7 @@
 """The format of diffusers' own DiT, which keeps a copy of the embedders in every block."""
 
 import torch
+from accelerate import init_empty_weights
 
 from .family import Family
 
@@ -132,6 +133,23 @@ def stock_config(ours: dict) -> dict:
     config["out_channels"] = ours["in_channels"] * (2 if ours["learn_sigma"] else 1)
     config["num_embeds_ada_norm"] = ours["num_classes"]
     return config
+
+
+def correct_stock_model(model_class, stock):
+    """
+    Diffusers' own DiT as ours, sharing its weights.
+
+    Args:
+        model_class (`type`): `DiTTransformer2DModel` of this package.
+        stock (`diffusers.DiTTransformer2DModel`): The model.
+
+    Returns:
+        `DiTTransformer2DModel`: in eval mode.
+    """
+    with init_empty_weights():
+        model = model_class.from_config(dict(stock.config))
+    model.load_state_dict(to_our_state_dict(stock.state_dict()), strict=True, assign=True)
+    return model.eval()
 
 
 def to_our_state_dict(stock: dict[str, torch.Tensor], block: int | None = None) -> dict[str, torch.Tensor]:

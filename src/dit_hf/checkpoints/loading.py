@@ -401,21 +401,14 @@ def computed_tables(family: Family, model) -> dict[str, torch.Tensor]:
     return tables
 
 
-def load_model(
-    model_class,
-    path: str | Path,
-    num_attention_heads: int | None = None,
-    family: str = "auto",
-    weights: str = "ema",
-    dtype: torch.dtype | None = None,
-    embedders_of_block: int | None = None,
-):
+def build_model(model_class, checkpoint: Checkpoint, path: str | Path, dtype: torch.dtype | None = None):
     """
-    Builds the model that a checkpoint file holds.
+    Builds the model of a checkpoint that has been understood.
 
     Args:
         model_class (`type`): `DiTTransformer2DModel`.
-        path, num_attention_heads, family, weights, embedders_of_block: As [`understand`] takes them.
+        checkpoint (`Checkpoint`): From [`understand`].
+        path (`str` or `Path`): Named in errors.
         dtype (`torch.dtype`, *optional*):
             Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
             `from_pretrained`.
@@ -424,15 +417,39 @@ def load_model(
         `DiTTransformer2DModel`: in eval mode.
 
     Raises:
-        ValueError: if the file is no such checkpoint; the message names the file and the key.
+        ValueError: if a key is missing, unknown or of another shape.
     """
-    checkpoint = understand(path, num_attention_heads, family, weights, embedders_of_block)
     with init_empty_weights():
         model = model_class(**checkpoint.config)
     check_strictly(checkpoint, model, path)
-    # Key by key, so that no second copy of the weights is ever in memory.
-    for name in list(model.state_dict()):
+    # Key by key and with a copy of its own, so that the file may go and no weight is in memory twice.
+    for name in model.state_dict():
         kept = name.split(".")[0] in model_class._keep_in_fp32_modules
-        weight = checkpoint.weights.pop(name).to(torch.float32 if kept else dtype or torch.float32, copy=True)
-        model.load_state_dict({name: weight}, strict=False, assign=True)
+        weight = checkpoint.weights[name].to(torch.float32 if kept else dtype or torch.float32, copy=True)
+        model.load_state_dict({name: weight.contiguous()}, strict=False, assign=True)
     return model.eval()
+
+
+def load_model(
+    model_class,
+    path: str | Path,
+    num_attention_heads: int | None = None,
+    family: str = "auto",
+    weights: str = "ema",
+    dtype: torch.dtype | None = None,
+):
+    """
+    Builds the model that a checkpoint file holds.
+
+    Args:
+        model_class (`type`): `DiTTransformer2DModel`.
+        path, num_attention_heads, family, weights: As [`understand`] takes them.
+        dtype (`torch.dtype`, *optional*): As [`build_model`] takes it.
+
+    Returns:
+        `DiTTransformer2DModel`: in eval mode.
+
+    Raises:
+        ValueError: if the file is no such checkpoint; the message names the file and the key.
+    """
+    return build_model(model_class, understand(path, num_attention_heads, family, weights), path, dtype)

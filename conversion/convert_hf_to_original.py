@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Writes a pipeline's or model's weights as a checkpoint that an original code base loads strictly.
+
+    python conversion/convert_hf_to_original.py --model_path dit-xl-2-256 --family dit --checkpoint_path back.pt
+
+Expected: the time it takes to read and write the weights. `--family diffusers` with a name without ending writes a
+folder for diffusers' own `DiTTransformer2DModel`.
+"""
+
+import argparse
+from pathlib import Path
+
+from dit_hf import DiTTransformer2DModel
+from dit_hf.checkpoints import FAMILIES
+from dit_hf.checkpoints.saving import ASIDE_FILE, STOCK_DIFFERS, save_original
+from dit_hf.command_line import run
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model_path", required=True, help="Folder or Hub id of a pipeline or of a transformer.")
+    parser.add_argument("--family", choices=tuple(FAMILIES), required=True, help="Code base that will load it.")
+    parser.add_argument("--checkpoint_path", type=Path, required=True, help="New file, .pt or .safetensors.")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    folder = Path(args.model_path)
+    is_model = (folder / "config.json").is_file()
+    if folder.is_dir() and not is_model and not (folder / "transformer" / "config.json").is_file():
+        raise ValueError(f"--model_path {folder} is neither a pipeline nor a transformer: there is no config.json.")
+    model = DiTTransformer2DModel.from_pretrained(args.model_path, subfolder=None if is_model else "transformer")
+    aside = (folder if is_model else folder / "transformer") / ASIDE_FILE
+    save_original(model, FAMILIES[args.family], args.checkpoint_path, aside)
+    if args.family == "diffusers":
+        print(f"Note: {STOCK_DIFFERS} Load it with dit_hf for the right images.")
+    print(f"Checkpoint: {args.checkpoint_path}")
+
+
+if __name__ == "__main__":
+    run(main)

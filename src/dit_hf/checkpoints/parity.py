@@ -1,0 +1,104 @@
+"""Whether a converted model computes what its checkpoint computes, and goes back to it: measured, not assumed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..seeds import seeded_generator
+from . import FAMILIES
+from .loading import Checkpoint
+from .reference import reference_forward
+from .saving import original_state_dict
+
+
+# Largest differences that rounding explains, relative to the largest output or weight.
+FORWARD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+WEIGHT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """
+    Differences between a checkpoint and the model it became.
+
+    Args:
+        forward (`float`): Largest difference of the outputs, relative to the largest output.
+        forward_back (`float`): The same for the model written back in the original's words.
+        weights (`float`): Largest difference between a weight of the file and the one written back.
+        exact (`int`): Weights of the file that come back to the bit.
+        total (`int`): Weights of the file.
+        dtype (`torch.dtype`): Of the model.
+    """
+
+    forward: float
+    forward_back: float
+    weights: float
+    exact: int
+    total: int
+    dtype: torch.dtype
+
+    @property
+    def holds(self) -> bool:
+        """Whether rounding explains every difference."""
+        outputs = max(self.forward, self.forward_back)
+        return outputs <= FORWARD_TOLERANCE[self.dtype] and self.weights <= WEIGHT_TOLERANCE[self.dtype]
+
+    def __str__(self):
+        return (
+            f"largest difference of outputs {self.forward:.1e} forth, {self.forward_back:.1e} back (relative); "
+            f"{self.exact} of {self.total} weights come back to the bit, the others within {self.weights:.1e}"
+        )
+
+
+def measure_parity(checkpoint: Checkpoint, model, aside: str | Path | None = None, seed: int = 0) -> Parity:
+    """
+    Runs the checkpoint's own weights through an independent forward pass beside the model, on seeded inputs.
+
+    Args:
+        checkpoint (`Checkpoint`): From [`dit_hf.checkpoints.loading.understand`].
+        model (`DiTTransformer2DModel`): What it became.
+        aside (`str` or `Path`, *optional*): File of the weights that only training needs.
+        seed (`int`, defaults to 0): Of the inputs.
+
+    Returns:
+        `Parity`
+    """
+    family, config = checkpoint.family, model.config
+    generator = seeded_generator(seed, 0)
+    shape = (2, config.in_channels, config.sample_size, config.sample_size)
+    latents = torch.randn(shape, generator=generator)
+    labels = torch.tensor([0, model.class_embed.weight.shape[0] - 1])
+    time = torch.rand(2, generator=generator) * (1 if family.flow_matching else 999)
+    timestep = (1 - time if family.data_at_one else time) * (1000 if family.flow_matching else 1)
+    sign = -1 if family.data_at_one else 1
+    with torch.no_grad():
+        output = sign * model(latents.to(model.dtype), timestep, labels).sample.float()
+
+    back = original_state_dict(model, family, aside)
+    outputs = [
+        reference_forward(_in_words_of_dit(weights, family, model), config.num_attention_heads, latents, time, labels)
+        for weights in (checkpoint.original, back)
+    ]
+    differences = [(output - expected).abs().max().item() / expected.abs().max().item() for expected in outputs]
+    original = checkpoint.original | checkpoint.aside
+    exact = sum(torch.equal(weight, back[key].to(weight.dtype)) for key, weight in original.items())
+    apart = max(_distance(weight, back[key]) for key, weight in original.items())
+    return Parity(*differences, apart, exact, len(original), model.dtype)
+
+
+def _distance(given, written):
+    """Largest difference, relative where weights are larger than 1."""
+    given = given.float()
+    return ((given - written.float()).abs().max() / given.abs().max().clamp(min=1)).item()
+
+
+@torch.no_grad()
+def _in_words_of_dit(weights, family, model):
+    """The stock diffusers format is run as the DiT that its weights were trained as."""
+    if family.name != "diffusers":
+        return weights
+    from .diffusers_dit import to_our_state_dict
+
+    ours = to_our_state_dict(weights)
+    return FAMILIES["dit"].to_original(ours, model.config.num_layers) | {"pos_embed": model.pos_embed.positions}

@@ -1,0 +1,107 @@
+"""The forward pass of every family from its own weights, in its own words: an oracle that shares no code with ours.
+
+Written from the papers and from what the recorded outputs of the original code bases show, straight and slow.
+
+Shapes: `B` batch, `C` channels, `N` tokens, `D` width, `p` patch size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def reference_forward(
+    weights: dict[str, torch.Tensor],
+    heads: int,
+    latents: torch.Tensor,
+    time: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """
+    What the original code computes in eval mode.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): A checkpoint in the words of DiT, SiT, REPA or LightningDiT.
+        heads (`int`): Attention heads.
+        latents (`torch.Tensor` of shape `(B, C, H, W)`): Noisy latents of the size the checkpoint is for.
+        time (`torch.Tensor` of shape `(B,)`): In the original's convention.
+        labels (`torch.Tensor` of shape `(B,)`): Class ids.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C or 2C, H, W)`: all channels of the head.
+    """
+    patch_size = weights["x_embedder.proj.weight"].shape[-1]
+    kernel, bias = (weights[f"x_embedder.proj.{kind}"].float() for kind in ("weight", "bias"))
+    tokens = F.conv2d(latents, kernel, bias, stride=patch_size)  # (B, D, h, w)
+    grid = tokens.shape[-2:]
+    tokens = tokens.flatten(2).transpose(1, 2) + weights["pos_embed"].float()
+
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    angles = time[:, None].float() * frequencies
+    condition = _linear(weights, "t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))
+    condition = _linear(weights, "t_embedder.mlp.2", F.silu(condition))
+    condition = F.silu(condition + weights["y_embedder.embedding_table.weight"][labels].float())
+
+    depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+    for index in range(depth):
+        tokens = _block(weights, f"blocks.{index}", heads, tokens, condition)
+    shift, scale = _linear(weights, "final_layer.adaLN_modulation.1", condition)[:, None].chunk(2, dim=-1)
+    tokens = _norm(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
+    output = _linear(weights, "final_layer.linear", tokens)
+    output = output.reshape(len(output), *grid, patch_size, patch_size, -1)
+    return torch.einsum("bhwpqc->bchpwq", output).reshape(len(output), -1, *latents.shape[-2:])
+
+
+def _linear(weights, name, values):
+    # Half precision becomes float32 here, one weight at a time.
+    return F.linear(values, weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float())
+
+
+def _norm(weights, name, values, layer_norm_epsilon=1e-6):
+    """RMS norm if there is a weight without bias, layer norm with or without both otherwise."""
+    weight, bias = (
+        weights[f"{name}.{kind}"].float() if f"{name}.{kind}" in weights else None for kind in ("weight", "bias")
+    )
+    if weight is not None and bias is None:
+        return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + 1e-6) * weight
+    return F.layer_norm(values, values.shape[-1:], weight, bias, layer_norm_epsilon)
+
+
+def _rotate(values, cosines, sines):
+    """Turns neighbouring pairs of channels."""
+    pairs = values.unflatten(-1, (-1, 2))
+    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    return values * cosines + turned * sines
+
+
+def _block(weights, name, heads, tokens, condition):
+    vectors = _linear(weights, f"{name}.adaLN_modulation.1", condition)[:, None].split(tokens.shape[-1], dim=-1)
+    if len(vectors) == 4:
+        scale_1, gate_1, scale_2, gate_2 = vectors
+        shift_1 = shift_2 = torch.zeros(())
+    else:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors
+    inner = _norm(weights, f"{name}.norm1", tokens) * (1 + scale_1) + shift_1
+    tokens = tokens + gate_1 * _attention(weights, f"{name}.attn", heads, inner)
+    inner = _norm(weights, f"{name}.norm2", tokens) * (1 + scale_2) + shift_2
+    if f"{name}.mlp.w12.weight" in weights:
+        gate, value = _linear(weights, f"{name}.mlp.w12", inner).chunk(2, dim=-1)
+        inner = _linear(weights, f"{name}.mlp.w3", F.silu(gate) * value)
+    else:
+        inner = F.gelu(_linear(weights, f"{name}.mlp.fc1", inner), approximate="tanh")
+        inner = _linear(weights, f"{name}.mlp.fc2", inner)
+    return tokens + gate_2 * inner
+
+
+def _attention(weights, name, heads, tokens):
+    stacked = _linear(weights, f"{name}.qkv", tokens).unflatten(-1, (3, heads, -1))
+    query, key, value = stacked.permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
+    if f"{name}.q_norm.weight" in weights:
+        query, key = (_norm(weights, f"{name}.{which}_norm", states, 1e-5) for which, states in (("q", query), ("k", key)))
+    if "feat_rope.freqs_cos" in weights:
+        tables = weights["feat_rope.freqs_cos"].float(), weights["feat_rope.freqs_sin"].float()
+        query, key = _rotate(query, *tables), _rotate(key, *tables)
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    mixed = scores.softmax(dim=-1) @ value
+    return _linear(weights, f"{name}.proj", mixed.transpose(1, 2).flatten(2))
