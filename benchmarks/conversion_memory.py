@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Private memory of a conversion, verification included, over the size of the checkpoint.
+
+    python benchmarks/conversion_memory.py --preset DiT-XL/2
+
+Expected: at most 1.3, beyond what the imports take; a minute and 5 GB of disk for XL/2. Prints JSON. Linux only: the
+figure is the peak of `RssAnon`, sampled every 5 ms.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from dit_hf import DiTTransformer2DModel
+from dit_hf.checkpoints import DIT
+from dit_hf.checkpoints.saving import original_state_dict
+from dit_hf.command_line import run
+from dit_hf.presets import PRESETS
+
+
+CONVERT = Path(__file__).parents[1] / "conversion" / "convert_original_to_hf.py"
+
+
+def anonymous_bytes(pid):
+    """`RssAnon` of a process, 0 once it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+def peak_of(command):
+    """Largest anonymous memory while a command runs, bytes."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, anonymous_bytes(process.pid))
+        time.sleep(0.005)
+    if process.returncode != 0:
+        raise ValueError(f"The conversion failed: {process.stderr.read().decode()[-500:]}")
+    return peak
+
+
+def measure(preset, folder):
+    """Writes a checkpoint of random weights, converts it, and compares with a process that only imports."""
+    file = folder / "checkpoint.pt"
+    model = DiTTransformer2DModel.from_preset(preset)
+    torch.nn.init.normal_(model.proj_out.weight)  # a fresh head is zero, and so are all outputs
+    torch.save(original_state_dict(model, DIT), file)
+    imports = f"import runpy, time; runpy.run_path({str(CONVERT)!r}); time.sleep(0.5)"
+    path = f"import sys; sys.path.insert(0, {str(CONVERT.parent)!r}); "
+    baseline = peak_of([sys.executable, "-c", path + imports])
+    started = time.time()
+    command = [sys.executable, CONVERT, "--checkpoint_path", file, "--output_dir", folder / "out", "--family", "dit"]
+    peak = peak_of(command)
+    return {
+        "preset": preset,
+        "checkpoint_bytes": file.stat().st_size,
+        "imports_bytes": baseline,
+        "peak_bytes": peak,
+        "ratio": round((peak - baseline) / file.stat().st_size, 3),
+        "seconds": round(time.time() - started, 1),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="DiT-XL/2", help="Size of the model.")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(args.preset, Path(folder)), indent=2))
+
+
+if __name__ == "__main__":
+    run(main)
