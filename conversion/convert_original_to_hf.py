@@ -15,19 +15,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
-from verify_parity import add_checkpoint_arguments, read, verify
+from verify_parity import DTYPES, add_checkpoint_arguments, read, verify
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.checkpoints.diffusers_dit import CORRECTED
 from dit_hf.checkpoints.loading import build_model
 from dit_hf.checkpoints.saving import ASIDE_FILE
 from dit_hf.command_line import run
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from dit_hf.hub import CardFacts, publish_folder, write_card
 
 
 def read_id2label(path):
@@ -58,9 +55,21 @@ def build_pipeline(args, checkpoint, id2label):
     if checkpoint.family.flow_matching:
         scheduler = make_scheduler("flow_euler")
     else:
-        scheduler = make_scheduler("ddpm", **({} if transformer.config.learn_sigma else {"variance_type": "fixed_large"}))
+        scheduler = make_scheduler(
+            "ddpm", **({} if transformer.config.learn_sigma else {"variance_type": "fixed_large"})
+        )
     vae = AutoencoderKL.from_pretrained(args.vae) if args.vae else None
     return DiTClassCondPipeline(transformer, scheduler, vae, id2label)
+
+
+def card_facts(checkpoint, args):
+    """Licence and origin; Meta's DiT weights have 1000 classes and come without training arguments."""
+    meta = checkpoint.family.name in ("dit", "diffusers") and checkpoint.config["num_classes"] == 1000
+    limits = (
+        "Converted, not retrained: the limits are those of the original weights. The conversion was verified against "
+        "an independent forward pass."
+    )
+    return CardFacts(license=args.license or ("cc-by-nc-4.0" if meta else None), limits=limits)
 
 
 def save_whole(pipe, checkpoint, args):
@@ -70,12 +79,13 @@ def save_whole(pipe, checkpoint, args):
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=output_dir.parent))
     partial.chmod(0o755)
     try:
-        pipe.save_pretrained(partial)
+        pipe.save_pretrained(partial, card=card_facts(checkpoint, args))
+        write_card(pipe, partial, title=output_dir.name)
         if checkpoint.aside:
             save_file(checkpoint.aside, partial / "transformer" / ASIDE_FILE)
         pipe.transformer.to("meta")  # its weights are on the disk now
         if not args.skip_verification:
-            verify(checkpoint, partial)
+            verify(checkpoint, partial, args.dtype)
         os.replace(partial, output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -102,9 +112,11 @@ def parse_args():
     parser.add_argument("--output_dir", type=Path, required=True, help="New folder for the pipeline.")
     parser.add_argument("--vae", help="Folder or Hub id of an AutoencoderKL to put into the pipeline.")
     parser.add_argument("--id2label", type=Path, help="JSON list of class names, or object of id to name.")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Of the written weights.")
     parser.add_argument("--dry_run", action="store_true", help="Say what the file holds and write nothing.")
     parser.add_argument("--skip_verification", action="store_true", help="Do not compare what was written.")
+    parser.add_argument("--license", help="The Hub's identifier; cc-by-nc-4.0 for what looks like Meta's weights.")
+    parser.add_argument("--push_to_hub", action="store_true", help="Publish the folder as well.")
+    parser.add_argument("--hub_model_id", help="Repository; the folder's name if not given.")
     return parser.parse_args()
 
 
@@ -126,6 +138,8 @@ def main():
         return
     save_whole(pipe, checkpoint, args)
     print(f"Pipeline: {args.output_dir}")
+    if args.push_to_hub:
+        print(f"Published: {publish_folder(args.output_dir, args.hub_model_id or args.output_dir.name, pipe)}")
 
 
 if __name__ == "__main__":

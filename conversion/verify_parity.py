@@ -9,12 +9,17 @@ Expected: two forward passes each way of two samples; exit code 2 if a differenc
 import argparse
 from pathlib import Path
 
+import torch
+
 from dit_hf import DiTTransformer2DModel
 from dit_hf.checkpoints import FAMILIES
 from dit_hf.checkpoints.loading import understand
 from dit_hf.checkpoints.parity import measure_parity
 from dit_hf.checkpoints.saving import ASIDE_FILE
 from dit_hf.command_line import run
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_checkpoint_arguments(parser):
@@ -26,6 +31,7 @@ def add_checkpoint_arguments(parser):
     parser.add_argument(
         "--embedders_of_block", type=int, help="Which copy to take where a diffusers DiT's were trained apart."
     )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Of the converted weights.")
 
 
 def read(args):
@@ -35,9 +41,9 @@ def read(args):
     )
 
 
-def verify(checkpoint, model_path):
+def verify(checkpoint, model_path, dtype):
     """Reloads what was written and compares; prints the figures, and raises if they are more than rounding."""
-    model = DiTTransformer2DModel.from_pretrained(model_path, subfolder="transformer")
+    model = DiTTransformer2DModel.from_pretrained(model_path, subfolder="transformer", dtype=DTYPES[dtype])
     parity = measure_parity(checkpoint, model, Path(model_path) / "transformer" / ASIDE_FILE)
     print(f"Parity: {parity}")
     if not parity.holds:
@@ -57,7 +63,7 @@ def main():
     args = parse_args()
     if not (args.model_path / "transformer").is_dir():
         raise ValueError(f"--model_path {args.model_path} has no folder `transformer`.")
-    verify(read(args), args.model_path)
+    verify(read(args), args.model_path, args.dtype)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,16 @@ EXPECTED = {
 COMMON = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 12, "num_classes": 10, "mlp_ratio": 4.0}
 
 
+def tiny_vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+
+
 def convert(*arguments):
     command = [sys.executable, SCRIPT, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
@@ -86,13 +96,7 @@ def test_half_precision():
 
 
 def test_script_writes_a_pipeline(tmp_path):
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    vae.save_pretrained(tmp_path / "vae")
+    tiny_vae().save_pretrained(tmp_path / "vae")
     (tmp_path / "names.json").write_text(json.dumps([f"class {index}" for index in range(10)]))
     result = convert(
         *("--checkpoint_path", FIXTURES / "dit_p2_train.pt", "--output_dir", tmp_path / "out"),
@@ -101,7 +105,8 @@ def test_script_writes_a_pipeline(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "10 classes" in result.stdout
     folders = {path.relative_to(tmp_path / "out").parts[0] for path in (tmp_path / "out").rglob("*")}
-    assert folders == {"model_index.json", "transformer", "scheduler", "vae"}
+    code_and_card = {"pipeline_dit_class_cond.py", "README.md"}
+    assert folders == {"model_index.json", "transformer", "scheduler", "vae"} | code_and_card
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "out")
     assert pipe.labels["class 7"] == 7
     golden = load_golden("dit_p2_train.ema.io")
@@ -160,7 +165,7 @@ def write_damaged(kind, path):
         ("extra key", "blocks.1.attn.q_norm.weight"),
         ("no DiT", "x_embedder.proj.weight"),
         ("stray value", "note"),
-        ("wrong shape", "attn.to_out.0.bias"),
+        ("wrong shape", "blocks.1.attn.proj.bias"),
         ("wrong rank", "x_embedder.proj.weight"),
         ("other positions", "pos_embed"),
         ("tensor for weights", "Tensor"),

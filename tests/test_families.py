@@ -1,10 +1,21 @@
 """Every family of checkpoints: the same numbers as the original code computes, and back to a file it loads."""
 
+import argparse
+import json
+import subprocess
+import sys
+
+import diffusers
 import pytest
 import torch
-from conftest import FIXTURES, load_golden
+from conftest import FIXTURES, ROOT, load_golden, tiny_inputs, tiny_transformer
+from safetensors.torch import load_file, save_file
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf.checkpoints import DIT, FAMILIES
+from dit_hf.checkpoints.loading import understand
+from dit_hf.checkpoints.reference import reference_forward
+from dit_hf.checkpoints.saving import original_state_dict, save_original
 
 
 # Fixture -> family, its model's time for the original's, and the sign of its velocity.
@@ -14,10 +25,27 @@ FLOW = {
     "lightningdit_0": ("lightningdit", lambda time: 1 - time, -1),
     "lightningdit_1": ("lightningdit", lambda time: 1 - time, -1),
 }
+ALL = {name: family for name, (family, *_) in FLOW.items()} | {
+    "dit_p2": "dit",
+    "dit_p4_fixed_sigma": "dit",
+    "dit_p8_in3": "dit",
+}
 
 
 def load(name, **options):
     return DiTTransformer2DModel.from_single_file(FIXTURES / f"{name}.pt", num_attention_heads=4, **options)
+
+
+def run_script(name, **flags):
+    arguments = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value) if part is not True]
+    command = [sys.executable, ROOT / "conversion" / f"{name}.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def forward(model):
+    channels, size = model.config.in_channels, model.config.sample_size
+    with torch.no_grad():
+        return model(**tiny_inputs(channels=channels, height=size, width=size)).sample
 
 
 @pytest.mark.parametrize("name", FLOW)
@@ -43,4 +71,277 @@ def test_euler_sampling_equals_the_original(name):
     ).images
     error = (sample - golden["ode_sample"]).norm() / golden["ode_sample"].norm()
     assert error < 1e-4
-    print(f"{name}: relative error {error:.1e}")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_oracle_equals_the_original(name):
+    """The forward pass that conversions are verified with is itself held against the recorded outputs."""
+    golden = load_golden(f"{name}.io")
+    weights = understand(FIXTURES / f"{name}.pt", 4, ALL[name]).original
+    output = reference_forward(weights, 4, golden["x"], golden["t"], golden["y"])[:, : golden["out"].shape[1]]
+    torch.testing.assert_close(output, golden["out"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_round_trip(name, ending, tmp_path):
+    checkpoint = understand(FIXTURES / f"{name}.pt", 4, ALL[name])
+    save_file(checkpoint.aside or {"none": torch.zeros(1)}, tmp_path / "aside.safetensors")
+    save_original(
+        load(name, family=ALL[name]),
+        FAMILIES[ALL[name]],
+        tmp_path / f"back.{ending}",
+        tmp_path / "aside.safetensors",
+    )
+    file = tmp_path / f"back.{ending}"
+    back = torch.load(file, weights_only=True) if ending == "pt" else load_file(file)
+    back = back.get("ema", back)
+    given = checkpoint.original | checkpoint.aside
+    assert back.keys() == given.keys()
+    inexact = {key for key in given if not torch.equal(given[key], back[key])}
+    baked = {"t_embedder.mlp.0.weight"} if ALL[name] in ("sit", "lightningdit") else set()
+    assert inexact <= baked | set(FAMILIES[ALL[name]].computed)
+    assert max((given[key] - back[key]).abs().max() for key in given) <= 1e-6
+    if ALL[name] == "repa":  # its code takes `["ema"]` without asking
+        assert ending == "safetensors" or torch.load(file, weights_only=True).keys() == {"ema"}
+
+
+def test_families_are_told_by_their_keys(tmp_path, caplog):
+    expected = {name: "dit" if family == "sit" else family for name, family in ALL.items()}
+    for name, family in expected.items():
+        caplog.clear()
+        assert understand(FIXTURES / f"{name}.pt", 4).family.name == family
+        assert ("--family sit" in caplog.text) == (family == "dit")
+    weights = torch.load(FIXTURES / "sit_p2.pt", weights_only=True)
+    arguments = argparse.Namespace(path_type="Linear", prediction="velocity", num_classes=10)
+    torch.save({"ema": weights, "args": arguments}, tmp_path / "sit.pt")
+    assert understand(tmp_path / "sit.pt", 4).family.name == "sit"
+    arguments.prediction = "noise"
+    torch.save({"ema": weights, "args": arguments}, tmp_path / "sit.pt")
+    with pytest.raises(ValueError, match="prediction='noise'"):
+        understand(tmp_path / "sit.pt", 4)
+
+
+def test_no_null_class_is_told_by_the_arguments(tmp_path):
+    weights = torch.load(FIXTURES / "dit_p2.pt", weights_only=True)
+    torch.save({"ema": weights, "args": argparse.Namespace(num_classes=11)}, tmp_path / "a.pt")
+    config = understand(tmp_path / "a.pt", 4).config
+    assert (config["num_classes"], config["class_dropout_prob"]) == (11, 0.0)
+    assert understand(FIXTURES / "dit_p2.pt", 4).config["num_classes"] == 10
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: {"state_dict": weights},
+        lambda weights: {"model": weights, "ema": weights},
+        lambda weights: {f"module.{key}": value for key, value in weights.items()},
+        lambda weights: {f"_orig_mod.module.{key}": value for key, value in weights.items()},
+    ],
+)
+def test_wrappers_are_taken_off(wrap, tmp_path):
+    weights = torch.load(FIXTURES / "dit_p2.pt", weights_only=True)
+    torch.save(wrap(weights), tmp_path / "wrapped.pt")
+    model = DiTTransformer2DModel.from_single_file(tmp_path / "wrapped.pt", num_attention_heads=4)
+    assert torch.equal(forward(model), forward(load("dit_p2")))
+
+
+def test_unused_variance_of_sit_is_kept():
+    model = load("sit_p2", family="sit")
+    assert model.config.learn_sigma
+    weights = original_state_dict(model, FAMILIES["sit"])
+    assert torch.equal(
+        weights["final_layer.linear.weight"],
+        understand(FIXTURES / "sit_p2.pt", 4).original["final_layer.linear.weight"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "family", "message"),
+    [
+        ({"conditioning": "adaln"}, "dit", "conditioning='adaln'"),
+        ({"timestep_scale": 0.001}, "dit", "timestep_scale=0.001"),
+        ({}, "sit", "timestep_scale=1.0"),
+        ({"norm": "rms_norm"}, "dit", "norm='rms_norm'"),
+        ({"ff": "swiglu", "timestep_scale": 0.001}, "sit", "ff='swiglu'"),
+        ({"timestep_scale": 0.001}, "repa", "learn_sigma"),
+        ({"timestep_scale": 0.001, "learn_sigma": False}, "repa", "projectors"),
+        ({"class_dropout_prob": 0.0}, "diffusers", "no null class"),
+    ],
+)
+def test_what_a_family_has_no_place_for_is_refused(overrides, family, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        save_original(tiny_transformer(**overrides), FAMILIES[family], tmp_path / "out.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scripts_convert_there_and_back(tmp_path):
+    out = {"checkpoint_path": FIXTURES / "repa_sit_p2.pt", "output_dir": tmp_path / "out", "num_attention_heads": 4}
+    there = run_script("convert_original_to_hf", **out)
+    assert there.returncode == 0, there.stderr
+    assert "38 of 38 weights come back to the bit" in there.stdout
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    pipe.save_pretrained(tmp_path / "again")  # the projectors are not lost
+    back = run_script(
+        "convert_hf_to_original", model_path=tmp_path / "again", family="repa", checkpoint_path=tmp_path / "back.pt"
+    )
+    assert back.returncode == 0, back.stderr
+    verified = run_script(
+        "verify_parity",
+        checkpoint_path=tmp_path / "back.pt",
+        model_path=tmp_path / "out",
+        num_attention_heads=4,
+    )
+    assert verified.returncode == 0, verified.stderr
+    other = tiny_transformer(seed=3, learn_sigma=False, timestep_scale=0.001)
+    other.save_pretrained(tmp_path / "out" / "transformer")
+    verified = run_script(
+        "verify_parity", checkpoint_path=tmp_path / "back.pt", model_path=tmp_path / "out", num_attention_heads=4
+    )
+    assert verified.returncode == 2
+    assert "does not compute" in verified.stderr
+
+
+def test_dry_run_half_precision_and_no_verification(tmp_path):
+    flags = {
+        "checkpoint_path": FIXTURES / "sit_p2.pt",
+        "family": "sit",
+        "num_attention_heads": 4,
+        "output_dir": tmp_path / "out",
+    }
+    result = run_script("convert_original_to_hf", **flags, dry_run=True)
+    assert result.returncode == 0, result.stderr
+    assert "sit: 2 blocks of width 48" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+    result = run_script("convert_original_to_hf", **flags, dtype="bfloat16", license="mit")
+    assert result.returncode == 0, result.stderr
+    assert "Parity" in result.stdout
+    weights = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert weights["proj_out.weight"].dtype == torch.bfloat16
+    assert weights["time_embed.linear_1.weight"].dtype == torch.float32
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "# out" in card
+
+
+# The stock format
+
+
+def stock_model(**overrides):
+    torch.manual_seed(0)
+    config = {
+        "num_layers": 3,
+        "num_attention_heads": 4,
+        "attention_head_dim": 12,
+        "sample_size": 8,
+        "num_embeds_ada_norm": 10,
+    }
+    stock = diffusers.DiTTransformer2DModel(**(config | {"out_channels": 8, "norm_num_groups": 4} | overrides)).eval()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+        first = stock.transformer_blocks[0].norm1.emb.state_dict()
+        for block in stock.transformer_blocks:
+            block.norm1.emb.load_state_dict(first)
+    return stock
+
+
+def corrected_output(stock):
+    """The stock network with the frequency shift and epsilons that its weights were trained with."""
+    for block in stock.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+        block.norm1.norm.eps = block.norm3.eps = 1e-6
+    stock.norm_out.eps = 1e-6
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        return stock(inputs["hidden_states"], inputs["timestep"], inputs["class_labels"]).sample
+
+
+def stock_pipeline(folder):
+    from test_conversion import tiny_vae
+
+    pipe = diffusers.DiTPipeline(stock_model(), tiny_vae(), make_scheduler("ddim"))
+    pipe.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {str(key): f"class {key}" for key in range(10)}  # stock loses them on saving
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return pipe
+
+
+def test_stock_folders_are_read_and_corrected(tmp_path, caplog):
+    stock_pipeline(tmp_path)
+    model = DiTTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
+    assert "frequency shift 0" in caplog.text
+    assert torch.equal(forward(model), corrected_output(stock_model()))
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path)
+    assert type(pipe.transformer) is DiTTransformer2DModel
+    assert pipe.labels["class 3"] == 3
+    assert torch.equal(forward(pipe.transformer), forward(model))
+    pipe.save_pretrained(tmp_path / "ours")
+    caplog.clear()
+    again = DiTClassCondPipeline.from_pretrained(tmp_path / "ours")
+    assert "frequency shift" not in caplog.text
+    assert torch.equal(forward(again.transformer), forward(model))
+
+
+def test_stock_folder_through_custom_pipeline(tmp_path):
+    """The entry in `pipelines/` gives the picture of the corrected stock model."""
+    stock_pipeline(tmp_path)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline=str(ROOT / "pipelines" / "dit_class_cond"), trust_remote_code=True
+    )
+    expected = DiTClassCondPipeline.from_pretrained(tmp_path)
+    images = [
+        p("class 3", num_inference_steps=2, generator=torch.manual_seed(0), output_type="np").images
+        for p in (pipe, expected)
+    ]
+    assert pipe.labels["class 3"] == 3
+    assert (images[0] == images[1]).all()
+
+
+def test_sharded_and_half_stock_folders(tmp_path):
+    stock_model().save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("*-of-*"))) > 1
+    assert torch.equal(
+        forward(DiTTransformer2DModel.from_pretrained(tmp_path / "sharded")), corrected_output(stock_model())
+    )
+    half = DiTTransformer2DModel.from_pretrained(tmp_path / "sharded", dtype=torch.bfloat16)
+    assert half.proj_out.weight.dtype == torch.bfloat16
+
+
+def test_embedders_that_were_trained_apart_are_refused_unless_told(tmp_path):
+    stock = stock_model()
+    with torch.no_grad():
+        stock.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight[3] += 1
+    stock.save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match="trained apart.*block 0"):
+        DiTTransformer2DModel.from_pretrained(tmp_path / "stock")
+    flags = {"checkpoint_path": tmp_path / "stock", "output_dir": tmp_path / "out"}
+    result = run_script("convert_original_to_hf", **flags)
+    assert result.returncode == 2
+    assert "trained apart" in result.stderr
+    result = run_script("convert_original_to_hf", **flags, embedders_of_block=2, skip_verification=True)
+    assert result.returncode == 0, result.stderr
+    weights = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    expected = stock.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight
+    assert torch.equal(weights["class_embed.weight"], expected)
+
+
+def test_export_to_the_stock_format(tmp_path):
+    model = load("dit_p2")
+    save_original(model, FAMILIES["diffusers"], tmp_path / "stock")
+    stock = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "stock").eval()
+    assert torch.equal(corrected_output(stock), forward(model))
+    assert torch.equal(forward(DiTTransformer2DModel.from_pretrained(tmp_path / "stock")), forward(model))
+    save_original(model, FAMILIES["diffusers"], tmp_path / "stock.safetensors")
+    (tmp_path / "config.json").write_text((tmp_path / "stock" / "config.json").read_text())
+    file = DiTTransformer2DModel.from_single_file(tmp_path / "stock.safetensors")
+    assert torch.equal(forward(file), forward(model))
+
+
+def test_dit_weights_are_theirs_in_every_word():
+    """Nothing of a model is lost on the way to the original's words."""
+    model = tiny_transformer()
+    weights = original_state_dict(model, DIT)
+    assert sum(weight.numel() for weight in weights.values()) == model.num_parameters() + weights["pos_embed"].numel()

@@ -2,6 +2,7 @@
 
 # diffusers names a component's library after its module and looks for these two base classes in it.
 from diffusers import ModelMixin, SchedulerMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from ._version import __version__
 from .pipeline_dit_class_cond import DiTClassCondPipeline
@@ -18,6 +19,5 @@ __all__ = [
     "make_scheduler",
 ]
 
-# Saved folders then name the library `dit_hf`, whatever file a class moves to.
-for _cls in (DiTClassCondPipeline, DiTTransformer2DModel):
-    _cls.__module__ = __name__
+# Then saved folders name the library `dit_hf`, and a repository that does so is not taken for a mistake.
+LOADABLE_CLASSES.setdefault(__name__, LOADABLE_CLASSES["diffusers"])

@@ -6,14 +6,18 @@ The file is self-contained: it imports torch and diffusers only, so that it is a
 """
 
 import difflib
+import importlib
+import importlib.util
 import inspect
+import json
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -46,13 +50,21 @@ def _is_flow_matching(scheduler):
 
 def _correct_stock_model(transformer):
     """Diffusers' own DiT computes the timestep embedding with a shift that its weights were not trained with."""
-    try:
-        from dit_hf import DiTTransformer2DModel
-        from dit_hf.checkpoints.diffusers_dit import CORRECTED, correct_stock_model
-    except ImportError as error:
-        raise ImportError("Correcting diffusers' own DiT needs the package: `pip install dit_hf`.") from error
-    logger.warning(f"{CORRECTED[0].upper()}{CORRECTED[1:]}.")
-    return correct_stock_model(DiTTransformer2DModel, transformer)
+    stock = _package("checkpoints.diffusers_dit")
+    logger.warning(f"{stock.CORRECTED[0].upper()}{stock.CORRECTED[1:]}.")
+    return stock.correct_stock_model(_package("transformer_dit").DiTTransformer2DModel, transformer)
+
+
+def _package(module):
+    """A module of the installed package: this file also travels alone."""
+    if importlib.util.find_spec("dit_hf") is None:
+        raise ImportError("This needs the package: `pip install dit_hf`.")
+    return importlib.import_module(f"dit_hf.{module}")
+
+
+def _is_installed():
+    """Whether this file is the package's, not a copy that came with a model."""
+    return __name__.startswith("dit_hf.")
 
 
 class DiTClassCondPipeline(DiffusionPipeline):
@@ -117,6 +129,94 @@ class DiTClassCondPipeline(DiffusionPipeline):
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)  # the files are float16
         return cls.from_pretrained(folder, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """
+        Reads a `model_index.json`; for the installed class, whatever it names as code is this package's.
+
+        Then no remote code is needed, and a folder of diffusers' own DiT is read by our transformer, which corrects it.
+        """
+        config = super()._dict_from_json_file(json_file)
+        if _is_installed() and isinstance(config.get("transformer"), list):
+            config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", "DiTTransformer2DModel"]}
+            config.pop("auto_map", None)
+        return config
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """Leaves out what only tells diffusers where the code is."""
+        config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory,
+        safe_serialization=True,
+        variant=None,
+        max_shard_size=None,
+        push_to_hub=False,
+        card=None,
+        **kwargs,
+    ):
+        """
+        Saves the pipeline, its code and a model card, so that the folder and its copy on the Hub load anywhere.
+
+        Args:
+            save_directory (`str` or `Path`): Created if it does not exist.
+            safe_serialization, variant, max_shard_size: As with every pipeline.
+            push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
+            card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
+            kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
+        """
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        for file in Path(save_directory).glob("*/README.md"):
+            file.unlink()  # the components' own cards
+        source = Path(str(self.config.get("_name_or_path"))) / "README.md"
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            _package("hub").publish_folder(save_directory, repo_id, self, card, **kwargs)
+        elif _is_installed():
+            _package("hub").write_card(self, save_directory, facts=card)
+        elif source.is_file() and source.parent != Path(save_directory):
+            shutil.copyfile(source, Path(save_directory) / source.name)
+
+    def save_config(self, save_directory, push_to_hub=False, **kwargs):
+        """Writes `model_index.json`, naming the code that lies beside it for `trust_remote_code=True`."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text())
+        index["_class_name"] = ["pipeline_dit_class_cond", "DiTClassCondPipeline"]
+        index["transformer"] = ["transformer_dit", "DiTTransformer2DModel"]
+        index["auto_map"] = {"AutoModel": "transformer_dit.DiTTransformer2DModel"}
+        (folder / self.config_name).write_text(json.dumps(index))
+        for file in (
+            folder / self.config_name,
+            *folder.glob("*/config.json"),
+            *folder.glob("*/scheduler_config.json"),
+        ):
+            # Where the parts were loaded from is of no use to others, and may be a path of this machine.
+            config = json.loads(file.read_text())
+            config.pop("_name_or_path", None)
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        shutil.copyfile(__file__, folder / "pipeline_dit_class_cond.py")
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """
+        Publishes the pipeline: weights, code, and a model card; a card on the Hub is updated, not overwritten.
+
+        Args:
+            repo_id (`str`): `"name"` or `"user/name"`; created if it does not exist.
+            kwargs: `commit_message`, `private`, `token`, `create_pr`, `variant` as with every pipeline, and `card`
+                ([`dit_hf.hub.CardFacts`]), what the model can't tell of itself.
+
+        Returns:
+            `str`: address of the commit.
+
+        Raises:
+            OSError: if the upload fails; the message says how to go on.
+        """
+        return _package("hub.publish").push(self, repo_id, **kwargs)
 
     @property
     def labels(self) -> dict[str, int]:

@@ -9,7 +9,11 @@ with in-context conditioning), `D` width, `heads` attention heads.
 The file is self-contained: it imports torch and diffusers only, so that it is also the code a Hub repository carries.
 """
 
+import importlib
+import importlib.util
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +32,9 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, Fee
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb, get_1d_rotary_pos_embed
+from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.utils import apply_lora_scale, logging
 
 
@@ -137,7 +141,7 @@ class DiTAttnProcessor:
         query, key, value = attn.project(hidden_states, encoder_hidden_states)
         # The number of heads is left open: under tensor parallelism each rank holds a share of them.
         query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in (query, key, value))
-        if attn.norm_q is not None:
+        if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if rotary_emb is not None:
             query, key = (apply_rotary_emb(states, rotary_emb, sequence_dim=1) for states in (query, key))
@@ -273,9 +277,7 @@ class DiTBlock(nn.Module):
         scale_ff = next(vectors)
         gate_ff = next(vectors) if self.gated else None
 
-        attn_output = self.attn(
-            modulate(self.norm1(hidden_states), shift_attn, scale_attn), rotary_emb=rotary_emb
-        )
+        attn_output = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), rotary_emb=rotary_emb)
         if gate_attn is not None:
             attn_output = gate_attn.unsqueeze(1) * attn_output
         hidden_states = hidden_states + attn_output
@@ -301,14 +303,13 @@ class DiTContextBlock(nn.Module):
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        heads = {"num_attention_heads": num_attention_heads, "attention_head_dim": attention_head_dim}
-        heads["qk_norm"] = norm if qk_norm else None
+        qk_norm_kind = norm if qk_norm else None
         self.norm1 = build_norm(norm, dim, affine=True)
-        self.attn = DiTAttention(**heads)
+        self.attn = DiTAttention(num_attention_heads, attention_head_dim, qk_norm=qk_norm_kind)
         self.cross_attn = None
         if cross_attention:
             self.norm_cross = build_norm(norm, dim, affine=True)
-            self.cross_attn = DiTAttention(**heads, is_cross_attention=True)
+            self.cross_attn = DiTAttention(num_attention_heads, attention_head_dim, True, qk_norm_kind)
         self.norm2 = build_norm(norm, dim, affine=True)
         self.ff = build_feed_forward(ff, dim, mlp_ratio)
 
@@ -371,6 +372,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         ValueError: if an option is unknown or sizes do not fit; the message names the option.
     """
 
+    _auto_class = "AutoModel"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock", "DiTContextBlock"]
     _repeated_blocks = ["DiTBlock", "DiTContextBlock"]
@@ -428,7 +430,9 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
                 raise ValueError(f"`{name}` is {option!r}; it must be one of {', '.join(allowed)}.")
         self.is_adaptive = conditioning in ("adaln_zero", "adaln")
         if not self.is_adaptive and not modulation_shift:
-            raise ValueError(f"`modulation_shift=False` needs adaptive norms; `conditioning` {conditioning!r} has none.")
+            raise ValueError(
+                f"`modulation_shift=False` needs adaptive norms; `conditioning` {conditioning!r} has none."
+            )
         rotary = position_embedding == "sincos+rope"
         if rotary and conditioning == "in_context":
             raise ValueError("`position_embedding='sincos+rope'` has no place for the tokens of 'in_context'.")
@@ -516,11 +520,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         Raises:
             ValueError: if there is no such preset.
         """
-        try:
-            from dit_hf.presets import preset_config
-        except ImportError as error:
-            raise ImportError("`from_preset` needs the package: `pip install dit_hf`.") from error
-        return cls(**(preset_config(name) | overrides))
+        return cls(**(_package("presets").preset_config(name) | overrides))
 
     @classmethod
     def from_single_file(
@@ -551,17 +551,16 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         Raises:
             ValueError: if the file is not such a checkpoint; the message names the file and the key.
         """
-        try:
-            from dit_hf.checkpoints.loading import load_model
-        except ImportError as error:
-            raise ImportError("`from_single_file` needs the package: `pip install dit_hf`.") from error
+        load_model = _package("checkpoints.loading").load_model
         return load_model(cls, pretrained_model_link_or_path, num_attention_heads, family, weights, torch_dtype)
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
         """As every `ConfigMixin`'s; the configuration of diffusers' own DiT is read as well."""
+        if isinstance(config, dict):  # less what only tells diffusers where the code is
+            config = {name: value for name, value in config.items() if name != "auto_map"}
         if isinstance(config, dict) and "num_embeds_ada_norm" in config:
-            config = _diffusers_dit().our_config(config)
+            config = _package("checkpoints.diffusers_dit").our_config(config)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -569,14 +568,61 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         """Renames the weights of diffusers' own DiT; the weights of this class pass through."""
         if "transformer_blocks.0.norm1.linear.weight" in loaded_keys:
             if state_dict is None:
-                state_dict = {key: weight for file in resolved_model_file for key, weight in load_state_dict(file).items()}
+                state_dict = {
+                    key: weight for file in resolved_model_file for key, weight in load_state_dict(file).items()
+                }
+            stock = _package("checkpoints.diffusers_dit")
             try:
-                state_dict = _diffusers_dit().to_our_state_dict(state_dict)
+                state_dict = stock.to_our_state_dict(state_dict)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             loaded_keys = list(state_dict)
-            logger.warning(f"{name}: {_diffusers_dit().CORRECTED}.")
+            logger.warning(f"{name}: {stock.CORRECTED}.")
         return super()._load_pretrained_model(model, state_dict, resolved_model_file, name, loaded_keys, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process=True,
+        save_function=None,
+        safe_serialization=True,
+        variant=None,
+        max_shard_size="10GB",
+        push_to_hub=False,
+        card=None,
+        **kwargs,
+    ):
+        """
+        Saves the model, its code and a model card, and what a conversion kept aside.
+
+        Args:
+            save_directory (`str` or `Path`): Created if it does not exist.
+            is_main_process, save_function, safe_serialization, variant, max_shard_size: As with every model.
+            push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
+            card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
+            kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
+        """
+        options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        super().save_pretrained(save_directory, is_main_process, save_function, **options)
+        if not is_main_process:
+            return
+        aside = Path(str(self.config.get("_name_or_path"))) / "projectors.safetensors"
+        if aside.is_file() and aside.parent != Path(save_directory):
+            shutil.copyfile(aside, Path(save_directory) / aside.name)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            _package("hub").publish_folder(save_directory, repo_id, self, card, **kwargs)
+        elif __name__.startswith("dit_hf."):
+            _package("hub").write_card(self, save_directory, facts=card)
+
+    def save_config(self, save_directory, push_to_hub=False, **kwargs):
+        """Writes the configuration, and this file beside it as the code for `trust_remote_code=True`."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        shutil.copyfile(__file__, Path(save_directory) / "transformer_dit.py")
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """As every `ModelMixin`'s, with a model card; see `DiTClassCondPipeline.push_to_hub`."""
+        return _package("hub.publish").push(self, repo_id, **kwargs)
 
     def _embed_condition(self, timestep, class_labels, force_drop_ids, batch_size):
         """Time and class as one vector `(B, D)`, or as two tokens `(B, 2, D)`; labels are dropped, once a sample."""
@@ -676,13 +722,11 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         return Transformer2DModelOutput(sample=output)
 
 
-def _diffusers_dit():
-    """The key table of diffusers' own DiT, which only the installed package has."""
-    try:
-        from dit_hf.checkpoints import diffusers_dit
-    except ImportError as error:
-        raise ImportError("Reading diffusers' own DiT needs the package: `pip install dit_hf`.") from error
-    return diffusers_dit
+def _package(module):
+    """A module of the installed package: this file also travels alone."""
+    if importlib.util.find_spec("dit_hf") is None:
+        raise ImportError("This needs the package: `pip install dit_hf`.")
+    return importlib.import_module(f"dit_hf.{module}")
 
 
 def _skip_attention(attn, hidden_states, encoder_hidden_states=None, rotary_emb=None):

@@ -14,14 +14,14 @@ KEYS = {
     "proj_out_2.weight": "proj_out.weight",
     "proj_out_2.bias": "proj_out.bias",
 }
-BLOCK_LAYERS = {
-    "attn1.to_q": "attn.to_q",
-    "attn1.to_k": "attn.to_k",
-    "attn1.to_v": "attn.to_v",
-    "attn1.to_out.0": "attn.to_out.0",
-    "ff.net.0.proj": "ff.net.0.proj",
-    "ff.net.2": "ff.net.2",
-    "norm1.linear": "modulation",
+BLOCK_LAYERS: dict[str, tuple[str, ...]] = {
+    "attn1.to_q": ("attn.to_q",),
+    "attn1.to_k": ("attn.to_k",),
+    "attn1.to_v": ("attn.to_v",),
+    "attn1.to_out.0": ("attn.to_out.0",),
+    "ff.net.0.proj": ("ff.net.0.proj",),
+    "ff.net.2": ("ff.net.2",),
+    "norm1.linear": ("modulation",),
 }
 # Embedders, in every block: original -> ours.
 EMBEDDERS = {

@@ -16,12 +16,12 @@ KEYS = {
     "final_layer.linear.weight": "proj_out.weight",
     "final_layer.linear.bias": "proj_out.bias",
 }
-BLOCK_LAYERS = {
+BLOCK_LAYERS: dict[str, tuple[str, ...]] = {
     "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "attn.proj": "attn.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-    "adaLN_modulation.1": "modulation",
+    "attn.proj": ("attn.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+    "adaLN_modulation.1": ("modulation",),
 }
 
 DIT = Family("dit", KEYS, BLOCK_LAYERS)

@@ -18,10 +18,9 @@ class Family:
     Args:
         name (`str`): As `--family` takes it.
         keys (`dict[str, str]`): Keys outside of the blocks, original -> ours.
-        block_layers (`dict[str, str | tuple[str, ...]]`):
-            Layers of a block, original -> ours, weight and bias alike. A tuple stands for a layer that is one matrix
-            in the original and several, stacked in this order, in ours. Layers that only some configurations have are
-            in it too.
+        block_layers (`dict[str, tuple[str, ...]]`):
+            Layers of a block, original -> ours, weight and bias alike; several of ours where one matrix of the
+            original holds them, stacked in this order. Layers that only some configurations have are in it too.
         blocks (`str`): The original's name of the list of blocks.
         computed (`tuple[str, ...]`): Tables computed from the configuration: checked or left out on reading, written.
         flow_matching (`bool`): Whether the models are trained with time in [0, 1] to predict a velocity.
@@ -33,7 +32,7 @@ class Family:
 
     name: str
     keys: dict[str, str]
-    block_layers: dict[str, str | tuple[str, ...]]
+    block_layers: dict[str, tuple[str, ...]]
     blocks: str = "blocks"
     computed: tuple[str, ...] = field(default=("pos_embed",))
     flow_matching: bool = False
@@ -50,11 +49,10 @@ class Family:
         Returns:
             `dict`: original key -> our keys, several where the original stacks them.
         """
-        table = {original: (ours,) for original, ours in self.keys.items()}
+        table: dict[str, tuple[str, ...]] = {original: (ours,) for original, ours in self.keys.items()}
         for index in range(num_layers):
-            for original, ours in self.block_layers.items():
+            for original, names in self.block_layers.items():
                 for kind in ("weight", "bias"):
-                    names = (ours,) if isinstance(ours, str) else ours
                     table[f"{self.blocks}.{index}.{original}.{kind}"] = tuple(
                         f"transformer_blocks.{index}.{name}.{kind}" for name in names
                     )

@@ -8,10 +8,10 @@ from .sit import SIT
 
 ROTARY = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 LAYERS = {
-    "norm1": "norm1",
-    "norm2": "norm2",
+    "norm1": ("norm1",),
+    "norm2": ("norm2",),
     "mlp.w12": ("ff.gate_proj", "ff.up_proj"),
-    "mlp.w3": "ff.down_proj",
+    "mlp.w3": ("ff.down_proj",),
 }
 
 LIGHTNINGDIT = replace(

@@ -1,6 +1,5 @@
-"""Reading checkpoint files safely, and what their weights say about the model."""
+"""What a checkpoint's weights say about the model, and the model built from them."""
 
-import argparse
 import json
 import math
 import re
@@ -10,11 +9,11 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers.utils import logging
-from safetensors.torch import load_file
 
 from ..presets import PRESETS
 from . import FAMILIES, diffusers_dit
 from .family import Family
+from .reading import read_checkpoint, select_weights, training_arguments
 
 
 logger = logging.get_logger(__name__)
@@ -23,7 +22,6 @@ logger = logging.get_logger(__name__)
 KNOWN_HEADS = {
     preset.num_attention_heads * preset.attention_head_dim: preset.num_attention_heads for preset in PRESETS.values()
 } | {1536: 24, 1792: 28}
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # Axes of the weights that dimensions are read off, in our words.
 RANKS = {"pos_embed.proj.weight": 4, "class_embed.weight": 2, "proj_out.weight": 2}
 # What SiT's and REPA's training arguments must say for the model to be what we compute.
@@ -50,73 +48,6 @@ class Checkpoint:
     aside: dict[str, torch.Tensor]
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """
-    Opens a `.pt`, `.bin` or `.safetensors` file without executing anything in it, its tensors mapped, not copied.
-
-    Args:
-        path (`str` or `Path`): The file. In a pickle, tensors, plain values and `argparse.Namespace` are allowed.
-
-    Returns:
-        `dict`: what was saved.
-
-    Raises:
-        ValueError: if the file is missing, damaged, or holds anything else; the message names the file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no checkpoint file {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            mapped = torch.serialization._is_zipfile(path.open("rb"))  # files from before torch 1.6 are not
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # a damaged file fails in many ways inside of torch and pickle
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        refused = re.search(r"GLOBAL (\S+)|Unsupported (?:class|global|operand) \S+", str(error))
-        if refused:
-            reason = f"it holds {refused.group(1) or refused.group(0)}, which is neither a tensor nor a plain value"
-        raise ValueError(f"Can't read checkpoint {path}: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"Checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights.")
-    return content
-
-
-def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, torch.Tensor]:
-    """
-    The state dict inside a checkpoint: the file itself, its `ema` or `model` entry, or its only `state_dict`.
-
-    Prefixes that `DistributedDataParallel` and `torch.compile` put before every key are taken off.
-
-    Args:
-        content (`dict`): From [`read_checkpoint`].
-        weights (`str`): `"ema"` or `"model"`; ignored if the file holds one state dict only.
-        path (`str` or `Path`): Named in errors.
-
-    Returns:
-        `dict[str, torch.Tensor]`
-
-    Raises:
-        ValueError: if there are no such weights.
-    """
-    if weights not in ("ema", "model"):
-        raise ValueError(f"`weights` is {weights!r}; it must be 'ema' or 'model'.")
-    if "ema" in content or "model" in content:
-        if weights not in content:
-            have = ", ".join(sorted(content))
-            raise ValueError(f"Checkpoint {path} has no {weights!r} weights; it holds {have}.")
-        content = content[weights]
-    elif "state_dict" in content:
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise ValueError(f"Checkpoint {path}: its weights are a {type(content).__name__}, not a dictionary.")
-    stray = [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]
-    if stray:
-        raise ValueError(f"Checkpoint {path}: {stray[0]!r} is not a tensor.")
-    return {WRAPPERS.sub("", key): value for key, value in content.items()}
-
-
 def detect_family(state_dict: dict[str, torch.Tensor], arguments: dict) -> str:
     """
     The code base that wrote a checkpoint, by its keys and by the training arguments beside them.
@@ -130,7 +61,7 @@ def detect_family(state_dict: dict[str, torch.Tensor], arguments: dict) -> str:
     """
     if diffusers_dit.MARK in state_dict:
         return "diffusers"
-    if any(key.startswith(FAMILIES["repa"].aside) for key in state_dict):
+    if any(key.startswith("projectors.") for key in state_dict):
         return "repa"
     signs = ("feat_rope.freqs_cos", "blocks.0.mlp.w12.weight", "blocks.0.norm1.weight", "blocks.0.attn.q_norm.weight")
     if any(sign in state_dict for sign in signs):
@@ -139,22 +70,6 @@ def detect_family(state_dict: dict[str, torch.Tensor], arguments: dict) -> str:
         return "sit"
     logger.warning("This checkpoint is read as `dit`. SiT's keys are the same: pass `--family sit` if it is one.")
     return "dit"
-
-
-def training_arguments(content: dict) -> dict:
-    """
-    The training script's arguments that a checkpoint carries.
-
-    Args:
-        content (`dict`): From [`read_checkpoint`].
-
-    Returns:
-        `dict`: empty if there are none.
-    """
-    arguments = content.get("args")
-    if isinstance(arguments, argparse.Namespace):
-        return vars(arguments)
-    return arguments if isinstance(arguments, dict) else {}
 
 
 def check_objective(family: Family, arguments: dict, path: str | Path) -> None:
@@ -240,9 +155,11 @@ def infer_config(
 def _check_readable(weights, family, path):
     """That the weights dimensions are read off are there, with the axes they need."""
     table = {name: original for original, names in family.key_table(1).items() for name in names}
-    table |= {ours: f"transformer_blocks.0.{name}" for name, ours in diffusers_dit.EMBEDDERS.items()} if (
-        family.name == "diffusers"
-    ) else {}
+    table |= (
+        {ours: f"transformer_blocks.0.{name}" for name, ours in diffusers_dit.EMBEDDERS.items()}
+        if (family.name == "diffusers")
+        else {}
+    )
     needed = [*RANKS, "transformer_blocks.0.modulation.weight"]
     swiglu = "transformer_blocks.0.ff.gate_proj.weight"
     needed.append(swiglu if swiglu in weights else "transformer_blocks.0.ff.net.0.proj.weight")
@@ -370,10 +287,10 @@ def check_strictly(checkpoint: Checkpoint, model, path: str | Path) -> None:
     for key, names in table.items():
         shapes = [tuple(needed[name].shape) for name in names if name in needed]
         if shapes:
-            expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-            if tuple(original[key].shape) != expected:
+            shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+            if tuple(original[key].shape) != shape:
                 given = tuple(original[key].shape)
-                raise ValueError(f"Checkpoint {path}: {key!r} has shape {given}, where {expected} is needed.")
+                raise ValueError(f"Checkpoint {path}: {key!r} has shape {given}, where {shape} is needed.")
     for name, expected in computed_tables(source, model).items():
         if name in original and not _is_close(original[name], expected):
             raise ValueError(f"Checkpoint {path}: {name!r} is not the table that {source.name} computes.")

@@ -88,7 +88,8 @@ def measure_parity(checkpoint: Checkpoint, model, aside: str | Path | None = Non
     original = checkpoint.original | checkpoint.aside
     exact = sum(torch.equal(weight, back[key].to(weight.dtype)) for key, weight in original.items())
     apart = max(_distance(weight, back[key]) for key, weight in original.items())
-    return Parity(*differences, apart, exact, len(original), model.dtype)
+    forward, forward_back = differences
+    return Parity(forward, forward_back, apart, exact, len(original), model.dtype)
 
 
 def _distance(given, written):

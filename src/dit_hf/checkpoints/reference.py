@@ -98,7 +98,9 @@ def _attention(weights, name, heads, tokens):
     stacked = _linear(weights, f"{name}.qkv", tokens).unflatten(-1, (3, heads, -1))
     query, key, value = stacked.permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
     if f"{name}.q_norm.weight" in weights:
-        query, key = (_norm(weights, f"{name}.{which}_norm", states, 1e-5) for which, states in (("q", query), ("k", key)))
+        query, key = (
+            _norm(weights, f"{name}.{which}_norm", states, 1e-5) for which, states in (("q", query), ("k", key))
+        )
     if "feat_rope.freqs_cos" in weights:
         tables = weights["feat_rope.freqs_cos"].float(), weights["feat_rope.freqs_sin"].float()
         query, key = _rotate(query, *tables), _rotate(key, *tables)

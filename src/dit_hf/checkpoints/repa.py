@@ -6,8 +6,6 @@ from .dit import BLOCK_LAYERS, DIT
 
 
 # `--qk-norm`
-QK_NORMS = {"attn.q_norm": "attn.norm_q", "attn.k_norm": "attn.norm_k"}
+QK_NORMS = {"attn.q_norm": ("attn.norm_q",), "attn.k_norm": ("attn.norm_k",)}
 
-REPA = replace(
-    DIT, name="repa", block_layers=BLOCK_LAYERS | QK_NORMS, flow_matching=True, aside="projectors."
-)
+REPA = replace(DIT, name="repa", block_layers=BLOCK_LAYERS | QK_NORMS, flow_matching=True, aside="projectors.")

@@ -1,0 +1,95 @@
+"""Opening checkpoint files safely: nothing in them is executed."""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+# What `DistributedDataParallel` and `torch.compile` put before every key.
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """
+    Opens a `.pt`, `.bin` or `.safetensors` file without executing anything in it, its tensors mapped, not copied.
+
+    Args:
+        path (`str` or `Path`): The file. In a pickle, tensors, plain values and `argparse.Namespace` are allowed.
+
+    Returns:
+        `dict`: what was saved.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or holds anything else; the message names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no checkpoint file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            mapped = torch.serialization._is_zipfile(path.open("rb"))  # files from before torch 1.6 are not
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged file fails in many ways inside of torch and pickle
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        refused = re.search(r"GLOBAL (\S+)|Unsupported (?:class|global|operand) \S+", str(error))
+        if refused:
+            reason = f"it holds {refused.group(1) or refused.group(0)}, which is neither a tensor nor a plain value"
+        raise ValueError(f"Can't read checkpoint {path}: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights.")
+    return content
+
+
+def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, torch.Tensor]:
+    """
+    The state dict inside a checkpoint: the file itself, its `ema` or `model` entry, or its only `state_dict`.
+
+    Prefixes that `DistributedDataParallel` and `torch.compile` put before every key are taken off.
+
+    Args:
+        content (`dict`): From [`read_checkpoint`].
+        weights (`str`): `"ema"` or `"model"`; ignored if the file holds one state dict only.
+        path (`str` or `Path`): Named in errors.
+
+    Returns:
+        `dict[str, torch.Tensor]`
+
+    Raises:
+        ValueError: if there are no such weights.
+    """
+    if weights not in ("ema", "model"):
+        raise ValueError(f"`weights` is {weights!r}; it must be 'ema' or 'model'.")
+    if "ema" in content or "model" in content:
+        if weights not in content:
+            have = ", ".join(sorted(content))
+            raise ValueError(f"Checkpoint {path} has no {weights!r} weights; it holds {have}.")
+        content = content[weights]
+    elif "state_dict" in content:
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise ValueError(f"Checkpoint {path}: its weights are a {type(content).__name__}, not a dictionary.")
+    stray = [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]
+    if stray:
+        raise ValueError(f"Checkpoint {path}: {stray[0]!r} is not a tensor.")
+    return {WRAPPERS.sub("", key): value for key, value in content.items()}
+
+
+def training_arguments(content: dict) -> dict:
+    """
+    The training script's arguments that a checkpoint carries.
+
+    Args:
+        content (`dict`): From [`read_checkpoint`].
+
+    Returns:
+        `dict`: empty if there are none.
+    """
+    arguments = content.get("args")
+    if isinstance(arguments, argparse.Namespace):
+        return vars(arguments)
+    return arguments if isinstance(arguments, dict) else {}

@@ -1,0 +1,7 @@
+"""Publishing: model cards, and folders on the Hub."""
+
+from .model_card import CardFacts, build_card, write_card
+from .publish import publish_folder
+
+
+__all__ = ["CardFacts", "build_card", "publish_folder", "write_card"]
