@@ -1,0 +1,318 @@
+"""Repositories on a Hub: the real client, fresh processes, a real server on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import ROOT, tiny_transformer
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from test_conversion import tiny_vae
+from testing_utils.hub_server import TOKEN, HubServer
+
+from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.hub import CardFacts, build_card, write_card
+
+
+RESULT = EvalResult(
+    task_type="unconditional-image-generation",
+    dataset_type="emoji",
+    dataset_name="Emoji",
+    metric_type="fd",
+    metric_value=12.5,
+    metric_name="FD",
+)
+FACTS = CardFacts(
+    license="apache-2.0", datasets=["user/emoji"], recipe={"steps": 10}, results=[RESULT], limits="Small."
+)
+# Hides the package from a process, as on a machine where it is not installed.
+WITHOUT_PACKAGE = """
+import importlib.abc, sys
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "dit_hf":
+            raise ModuleNotFoundError("No module named 'dit_hf'", name="dit_hf")
+sys.meta_path.insert(0, Hide())
+"""
+DRAW = """
+import sys, torch, hashlib
+image = pipe("class 3", num_inference_steps=2, generator=torch.manual_seed(0), output_type="pt").images
+print("IMAGE", hashlib.sha256(image.numpy().tobytes()).hexdigest(), type(pipe).__module__, "dit_hf" in sys.modules)
+"""
+
+
+def tiny_pipeline():
+    names = {key: f"class {key}" for key in range(10)}
+    return DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"), tiny_vae(), id2label=names)
+
+
+def python(code, environment, **extra):
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = {**os.environ, **environment, **extra}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def draw(load, environment, installed=True, **extra):
+    """(hash of the image, module of the pipeline's class, whether the package was imported) of a fresh process."""
+    result = python(("" if installed else WITHOUT_PACKAGE) + load + DRAW, environment, **extra)
+    assert result.returncode == 0, result.stderr[-3000:]
+    line = next(line for line in result.stdout.splitlines() if line.startswith("IMAGE"))
+    return line.split()[1:]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A server with one repository, `user/tiny`, published by a fresh process, and an environment to reach it."""
+    home = tmp_path_factory.mktemp("hub")
+    tiny_pipeline().save_pretrained(home / "folder", card=FACTS)
+    with HubServer() as hub:
+        environment = hub.environment(home / "hf_home")
+        publish = f"""
+        from dit_hf import DiTClassCondPipeline
+        pipe = DiTClassCondPipeline.from_pretrained({str(home / "folder")!r})
+        pipe.push_to_hub("user/tiny")
+        pipe.push_to_hub("user/tiny", variant="fp16")
+        """
+        result = python(publish, environment)
+        assert result.returncode == 0, result.stderr[-3000:]
+        yield hub, environment, home
+
+
+def test_the_five_ways_give_one_image(published):
+    hub, environment, home = published
+    one_line = (
+        "from diffusers import DiffusionPipeline; pipe = DiffusionPipeline.from_pretrained({}, trust_remote_code=True)"
+    )
+    ours = "from dit_hf import DiTClassCondPipeline; pipe = DiTClassCondPipeline.from_pretrained({})"
+    auto = one_line + (
+        "; from diffusers import AutoModel; pipe.register_modules("
+        "transformer=AutoModel.from_pretrained({}, subfolder='transformer', trust_remote_code=True))"
+    )
+    images = {}
+    for where, place in (("hub", "'user/tiny'"), ("folder", repr(str(home / "folder")))):
+        for name, load, installed in (
+            ("without the package", one_line, False),
+            ("installed class", ours, True),
+            ("with the package, remote code", one_line, True),
+            ("auto model", auto, False),
+        ):
+            images[where, name] = draw(load.format(place, place), environment, installed)
+    assert len({image for image, *_ in images.values()}) == 1, images
+    for (_, name), (_, module, imported) in images.items():
+        assert (imported == "True") == (name == "installed class"), name
+        assert module.startswith("dit_hf" if name == "installed class" else "diffusers_modules"), name
+    # From the cache, without a server to ask.
+    before = len(hub.requests)
+    offline = draw(ours.format("'user/tiny'"), environment, HF_HUB_OFFLINE="1")
+    assert offline[0] == images["hub", "installed class"][0]
+    assert len(hub.requests) == before
+
+
+def test_what_is_published(published):
+    hub, _, home = published
+    files = hub.files("user/tiny")
+    assert {
+        "README.md",
+        "model_index.json",
+        "pipeline_dit_class_cond.py",
+        "transformer/transformer_dit.py",
+    } <= files.keys()
+    index = json.loads(files["model_index.json"])
+    assert index["auto_map"] == {"AutoModel": "transformer_dit.DiTTransformer2DModel"}
+    assert json.loads(files["transformer/config.json"])["auto_map"] == index["auto_map"]
+    everything = b"".join(content for path, content in files.items() if not path.endswith(".safetensors"))
+    assert str(home).encode() not in everything  # no path of the machine it was published from
+    assert TOKEN.encode() not in everything
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "apache-2.0"  # from the card of the folder it was loaded from
+    assert card.data.eval_results[0].metric_value == 12.5
+    assert 'from_pretrained("user/tiny"' in card.text
+
+
+def test_arguments_are_forwarded(published):
+    _, environment, _ = published
+    code = """
+    import torch
+    from diffusers import PipelineQuantizationConfig, QuantoConfig
+    from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel
+    from huggingface_hub import HfApi
+    half = DiTClassCondPipeline.from_pretrained("user/tiny", variant="fp16", dtype=torch.float16)
+    assert half.transformer.proj_out.weight.dtype == torch.float16
+    HfApi().create_branch("user/tiny", branch="other")
+    pipe = DiTClassCondPipeline.from_pretrained("user/tiny", revision="other")
+    try:
+        DiTClassCondPipeline.from_pretrained("user/tiny", revision="absent")
+    except OSError:
+        pass
+    else:
+        raise AssertionError("a revision that does not exist was found")
+    model = DiTTransformer2DModel.from_pretrained("user/tiny", subfolder="transformer")
+    assert torch.equal(model.proj_out.weight, pipe.transformer.proj_out.weight)
+    mapped = DiTTransformer2DModel.from_pretrained("user/tiny", subfolder="transformer", device_map="cpu")
+    assert mapped.hf_device_map
+    quantized = PipelineQuantizationConfig(quant_mapping={"transformer": QuantoConfig(weights_dtype="int8")})
+    try:
+        DiTClassCondPipeline.from_pretrained("user/tiny", quantization_config=quantized)
+    except ImportError as error:
+        assert "quanto" in str(error), error  # it got there; the backend is not among the test's packages
+    else:
+        raise AssertionError("the quantization was not forwarded")
+    print("DONE")
+    """
+    result = python(code, environment)
+    assert "DONE" in result.stdout, result.stderr[-3000:]
+
+
+def test_saving_what_was_loaded_loses_nothing(published, tmp_path):
+    _, environment, home = published
+    load = "from diffusers import DiffusionPipeline; pipe = DiffusionPipeline.from_pretrained({!r}, trust_remote_code=True)"
+    folder = str(home / "folder")
+    first = draw(
+        load.format(folder) + f"; pipe.save_pretrained({str(tmp_path / 'remote')!r})", environment, installed=False
+    )
+    ours = f"from dit_hf import DiTClassCondPipeline; pipe = DiTClassCondPipeline.from_pretrained({str(tmp_path / 'remote')!r}); pipe.save_pretrained({str(tmp_path / 'ours')!r})"
+    second = draw(ours, environment)
+    third = draw(load.format(str(tmp_path / "ours")), environment, installed=False)
+    assert first[0] == second[0] == third[0]
+
+    def content(place):
+        files = {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        return {path: data for path, data in files.items() if path.name != "README.md"}, set(files)
+
+    for place in (tmp_path / "remote", tmp_path / "ours"):
+        assert content(place) == content(home / "folder")
+    assert "| steps | 10 |" in (tmp_path / "ours" / "README.md").read_text()
+    assert "Small." in (tmp_path / "ours" / "README.md").read_text()
+
+
+def test_a_model_alone(published, tmp_path):
+    hub, environment, _ = published
+    code = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from conftest import tiny_transformer
+    from diffusers import AutoModel
+    import torch
+    model = tiny_transformer()
+    model.push_to_hub("user/model")
+    model.save_pretrained({folder!r}, push_to_hub=True, repo_id="user/model2")
+    for name in ("user/model", "user/model2", {folder!r}):
+        again = AutoModel.from_pretrained(name, trust_remote_code=True)
+        assert torch.equal(again.proj_out.weight, model.proj_out.weight)
+    print("DONE")
+    """
+    result = python(code.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "model")), environment)
+    assert "DONE" in result.stdout, result.stderr[-3000:]
+    assert "AutoModel.from_pretrained" in hub.files("user/model")["README.md"].decode()
+
+
+# Cards
+
+
+def test_cards_round_trip_and_validate(published, monkeypatch):
+    hub, _, _ = published
+    card = build_card(tiny_pipeline(), "user/tiny", FACTS)
+    data = ModelCard(str(card)).data
+    assert data.library_name == "diffusers"
+    assert data.pipeline_tag == "unconditional-image-generation"
+    assert "class-conditional-image-generation" in data.tags
+    name, results = model_index_to_eval_results(eval_results_to_model_index(data.model_name, data.eval_results))
+    assert results == [RESULT]
+    monkeypatch.setattr("huggingface_hub.repocard.constants.ENDPOINT", hub.endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    before = len(hub.requests)
+    card.validate(repo_type="model")
+    assert hub.requests[before:] == [("POST", "/api/validate-yaml")]
+
+
+def test_a_card_on_the_hub_is_updated_not_overwritten():
+    own = ModelCard("---\nlicense: mit\ntags:\n- mine\nlanguage: en\n---\n\n# My model\n\nMy words.\n")
+    card = build_card(tiny_pipeline(), "user/tiny", CardFacts(datasets=["user/data"]), known=own)
+    assert "My words." in card.text
+    assert (card.data.license, card.data.language) == ("mit", "en")
+    assert card.data.tags[0] == "mine"
+    assert "dit_hf" in card.data.tags
+    ours = build_card(tiny_pipeline(), "user/tiny", FACTS)
+    edited = ModelCard(str(ours) + "\n\n## Mine\n\nKept.\n")
+    newer = EvalResult(**{**RESULT.__dict__, "metric_value": 11.0, "verified": None})
+    again = build_card(tiny_pipeline(), "user/other", CardFacts(license="mit", results=[newer]), known=edited)
+    assert "Kept." in again.text
+    assert again.data.license == "mit"
+    assert [result.metric_value for result in again.data.eval_results] == [11.0]
+    assert "| steps | 10 |" in again.text  # facts that are not given anew stay
+    assert "Small." in again.text
+    assert again.text.count("## Use") == 1
+    assert '"user/other"' in again.text
+
+
+def test_samples_are_shown(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    assert "samples.png" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "samples.png").write_bytes(b"")
+    write_card(pipe, tmp_path)
+    write_card(pipe, tmp_path)
+    assert (tmp_path / "README.md").read_text().count("(samples.png)") == 1
+
+
+# Faults
+
+PUSH = """
+from dit_hf import DiTClassCondPipeline
+pipe = DiTClassCondPipeline.from_pretrained({folder!r})
+pipe.save_pretrained({folder!r}, push_to_hub=True, repo_id={repo!r})
+"""
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("repo", "fault"),
+    [
+        ("user/fault-500", ("POST", r"/commit/", 500)),
+        ("user/fault-drop", ("PUT", r"/lfs/", "drop")),
+        ("user/fault-create", ("POST", r"/repos/create", 500)),
+    ],
+)
+def test_a_failed_upload_costs_only_another_try(published, tmp_path, repo, fault):
+    hub, environment, _ = published
+    pipe = tiny_pipeline()
+    torch.manual_seed(len(repo))  # weights that the server has not got yet
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight)
+    pipe.save_pretrained(tmp_path)
+    before = snapshot(tmp_path)
+    hub.fail(*fault, times=50)
+    failed = python(PUSH.format(folder=str(tmp_path), repo=repo), environment)
+    hub.faults.clear()
+    assert failed.returncode != 0
+    last = failed.stderr.strip().splitlines()[-1]
+    assert "Publishing to" in last
+    assert "try again" in last
+    assert TOKEN not in failed.stderr + failed.stdout
+    after = snapshot(tmp_path)
+    assert {path for path in before if path.name != "README.md" and before[path] != after.get(path)} == set()
+
+    start = len(hub.requests)
+    again = python(PUSH.format(folder=str(tmp_path), repo=repo), environment)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "transformer/diffusion_pytorch_model.safetensors" in hub.files(repo)
+    sent = [path for method, path in hub.requests[start:] if method == "PUT"]
+    if fault[2] == 500 and fault[0] == "POST" and "commit" in fault[1]:
+        assert sent == []  # the weights had arrived the first time
+
+
+def test_a_refused_token(published, tmp_path):
+    hub, environment, _ = published
+    tiny_pipeline().save_pretrained(tmp_path)
+    wrong = "hf_wrongTokenWrongTokenWrongToken"
+    result = python(PUSH.format(folder=str(tmp_path), repo="user/refused"), environment, HF_TOKEN=wrong)
+    assert result.returncode != 0
+    assert "refused the token (401)" in result.stderr
+    assert wrong not in result.stderr + result.stdout
+    assert ("models", "user/refused") not in hub.repos
