@@ -22,7 +22,7 @@ ORDER = (
     "pipeline_dit_class_cond",
     "schedulers",
 )
-LAYERS = dict.fromkeys(ORDER, 0) | {"checkpoints": 1, "data": 1, "training": 2, "evaluation": 2}
+LAYERS = dict.fromkeys(ORDER, 0) | {"checkpoints": 1, "data": 1, "training": 2, "evaluation": 2, "hub": 3}
 SELF_CONTAINED = ("transformer_dit.py", "pipeline_dit_class_cond.py")
 
 TIMED_IMPORT = """

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from testing_utils.hub_server import HubServer
 
 
 README = (ROOT / "README.md").read_text()
@@ -24,14 +25,22 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def run_shell(line, folder):
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+def run_shell(line, folder, **variables):
+    environment = os.environ | variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Variables of a Hub on loopback, for what publishes and what loads it again."""
+    with HubServer() as server:
+        yield server.environment(tmp_path_factory.mktemp("hub_home"))
+
+
 @pytest.mark.parametrize("snippet", SNIPPETS["python"], ids=range(len(SNIPPETS["python"])))
-def test_python_snippets_run(snippet, checkout):
-    result = subprocess.run([sys.executable, "-c", snippet], cwd=checkout, capture_output=True, text=True)
+def test_python_snippets_run(snippet, checkout, hub):
+    command = [sys.executable, "-c", snippet]
+    result = subprocess.run(command, cwd=checkout, env=os.environ | hub, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     promised = [line.split("#")[1].split(",")[0].strip() for line in snippet.splitlines() if line.startswith("print")]
     for words in promised:
@@ -39,7 +48,7 @@ def test_python_snippets_run(snippet, checkout):
 
 
 def test_shell_snippets_are_known():
-    assert [line.split()[0] for line in SHELL_LINES] == ["make", "make", "source", "pip", "python"]
+    assert sorted({line.split()[0] for line in SHELL_LINES}) == ["hf", "make", "pip", "python", "source"]
 
 
 def test_make_demo_draws_the_grid(checkout):
@@ -54,11 +63,14 @@ def test_make_demo_draws_the_grid(checkout):
     assert (checkout / "outputs" / "demo.png").stat().st_size > 50_000
 
 
-def test_conversion_command_runs(checkout):
-    (line,) = [line for line in SHELL_LINES if "conversion/" in line]
-    result = run_shell(line, checkout)
-    assert result.returncode == 0, result.stderr
+def test_conversion_commands_run(checkout, hub):
+    lines = [line for line in SHELL_LINES if "conversion/" in line]
+    assert len(lines) == 5
+    for line in lines:
+        result = run_shell(line, checkout, **hub)
+        assert result.returncode == 0, result.stderr
     assert (checkout / "outputs" / "dit-tiny" / "model_index.json").exists()
+    assert "Published: http" in result.stdout
 
 
 def test_files_and_links_exist():
