@@ -30,6 +30,8 @@ def main():
     args = parse_args()
     folder = Path(args.model_path)
     is_model = (folder / "config.json").is_file()
+    if folder.is_file() or (not folder.exists() and (folder.is_absolute() or str(folder).count("/") > 1)):
+        raise ValueError(f"--model_path {folder} must be the folder of a pipeline or a transformer, or a Hub id.")
     if folder.is_dir() and not is_model and not (folder / "transformer" / "config.json").is_file():
         raise ValueError(f"--model_path {folder} is neither a pipeline nor a transformer: there is no config.json.")
     model = DiTTransformer2DModel.from_pretrained(args.model_path, subfolder=None if is_model else "transformer")

@@ -65,10 +65,9 @@ def build_pipeline(args, checkpoint, id2label):
 def card_facts(checkpoint, args):
     """Licence and origin; Meta's DiT weights have 1000 classes and come without training arguments."""
     meta = checkpoint.family.name in ("dit", "diffusers") and checkpoint.config["num_classes"] == 1000
-    limits = (
-        "Converted, not retrained: the limits are those of the original weights. The conversion was verified against "
-        "an independent forward pass."
-    )
+    limits = "Converted, not retrained: the limits are those of the original weights."
+    if not args.skip_verification:
+        limits += " The conversion was verified against an independent forward pass."
     return CardFacts(license=args.license or ("cc-by-nc-4.0" if meta else None), limits=limits)
 
 
@@ -85,7 +84,7 @@ def save_whole(pipe, checkpoint, args):
             save_file(checkpoint.aside, partial / "transformer" / ASIDE_FILE)
         pipe.transformer.to("meta")  # its weights are on the disk now
         if not args.skip_verification:
-            verify(checkpoint, partial, args.dtype)
+            verify(checkpoint, partial, args.dtype, name=output_dir)
         os.replace(partial, output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -41,13 +41,13 @@ def read(args):
     )
 
 
-def verify(checkpoint, model_path, dtype):
+def verify(checkpoint, model_path, dtype, name=None):
     """Reloads what was written and compares; prints the figures, and raises if they are more than rounding."""
     model = DiTTransformer2DModel.from_pretrained(model_path, subfolder="transformer", dtype=DTYPES[dtype])
     parity = measure_parity(checkpoint, model, Path(model_path) / "transformer" / ASIDE_FILE)
     print(f"Parity: {parity}")
     if not parity.holds:
-        raise ValueError(f"{model_path} does not compute what its checkpoint computes: {parity}")
+        raise ValueError(f"{name or model_path} does not compute what its checkpoint computes: {parity}")
 
 
 def parse_args():

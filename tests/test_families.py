@@ -131,6 +131,35 @@ def test_no_null_class_is_told_by_the_arguments(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "asked", "looks"),
+    [
+        ("dit_p2", "repa", "dit"),
+        ("repa_sit_p2", "sit", "repa"),
+        ("dit_p2", "diffusers", "dit"),
+        ("lightningdit_0", "dit", "lightningdit"),
+    ],
+)
+def test_another_family_than_the_keys_say_is_refused(name, asked, looks):
+    with pytest.raises(ValueError, match=f"is no {asked} model; its keys look like {looks}"):
+        understand(FIXTURES / f"{name}.pt", 4, asked)
+
+
+def test_any_feed_forward_width_is_read(tmp_path):
+    """An odd SwiGLU width: `mlp_ratio` goes through two truncations."""
+    for ratio in (2.3, 2.66, 3.1, 4.0):
+        model = tiny_transformer(ff="swiglu", mlp_ratio=ratio, timestep_scale=0.001)
+        save_original(model, FAMILIES["lightningdit"], tmp_path / f"{ratio}.pt")
+        again = DiTTransformer2DModel.from_single_file(tmp_path / f"{ratio}.pt", num_attention_heads=4)
+        torch.testing.assert_close(forward(again), forward(model))
+
+
+@pytest.mark.parametrize("heads", [0, -4])
+def test_impossible_heads_are_refused(heads):
+    with pytest.raises(ValueError, match=f"not divisible by {heads} attention heads"):
+        understand(FIXTURES / "dit_p2.pt", heads)
+
+
+@pytest.mark.parametrize(
     "wrap",
     [
         lambda weights: {"state_dict": weights},
@@ -166,6 +195,7 @@ def test_unused_variance_of_sit_is_kept():
         ({"ff": "swiglu", "timestep_scale": 0.001}, "sit", "ff='swiglu'"),
         ({"timestep_scale": 0.001}, "repa", "learn_sigma"),
         ({"timestep_scale": 0.001, "learn_sigma": False}, "repa", "projectors"),
+        ({"norm": "rms_norm", "timestep_scale": 0.001}, "sit", "families that fit: lightningdit"),
         ({"class_dropout_prob": 0.0}, "diffusers", "no null class"),
     ],
 )
@@ -330,12 +360,12 @@ def test_embedders_that_were_trained_apart_are_refused_unless_told(tmp_path):
 
 def test_export_to_the_stock_format(tmp_path):
     model = load("dit_p2")
-    save_original(model, FAMILIES["diffusers"], tmp_path / "stock")
-    stock = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "stock").eval()
+    save_original(model, FAMILIES["diffusers"], tmp_path / "stock-v1.0")
+    stock = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "stock-v1.0").eval()
     assert torch.equal(corrected_output(stock), forward(model))
-    assert torch.equal(forward(DiTTransformer2DModel.from_pretrained(tmp_path / "stock")), forward(model))
+    assert torch.equal(forward(DiTTransformer2DModel.from_pretrained(tmp_path / "stock-v1.0")), forward(model))
     save_original(model, FAMILIES["diffusers"], tmp_path / "stock.safetensors")
-    (tmp_path / "config.json").write_text((tmp_path / "stock" / "config.json").read_text())
+    (tmp_path / "config.json").write_text((tmp_path / "stock-v1.0" / "config.json").read_text())
     file = DiTTransformer2DModel.from_single_file(tmp_path / "stock.safetensors")
     assert torch.equal(forward(file), forward(model))
 

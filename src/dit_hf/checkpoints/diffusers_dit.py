@@ -66,7 +66,7 @@ def take_embedders(
         keys = [f"transformer_blocks.{index}.{name}" for index in range(num_layers)]
         missing = [key for key in keys if key not in stock]
         if missing:
-            raise ValueError(f"the key {missing[0]!r} is missing ({len(missing)} such keys).")
+            raise ValueError(f"the key {missing[0]!r} is missing.")
         apart = [index for index, key in enumerate(keys) if not torch.equal(stock[key], stock[keys[0]])]
         if apart and block is None:
             raise ValueError(
@@ -131,7 +131,7 @@ def stock_config(ours: dict) -> dict:
     same = ("sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim")
     config = {name: ours[name] for name in same}
     config["out_channels"] = ours["in_channels"] * (2 if ours["learn_sigma"] else 1)
-    config["num_embeds_ada_norm"] = ours["num_classes"]
+    config |= {"num_embeds_ada_norm": ours["num_classes"], "norm_eps": 1e-6}
     return config
 
 

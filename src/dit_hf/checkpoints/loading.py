@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from diffusers.utils import logging
 
 from ..presets import PRESETS
+from ..transformer_dit import swiglu_width
 from . import FAMILIES, diffusers_dit
 from .family import Family
 from .reading import read_checkpoint, select_weights, training_arguments
@@ -66,10 +67,7 @@ def detect_family(state_dict: dict[str, torch.Tensor], arguments: dict) -> str:
     signs = ("feat_rope.freqs_cos", "blocks.0.mlp.w12.weight", "blocks.0.norm1.weight", "blocks.0.attn.q_norm.weight")
     if any(sign in state_dict for sign in signs):
         return "lightningdit"
-    if "path_type" in arguments:
-        return "sit"
-    logger.warning("This checkpoint is read as `dit`. SiT's keys are the same: pass `--family sit` if it is one.")
-    return "dit"
+    return "sit" if "path_type" in arguments else "dit"
 
 
 def check_objective(family: Family, arguments: dict, path: str | Path) -> None:
@@ -125,9 +123,9 @@ def infer_config(
         known = ", ".join(map(str, KNOWN_HEADS))
         raise ValueError(
             f"Checkpoint {path}: the heads of a model of width {dim} are unknown (known widths: {known}); "
-            "pass num_attention_heads."
+            "pass num_attention_heads (`--num_attention_heads`)."
         )
-    if dim % heads:
+    if heads < 1 or dim % heads:
         raise ValueError(f"Checkpoint {path}: the width {dim} is not divisible by {heads} attention heads.")
     config = {
         "patch_size": patch_size,
@@ -135,7 +133,7 @@ def infer_config(
         "num_layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("transformer_blocks.")),
         "num_attention_heads": heads,
         "attention_head_dim": dim // heads,
-        "mlp_ratio": (1.5 if swiglu else 1.0) * hidden / dim,
+        "mlp_ratio": _mlp_ratio(hidden, dim, swiglu),
         "num_classes": rows - 1,
         "learn_sigma": out_channels == 2 * in_channels,
         "norm": "rms_norm" if block + "norm1.weight" in weights else "layer_norm",
@@ -150,6 +148,15 @@ def infer_config(
             raise ValueError(f"Checkpoint {path}: its table of positions has {tokens} tokens, which is no square.")
         config["sample_size"] = math.isqrt(tokens) * patch_size
     return config
+
+
+def _mlp_ratio(hidden, dim, swiglu):
+    """A ratio that gives this hidden width again, through the truncations of the model's arithmetic."""
+    widened = 1.5 * hidden if swiglu else hidden
+    for ratio in (4.0, widened / dim, (math.ceil(widened) + 0.25) / dim):
+        if hidden == (swiglu_width(dim, ratio) if swiglu else int(dim * ratio)):
+            return ratio
+    raise ValueError(f"A feed-forward width of {hidden} at a model width of {dim} can't be expressed as a ratio.")
 
 
 def _check_readable(weights, family, path):
@@ -205,7 +212,7 @@ def understand(
     content = read_checkpoint(path)
     original = select_weights(content, weights, path)
     arguments = training_arguments(content)
-    source = FAMILIES[detect_family(original, arguments) if family == "auto" else family]
+    source = _choose_family(family, detect_family(original, arguments), path)
     check_objective(source, arguments, path)
     aside = {key: value for key, value in original.items() if source.aside and key.startswith(source.aside)}
     original = {key: value for key, value in original.items() if key not in aside}
@@ -221,7 +228,7 @@ def understand(
     _check_readable(converted, source, path)
     positions = original.get(source.computed[0])
     tokens = positions.shape[1] if positions is not None and positions.ndim == 3 else None
-    heads = num_attention_heads or beside.get("num_attention_heads")
+    heads = beside.get("num_attention_heads") if num_attention_heads is None else num_attention_heads
     rope = original.get("feat_rope.freqs_cos")
     if heads is None and rope is not None and rope.ndim == 2 and rope.shape[1]:
         heads = converted["pos_embed.proj.weight"].shape[0] // rope.shape[1]
@@ -238,6 +245,20 @@ def understand(
     if source.flow_matching:
         config["timestep_scale"] = 0.001
     return Checkpoint(source, config, original, converted, aside)
+
+
+def _choose_family(asked, looks, path):
+    """The family that was asked for, if the keys allow it, or the one they look like."""
+    if asked == "auto":
+        if looks == "dit":
+            logger.warning(
+                "This checkpoint is read as `dit`. SiT's keys are the same: pass `--family sit` if it is one."
+            )
+        return FAMILIES[looks]
+    alike = ("dit", "sit", "lightningdit")  # with LightningDiT's options off, all have the same keys
+    if asked != looks and not (asked in alike and looks in ("dit", "sit")):
+        raise ValueError(f"Checkpoint {path} is no {asked} model; its keys look like {looks}.")
+    return FAMILIES[asked]
 
 
 def _find_file(path):
@@ -283,7 +304,8 @@ def check_strictly(checkpoint: Checkpoint, model, path: str | Path) -> None:
     unknown = sorted(set(original) - known)
     for keys, what in ((missing, "is missing"), (unknown, "is unknown")):
         if keys:
-            raise ValueError(f"Checkpoint {path}: the key {keys[0]!r} {what} ({len(keys)} such keys).")
+            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+            raise ValueError(f"Checkpoint {path}: the key {keys[0]!r} {what}{more}.")
     for key, names in table.items():
         shapes = [tuple(needed[name].shape) for name in names if name in needed]
         if shapes:

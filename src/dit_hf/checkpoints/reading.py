@@ -36,6 +36,8 @@ def read_checkpoint(path: str | Path) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file fails in many ways inside of torch and pickle
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if " " not in reason:
+            reason = f"it is no checkpoint ({type(error).__name__})"
         refused = re.search(r"GLOBAL (\S+)|Unsupported (?:class|global|operand) \S+", str(error))
         if refused:
             reason = f"it holds {refused.group(1) or refused.group(0)}, which is neither a tensor nor a plain value"

@@ -14,10 +14,44 @@ from .loading import computed_tables
 
 # Beside a converted model: what only the original's training needs.
 ASIDE_FILE = "projectors.safetensors"
+ENDINGS = (".pt", ".safetensors")
 STOCK_DIFFERS = (
     "diffusers' own DiT computes these weights differently: its timestep embedding has a frequency shift of 1, and "
     "the weights were trained with 0."
 )
+
+
+def mismatch(model, family: Family) -> str | None:
+    """
+    Why a family's code can't build a model.
+
+    Args:
+        model (`DiTTransformer2DModel`): To be written.
+        family (`Family`): To be written as.
+
+    Returns:
+        `str`: naming the option that does not fit; None if it can.
+    """
+    flexible = family.name == "lightningdit"
+    allowed = {
+        "conditioning": ("adaln_zero",),
+        "position_embedding": ("sincos", "sincos+rope") if flexible else ("sincos",),
+        "norm": ("layer_norm", "rms_norm") if flexible else ("layer_norm",),
+        "qk_norm": (False, True) if flexible or family.name == "repa" else (False,),
+        "ff": ("gelu", "swiglu") if flexible else ("gelu",),
+        "modulation_shift": (True, False) if flexible else (True,),
+        "learn_sigma": (False,) if family.name == "repa" else (True, False),
+    }
+    for name, options in allowed.items():
+        if model.config[name] not in options:
+            return f"it has {name}={model.config[name]!r}, where {' or '.join(map(repr, options))} is needed"
+    scale = 0.001 if family.flow_matching else 1.0
+    if model.config.timestep_scale != scale:
+        kind = "flow matching with time in [0, 1]" if family.flow_matching else "diffusion with time in [0, 1000)"
+        return f"{family.name} is {kind}, and the model has timestep_scale={model.config.timestep_scale}, not {scale}"
+    if model.config.class_dropout_prob == 0 and family.name == "diffusers":
+        return "it has no null class, which diffusers' own DiT always has"
+    return None
 
 
 def check_exportable(model, family: Family) -> None:
@@ -29,29 +63,12 @@ def check_exportable(model, family: Family) -> None:
         family (`Family`): To be written as.
 
     Raises:
-        ValueError: naming the option that does not fit and what it would have to be.
+        ValueError: naming the option that does not fit, and the families that do.
     """
-    flexible = family.name == "lightningdit"
-    needed = {
-        "conditioning": ("adaln_zero",),
-        "position_embedding": ("sincos", "sincos+rope") if flexible else ("sincos",),
-        "norm": ("layer_norm", "rms_norm") if flexible else ("layer_norm",),
-        "qk_norm": (False, True) if flexible or family.name == "repa" else (False,),
-        "ff": ("gelu", "swiglu") if flexible else ("gelu",),
-        "modulation_shift": (True, False) if flexible else (True,),
-        "timestep_scale": (0.001,) if family.flow_matching else (1.0,),
-    }
-    for name, allowed in needed.items():
-        if model.config[name] not in allowed:
-            others = [other for other in FAMILIES if other != family.name]
-            raise ValueError(
-                f"The model has {name}={model.config[name]!r}, and a {family.name} checkpoint needs "
-                f"{' or '.join(map(repr, allowed))}; other families are {', '.join(others)}."
-            )
-    if model.config.learn_sigma and family.name == "repa":
-        raise ValueError("The model predicts a variance (`learn_sigma`), which REPA's code has not; export it as sit.")
-    if model.config.class_dropout_prob == 0 and family.name == "diffusers":
-        raise ValueError("The model has no null class, which diffusers' own DiT always has.")
+    if reason := mismatch(model, family):
+        fitting = [other.name for other in FAMILIES.values() if mismatch(model, other) is None]
+        others = f"families that fit: {', '.join(fitting)}" if fitting else "no other family fits either"
+        raise ValueError(f"The model can't be written as {family.name}: {reason}; {others}.")
 
 
 def original_state_dict(model, family: Family, aside: str | Path | None = None) -> dict[str, torch.Tensor]:
@@ -95,17 +112,17 @@ def save_original(model, family: Family, path: str | Path, aside: str | Path | N
         model (`DiTTransformer2DModel`): To be written.
         family (`Family`): To be written as.
         path (`str` or `Path`):
-            `.safetensors` or `.pt` (REPA's code wants the weights under `ema` in it). Without an ending the stock
-            diffusers format becomes a folder that `diffusers.DiTTransformer2DModel.from_pretrained` loads.
+            `.safetensors` or `.pt` (REPA's code wants the weights under `ema` in it). Without such an ending the
+            stock diffusers format becomes a folder that `diffusers.DiTTransformer2DModel.from_pretrained` loads.
         aside (`str` or `Path`, *optional*): File of the weights that only training needs.
 
     Raises:
         ValueError: if the model is none of this family's, or the ending is unknown.
     """
     path = Path(path)
-    endings = (".pt", ".safetensors", "") if family.name == "diffusers" else (".pt", ".safetensors")
-    if path.suffix not in endings:
-        raise ValueError(f"The file {path} must end in {' or '.join(filter(None, endings))}.")
+    is_folder = family.name == "diffusers" and path.suffix not in ENDINGS
+    if path.suffix not in ENDINGS and not is_folder:
+        raise ValueError(f"The file {path} must end in {' or '.join(ENDINGS)}.")
     if path.exists():
         raise ValueError(f"{path} exists; choose a new name.")
     weights = original_state_dict(model, family, aside)
