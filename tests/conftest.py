@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from dit_hf import DiTTransformer2DModel
+from dit_hf.transformer_dit import CONDITIONINGS
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -33,6 +34,18 @@ def tiny_transformer(seed=0, **overrides):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+# The paper's four designs, and LightningDiT's additions to the first.
+LIGHTNING = {"norm": "rms_norm", "qk_norm": True, "ff": "swiglu", "modulation_shift": False}
+DESIGNS = {name: {"conditioning": name} for name in CONDITIONINGS} | {
+    "lightningdit": LIGHTNING | {"position_embedding": "sincos+rope"}
+}
+
+
+def tiny_design(name, **overrides):
+    """A tiny model of one of the designs."""
+    return tiny_transformer(**(DESIGNS[name] | overrides))
 
 
 def tiny_inputs(batch_size=3, channels=4, height=8, width=8, seed=0):

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from conftest import tiny_transformer
+from conftest import DESIGNS, tiny_design, tiny_transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_hf import DiTTransformer2DModel
 from dit_hf.complexity import count_macs
 from dit_hf.presets import PRESETS
-from dit_hf.transformer_dit import CONDITIONINGS
 
 
 def preset_on_meta(name, **overrides):
@@ -43,10 +42,10 @@ def test_conditionings_match_the_paper():
     assert counts["adaln"] < counts["adaln_zero"] < counts["in_context"] < counts["cross_attention"]
 
 
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", DESIGNS)
 @pytest.mark.parametrize("size", [(8, 8), (12, 8)])
 def test_counts_equal_torchs_counter(conditioning, size):
-    model = tiny_transformer(conditioning=conditioning, mlp_ratio=3.0, patch_size=4)
+    model = tiny_design(conditioning, mlp_ratio=3.0, patch_size=4)
     counter = FlopCounterMode(display=False)
     # The counter does not see the CPU's fused attention.
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_inputs, tiny_transformer
+from conftest import DESIGNS, tiny_design, tiny_inputs, tiny_transformer
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from dit_hf import DiTTransformer2DModel
-from dit_hf.transformer_dit import CONDITIONINGS, DiTAttention, DiTAttnProcessor
+from dit_hf.transformer_dit import DiTAttention, DiTAttnProcessor
 
 
-every_conditioning = pytest.mark.parametrize("conditioning", CONDITIONINGS)
+every_conditioning = pytest.mark.parametrize("conditioning", DESIGNS)
 one_per_block_class = pytest.mark.parametrize("conditioning", ("adaln_zero", "cross_attention"))
 
 
@@ -71,7 +71,7 @@ def gradients(model):
 
 @every_conditioning
 def test_gradient_checkpointing_recomputes_blocks_and_keeps_gradients(conditioning):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     expected = gradients(model)
     model.enable_gradient_checkpointing()
     calls = [count_calls(block.attn.to_q) for block in model.transformer_blocks]
@@ -89,7 +89,7 @@ def test_gradient_checkpointing_recomputes_blocks_and_keeps_gradients(conditioni
 
 @every_conditioning
 def test_device_map_splits_between_blocks_only(conditioning, tmp_path):
-    model = tiny_transformer(conditioning=conditioning, num_layers=4)
+    model = tiny_design(conditioning, num_layers=4)
     block = sum(parameter.numel() * 4 for parameter in model.transformer_blocks[0].parameters())
     # Room for one block and a half, beside the one that accelerate reserves.
     memory = model.get_memory_footprint() - 4 * block + int(2.5 * block)
@@ -107,7 +107,7 @@ def test_device_map_splits_between_blocks_only(conditioning, tmp_path):
     "options", ({"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}), ids=("leaf", "block")
 )
 def test_group_offloading_brings_every_weight_back_before_use(conditioning, options, tmp_path):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     expected = run(model)
     model.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path), **options)
     for _ in range(2):
@@ -120,7 +120,7 @@ def test_group_offloading_brings_every_weight_back_before_use(conditioning, opti
 @every_conditioning
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_layerwise_casting_skips_declared_modules(conditioning, dtype, tmp_path):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     cast = DiTTransformer2DModel.from_pretrained(saved(model, tmp_path), torch_dtype=dtype)
     # Without patterns of ours, diffusers' default ones would skip the same modules.
     cast.enable_layerwise_casting(torch.float8_e4m3fn, dtype, skip_modules_pattern=())
@@ -137,7 +137,7 @@ def test_layerwise_casting_skips_declared_modules(conditioning, dtype, tmp_path)
 
 @every_conditioning
 def test_repeated_blocks_compile_once_without_graph_breaks(conditioning):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     expected = run(model)
     torch._dynamo.reset()
     counters.clear()
@@ -148,7 +148,7 @@ def test_repeated_blocks_compile_once_without_graph_breaks(conditioning):
 
 @every_conditioning
 def test_whole_model_compiles_without_graph_breaks(conditioning):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for size in (8, 12):
@@ -207,7 +207,7 @@ def run_step(model, step, seed=0):
 @every_conditioning
 @pytest.mark.parametrize("cache", CACHES)
 def test_cache_skips_attention_and_disables_cleanly(conditioning, cache):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     expected = run_step(model, 0)
     # FasterCache leaves cross-attention alone.
     attention = attentions(model.transformer_blocks[1])[0 if cache == "faster_cache" else -1]
@@ -227,7 +227,7 @@ def test_cache_skips_attention_and_disables_cleanly(conditioning, cache):
 
 @one_per_block_class
 def test_layer_skip_passes_input_in_place_of_attention(conditioning):
-    model, expected = (tiny_transformer(conditioning=conditioning) for _ in range(2))
+    model, expected = (tiny_design(conditioning) for _ in range(2))
     config = LayerSkipConfig([1], fqn="transformer_blocks", skip_attention=True, skip_ff=False)
     apply_layer_skip(model, config)
     expected.transformer_blocks[1].attn.register_forward_hook(lambda module, args, output: args[0])
@@ -239,7 +239,7 @@ def test_layer_skip_passes_input_in_place_of_attention(conditioning):
 
 @every_conditioning
 def test_attention_backend_is_the_one_of_the_processor(conditioning, monkeypatch):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     expected = run(model)
     calls, math = [], _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
     recorder = lambda **kwargs: (calls.append(1), math(**kwargs))[1]  # noqa: E731
@@ -264,7 +264,7 @@ def test_attention_processor_can_be_replaced(conditioning):
             self.calls += 1
             return super().__call__(*args, **kwargs)
 
-    model, processor = tiny_transformer(conditioning=conditioning), CountingProcessor()
+    model, processor = tiny_design(conditioning), CountingProcessor()
     expected = run(model)
     model.set_attn_processor(processor)
     assert_near(run(model), expected)
@@ -273,7 +273,7 @@ def test_attention_processor_can_be_replaced(conditioning):
 
 @every_conditioning
 def test_fused_projections_are_used_and_unfused(conditioning):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     expected = run(model)
     model.fuse_qkv_projections()
     for attention in attentions(model):
@@ -302,7 +302,7 @@ def parallel_results(tmp_path_factory):
 
 @every_conditioning
 def test_context_parallel_splits_tokens_and_keeps_output(conditioning, parallel_results):
-    expected = run(tiny_transformer(conditioning=conditioning))
+    expected = run(tiny_design(conditioning))
     num_tokens = 18 if conditioning == "in_context" else 16
     for result in (rank[("context", conditioning)] for rank in parallel_results):
         assert "error" not in result, result
@@ -315,21 +315,22 @@ def test_context_parallel_refuses_tokens_that_do_not_divide(parallel_results):
         assert "must be divisible by mesh size" in rank["context", "odd"]["error"]
 
 
-@pytest.mark.parametrize("case", (*CONDITIONINGS, "loaded"))
+@pytest.mark.parametrize("case", (*DESIGNS, "loaded"))
 def test_tensor_parallel_halves_weights_and_keeps_output(case, parallel_results):
-    model = tiny_transformer(conditioning="adaln_zero" if case == "loaded" else case)
+    model = tiny_design("adaln_zero" if case == "loaded" else case)
     for result in (rank[("tensor", case)] for rank in parallel_results):
         assert "error" not in result, result
         assert_near(result["output"], run(model), 1e-5)
+        swiglu = case == "lightningdit"
+        columns = ("ff.gate_proj", "ff.up_proj") if swiglu else ("ff.net.0.proj",)
+        rows = ("attn.to_out.0", "ff.down_proj" if swiglu else "ff.net.2")
         halved = {name: whole for name, (whole, local) in result["shards"].items() if whole != local}
         assert set(halved) == {
             f"transformer_blocks.{index}.{name}"
             for index in range(2)
-            for layer in ("attn.to_q", "attn.to_k", "attn.to_v", "ff.net.0.proj")
+            for layer in ("attn.to_q", "attn.to_k", "attn.to_v", *columns)
             for name in (f"{layer}.weight", f"{layer}.bias")
-        } | {
-            f"transformer_blocks.{index}.{name}.weight" for index in range(2) for name in ("attn.to_out.0", "ff.net.2")
-        }
+        } | {f"transformer_blocks.{index}.{name}.weight" for index in range(2) for name in rows}
         for name, whole in halved.items():
             local = result["shards"][name][1]
             assert 2 * torch.Size(local).numel() == torch.Size(whole).numel() == model.get_parameter(name).numel()
@@ -339,9 +340,9 @@ def test_tensor_parallel_halves_weights_and_keeps_output(case, parallel_results)
 
 
 def with_lora(model, name="style"):
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "modulation"]
-    if not hasattr(model.transformer_blocks[0], "modulation"):
-        targets.remove("modulation")
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "gate_proj", "down_proj", "modulation"]
+    names = [name for name, _ in model.named_modules()]
+    targets = [layer for layer in layers if any(name.endswith(layer) for name in names)]
     config = LoraConfig(r=4, lora_alpha=12, target_modules=targets, init_lora_weights=False)
     torch.manual_seed(len(name))
     model.add_adapter(config, adapter_name=name)
@@ -350,7 +351,7 @@ def with_lora(model, name="style"):
 
 @every_conditioning
 def test_lora_adapters_scale_switch_and_go(conditioning):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     base = run(model)
     adapted = run(with_lora(model))
     assert not torch.allclose(adapted, base, atol=1e-2)
@@ -372,9 +373,9 @@ def test_lora_adapters_scale_switch_and_go(conditioning):
 
 @every_conditioning
 def test_lora_adapters_survive_saving(conditioning, tmp_path):
-    model = with_lora(tiny_transformer(conditioning=conditioning))
+    model = with_lora(tiny_design(conditioning))
     model.save_lora_adapter(tmp_path, adapter_name="style")
-    loaded = tiny_transformer(conditioning=conditioning)
+    loaded = tiny_design(conditioning)
     loaded.load_lora_adapter(tmp_path, prefix=None, adapter_name="loaded", use_safetensors=True)
     assert loaded.peft_config["loaded"].lora_alpha == 12
     assert_near(run(loaded), run(model))
@@ -392,9 +393,12 @@ def assert_same_weights(actual, expected):
 
 @every_conditioning
 def test_save_is_one_safetensors_file(conditioning, tmp_path):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     loaded = DiTTransformer2DModel.from_pretrained(saved(model, tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("config.json", "diffusion_pytorch_model.safetensors"),
+        *("transformer_dit.py", "README.md"),
+    }
     assert all(loaded.config[name] == value for name, value in model.config.items() if not name.startswith("_"))
     assert_same_weights(loaded, model)
     assert_near(run(loaded), run(model))
@@ -417,7 +421,7 @@ def test_shards_and_variants_round_trip(shard_size, variant, tmp_path):
 @every_conditioning
 @pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float16, 3e-3), (torch.bfloat16, 3e-2)), ids=str)
 def test_half_precision_keeps_time_embedding_in_float32(conditioning, dtype, tolerance, tmp_path):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     half = DiTTransformer2DModel.from_pretrained(saved(model, tmp_path), torch_dtype=dtype)
     assert half.dtype == dtype
     for name, parameter in half.named_parameters():

@@ -391,9 +391,6 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         "transformer_blocks.*.attn.to_out.0": "rowwise",
         "transformer_blocks.*.ff.net.0.proj": "colwise",
         "transformer_blocks.*.ff.net.2": "rowwise",
-        "transformer_blocks.*.ff.gate_proj": "colwise",
-        "transformer_blocks.*.ff.up_proj": "colwise",
-        "transformer_blocks.*.ff.down_proj": "rowwise",
     }
 
     @register_to_config
@@ -474,6 +471,13 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             else DiTContextBlock(*sizes, cross_attention=conditioning == "cross_attention")
             for _ in range(num_layers)
         )
+
+        if ff == "swiglu":
+            # A plan may name no layer that is absent. `from_pretrained(parallel_config=...)` reads the class's plan,
+            # so such a model is split after loading, by `enable_parallelism`.
+            attention = {name: style for name, style in self._tp_plan.items() if ".attn." in name}
+            layers = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+            self._tp_plan = attention | {f"transformer_blocks.*.ff.{name}": style for name, style in layers.items()}
 
         # 3. Head
         self.norm_out = DiTAdaLayerNormOut(dim, norm) if self.is_adaptive else build_norm(norm, dim, affine=True)

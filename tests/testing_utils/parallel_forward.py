@@ -17,19 +17,19 @@ from torch.distributed.tensor import DTensor
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import tiny_inputs, tiny_transformer
+from conftest import DESIGNS, tiny_design, tiny_inputs
 
-from dit_hf.transformer_dit import CONDITIONINGS, DiTTransformer2DModel
+from dit_hf.transformer_dit import DiTTransformer2DModel
 
 
 def context_parallel(conditioning):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
     return model
 
 
 def tensor_parallel_in_memory(conditioning):
-    model = tiny_transformer(conditioning=conditioning)
+    model = tiny_design(conditioning)
     model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
     return model
 
@@ -58,7 +58,7 @@ def main(model_dir, output_dir):
     torch.accelerator.device_count = lambda: 1
     tensor_parallel._SUPPORTED_TP_DEVICES += ("cpu",)
     results = {}
-    for conditioning in CONDITIONINGS:
+    for conditioning in DESIGNS:
         results["context", conditioning] = attempt(lambda: context_parallel(conditioning))  # noqa: B023
         results["tensor", conditioning] = attempt(lambda: tensor_parallel_in_memory(conditioning))  # noqa: B023
     results["context", "odd"] = attempt(lambda: context_parallel("in_context"), size=6)
