@@ -330,6 +330,43 @@ def test_stock_folder_through_custom_pipeline(tmp_path):
     assert (images[0] == images[1]).all()
 
 
+def as_published_in_2022(folder):
+    """The layout of facebook/DiT-XL-2-256: an older class name, a pickle, the table of positions among the weights."""
+    stock_pipeline(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", "Transformer2DModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    config = config | {"_class_name": "Transformer2DModel", "_diffusers_version": "0.12.0", "norm_eps": 1e-5}
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["pos_embed.pos_embed"] = stock_model().pos_embed.pos_embed.clone()
+    torch.save(weights, file.with_suffix(".bin"))
+    file.unlink()
+
+
+@pytest.mark.parametrize("custom_pipeline", [False, True])
+def test_older_stock_folders_are_read(custom_pipeline, tmp_path):
+    as_published_in_2022(tmp_path)
+    if custom_pipeline:
+        entry = str(ROOT / "pipelines" / "dit_class_cond")
+        options = {"custom_pipeline": entry, "trust_remote_code": True}
+        pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path, **options)
+    else:
+        pipe = DiTClassCondPipeline.from_pretrained(tmp_path)
+        result = understand(tmp_path)
+        assert (result.family.name, result.config["sample_size"]) == ("diffusers", 8)
+    assert torch.equal(forward(pipe.transformer), corrected_output(stock_model()))
+
+
+def test_memory_of_a_conversion():
+    command = [sys.executable, ROOT / "benchmarks" / "conversion_memory.py", "--preset", "DiT-S/8"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["ratio"] < 1.3
+
+
 def test_sharded_and_half_stock_folders(tmp_path):
     stock_model().save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((tmp_path / "sharded").glob("*-of-*"))) > 1

@@ -15,7 +15,7 @@ from test_conversion import tiny_vae
 from testing_utils.hub_server import TOKEN, HubServer
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
-from dit_hf.hub import CardFacts, build_card, write_card
+from dit_hf.hub import CardFacts, build_card, join_cards, write_card
 
 
 RESULT = EvalResult(
@@ -189,6 +189,19 @@ def test_saving_what_was_loaded_loses_nothing(published, tmp_path):
     assert "Small." in (tmp_path / "ours" / "README.md").read_text()
 
 
+def test_a_copy_inherits_the_card_of_its_source(published):
+    hub, environment, _ = published
+    code = """
+    from dit_hf import DiTClassCondPipeline
+    DiTClassCondPipeline.from_pretrained("user/tiny").push_to_hub("user/copy")
+    """
+    result = python(code, environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    card = ModelCard(hub.files("user/copy")["README.md"].decode())
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", "user/tiny")
+    assert "| steps | 10 |" in card.text
+
+
 def test_a_model_alone(published, tmp_path):
     hub, environment, _ = published
     code = """
@@ -247,6 +260,21 @@ def test_a_card_on_the_hub_is_updated_not_overwritten():
     assert "Small." in again.text
     assert again.text.count("## Use") == 1
     assert '"user/other"' in again.text
+
+
+def test_cards_of_hub_and_folder_are_joined():
+    hub = ModelCard("---\nlicense: mit\ntags:\n- a\n---\n\nOn the Hub.\n")
+    folder = ModelCard(str(build_card(tiny_pipeline(), "folder", FACTS)) + "\nIn the folder.\n")
+    card = build_card(tiny_pipeline(), "user/tiny", known=join_cards(hub, folder))
+    assert card.data.license == "mit"
+    assert card.data.datasets == ["user/emoji"]
+    assert card.data.tags[:2] == ["a", "diffusers"]
+    assert card.data.eval_results[0].metric_value == 12.5
+    assert "On the Hub." in card.text
+    assert card.text.count("In the folder.") == 1
+    again = build_card(tiny_pipeline(), "user/tiny", known=join_cards(card, folder))
+    assert again.text.count("In the folder.") == 1
+    assert join_cards(None, None) is None
 
 
 def test_samples_are_shown(tmp_path):

@@ -83,6 +83,31 @@ def build_card(
     return card
 
 
+def join_cards(first: ModelCard | None, second: ModelCard | None) -> ModelCard | None:
+    """
+    Two cards of one model, such as the one on the Hub and the one in the folder: nothing its owner wrote is lost.
+
+    Args:
+        first (`ModelCard`, *optional*): Its metadata and text go before.
+        second (`ModelCard`, *optional*): Fills the gaps in the metadata; its owner's text is added if it is not there.
+
+    Returns:
+        `ModelCard`: or None, if there is neither.
+    """
+    if first is None or second is None:
+        return first or second
+    card = ModelCard(first.content)
+    data = second.data.to_dict() | first.data.to_dict()
+    for name in ("tags", "datasets"):
+        if joined := list(dict.fromkeys([*_as_list(first.data.get(name)), *_as_list(second.data.get(name))])):
+            data[name] = joined
+    card.data = ModelCardData(**data)
+    owners = _owners_text(second.text)
+    if owners and owners not in card.text:
+        card.text = f"{card.text.rstrip()}\n\n{owners}\n"
+    return card
+
+
 def write_card(model, folder: str | Path, title: str | None = None, facts: CardFacts | None = None) -> Path:
     """
     Writes or updates the `README.md` of a folder that was saved; a card of the folder it was loaded from is built on.
@@ -103,6 +128,13 @@ def write_card(model, folder: str | Path, title: str | None = None, facts: CardF
     card = build_card(model, title or folder.resolve().name, facts, known, (folder / SAMPLES).is_file())
     card.save(folder / "README.md")
     return folder / "README.md"
+
+
+def _owners_text(text):
+    """A card's text without what this package wrote."""
+    if START in text and END in text:
+        text = text[: text.index(START)] + text[text.index(END) + len(END) :]
+    return text.strip()
 
 
 def _as_list(value):

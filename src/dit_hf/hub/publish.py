@@ -1,6 +1,7 @@
 """Uploading a saved folder, so that a failure costs nothing but another try."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import ModelCard, create_repo, upload_folder
@@ -8,7 +9,7 @@ from huggingface_hub import ModelCard, create_repo, upload_folder
 # `HTTPError` is the network library's, whichever of them this huggingface_hub uses.
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
-from .model_card import SAMPLES, CardFacts, build_card
+from .model_card import SAMPLES, CardFacts, build_card, join_cards
 
 
 # The Hub's errors, the network's, and a file that changed while it was sent.
@@ -83,7 +84,10 @@ def publish_folder(
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if subfolder is None:
             # With the repository's name in its example, and on top of what its owner wrote there.
-            known = _card_of(repo_id, token) or _card_in(folder) or _card_of(_source(model, repo_id), token)
+            source = _source(model, repo_id)
+            known = join_cards(_card_of(repo_id, token) or _card_of(source, token), _card_in(folder))
+            if source is not None and (card is None or card.base_model is None):
+                card = replace(card or CardFacts(), base_model=source)
             build_card(model, repo_id, card, known, (folder / SAMPLES).is_file()).save(folder / "README.md")
         commit = upload_folder(
             repo_id=repo_id,
