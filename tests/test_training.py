@@ -1,6 +1,7 @@
 """Training scripts end to end on small data: cache, resume after SIGKILL, sampling from EMA weights, pipeline folder."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import AutoencoderKL
 from PIL import Image as PILImage
 from safetensors.torch import load_file
+from testing_utils.hub_server import HubServer
 
 from dit_hf import DiTClassCondPipeline
 from dit_hf.data.images import center_crop, label_names, load_image_dataset, stack_images, to_unit_range
@@ -118,6 +120,76 @@ def test_resume_after_sigkill_is_exact(workspace, tmp_path):
     assert pipe.labels == {"dark": 0, "light": 1}
     assert len(pipe.vae.config.latents_mean) == 4
     assert pipe("light", num_inference_steps=2).images[0].size == (32, 32)
+
+
+def losses(output_dir):
+    return torch.tensor([line["loss"] for line in read_log(output_dir)], dtype=torch.float64)
+
+
+def test_micro_batches_and_processes_do_not_change_the_result(workspace, tmp_path):
+    """Two processes, two micro-batches each, or one process and one batch: the same losses."""
+    flags = {"max_train_steps": 3, "checkpointing_steps": 3, "validation_steps": 9}
+    run(train_command(workspace, tmp_path / "one", **flags))
+    run(train_command(workspace, tmp_path / "micro", **flags, gradient_accumulation_steps=2))
+    command = train_command(workspace, tmp_path / "two", **flags, gradient_accumulation_steps=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    # `accelerate launch --cpu --num_processes 2` would start one process.
+    result = run([*launch, *command[1:]], env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    assert "2 processes" in result.stdout
+    for folder in ("micro", "two"):
+        torch.testing.assert_close(losses(tmp_path / folder), losses(tmp_path / "one"), rtol=1e-6, atol=1e-6)
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "two" / "pipeline")
+    assert pipe.labels == {"dark": 0, "light": 1}
+
+
+def test_sigterm_saves_and_ends_cleanly(workspace, tmp_path):
+    flags = {"max_train_steps": 400, "checkpointing_steps": 400, "validation_steps": 400}
+    process = subprocess.Popen(train_command(workspace, tmp_path, **flags), stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "train_log.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "by SIGTERM" in output
+    (checkpoint,) = list_checkpoints(tmp_path)
+    assert read_log(tmp_path)[-1]["step"] == int(checkpoint.name.split("-")[1]) < 400
+
+
+def test_a_finished_run_changes_nothing_and_a_batch_must_divide(workspace, tmp_path):
+    flags = {"max_train_steps": 2, "validation_steps": 2}
+    run(train_command(workspace, tmp_path, **flags))
+    weights = (tmp_path / "pipeline/transformer/diffusion_pytorch_model.safetensors").read_bytes()
+    log = (tmp_path / "train_log.jsonl").read_text()
+    run(train_command(workspace, tmp_path, **flags))
+    assert (tmp_path / "pipeline/transformer/diffusion_pytorch_model.safetensors").read_bytes() == weights
+    assert (tmp_path / "train_log.jsonl").read_text() == log
+    command = train_command(workspace, tmp_path / "other", gradient_accumulation_steps=3)
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "--train_batch_size 4 can't be shared" in result.stderr
+
+
+def test_training_publishes_its_model(workspace, tmp_path):
+    with HubServer() as hub:
+        flags = {"max_train_steps": 1, "hub_model_id": "user/trained"}
+        environment = os.environ | hub.environment(tmp_path / "home")
+        run([*train_command(workspace, tmp_path / "run", **flags), "--push_to_hub"], env=environment)
+        files = hub.files("user/trained")
+        card = files["README.md"].decode()
+        assert "| learning_rate | 0.001 |" in card
+        assert "(samples.png)" in card
+        assert "samples.png" in files
+        hub.fail("POST", "/repos/create", 500, times=20)
+        result = subprocess.run(
+            [*train_command(workspace, tmp_path / "down", **flags), "--push_to_hub"],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 2
+        assert "hf upload user/trained" in result.stderr
+        assert (tmp_path / "down" / "pipeline" / "model_index.json").exists()
 
 
 def test_resume_with_other_settings_is_refused(workspace, tmp_path):

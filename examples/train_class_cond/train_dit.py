@@ -12,8 +12,11 @@ Shapes: `B` samples of a step, `C` latent channels, `h w` latent size.
 
 import argparse
 import json
+import math
+import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -30,17 +33,34 @@ from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.command_line import run
 from dit_hf.data.images import label_names, load_image_dataset, stack_images
 from dit_hf.data.latents import cache_latents, latent_statistics, normalise_latents
+from dit_hf.hub import CardFacts, publish_folder
 from dit_hf.presets import PRESETS
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.batches import SeededBatches
-from dit_hf.training.checkpointing import check_same_settings, resume_from, save_checkpoint, truncate_log
+from dit_hf.training.checkpointing import (
+    check_same_settings,
+    list_checkpoints,
+    resume_from,
+    save_checkpoint,
+    truncate_log,
+)
+from dit_hf.training.guard import POLICIES, LossGuard
 from dit_hf.training.losses import diffusion_loss, velocity_loss
+from dit_hf.training.running import StopRequest, only_run
 
 
 # What a resumed run may change; all else would make it another run.
 MAY_CHANGE = (
     *("max_train_steps", "output_dir", "checkpointing_steps", "checkpoints_total_limit", "guidance_scale"),
+    *("push_to_hub", "hub_model_id", "on_spike", "gradient_checkpointing"),
     *("validation_steps", "validation_classes", "validation_images_per_class", "validation_inference_steps"),
+)
+
+# What a model card shows of the settings.
+RECIPE_ON_CARD = (
+    *("dataset_name", "resolution", "objective", "time_sampling", "max_train_steps", "train_batch_size"),
+    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta2", "weight_decay", "ema_decay"),
+    *("class_dropout_prob", "flip_probability", "balance_classes", "mixed_precision", "seed"),
 )
 
 
@@ -142,6 +162,14 @@ def parse_args():
     )
     train.add_argument("--balance_classes", action="store_true", help="Draw all classes equally often.")
     train.add_argument("--train_batch_size", type=int, default=128, help="Samples of one step, over all processes.")
+    train.add_argument(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=1,
+        help="Micro-batches that a process splits its share into.",
+    )
+    train.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
+    train.add_argument("--on_spike", choices=POLICIES, default="skip", help="What a leap of the loss leads to.")
     train.add_argument("--max_train_steps", type=int, default=4000, help="Optimizer steps.")
     train.add_argument("--learning_rate", type=float, default=1e-3, help="Peak learning rate.")
     train.add_argument("--lr_scheduler", default="cosine", help="Any of diffusers' schedules.")
@@ -161,6 +189,8 @@ def parse_args():
     output.add_argument("--validation_images_per_class", type=int, default=8, help="Columns of a sample grid.")
     output.add_argument("--validation_inference_steps", type=int, default=25, help="Sampler steps of a grid.")
     output.add_argument("--guidance_scale", type=float, default=3.0, help="Guidance of a grid.")
+    output.add_argument("--push_to_hub", action="store_true", help="Publish the pipeline at the end.")
+    output.add_argument("--hub_model_id", help="Repository; the output folder's name if not given.")
     return parser.parse_args()
 
 
@@ -186,46 +216,81 @@ def build_transformer(args, vae, num_classes):
     return DiTTransformer2DModel(**(config | given))
 
 
-def train(args, accelerator, transformer, optimizer, lr_schedule, ema, latents, pipe):
-    """The loop; returns when `max_train_steps` are done and the last checkpoint is written."""
-    labels = latents["label"]
-    balanced = labels if args.balance_classes else None
-    batches = SeededBatches(len(labels), args.train_batch_size, args.seed, balanced)
+def backward(args, accelerator, transformer, batch, scheduler):
+    """Gradients of the mean loss of this process's share, in micro-batches; returns the mean over all processes."""
     per_process = args.train_batch_size // accelerator.num_processes
-    share = slice(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
+    first = accelerator.process_index * per_process
+    micro = per_process // args.gradient_accumulation_steps
+    total = torch.zeros((), device=accelerator.device)
+    for start in range(first, first + per_process, micro):
+        part = {name: values[start : start + micro].to(accelerator.device) for name, values in batch.items()}
+        is_last = start + micro == first + per_process
+        with nullcontext() if is_last else accelerator.no_sync(transformer):
+            loss = batch_loss(transformer, part, scheduler, args.objective).sum() / per_process
+            accelerator.backward(loss)
+        total += loss.detach()
+    return accelerator.reduce(total, "mean").item()
+
+
+def train(args, accelerator, transformer, optimizer, lr_schedule, ema, guard, latents, pipe):
+    """The loop; returns when `max_train_steps` are done, or SIGTERM came, and the last checkpoint is written."""
+    labels = latents["label"]
+    batches = SeededBatches(len(labels), args.train_batch_size, args.seed, labels if args.balance_classes else None)
     scheduler = make_scheduler("ddpm")
     unwrapped = accelerator.unwrap_model(transformer, keep_torch_compile=False)
-    step = first = resume_from(accelerator, args.output_dir)
+    stop = StopRequest()
+    log = args.output_dir / "train_log.jsonl"
+    step = resume_from(accelerator, args.output_dir)
     if accelerator.is_main_process:
-        truncate_log(args.output_dir / "train_log.jsonl", step)
+        truncate_log(log, step)
     progress = tqdm(total=args.max_train_steps, initial=step, mininterval=10, disable=not accelerator.is_main_process)
     started = time.time()
     while step < args.max_train_steps:
-        batch = draw_batch(latents, batches, step, args)
-        batch = {name: values[share].to(accelerator.device) for name, values in batch.items()}
-        loss = batch_loss(transformer, batch, scheduler, args.objective).mean()
-        accelerator.backward(loss)
-        gradient_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
-        optimizer.step()
+        loss = backward(
+            args, accelerator, transformer, draw_batch(latents, batches, step + guard.draw_offset, args), scheduler
+        )
+        gradient_norm = float(accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm))
+        verdict = guard.judge(step + 1, loss, gradient_norm)
+        if verdict == "rewind" and list_checkpoints(args.output_dir):
+            optimizer.zero_grad()
+            step = rewind(accelerator, args.output_dir, guard, step + 1)
+            if accelerator.is_main_process:
+                truncate_log(log, step)
+            continue
+        if verdict == "step":
+            optimizer.step()
+            ema.step(unwrapped.parameters())
+        elif accelerator.scaler is not None and not math.isfinite(gradient_norm):
+            optimizer.step()  # fp16: changes no weight, and lowers the scale of the loss
         lr_schedule.step()
         optimizer.zero_grad()
-        ema.step(unwrapped.parameters())
         step += 1
         progress.update()
-        record = {"step": step, "loss": accelerator.reduce(loss.detach(), "mean").item()}
-        record |= {"grad_norm": float(gradient_norm), "lr": lr_schedule.get_last_lr()[0]}
-        record["seconds_per_step"] = round((time.time() - started) / (step - first), 4)
         if accelerator.is_main_process:
-            with open(args.output_dir / "train_log.jsonl", "a") as log:
-                log.write(json.dumps(record) + "\n")
+            record = {"step": step, "loss": loss, "grad_norm": gradient_norm, "lr": lr_schedule.get_last_lr()[0]}
+            record |= {"seconds": round(time.time() - started, 2)} | ({"skipped": True} if verdict != "step" else {})
+            with open(log, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        # Every process has to leave at the same step.
+        stopping = accelerator.reduce(torch.tensor(float(stop.requested), device=accelerator.device), "sum") > 0
         finished = step == args.max_train_steps
-        if step % args.checkpointing_steps == 0 or finished:
+        if step % args.checkpointing_steps == 0 or finished or stopping:
             save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+        if stopping and not finished:
+            break
         if accelerator.is_main_process and (step % args.validation_steps == 0 or finished):
-            path = args.output_dir / "samples" / f"step-{step:06d}.png"
             with ema_weights(ema, unwrapped):
-                write_samples(pipe, args, path)
+                write_samples(pipe, args, args.output_dir / "samples" / f"step-{step:06d}.png")
             progress.write(json.dumps(record))
+    return step
+
+
+def rewind(accelerator, output_dir, guard, from_step):
+    """Back to the last checkpoint, and on with other batches."""
+    before = copy(guard)
+    step = resume_from(accelerator, output_dir)
+    guard.rewound(from_step, step, before)
+    return step
 
 
 @contextmanager
@@ -241,13 +306,41 @@ def ema_weights(ema, transformer):
         ema.restore(transformer.parameters())
 
 
+def save_result(pipe, args, guard):
+    """The pipeline folder with its card and last sample grid, and if asked its copy on the Hub."""
+    folder = args.output_dir / "pipeline"
+    folder.mkdir(exist_ok=True)
+    grid = args.output_dir / "samples" / f"step-{args.max_train_steps:06d}.png"
+    if grid.exists():
+        shutil.copyfile(grid, folder / "samples.png")
+    recipe = {name: value for name, value in vars(args).items() if name in RECIPE_ON_CARD}
+    facts = CardFacts(recipe=recipe | {"steps left out by the guard": guard.skipped})
+    pipe.save_pretrained(folder, card=facts)
+    print(f"Pipeline: {folder}")
+    if args.push_to_hub:
+        print(f"Published: {publish_folder(folder, args.hub_model_id or args.output_dir.resolve().name, pipe, facts)}")
+
+
+def check_batch(args, num_processes):
+    """That processes and micro-batches share a batch evenly."""
+    parts = num_processes * args.gradient_accumulation_steps
+    if args.gradient_accumulation_steps < 1 or args.train_batch_size % parts:
+        raise ValueError(
+            f"--train_batch_size {args.train_batch_size} can't be shared by {num_processes} processes with "
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}."
+        )
+
+
 def main():
     args = parse_args()
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    if args.train_batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"--train_batch_size {args.train_batch_size} can't be shared by {accelerator.num_processes} processes."
-        )
+    check_batch(args, accelerator.num_processes)
+    with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
+        run_training(args, accelerator)
+
+
+def run_training(args, accelerator):
+    """From the arguments to the published model."""
     if accelerator.is_main_process:
         print(json.dumps(vars(args), indent=2, default=str))
     set_seed(args.seed)
@@ -258,8 +351,13 @@ def main():
     if accelerator.is_main_process:
         config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
         check_same_settings(args.output_dir, vars(args) | {"transformer": config}, MAY_CHANGE)
-        print(f"{transformer.num_parameters() / 1e6:.2f} M parameters, {len(names)} classes")
+        print(
+            f"{transformer.num_parameters() / 1e6:.2f} M parameters, {len(names)} classes, "
+            f"{accelerator.num_processes} processes"
+        )
     latents = load_latents(args, dataset, vae, accelerator)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
 
     betas = (0.9, args.adam_beta2)
     optimizer = torch.optim.AdamW(
@@ -271,16 +369,18 @@ def main():
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
+    guard = LossGuard(args.on_spike)
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    accelerator.register_for_checkpointing(ema, lr_schedule)
+    accelerator.register_for_checkpointing(ema, lr_schedule, guard)
     unwrapped = accelerator.unwrap_model(transformer, keep_torch_compile=False)
     pipe = build_pipeline(unwrapped, vae, names, args.objective)
-    train(args, accelerator, transformer, optimizer, lr_schedule, ema, latents, pipe)
-    if accelerator.is_main_process:
+    step = train(args, accelerator, transformer, optimizer, lr_schedule, ema, guard, latents, pipe)
+    if step < args.max_train_steps:
+        accelerator.print(f"Stopped at step {step} by SIGTERM; the same command goes on from there.")
+    elif accelerator.is_main_process:
         with ema_weights(ema, unwrapped):
-            pipe.save_pretrained(args.output_dir / "pipeline")
-        print(f"Pipeline: {args.output_dir / 'pipeline'}")
+            save_result(pipe, args, guard)
     accelerator.end_training()
 
 

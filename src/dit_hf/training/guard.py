@@ -1,0 +1,101 @@
+"""What to do when a loss or gradient is not finite, or leaps: skip the step, go back, or stop with a diagnosis."""
+
+import math
+import statistics
+from collections import deque
+
+
+POLICIES = ("skip", "rewind", "stop")
+# A spike is this many standard deviations above the mean of the recent losses; fewer than MIN_HISTORY say nothing.
+SPIKE_DEVIATIONS = 8.0
+MIN_HISTORY = 50
+WINDOW = 200
+
+
+class TrainingStopped(ValueError):
+    """Training can't go on; the message is the diagnosis."""
+
+
+class LossGuard:
+    """
+    Judges every step by its global loss and gradient norm; goes into checkpoints, so that a resumed run judges alike.
+
+    Args:
+        policy (`str`, defaults to `"skip"`):
+            What a finite spike leads to: `"skip"` leaves the step out, `"rewind"` goes back to the last checkpoint and on
+            with other batches, `"stop"` ends the run. A step that is not finite is left out in any case.
+        max_in_a_row (`int`, defaults to 10): More bad steps than this one after the other end the run.
+
+    Raises:
+        ValueError: if the policy is unknown.
+    """
+
+    def __init__(self, policy: str = "skip", max_in_a_row: int = 10):
+        if policy not in POLICIES:
+            raise ValueError(f"The policy is {policy!r}; it must be one of {', '.join(POLICIES)}.")
+        self.policy, self.max_in_a_row = policy, max_in_a_row
+        self.recent: deque[float] = deque(maxlen=WINDOW)
+        self.in_a_row = self.skipped = self.draw_offset = 0
+
+    @property
+    def bound(self) -> float:
+        """The loss beyond which a step is a spike; infinite until there is a history."""
+        if len(self.recent) < MIN_HISTORY:
+            return math.inf
+        return statistics.fmean(self.recent) + SPIKE_DEVIATIONS * statistics.stdev(self.recent)
+
+    def judge(self, step: int, loss: float, gradient_norm: float) -> str:
+        """
+        The verdict on a step.
+
+        Args:
+            step (`int`): Counted from 1.
+            loss (`float`): Mean over all processes.
+            gradient_norm (`float`): Before clipping.
+
+        Returns:
+            `str`: `"step"`, `"skip"` or `"rewind"`.
+
+        Raises:
+            TrainingStopped: with a diagnosis, if the policy says so or bad steps do not end.
+        """
+        finite = math.isfinite(loss) and math.isfinite(gradient_norm)
+        if finite and loss <= self.bound:
+            self.recent.append(loss)
+            self.in_a_row = 0
+            return "step"
+        what = f"loss {loss:.4g} above {self.bound:.4g}" if finite else f"loss {loss}, gradient norm {gradient_norm}"
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row > self.max_in_a_row:
+            raise TrainingStopped(
+                f"{self.in_a_row} bad steps in a row, the last at step {step}: {what}. Common causes: a learning rate "
+                "that is too high, fp16 where bf16 is needed, latents that are not normalised, a damaged image."
+            )
+        if finite and self.policy == "stop":
+            raise TrainingStopped(f"The loss leapt at step {step}: {what}.")
+        return "rewind" if finite and self.policy == "rewind" else "skip"
+
+    def rewound(self, from_step: int, to_step: int, before: "LossGuard") -> None:
+        """
+        After a checkpoint was loaded: later steps get other batches than those that led to the spike.
+
+        Args:
+            from_step (`int`): The step that leapt.
+            to_step (`int`): The checkpoint's.
+            before (`LossGuard`): This guard's counts as they were at the leap.
+        """
+        self.draw_offset = before.draw_offset + from_step - to_step
+        self.skipped, self.in_a_row = before.skipped, before.in_a_row
+
+    def state_dict(self) -> dict:
+        """Everything a resumed run needs."""
+        counts = {"in_a_row": self.in_a_row, "skipped": self.skipped, "draw_offset": self.draw_offset}
+        return counts | {"recent": list(self.recent)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up where a checkpoint left off."""
+        self.recent = deque(state["recent"], maxlen=WINDOW)
+        self.in_a_row, self.skipped, self.draw_offset = (
+            state[name] for name in ("in_a_row", "skipped", "draw_offset")
+        )

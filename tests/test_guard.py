@@ -1,0 +1,91 @@
+"""The guard of the loss, the lock of a folder, the end by signal."""
+
+import math
+import subprocess
+import sys
+from copy import copy
+
+import pytest
+
+from dit_hf.training.guard import MIN_HISTORY, LossGuard, TrainingStopped
+from dit_hf.training.running import only_run
+
+
+def settled(policy="skip", **options):
+    """A guard with a history of losses around 1."""
+    guard = LossGuard(policy, **options)
+    for step in range(MIN_HISTORY):
+        assert guard.judge(step + 1, 1 + 0.01 * (step % 3), 1.0) == "step"
+    return guard
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+@pytest.mark.parametrize("policy", ["skip", "rewind", "stop"])
+def test_what_is_not_finite_is_left_out_whatever_the_policy(policy, loss, norm):
+    guard = settled(policy)
+    assert guard.judge(51, loss, norm) == "skip"
+    assert guard.skipped == 1
+    assert guard.judge(52, 1.0, 1.0) == "step"
+
+
+def test_a_spike_is_what_leaves_the_recent_losses_far_behind():
+    assert settled().judge(51, 1.05, 1.0) == "step"
+    assert settled().judge(51, 2.0, 1.0) == "skip"
+    assert settled("rewind").judge(51, 2.0, 1.0) == "rewind"
+    with pytest.raises(TrainingStopped, match="step 51: loss 2 above 1.0"):
+        settled("stop").judge(51, 2.0, 1.0)
+    assert LossGuard().judge(1, 1e9, 1.0) == "step"  # a fresh run has no history
+
+
+def test_a_spike_does_not_move_the_bound():
+    guard = settled()
+    bound = guard.bound
+    guard.judge(51, 100.0, 1.0)
+    assert guard.bound == bound
+
+
+def test_bad_steps_without_end_stop_with_a_diagnosis():
+    guard = settled(max_in_a_row=2)
+    assert [guard.judge(step, math.nan, 1.0) for step in (51, 52)] == ["skip", "skip"]
+    with pytest.raises(TrainingStopped, match="3 bad steps in a row, the last at step 53.*learning rate"):
+        guard.judge(53, math.nan, 1.0)
+
+
+def test_state_survives_and_a_rewound_run_gets_other_batches():
+    guard = settled("rewind")
+    state = guard.state_dict()
+    guard.judge(51, 9.0, 1.0)
+    before = copy(guard)
+    guard.load_state_dict(state)
+    assert (guard.skipped, guard.draw_offset) == (0, 0)
+    guard.rewound(51, 40, before)
+    assert (guard.skipped, guard.draw_offset) == (1, 11)
+    again = LossGuard("rewind")
+    again.load_state_dict(guard.state_dict())
+    assert again.state_dict() == guard.state_dict()
+    assert again.bound == guard.bound
+
+
+def test_unknown_policies_are_refused():
+    with pytest.raises(ValueError, match="'ignore'.*skip, rewind, stop"):
+        LossGuard("ignore")
+
+
+HOLD = """
+import sys, time
+from dit_hf.training.running import only_run
+with only_run(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_runs_and_a_dead_run_leaves_no_lock(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="in use by another run"), only_run(tmp_path):
+        pass
+    other.kill()
+    other.wait()
+    with only_run(tmp_path):
+        pass
