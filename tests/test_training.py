@@ -10,19 +10,20 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_transformer
 from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import AutoencoderKL
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from testing_utils.hub_server import HubServer
 
-from dit_hf import DiTClassCondPipeline
+from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.data.images import center_crop, label_names, load_image_dataset, stack_images, to_unit_range
 from dit_hf.data.latents import cache_latents, latent_statistics, normalise_latents
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import list_checkpoints, save_checkpoint, truncate_log
+from dit_hf.training.finetuning import match_names, remap_classes
 
 
 TRAIN_DIT = ROOT / "examples" / "train_class_cond" / "train_dit.py"
@@ -233,6 +234,27 @@ def test_training_starts_from_given_weights(workspace, tmp_path):
     file = "pipeline/transformer/diffusion_pytorch_model.safetensors"
     given, kept = load_file(tmp_path / "first" / file), load_file(tmp_path / "second" / file)
     assert all(torch.equal(given[key], kept[key]) for key in given)
+
+
+def test_other_classes_keep_the_rows_of_equal_names(workspace, tmp_path):
+    names = {0: "night, dark", 1: "dusk", 2: "Light"}
+    pipe = DiTClassCondPipeline(
+        tiny_transformer(num_classes=3, learn_sigma=False), make_scheduler("flow_euler"), tiny_vae(), names
+    )
+    pipe.save_pretrained(tmp_path / "pretrained")
+    start = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "pretrained"}
+    run(train_command(workspace, tmp_path / "run", **start, learning_rate=0, max_train_steps=1))
+    old = pipe.transformer.class_embed.weight
+    new = DiTClassCondPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.class_embed.weight
+    assert torch.equal(new, old[[0, 2, 3]])  # dark, light, null
+    assert match_names(["dark", "noon"], names) == [0, None]
+    remap_classes(pipe.transformer, [None, 1], 0.0)
+    torch.testing.assert_close(pipe.transformer.class_embed.weight, torch.stack([old[:3].mean(0), old[1]]))
+    assert (pipe.transformer.config.num_classes, pipe.transformer.config.class_dropout_prob) == (2, 0.0)
+    command = train_command(workspace, tmp_path / "other", **start, objective="epsilon")
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "learn_sigma=False, where" in result.stderr
 
 
 def test_epsilon_objective_trains_a_learned_variance(workspace, tmp_path):

@@ -44,6 +44,7 @@ from dit_hf.training.checkpointing import (
     save_checkpoint,
     truncate_log,
 )
+from dit_hf.training.finetuning import load_for_classes
 from dit_hf.training.guard import POLICIES, LossGuard
 from dit_hf.training.losses import diffusion_loss, velocity_loss
 from dit_hf.training.running import StopRequest, only_run
@@ -194,20 +195,25 @@ def parse_args():
     return parser.parse_args()
 
 
-def build_transformer(args, vae, num_classes):
+def build_transformer(args, vae, names):
     """A model for the dataset's classes and the VAE's latents, fresh or from given weights."""
     levels = len(vae.config.block_out_channels)
     config = {
         "sample_size": args.resolution // 2 ** (levels - 1),
         "in_channels": vae.config.latent_channels,
-        "num_classes": num_classes,
+        "num_classes": len(names),
         "class_dropout_prob": args.class_dropout_prob,
         "learn_sigma": args.objective == "epsilon",
     }
     if args.pretrained_model_name_or_path:
-        return DiTTransformer2DModel.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="transformer", dtype=torch.float32, **config
-        )
+        model = load_for_classes(args.pretrained_model_name_or_path, names, args.class_dropout_prob)
+        for name in ("sample_size", "in_channels", "learn_sigma"):
+            if model.config[name] != config[name]:
+                raise ValueError(
+                    f"{args.pretrained_model_name_or_path} has {name}={model.config[name]}, where the data, the VAE and "
+                    f"--objective {args.objective} need {config[name]}."
+                )
+        return model
     if args.preset:
         return DiTTransformer2DModel.from_preset(args.preset, **config)
     given = json.loads(args.transformer_config.read_text())
@@ -347,7 +353,7 @@ def run_training(args, accelerator):
     vae = AutoencoderKL.from_pretrained(args.vae).to(accelerator.device).eval().requires_grad_(False)
     dataset = load_image_dataset(args.dataset_name, args.split)
     names = label_names(dataset, args.label_column)
-    transformer = build_transformer(args, vae, len(names)).to(accelerator.device).train()
+    transformer = build_transformer(args, vae, names).to(accelerator.device).train()
     if accelerator.is_main_process:
         config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
         check_same_settings(args.output_dir, vars(args) | {"transformer": config}, MAY_CHANGE)
