@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_transformer
+from conftest import ROOT, tiny_inputs, tiny_transformer
 from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import AutoencoderKL
 from PIL import Image as PILImage
@@ -255,6 +255,47 @@ def test_other_classes_keep_the_rows_of_equal_names(workspace, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert "learn_sigma=False, where" in result.stderr
+
+
+def test_adapters_are_trained_saved_and_loaded(workspace, tmp_path):
+    names = {0: "dark", 1: "light"}
+    transformer = tiny_transformer(num_classes=2, learn_sigma=False)
+    DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae(), names).save_pretrained(
+        tmp_path / "base"
+    )
+    start = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "base"}
+    flags = {"max_train_steps": 3, "lora_rank": 3, "lora_alpha": 9, "learning_rate": 0.01}
+    run(train_command(workspace, tmp_path / "run", **start, **flags))
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "base")
+    inputs = tiny_inputs() | {"class_labels": torch.tensor([0, 1, 2])}
+
+    def output():
+        with torch.no_grad():
+            return pipe.transformer(**inputs).sample
+
+    before = output()
+    pipe.load_lora_weights(tmp_path / "run", adapter_name="style")
+    config = pipe.transformer.peft_config["style"]
+    assert (config.r, config.lora_alpha) == (3, 9)
+    assert "class_embed" in config.target_modules
+    adapted = output()
+    assert (adapted - before).abs().max() > 1e-4
+    pipe.load_lora_weights(tmp_path / "run", adapter_name="again")
+    pipe.set_adapters(["style", "again"], [0.25, 0.75])
+    torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
+    pipe.delete_adapters("again")
+    pipe.set_adapters("style")
+    assert torch.equal(output(), adapted)
+    pipe.unload_lora_weights()
+    assert torch.equal(output(), before)
+    pipe.load_lora_weights(tmp_path / "run")
+    pipe.fuse_lora()
+    torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
+    result = subprocess.run(train_command(workspace, tmp_path / "bad", lora_rank=3), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "--pretrained_model_name_or_path" in result.stderr
 
 
 def test_epsilon_objective_trains_a_learned_variance(workspace, tmp_path):

@@ -46,6 +46,7 @@ from dit_hf.training.checkpointing import (
 )
 from dit_hf.training.finetuning import load_for_classes
 from dit_hf.training.guard import POLICIES, LossGuard
+from dit_hf.training.lora import add_lora, save_lora
 from dit_hf.training.losses import diffusion_loss, velocity_loss
 from dit_hf.training.running import StopRequest, only_run
 
@@ -155,6 +156,8 @@ def parse_args():
     size.add_argument("--preset", choices=PRESETS, help="A size of the paper.")
     size.add_argument("--transformer_config", type=Path, help="JSON with arguments of DiTTransformer2DModel.")
     size.add_argument("--pretrained_model_name_or_path", help="Pipeline folder or Hub id whose weights to start from.")
+    model.add_argument("--lora_rank", type=int, help="Train adapters of this rank instead of all weights.")
+    model.add_argument("--lora_alpha", type=int, help="Their scale times the rank; the rank if not given.")
     model.add_argument("--class_dropout_prob", type=float, default=0.1, help="Share of samples without a label.")
     train = parser.add_argument_group("training")
     train.add_argument("--objective", choices=("velocity", "epsilon"), default="velocity", help="What is predicted.")
@@ -196,7 +199,7 @@ def parse_args():
 
 
 def build_transformer(args, vae, names):
-    """A model for the dataset's classes and the VAE's latents, fresh or from given weights."""
+    """A model for the dataset's classes and the VAE's latents, fresh or from given weights, with adapters if asked."""
     levels = len(vae.config.block_out_channels)
     config = {
         "sample_size": args.resolution // 2 ** (levels - 1),
@@ -213,7 +216,11 @@ def build_transformer(args, vae, names):
                     f"{args.pretrained_model_name_or_path} has {name}={model.config[name]}, where the data, the VAE and "
                     f"--objective {args.objective} need {config[name]}."
                 )
+        if args.lora_rank is not None:
+            add_lora(model, args.lora_rank, args.lora_alpha or args.lora_rank)
         return model
+    if args.lora_rank is not None:
+        raise ValueError("--lora_rank adapts given weights; say which with --pretrained_model_name_or_path.")
     if args.preset:
         return DiTTransformer2DModel.from_preset(args.preset, **config)
     given = json.loads(args.transformer_config.read_text())
@@ -265,7 +272,7 @@ def train(args, accelerator, transformer, optimizer, lr_schedule, ema, guard, la
             continue
         if verdict == "step":
             optimizer.step()
-            ema.step(unwrapped.parameters())
+            ema.step(trainable(unwrapped))
         elif accelerator.scaler is not None and not math.isfinite(gradient_norm):
             optimizer.step()  # fp16: changes no weight, and lowers the scale of the loss
         lr_schedule.step()
@@ -299,21 +306,29 @@ def rewind(accelerator, output_dir, guard, from_step):
     return step
 
 
+def trainable(transformer):
+    """All parameters, or the adapters'."""
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
 @contextmanager
 def ema_weights(ema, transformer):
     """The averaged weights in the model's place, in eval mode, until the block ends."""
-    ema.store(transformer.parameters())
-    ema.copy_to(transformer.parameters())
+    ema.store(trainable(transformer))
+    ema.copy_to(trainable(transformer))
     transformer.eval()
     try:
         yield
     finally:
         transformer.train()
-        ema.restore(transformer.parameters())
+        ema.restore(trainable(transformer))
 
 
 def save_result(pipe, args, guard):
-    """The pipeline folder with its card and last sample grid, and if asked its copy on the Hub."""
+    """The pipeline folder with its card and last sample grid, and if asked its copy on the Hub; or the adapters."""
+    if args.lora_rank is not None:
+        print(f"Adapters: {save_lora(pipe.transformer, args.output_dir)}")
+        return
     folder = args.output_dir / "pipeline"
     folder.mkdir(exist_ok=True)
     grid = args.output_dir / "samples" / f"step-{args.max_train_steps:06d}.png"
@@ -367,7 +382,7 @@ def run_training(args, accelerator):
 
     betas = (0.9, args.adam_beta2)
     optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=args.learning_rate, betas=betas, weight_decay=args.weight_decay, fused=True
+        trainable(transformer), lr=args.learning_rate, betas=betas, weight_decay=args.weight_decay, fused=True
     )
     lr_schedule = get_scheduler(
         args.lr_scheduler,
@@ -376,7 +391,7 @@ def run_training(args, accelerator):
         num_training_steps=args.max_train_steps,
     )
     guard = LossGuard(args.on_spike)
-    ema = EMAModel(transformer.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(trainable(transformer), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
     accelerator.register_for_checkpointing(ema, lr_schedule, guard)
     unwrapped = accelerator.unwrap_model(transformer, keep_torch_compile=False)

@@ -19,6 +19,7 @@ import torch
 from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import (
@@ -67,7 +68,8 @@ def _is_installed():
     return __name__.startswith("dit_hf.")
 
 
-class DiTClassCondPipeline(DiffusionPipeline):
+# Sana's loader is the one for pipelines whose only adapted part is the transformer; nothing in it is Sana's.
+class DiTClassCondPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     r"""
     Pipeline for class-conditional image generation with DiT (https://arxiv.org/abs/2212.09748).
 

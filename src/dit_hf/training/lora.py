@@ -1,0 +1,53 @@
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) for every part of a DiT that a style or class lives in."""
+
+from pathlib import Path
+
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model_state_dict
+
+from ..pipeline_dit_class_cond import DiTClassCondPipeline
+from ..transformer_dit import DiTTransformer2DModel
+
+
+# Attention, feed-forward, modulation and the label table; a model has one kind of feed-forward.
+LAYERS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "modulation", "class_embed"),
+    *("ff.net.0.proj", "ff.net.2", "ff.gate_proj", "ff.up_proj", "ff.down_proj"),
+)
+
+
+def add_lora(model: DiTTransformer2DModel, rank: int, alpha: int) -> None:
+    """
+    Freezes a model and puts trainable adapters on it that change nothing yet.
+
+    Args:
+        model (`DiTTransformer2DModel`): Changed in place.
+        rank (`int`): Of the adapters.
+        alpha (`int`): The adapters' output is scaled by alpha / rank.
+
+    Raises:
+        ValueError: if the rank is not positive.
+    """
+    if rank < 1:
+        raise ValueError(f"The rank of the adapters is {rank}; it must be at least 1.")
+    names = [name for name, _ in model.named_modules()]
+    targets = [layer for layer in LAYERS if any(name.endswith(layer) for name in names)]
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+
+
+def save_lora(model: DiTTransformer2DModel, folder: str | Path) -> Path:
+    """
+    Writes a model's adapters, with rank and alpha in the metadata, for `pipe.load_lora_weights(folder)`.
+
+    Args:
+        model (`DiTTransformer2DModel`): With adapters.
+        folder (`str` or `Path`): Created if it does not exist.
+
+    Returns:
+        `Path`: the file.
+    """
+    layers = get_peft_model_state_dict(model)
+    metadata = _collate_lora_metadata({"transformer": model})
+    DiTClassCondPipeline.save_lora_weights(folder, transformer_lora_layers=layers, **metadata)
+    return Path(folder) / "pytorch_lora_weights.safetensors"
