@@ -20,7 +20,9 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model_path", required=True, help="Folder or Hub id of a pipeline or of a transformer.")
+    parser.add_argument(
+        "--model_path", required=True, help="Folder of a pipeline or of a transformer, or Hub id of a pipeline."
+    )
     parser.add_argument("--family", choices=tuple(FAMILIES), required=True, help="Code base that will load it.")
     parser.add_argument("--checkpoint_path", type=Path, required=True, help="New file, .pt or .safetensors.")
     return parser.parse_args()

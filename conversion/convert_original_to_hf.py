@@ -78,8 +78,8 @@ def save_whole(pipe, checkpoint, args):
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=output_dir.parent))
     partial.chmod(0o755)
     try:
-        pipe.save_pretrained(partial, card=card_facts(checkpoint, args))
-        write_card(pipe, partial, title=output_dir.name)
+        pipe.save_pretrained(partial)
+        write_card(pipe, partial, output_dir.name, card_facts(checkpoint, args))
         if checkpoint.aside:
             save_file(checkpoint.aside, partial / "transformer" / ASIDE_FILE)
         pipe.transformer.to("meta")  # its weights are on the disk now
@@ -138,7 +138,8 @@ def main():
     save_whole(pipe, checkpoint, args)
     print(f"Pipeline: {args.output_dir}")
     if args.push_to_hub:
-        print(f"Published: {publish_folder(args.output_dir, args.hub_model_id or args.output_dir.name, pipe)}")
+        repo_id = args.hub_model_id or args.output_dir.resolve().name
+        print(f"Published: {publish_folder(args.output_dir, repo_id, pipe, card_facts(checkpoint, args))}")
 
 
 if __name__ == "__main__":

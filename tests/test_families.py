@@ -233,6 +233,40 @@ def test_scripts_convert_there_and_back(tmp_path):
     assert "does not compute" in verified.stderr
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_checkpoints_convert(dtype, tmp_path):
+    weights = torch.load(FIXTURES / "sit_p2.pt", weights_only=True)
+    torch.save({key: value.to(dtype) for key, value in weights.items()}, tmp_path / "half.pt")
+    flags = {"checkpoint_path": tmp_path / "half.pt", "family": "sit", "num_attention_heads": 4}
+    result = run_script("convert_original_to_hf", **flags, output_dir=tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_fn": "gelu"}, "activation_fn='gelu'"),
+        (5, "no latent size|pos_embed"),
+    ],
+)
+def test_stock_configurations_that_we_do_not_compute_are_refused(change, message, tmp_path):
+    stock_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change if isinstance(change, dict) else change))
+    with pytest.raises(ValueError, match=message):
+        understand(tmp_path, 4)
+
+
+def test_incomplete_stock_folders_are_refused(tmp_path):
+    stock_model().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["proj_out_2.bias"]
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"proj_out\.bias"):
+        DiTTransformer2DModel.from_pretrained(tmp_path)
+
+
 def test_dry_run_half_precision_and_no_verification(tmp_path):
     flags = {
         "checkpoint_path": FIXTURES / "sit_p2.pt",
@@ -355,6 +389,8 @@ def test_older_stock_folders_are_read(custom_pipeline, tmp_path):
         pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path, **options)
     else:
         pipe = DiTClassCondPipeline.from_pretrained(tmp_path)
+        converted = run_script("convert_original_to_hf", checkpoint_path=tmp_path, output_dir=tmp_path / "out")
+        assert converted.returncode == 0, converted.stderr
         result = understand(tmp_path)
         assert (result.family.name, result.config["sample_size"]) == ("diffusers", 8)
     assert torch.equal(forward(pipe.transformer), corrected_output(stock_model()))
@@ -388,7 +424,7 @@ def test_embedders_that_were_trained_apart_are_refused_unless_told(tmp_path):
     result = run_script("convert_original_to_hf", **flags)
     assert result.returncode == 2
     assert "trained apart" in result.stderr
-    result = run_script("convert_original_to_hf", **flags, embedders_of_block=2, skip_verification=True)
+    result = run_script("convert_original_to_hf", **flags, embedders_of_block=2)
     assert result.returncode == 0, result.stderr
     weights = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
     expected = stock.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight

@@ -202,6 +202,29 @@ def test_a_copy_inherits_the_card_of_its_source(published):
     assert "| steps | 10 |" in card.text
 
 
+def test_what_loading_leaves_behind_is_carried_over(published, tmp_path):
+    """diffusers downloads neither cards nor a conversion's projector heads."""
+    hub, environment, _ = published
+    code = f"""
+    from huggingface_hub import upload_file
+    from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel
+    DiTClassCondPipeline.from_pretrained("user/tiny").push_to_hub("user/aside")
+    upload_file(path_or_fileobj=b"heads", path_in_repo="transformer/projectors.safetensors", repo_id="user/aside")
+    DiTClassCondPipeline.from_pretrained("user/aside").save_pretrained({str(tmp_path / "saved")!r})
+    DiTClassCondPipeline.from_pretrained("user/aside").push_to_hub("user/aside2")
+    DiTTransformer2DModel.from_pretrained({str(tmp_path / "saved" / "transformer")!r}).push_to_hub("user/alone")
+    DiTTransformer2DModel.from_pretrained("user/tiny", subfolder="transformer").push_to_hub("user/aside", subfolder="other")
+    """
+    result = python(code, environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "saved" / "transformer" / "projectors.safetensors").read_bytes() == b"heads"
+    assert "license: apache-2.0" in (tmp_path / "saved" / "README.md").read_text()
+    assert hub.files("user/aside2")["transformer/projectors.safetensors"] == b"heads"
+    assert "_name_or_path" not in json.loads(hub.files("user/alone")["config.json"])
+    assert "other/config.json" in hub.files("user/aside")
+    assert "other/README.md" not in hub.files("user/aside")
+
+
 def test_a_model_alone(published, tmp_path):
     hub, environment, _ = published
     code = """
@@ -264,17 +287,58 @@ def test_a_card_on_the_hub_is_updated_not_overwritten():
 
 def test_cards_of_hub_and_folder_are_joined():
     hub = ModelCard("---\nlicense: mit\ntags:\n- a\n---\n\nOn the Hub.\n")
-    folder = ModelCard(str(build_card(tiny_pipeline(), "folder", FACTS)) + "\nIn the folder.\n")
+    ours = str(build_card(tiny_pipeline(), "folder", FACTS))
+    folder = ModelCard(ours.replace("<!--", "Before.\n\n<!--", 1) + "\nIn the folder.\n")
     card = build_card(tiny_pipeline(), "user/tiny", known=join_cards(hub, folder))
-    assert card.data.license == "mit"
+    assert card.data.license == "apache-2.0"  # the folder's is what is published now
     assert card.data.datasets == ["user/emoji"]
     assert card.data.tags[:2] == ["a", "diffusers"]
     assert card.data.eval_results[0].metric_value == 12.5
     assert "On the Hub." in card.text
     assert card.text.count("In the folder.") == 1
-    again = build_card(tiny_pipeline(), "user/tiny", known=join_cards(card, folder))
-    assert again.text.count("In the folder.") == 1
+    for _ in range(3):
+        card = build_card(tiny_pipeline(), "user/tiny", known=join_cards(card, folder))
+    counts = [card.text.count(words) for words in ("On the Hub.", "Before.", "In the folder.", "## Use", "Small.")]
+    assert counts == [1] * 5
+    # What the package wrote on the Hub stays where the folder's says nothing of it.
+    bare = build_card(tiny_pipeline(), "folder")
+    joined = build_card(tiny_pipeline(), "user/tiny", known=join_cards(ModelCard(ours), bare))
+    assert "| steps | 10 |" in joined.text
+    assert joined.data.license == "apache-2.0"
     assert join_cards(None, None) is None
+
+
+def test_owners_sections_and_several_figures_of_one_metric():
+    guided = EvalResult(**{**RESULT.__dict__, "metric_name": "FD, guided", "metric_value": 3.0})
+    limits = "Small.\n\n## A heading of its own\n\nMore."
+    facts = CardFacts(results=[RESULT, guided], limits=limits)
+    own = "\n## Training\n\nMy own words.\n"
+    card = build_card(tiny_pipeline(), "a", facts)
+    for _ in range(2):
+        card = build_card(tiny_pipeline(), "a", known=ModelCard(str(card)))
+    assert sorted(result.metric_value for result in card.data.eval_results) == [3.0, 12.5]
+    assert limits in card.text
+    card = build_card(tiny_pipeline(), "a", known=ModelCard(str(card) + own))
+    assert card.text.count("My own words.") == 1
+
+
+def test_a_card_that_cant_be_read_is_named(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: [unclosed\n---\n")
+    with pytest.raises(ValueError, match=r"README\.md can't be read"):
+        write_card(tiny_pipeline(), tmp_path)
+
+
+def test_what_is_the_users_stays(tmp_path):
+    """Only the pipeline's own files are written when a folder is saved into."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text("mine")
+    (tmp_path / "docs" / "config.json").write_text("// mine")
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "README.md").write_text("mine too")
+    tiny_pipeline().save_pretrained(tmp_path)
+    assert (tmp_path / "docs" / "README.md").read_text() == "mine"
+    assert (tmp_path / "docs" / "config.json").read_text() == "// mine"
+    assert "mine too" in (tmp_path / "transformer" / "README.md").read_text()
 
 
 def test_samples_are_shown(tmp_path):
@@ -324,7 +388,7 @@ def test_a_failed_upload_costs_only_another_try(published, tmp_path, repo, fault
     assert "try again" in last
     assert TOKEN not in failed.stderr + failed.stdout
     after = snapshot(tmp_path)
-    assert {path for path in before if path.name != "README.md" and before[path] != after.get(path)} == set()
+    assert after == before
 
     start = len(hub.requests)
     again = python(PUSH.format(folder=str(tmp_path), repo=repo), environment)

@@ -19,7 +19,6 @@ import torch
 from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import (
@@ -33,6 +32,15 @@ from diffusers.schedulers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+
+
+try:
+    # The loader for pipelines whose only adapted part is the transformer; nothing in it is Sana's.
+    from diffusers.loaders import SanaLoraLoaderMixin as LoraLoaderMixin
+except ImportError:  # diffusers has none without transformers
+
+    class LoraLoaderMixin:  # type: ignore[no-redef]
+        """Adapters need transformers and peft."""
 
 
 logger = logging.get_logger(__name__)
@@ -68,8 +76,7 @@ def _is_installed():
     return __name__.startswith("dit_hf.")
 
 
-# Sana's loader is the one for pipelines whose only adapted part is the transformer; nothing in it is Sana's.
-class DiTClassCondPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
     r"""
     Pipeline for class-conditional image generation with DiT (https://arxiv.org/abs/2212.09748).
 
@@ -158,6 +165,8 @@ class DiTClassCondPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         variant=None,
         max_shard_size=None,
         push_to_hub=False,
+        use_flashpack=False,
+        *,
         card=None,
         **kwargs,
     ):
@@ -166,42 +175,46 @@ class DiTClassCondPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         Args:
             save_directory (`str` or `Path`): Created if it does not exist.
-            safe_serialization, variant, max_shard_size: As with every pipeline.
+            safe_serialization, variant, max_shard_size, use_flashpack: As with every pipeline.
             push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
             card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
             kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
         """
-        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
-        for file in Path(save_directory).glob("*/README.md"):
-            file.unlink()  # the components' own cards
-        source = Path(str(self.config.get("_name_or_path"))) / "README.md"
+        hub = _package("hub") if push_to_hub or _is_installed() else None
+        folder = Path(save_directory)
+        own_card = folder / "transformer" / "README.md"
+        keep = own_card.exists()
+        super().save_pretrained(folder, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack)
+        if not keep:
+            own_card.unlink(missing_ok=True)  # a component needs no card of its own
+        if hub is not None:
+            hub.carry_over(self, folder, "transformer/projectors.safetensors")
+            hub.write_card(self, folder, facts=card)
+        else:
+            source = Path(str(self.config.get("_name_or_path"))) / "README.md"
+            if source.is_file() and source.parent.resolve() != folder.resolve():
+                shutil.copyfile(source, folder / source.name)
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            _package("hub").publish_folder(save_directory, repo_id, self, card, **kwargs)
-        elif _is_installed():
-            _package("hub").write_card(self, save_directory, facts=card)
-        elif source.is_file() and source.parent != Path(save_directory):
-            shutil.copyfile(source, Path(save_directory) / source.name)
+            hub.publish_folder(folder, kwargs.pop("repo_id", folder.resolve().name), self, card, **kwargs)
 
     def save_config(self, save_directory, push_to_hub=False, **kwargs):
         """Writes `model_index.json`, naming the code that lies beside it for `trust_remote_code=True`."""
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        super().save_config(save_directory)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text())
         index["_class_name"] = ["pipeline_dit_class_cond", "DiTClassCondPipeline"]
         index["transformer"] = ["transformer_dit", "DiTTransformer2DModel"]
         index["auto_map"] = {"AutoModel": "transformer_dit.DiTTransformer2DModel"}
         (folder / self.config_name).write_text(json.dumps(index))
-        for file in (
-            folder / self.config_name,
-            *folder.glob("*/config.json"),
-            *folder.glob("*/scheduler_config.json"),
-        ):
+        parts = [folder / part / name for part in self.components for name in ("config.json", "scheduler_config.json")]
+        for file in (folder / self.config_name, *filter(Path.is_file, parts)):
             # Where the parts were loaded from is of no use to others, and may be a path of this machine.
             config = json.loads(file.read_text())
             config.pop("_name_or_path", None)
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         shutil.copyfile(__file__, folder / "pipeline_dit_class_cond.py")
+        if push_to_hub:
+            _package("hub").publish_folder(folder, kwargs.pop("repo_id", folder.resolve().name), self, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """
@@ -209,8 +222,8 @@ class DiTClassCondPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         Args:
             repo_id (`str`): `"name"` or `"user/name"`; created if it does not exist.
-            kwargs: `commit_message`, `private`, `token`, `create_pr`, `variant` as with every pipeline, and `card`
-                ([`dit_hf.hub.CardFacts`]), what the model can't tell of itself.
+            kwargs: `commit_message`, `private`, `token`, `create_pr`, `variant`, `max_shard_size` as with every
+                pipeline, and `card` ([`dit_hf.hub.CardFacts`]), what the model can't tell of itself.
 
         Returns:
             `str`: address of the commit.

@@ -11,6 +11,7 @@ The file is self-contained: it imports torch and diffusers only, so that it is a
 
 import importlib
 import importlib.util
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -117,12 +118,16 @@ class DiTRotaryEmbed(nn.Module):
     def forward(self, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, `(h·w, D/heads)` float32 each; those of every size seen are kept."""
         if (height, width, device) not in self._tables:
+            self._tables[height, width, device] = self._build(height, width, device)
+        return self._tables[height, width, device]
+
+    def _build(self, height, width, device):
+        with torch.inference_mode(False):  # the tables outlive the call, and training may come next
             rows = torch.arange(height, device=device).repeat_interleave(width)
             columns = torch.arange(width, device=device).repeat(height)
             axes = [get_1d_rotary_pos_embed(self.head_dim // 2, axis, use_real=True) for axis in (rows, columns)]
             cosines, sines = (torch.cat(tables, dim=1).float() for tables in zip(*axes, strict=True))
-            self._tables[height, width, device] = cosines, sines
-        return self._tables[height, width, device]
+            return cosines, sines
 
 
 class DiTAttnProcessor:
@@ -581,6 +586,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             loaded_keys = list(state_dict)
+            if unfit := set(loaded_keys) ^ set(model.state_dict()):
+                raise ValueError(f"{name}: the key {min(unfit)!r} is missing or unknown.")
             logger.warning(f"{name}: {stock.CORRECTED}.")
         return super()._load_pretrained_model(model, state_dict, resolved_model_file, name, loaded_keys, **kwargs)
 
@@ -593,6 +600,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         variant=None,
         max_shard_size="10GB",
         push_to_hub=False,
+        use_flashpack=False,
+        *,
         card=None,
         **kwargs,
     ):
@@ -601,28 +610,40 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
         Args:
             save_directory (`str` or `Path`): Created if it does not exist.
-            is_main_process, save_function, safe_serialization, variant, max_shard_size: As with every model.
+            is_main_process, save_function, safe_serialization, variant, max_shard_size, use_flashpack: As with every
+                model.
             push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
             card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
             kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
         """
+        is_installed = __name__.startswith("dit_hf.")
+        hub = _package("hub") if push_to_hub or is_installed else None
+        folder = Path(save_directory)
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        super().save_pretrained(save_directory, is_main_process, save_function, **options)
+        super().save_pretrained(folder, is_main_process, save_function, **options, use_flashpack=use_flashpack)
         if not is_main_process:
             return
-        aside = Path(str(self.config.get("_name_or_path"))) / "projectors.safetensors"
-        if aside.is_file() and aside.parent != Path(save_directory):
-            shutil.copyfile(aside, Path(save_directory) / aside.name)
+        if hub is not None:
+            hub.carry_over(self, folder, "projectors.safetensors")
+            hub.write_card(self, folder, facts=card)
+        else:
+            source = Path(str(self.config.get("_name_or_path")))
+            for file in (source / "projectors.safetensors", source / "README.md"):
+                if file.is_file() and source.resolve() != folder.resolve():
+                    shutil.copyfile(file, folder / file.name)
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            _package("hub").publish_folder(save_directory, repo_id, self, card, **kwargs)
-        elif __name__.startswith("dit_hf."):
-            _package("hub").write_card(self, save_directory, facts=card)
+            hub.publish_folder(folder, kwargs.pop("repo_id", folder.resolve().name), self, card, **kwargs)
 
     def save_config(self, save_directory, push_to_hub=False, **kwargs):
         """Writes the configuration, and this file beside it as the code for `trust_remote_code=True`."""
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        shutil.copyfile(__file__, Path(save_directory) / "transformer_dit.py")
+        super().save_config(save_directory)
+        folder = Path(save_directory)
+        config = json.loads((folder / self.config_name).read_text())
+        config.pop("_name_or_path", None)  # may be a path of this machine
+        (folder / self.config_name).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        shutil.copyfile(__file__, folder / "transformer_dit.py")
+        if push_to_hub:
+            _package("hub").publish_folder(folder, kwargs.pop("repo_id", folder.resolve().name), self, **kwargs)
 
     def push_to_hub(self, repo_id, **kwargs):
         """As every `ModelMixin`'s, with a model card; see `DiTClassCondPipeline.push_to_hub`."""

@@ -39,6 +39,13 @@ CORRECTED = (
     "not 1; norm epsilon 1e-6)"
 )
 
+# What a stock configuration leaves out, and what it must not change.
+STOCK_DEFAULTS = {
+    **{"sample_size": 32, "patch_size": 2, "in_channels": 4, "num_layers": 28},
+    **{"num_attention_heads": 16, "attention_head_dim": 72, "num_embeds_ada_norm": 1000},
+}
+STOCK_NEEDED = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
+
 DIFFUSERS = Family("diffusers", KEYS, BLOCK_LAYERS, blocks="transformer_blocks", computed=("pos_embed.pos_embed",))
 
 
@@ -104,8 +111,15 @@ def our_config(stock: dict) -> dict:
 
     Returns:
         `dict`
+
+    Raises:
+        ValueError: if an option that leaves no trace in the weights is not the one we compute.
     """
-    in_channels = stock.get("in_channels") or 4
+    stock = STOCK_DEFAULTS | stock
+    for name, needed in STOCK_NEEDED.items():
+        if stock.get(name, needed) != needed:
+            raise ValueError(f"A diffusers DiT with {name}={stock[name]!r} can't be read; only {needed!r} can.")
+    in_channels = stock["in_channels"]
     return {
         "sample_size": stock["sample_size"],
         "patch_size": stock["patch_size"],
@@ -149,6 +163,7 @@ def correct_stock_model(model_class, stock):
     with init_empty_weights():
         model = model_class.from_config(dict(stock.config))
     model.load_state_dict(to_our_state_dict(stock.state_dict()), strict=True, assign=True)
+    model.time_embed.float()  # as `from_pretrained` keeps it
     return model.eval()
 
 

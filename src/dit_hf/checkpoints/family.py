@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..transformer_dit import FREQUENCY_DIM
 
-# Width of the sinusoidal timestep embedding, and the longest of its periods over 2π.
-FREQUENCY_DIM = 256
+
+# The longest period of the sinusoidal timestep embedding, over 2π.
 MAX_PERIOD = 10000.0
 
 
@@ -129,5 +130,6 @@ def bake_conventions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
             cosine * frequencies.cos() + sine * frequencies.sin(),
             cosine * frequencies.sin() - sine * frequencies.cos(),
         )
-        weights[key] = torch.cat(columns, dim=1).to(weights[key].dtype)
+        # Half precision would not come back; the model keeps this layer in float32 anyway.
+        weights[key] = torch.cat(columns, dim=1).to(torch.promote_types(weights[key].dtype, torch.float32))
     return weights

@@ -222,7 +222,9 @@ def understand(
     converted = source.to_ours(original, num_layers)
     if source.name == "diffusers":
         try:
-            converted |= diffusers_dit.take_embedders(original, num_layers, embedders_of_block)
+            embedders = diffusers_dit.take_embedders(original, num_layers, embedders_of_block)
+            converted |= embedders
+            original |= diffusers_dit.give_embedders(embedders, num_layers)  # the chosen copy is what counts
         except ValueError as error:
             raise ValueError(f"Checkpoint {path}: {error}") from None
     _check_readable(converted, source, path)
@@ -273,9 +275,10 @@ def _find_file(path):
     config = path.with_name("config.json")
     try:
         beside = json.loads(config.read_text()) if config.is_file() else {}
+        is_stock = isinstance(beside, dict) and diffusers_dit.CONFIG_MARK in beside
+        return path, diffusers_dit.our_config(beside) if is_stock else {}
     except ValueError as error:
-        raise ValueError(f"{config} is no JSON: {error}") from None
-    return path, beside if diffusers_dit.CONFIG_MARK in beside else {}
+        raise ValueError(f"{config}: {error}") from None
 
 
 def check_strictly(checkpoint: Checkpoint, model, path: str | Path) -> None:
@@ -310,6 +313,10 @@ def check_strictly(checkpoint: Checkpoint, model, path: str | Path) -> None:
         shapes = [tuple(needed[name].shape) for name in names if name in needed]
         if shapes:
             shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+            if not original[key].is_floating_point():
+                raise ValueError(
+                    f"Checkpoint {path}: {key!r} holds {original[key].dtype}, not floating-point numbers."
+                )
             if tuple(original[key].shape) != shape:
                 given = tuple(original[key].shape)
                 raise ValueError(f"Checkpoint {path}: {key!r} has shape {given}, where {shape} is needed.")
@@ -319,7 +326,8 @@ def check_strictly(checkpoint: Checkpoint, model, path: str | Path) -> None:
 
 
 def _is_close(given, expected):
-    return given.shape == expected.shape and torch.allclose(given.float(), expected, atol=1e-2)
+    tolerance = 1e-5 if given.dtype == torch.float32 else 1e-2
+    return given.shape == expected.shape and torch.allclose(given.float(), expected, rtol=0, atol=tolerance)
 
 
 def computed_tables(family: Family, model) -> dict[str, torch.Tensor]:
@@ -358,8 +366,11 @@ def build_model(model_class, checkpoint: Checkpoint, path: str | Path, dtype: to
     Raises:
         ValueError: if a key is missing, unknown or of another shape.
     """
-    with init_empty_weights():
-        model = model_class(**checkpoint.config)
+    try:
+        with init_empty_weights():
+            model = model_class(**checkpoint.config)
+    except ValueError as error:
+        raise ValueError(f"Checkpoint {path}: {error}") from None
     check_strictly(checkpoint, model, path)
     # Key by key and with a copy of its own, so that the file may go and no weight is in memory twice.
     for name in model.state_dict():

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def read_checkpoint(path: str | Path) -> dict:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            mapped = torch.serialization._is_zipfile(path.open("rb"))  # files from before torch 1.6 are not
+            mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file fails in many ways inside of torch and pickle
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

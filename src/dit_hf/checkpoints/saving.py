@@ -1,6 +1,7 @@
 """Writing checkpoint files that the original code bases load."""
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -139,5 +140,5 @@ def save_original(model, family: Family, path: str | Path, aside: str | Path | N
             stock.save_pretrained(partial)
         os.replace(partial, path)
     finally:
-        if partial.is_file():
-            partial.unlink()
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.unlink(missing_ok=True)

@@ -2,13 +2,18 @@
 
 import json
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+
+# `HTTPError` is the network library's, whichever of them this huggingface_hub uses.
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 
-TEMPLATE = Path(__file__).with_name("model_card_template.md")
 # Between these lines the text is ours and is written anew; all else on a card is its owner's.
 START, END = "<!-- dit_hf: written by the package from here -->", "<!-- dit_hf: to here -->"
 TAGS = ["diffusers", "dit_hf", "class-conditional-image-generation", "diffusion-transformer"]
@@ -17,6 +22,7 @@ PIPELINE_TAG = "unconditional-image-generation"
 # A grid of samples that lies in the folder under this name is shown.
 SAMPLES = "samples.png"
 NAMES_SHOWN = 40
+HEADINGS = ("Use", "Classes", "Model", "Training", "Results", "Limits")
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def build_card(
         title (`str`): Heading, and what the example loads: a repository or a folder.
         facts (`CardFacts`, *optional*): What the model can't tell of itself.
         known (`ModelCard`, *optional*):
-            A card to update: its text is kept but for what this package wrote, its metadata but for what `facts` say
+            A card to update: its owner's text is kept, its metadata and what this package wrote but for what `facts` say
             anew; tags, data sets and results are joined.
         samples (`bool`, defaults to `False`): Whether a grid of samples, `samples.png`, lies beside it.
 
@@ -60,57 +66,55 @@ def build_card(
         `ModelCard`
     """
     facts = facts or CardFacts()
-    before = ModelCardData(**known.data.to_dict()) if known is not None else ModelCardData()
-    data = before.to_dict() if known is not None else {}
-    data.pop("model-index", None)
-    results = _join_results(before.eval_results or [], facts.results)
+    data, results = _metadata(known)
+    results = _join_results(results, facts.results)
     data |= {"library_name": "diffusers", "pipeline_tag": data.get("pipeline_tag") or PIPELINE_TAG}
-    data["tags"] = list(dict.fromkeys([*_as_list(data.get("tags")), *TAGS]))
-    if datasets := list(dict.fromkeys([*_as_list(data.get("datasets")), *facts.datasets])):
+    data["tags"] = _join(data.get("tags"), TAGS)
+    if datasets := _join(data.get("datasets"), facts.datasets):
         data["datasets"] = datasets
     data |= {name: value for name in ("license", "base_model") if (value := getattr(facts, name))}
     if results:
-        data |= {"eval_results": results, "model_name": before.model_name or title}
-    kept = known.text if known is not None else ""
-    generated = f"{START}\n# {title}\n\n{_describe(model, title, facts, results, kept, samples)}\n{END}"
-    if known is None:
-        return ModelCard.from_template(ModelCardData(**data), template_path=str(TEMPLATE), generated=generated)
-    card = ModelCard(known.content)
-    card.data = ModelCardData(**data)
-    text = card.text
-    if START in text and END in text:
-        card.text = text[: text.index(START)] + generated + text[text.index(END) + len(END) :]
-    return card
+        data |= {"eval_results": results, "model_name": data.get("model_name") or title}
+    before, region, after = _split(known.text) if known is not None else ("", "", "")
+    generated = f"{START}\n# {title}\n\n{_describe(model, title, facts, results, region, samples)}\n{END}"
+    if known is None or region:
+        text = "\n\n".join(part for part in (before, generated, after) if part)
+    else:
+        text = known.text.strip()
+    return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n")
 
 
-def join_cards(first: ModelCard | None, second: ModelCard | None) -> ModelCard | None:
+def join_cards(hub: ModelCard | None, folder: ModelCard | None) -> ModelCard | None:
     """
-    Two cards of one model, such as the one on the Hub and the one in the folder: nothing its owner wrote is lost.
+    The card on the Hub and the one in the folder that goes there.
 
     Args:
-        first (`ModelCard`, *optional*): Its metadata and text go before.
-        second (`ModelCard`, *optional*): Fills the gaps in the metadata; its owner's text is added if it is not there.
+        hub (`ModelCard`, *optional*): Its owner's text stays, and what the other does not say.
+        folder (`ModelCard`, *optional*):
+            Newer: its metadata and what this package wrote go before; its owner's text is added if it is not there.
 
     Returns:
         `ModelCard`: or None, if there is neither.
     """
-    if first is None or second is None:
-        return first or second
-    card = ModelCard(first.content)
-    data = second.data.to_dict() | first.data.to_dict()
+    if hub is None or folder is None:
+        return hub or folder
+    (old, old_results), (new, new_results) = _metadata(hub), _metadata(folder)
+    data = old | new
     for name in ("tags", "datasets"):
-        if joined := list(dict.fromkeys([*_as_list(first.data.get(name)), *_as_list(second.data.get(name))])):
+        if joined := _join(old.get(name), new.get(name)):
             data[name] = joined
-    card.data = ModelCardData(**data)
-    owners = _owners_text(second.text)
-    if owners and owners not in card.text:
-        card.text = f"{card.text.rstrip()}\n\n{owners}\n"
-    return card
+    if results := _join_results(old_results, new_results):
+        data |= {"eval_results": results, "model_name": data.get("model_name") or "model"}
+    (before, old_region, after), (*owners, new_region) = _split(hub.text), _owners_and_region(folder.text)
+    added = [part for part in owners if part and part not in hub.text]
+    region = [START, new_region, old_region, END] if new_region + old_region else []
+    text = "\n\n".join(part for part in (before, *region, after, *added) if part)
+    return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n")
 
 
 def write_card(model, folder: str | Path, title: str | None = None, facts: CardFacts | None = None) -> Path:
     """
-    Writes or updates the `README.md` of a folder that was saved; a card of the folder it was loaded from is built on.
+    Writes or updates the `README.md` of a folder that was saved; a card of where it was loaded from is built on.
 
     Args:
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What was saved.
@@ -120,39 +124,139 @@ def write_card(model, folder: str | Path, title: str | None = None, facts: CardF
 
     Returns:
         `Path`: the file.
+
+    Raises:
+        ValueError: if there is a card that can't be read.
     """
     folder = Path(folder)
-    source = Path(str(model.config.get("_name_or_path") or ""))
-    cards = [place / "README.md" for place in (folder, source) if str(place) != "."]
-    known = next((ModelCard.load(card) for card in cards if card.is_file()), None)
+    file = folder / "README.md"
+    source = file if file.is_file() else source_file(model, "README.md")
+    known = read_card(source) if source is not None else None
     card = build_card(model, title or folder.resolve().name, facts, known, (folder / SAMPLES).is_file())
-    card.save(folder / "README.md")
-    return folder / "README.md"
+    card.save(file)
+    return file
 
 
-def _owners_text(text):
-    """A card's text without what this package wrote."""
-    if START in text and END in text:
-        text = text[: text.index(START)] + text[text.index(END) + len(END) :]
-    return text.strip()
+def read_card(file: str | Path) -> ModelCard:
+    """
+    Reads a card.
+
+    Args:
+        file (`str` or `Path`): A local `README.md`.
+
+    Returns:
+        `ModelCard`
+
+    Raises:
+        ValueError: if its metadata can't be read; the message names the file.
+    """
+    try:
+        return ModelCard.load(file)
+    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"The model card {file} can't be read ({reason}); mend its metadata or remove it.") from None
 
 
-def _as_list(value):
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+def source_file(model, name: str) -> Path | None:
+    """
+    A file of the folder or repository that a model was loaded from.
+
+    Args:
+        model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): That was loaded.
+        name (`str`): Path in the folder or repository.
+
+    Returns:
+        `Path`: or None, if there is no such file or no way to it.
+    """
+    place = str(model.config.get("_name_or_path") or "")
+    if place and (Path(place) / name).is_file():
+        return Path(place) / name
+    if source_repo(model) is None:
+        return None
+    try:
+        return Path(hf_hub_download(place, name))
+    except (EntryNotFoundError, HTTPError, OSError, ValueError):
+        return None
 
 
-def _section(text, heading):
+def source_repo(model) -> str | None:
+    """
+    The repository a model was loaded from.
+
+    Args:
+        model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): That was loaded.
+
+    Returns:
+        `str`: or None, if it was loaded from a folder or not at all.
+    """
+    place = str(model.config.get("_name_or_path") or "")
+    return place if place.count("/") == 1 and not place.startswith(("/", ".")) and not Path(place).exists() else None
+
+
+def carry_over(model, folder: str | Path, name: str) -> None:
+    """
+    Copies a file that loading leaves behind from where a model was loaded from to where it is saved.
+
+    Args:
+        model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): That is saved.
+        folder (`str` or `Path`): Where.
+        name (`str`): Path in both.
+    """
+    source, target = source_file(model, name), Path(folder) / name
+    if source is not None and not target.exists():
+        shutil.copyfile(source, target)
+
+
+def _metadata(card):
+    """A card's metadata as a dictionary, and its results."""
+    if card is None:
+        return {}, []
+    data = card.data.to_dict()
+    index = data.pop("model-index", None)
+    if not index:
+        return data, []
+    name, results = model_index_to_eval_results(index)
+    return data | {"model_name": name}, results
+
+
+def _split(text):
+    """What its owner wrote before and after, and between them what this package wrote; stray markers are the owner's."""
+    start = text.find(START)
+    end = text.rfind(END)
+    if start < 0 or end < start:
+        return text.strip(), "", ""
+    region = text[start + len(START) : end].replace(START, "").replace(END, "")
+    return text[:start].strip(), region.strip(), text[end + len(END) :].strip()
+
+
+def _owners_and_region(text):
+    before, region, after = _split(text)
+    return before, after, region
+
+
+def _section(region, heading):
     """A section that this package wrote on an earlier card, without its heading; empty if there is none."""
-    match = re.search(rf"^## {heading}\n\n(.*?)(?=^## |{re.escape(END)})", text, re.DOTALL | re.MULTILINE)
+    others = "|".join(HEADINGS)
+    match = re.search(rf"^## {heading}\n\n(.*?)(?=^## (?:{others})$|^# |\Z)", region, re.DOTALL | re.MULTILINE)
     return match.group(1).strip() if match else ""
+
+
+def _join(old, new):
+    """Two lists, or single entries, as one without repetition."""
+    entries = [[] if value is None else [value] if isinstance(value, str) else value for value in (old, new)]
+    return list(dict.fromkeys([*entries[0], *entries[1]]))
 
 
 def _join_results(old, new):
     """A new figure takes the place of the old one of the same metric on the same data."""
-    return list({result.unique_identifier + (result.metric_type,): result for result in (*old, *new)}.values())
+    joined = {}
+    for result in (*old, *new):
+        details = (result.metric_type, result.metric_name, str(result.metric_config), str(result.metric_args))
+        joined[result.unique_identifier + details] = result
+    return list(joined.values())
 
 
-def _describe(model, title, facts, results, kept, samples):
+def _describe(model, title, facts, results, region, samples):
     """The text that the package writes."""
     transformer = getattr(model, "transformer", model)
     is_pipeline = transformer is not model
@@ -182,7 +286,7 @@ def _describe(model, title, facts, results, kept, samples):
             "vae": type(model.vae).__name__ if model.vae else "none",
         }
     parts.append("## Model\n\n" + _table(shown))
-    if training := _table(facts.recipe) if facts.recipe else _section(kept, "Training"):
+    if training := _table(facts.recipe) if facts.recipe else _section(region, "Training"):
         parts.append(f"## Training\n\n{training}")
     if results:
         rows = {
@@ -192,7 +296,7 @@ def _describe(model, title, facts, results, kept, samples):
         parts.append("## Results\n\n" + _table(rows))
     limits = (
         facts.limits
-        or _section(kept, "Limits")
+        or _section(region, "Limits")
         or ("Not stated. The model draws only its classes, and repeats the biases of its training data.")
     )
     parts.append(f"## Limits\n\n{limits}")

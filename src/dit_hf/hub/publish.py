@@ -4,12 +4,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import ModelCard, create_repo, upload_folder
+from huggingface_hub import CommitOperationAdd, create_commit, create_repo, hf_hub_download
 
 # `HTTPError` is the network library's, whichever of them this huggingface_hub uses.
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
-from .model_card import SAMPLES, CardFacts, build_card, join_cards
+from .model_card import SAMPLES, CardFacts, build_card, join_cards, read_card, source_repo
 
 
 # The Hub's errors, the network's, and a file that changed while it was sent.
@@ -27,6 +27,7 @@ def push(
     variant: str | None = None,
     subfolder: str | None = None,
     card: CardFacts | None = None,
+    max_shard_size: int | str = "10GB",
 ) -> str:
     """
     Saves a pipeline or transformer to a temporary folder and publishes it.
@@ -34,7 +35,8 @@ def push(
     Args:
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What to publish.
         repo_id (`str`): `"name"` or `"user/name"`.
-        commit_message, private, token, create_pr, safe_serialization, variant, subfolder: As with every diffusers model.
+        commit_message, private, token, create_pr, safe_serialization, variant, subfolder, max_shard_size: As with every
+            diffusers model.
         card (`CardFacts`, *optional*): What the model can't tell of itself.
 
     Returns:
@@ -44,7 +46,8 @@ def push(
         OSError: if the upload fails; the message says how to go on.
     """
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+        options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        model.save_pretrained(folder, **options)
         return publish_folder(
             folder, repo_id, model, card, commit_message, private, token, create_pr, subfolder, kept=False
         )
@@ -80,21 +83,31 @@ def publish_folder(
         OSError: if the upload fails; the message says how to go on.
     """
     folder = Path(folder)
+    source = source_repo(model)
+    if source is not None and (card is None or card.base_model is None):
+        card = replace(card or CardFacts(), base_model=source)
     try:
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if source == repo_id and card is not None and card.base_model == repo_id:
+            card = replace(card, base_model=None)
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        contents: dict[str, str | bytes] = {
+            name: str(path) for name, path in files.items() if not name.startswith((".git/", ".cache/"))
+        }
         if subfolder is None:
-            # With the repository's name in its example, and on top of what its owner wrote there.
-            source = _source(model, repo_id)
-            known = join_cards(_card_of(repo_id, token) or _card_of(source, token), _card_in(folder))
-            if source is not None and (card is None or card.base_model is None):
-                card = replace(card or CardFacts(), base_model=source)
-            build_card(model, repo_id, card, known, (folder / SAMPLES).is_file()).save(folder / "README.md")
-        commit = upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            path_in_repo=subfolder,
-            token=token,
+            # With the repository's name in its example, on top of what its owner wrote there; the folder's stays as is.
+            known = join_cards(
+                _card_of(repo_id, token), read_card(files["README.md"]) if "README.md" in files else None
+            )
+            text = str(build_card(model, repo_id, card, known, SAMPLES in files))
+            contents["README.md"] = text.encode()
+        else:
+            contents = {f"{subfolder}/{name}": content for name, content in contents.items() if name != "README.md"}
+        commit = create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
             commit_message=commit_message or f"Upload {type(model).__name__}",
+            token=token,
             create_pr=create_pr,
         )
     except UPLOAD_ERRORS as error:
@@ -114,22 +127,9 @@ def _reason(error):
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _card_in(folder):
-    return ModelCard.load(folder / "README.md") if (folder / "README.md").is_file() else None
-
-
 def _card_of(repo_id, token):
     """A card on the Hub, if there is one."""
-    if repo_id is None:
-        return None
     try:
-        return ModelCard.load(repo_id, token=token)
+        return read_card(hf_hub_download(repo_id, "README.md", token=token))
     except (EntryNotFoundError, RepositoryNotFoundError):
         return None
-
-
-def _source(model, repo_id):
-    """The repository a model was loaded from, if it is another one."""
-    name = str(model.config.get("_name_or_path") or "")
-    is_repo = name.count("/") == 1 and not Path(name).exists() and not name.startswith(("/", "."))
-    return name if is_repo and name != repo_id else None
