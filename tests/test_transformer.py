@@ -184,3 +184,25 @@ def test_wrong_options_are_named(option, message):
 def test_return_tuple(transformer):
     inputs = tiny_inputs()
     assert torch.equal(transformer(**inputs, return_dict=False)[0], transformer(**inputs).sample)
+
+
+def test_rotary_tables_of_an_inference_call_do_not_spoil_training():
+    model = tiny_transformer(position_embedding="sincos+rope")
+    with torch.inference_mode():
+        model(**tiny_inputs())
+    model.train()(**tiny_inputs()).sample.mean().backward()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"norm": "batch_norm"}, "`norm` is 'batch_norm'.*rms_norm"),
+        ({"ff": "relu"}, "`ff` is 'relu'.*swiglu"),
+        ({"position_embedding": "sincos+rope", "conditioning": "in_context"}, "no place for the tokens"),
+        ({"position_embedding": "sincos+rope", "attention_head_dim": 14, "num_attention_heads": 2}, "multiple of 4"),
+        ({"modulation_shift": False, "conditioning": "cross_attention"}, "needs adaptive norms"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_transformer(**overrides)
