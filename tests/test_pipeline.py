@@ -414,13 +414,16 @@ def test_caches_skip_work_in_the_pipeline():
     assert pipe.current_timestep is None
 
 
-def test_folder_is_a_custom_pipeline(tmp_path):
+def test_own_folders_code_goes_before_a_custom_pipeline(tmp_path):
+    """diffusers prefers the code that a folder names; stock folders get the entry (`test_families.py`)."""
     pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddpm"), id2label={3: "cat"})
     pipe.save_pretrained(tmp_path)
     folder = Path(__file__).parents[1] / "pipelines" / "dit_class_cond"
     loaded = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(folder), trust_remote_code=True)
-    assert type(loaded) is DiTClassCondPipeline
     assert loaded.labels == {"cat": 3}
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    images = [p("cat", generator=torch.manual_seed(0), **options).images for p in (pipe, loaded)]
+    assert torch.equal(*images)
 
 
 def test_a_scheduler_of_the_other_kind_is_named(caplog):
