@@ -5,7 +5,7 @@ import torch
 from conftest import FIXTURES, load_golden
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
-from dit_hf.training.losses import diffusion_loss, velocity_loss
+from dit_hf.training.losses import diffusion_loss, min_snr_weight, velocity_loss
 
 
 CHECKPOINTS = {
@@ -84,4 +84,15 @@ def test_velocity_loss_is_zero_for_noise_minus_data():
     assert velocity_loss(noise - data, data, noise)["loss"].abs().max() == 0
     shifted = velocity_loss(noise - data + 0.5, data, noise)
     torch.testing.assert_close(shifted["loss"], torch.full((3,), 0.25))
-    assert shifted.keys() == {"mse", "loss"}
+    assert shifted.keys() == {"mse", "loss", "cosine"}
+    turned = velocity_loss(-2 * (noise - data), data, noise)["cosine"]
+    torch.testing.assert_close(turned, torch.full((3,), 2.0))  # the length does not count
+    torch.testing.assert_close(velocity_loss(3 * (noise - data), data, noise)["cosine"], torch.zeros(3))
+
+
+def test_min_snr_weights_hold_back_easy_steps():
+    scheduler = make_scheduler("ddpm")
+    weights = min_snr_weight(torch.tensor([0, 500, 999]), scheduler, gamma=5.0)
+    signal = scheduler.alphas_cumprod[0]
+    torch.testing.assert_close(weights[0], 5.0 * (1 - signal) / signal)
+    assert (weights[1:] == 1).all()

@@ -257,6 +257,18 @@ def test_other_classes_keep_the_rows_of_equal_names(workspace, tmp_path):
     assert "learn_sigma=False, where" in result.stderr
 
 
+def test_recipes_set_what_is_not_given(workspace, tmp_path):
+    flags = {"recipe": "lightningdit", "train_batch_size": 4, "max_train_steps": 1, "lr_warmup_steps": None}
+    run(train_command(workspace, tmp_path / "l", **flags))
+    saved = json.loads((tmp_path / "l" / "training_config.json").read_text())
+    expected = {"cosine_loss": True, "adam_beta2": 0.95, "learning_rate": 2e-4, "train_batch_size": 4}
+    assert {name: saved[name] for name in expected} == expected
+    flags |= {"recipe": "dit", "snr_gamma": 5.0, "learning_rate": 0.003}
+    run(train_command(workspace, tmp_path / "d", **flags))
+    saved = json.loads((tmp_path / "d" / "training_config.json").read_text())
+    assert (saved["objective"], saved["lr_scheduler"], saved["learning_rate"]) == ("epsilon", "constant", 0.003)
+
+
 def test_adapters_are_trained_saved_and_loaded(workspace, tmp_path):
     names = {0: "dark", 1: "light"}
     transformer = tiny_transformer(num_classes=2, learn_sigma=False)

@@ -47,7 +47,8 @@ from dit_hf.training.checkpointing import (
 from dit_hf.training.finetuning import load_for_classes
 from dit_hf.training.guard import POLICIES, LossGuard
 from dit_hf.training.lora import add_lora, save_lora
-from dit_hf.training.losses import diffusion_loss, velocity_loss
+from dit_hf.training.losses import diffusion_loss, min_snr_weight, velocity_loss
+from dit_hf.training.recipes import RECIPES
 from dit_hf.training.running import StopRequest, only_run
 
 
@@ -60,7 +61,17 @@ MAY_CHANGE = (
 
 # What a model card shows of the settings.
 RECIPE_ON_CARD = (
-    *("dataset_name", "resolution", "objective", "time_sampling", "max_train_steps", "train_batch_size"),
+    *(
+        "dataset_name",
+        "resolution",
+        "recipe",
+        "objective",
+        "time_sampling",
+        "snr_gamma",
+        "cosine_loss",
+        "max_train_steps",
+        "train_batch_size",
+    ),
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta2", "weight_decay", "ema_decay"),
     *("class_dropout_prob", "flip_probability", "balance_classes", "mixed_precision", "seed"),
 )
@@ -98,19 +109,23 @@ def draw_batch(latents, batches, step, args):
     return {"x_start": x_start, "noise": noise, "time": time_draw, "label": latents["label"][indices], "drop": dropped}
 
 
-def batch_loss(transformer, batch, scheduler, objective):
+def batch_loss(transformer, batch, scheduler, args):
     """The loss a sample, `(B,)`: the paper's on noisy latents, or flow matching on interpolated ones."""
     x_start, noise, time_draw = batch["x_start"], batch["noise"], batch["time"]
-    if objective == "epsilon":
+    if args.objective == "epsilon":
         noisy, timestep = scheduler.add_noise(x_start, noise, time_draw), time_draw
     else:
         sigma = time_draw[:, None, None, None]
         noisy, timestep = (1 - sigma) * x_start + sigma * noise, time_draw * 1000
     dropped = batch["drop"] if batch["drop"].any() else None  # a model without null class takes none
     output = transformer(noisy, timestep, batch["label"], force_drop_ids=dropped, return_dict=False)[0]
-    if objective == "epsilon":
-        return diffusion_loss(output, x_start, noise, time_draw, scheduler)["loss"]
-    return velocity_loss(output, x_start, noise)["loss"]
+    if args.objective == "epsilon":
+        terms = diffusion_loss(output, x_start, noise, time_draw, scheduler)
+        if args.snr_gamma is None:
+            return terms["loss"]
+        return min_snr_weight(time_draw, scheduler, args.snr_gamma) * terms["mse"] + terms.get("vb", 0.0)
+    terms = velocity_loss(output, x_start, noise)
+    return terms["loss"] + terms["cosine"] if args.cosine_loss else terms["loss"]
 
 
 def build_pipeline(transformer, vae, names, objective):
@@ -160,10 +175,13 @@ def parse_args():
     model.add_argument("--lora_alpha", type=int, help="Their scale times the rank; the rank if not given.")
     model.add_argument("--class_dropout_prob", type=float, default=0.1, help="Share of samples without a label.")
     train = parser.add_argument_group("training")
+    train.add_argument("--recipe", choices=RECIPES, help="A paper's settings; other flags replace single values.")
     train.add_argument("--objective", choices=("velocity", "epsilon"), default="velocity", help="What is predicted.")
     train.add_argument(
         "--time_sampling", choices=("uniform", "logit_normal"), default="logit_normal", help="Of sigma."
     )
+    train.add_argument("--snr_gamma", type=float, help="Bound of min-SNR weights for epsilon; none if not given.")
+    train.add_argument("--cosine_loss", action="store_true", help="Add LightningDiT's direction loss to velocity.")
     train.add_argument("--balance_classes", action="store_true", help="Draw all classes equally often.")
     train.add_argument("--train_batch_size", type=int, default=128, help="Samples of one step, over all processes.")
     train.add_argument(
@@ -195,6 +213,8 @@ def parse_args():
     output.add_argument("--guidance_scale", type=float, default=3.0, help="Guidance of a grid.")
     output.add_argument("--push_to_hub", action="store_true", help="Publish the pipeline at the end.")
     output.add_argument("--hub_model_id", help="Repository; the output folder's name if not given.")
+    recipe = parser.parse_known_args()[0].recipe
+    parser.set_defaults(**RECIPES.get(recipe, {}))
     return parser.parse_args()
 
 
@@ -239,7 +259,7 @@ def backward(args, accelerator, transformer, batch, scheduler):
         part = {name: values[start : start + micro].to(accelerator.device) for name, values in batch.items()}
         is_last = start + micro == first + per_process
         with nullcontext() if is_last else accelerator.no_sync(transformer):
-            loss = batch_loss(transformer, part, scheduler, args.objective).sum() / per_process
+            loss = batch_loss(transformer, part, scheduler, args).sum() / per_process
             accelerator.backward(loss)
         total += loss.detach()
     return accelerator.reduce(total, "mean").item()

@@ -9,6 +9,7 @@ DDPM (Ho et al., https://arxiv.org/abs/2006.11239) for the decoder's likelihood.
 import math
 
 import torch
+import torch.nn.functional as F
 
 
 NATS_PER_BIT = math.log(2.0)
@@ -63,10 +64,31 @@ def velocity_loss(model_output: torch.Tensor, x_start: torch.Tensor, noise: torc
         noise (`torch.Tensor` of shape `(B, C, H, W)`): The noise that was mixed in.
 
     Returns:
-        `dict`: `mse` and `loss`, equal, `(B,)` each.
+        `dict`: `mse` and `loss`, equal, `(B,)` each, and `cosine`, one minus the cosine between the channels of the
+        prediction and of the target, the mean over positions (LightningDiT's direction loss).
     """
-    mse = _mean_over_values((model_output - (noise - x_start)).square())
-    return {"mse": mse, "loss": mse}
+    target = noise - x_start
+    mse = _mean_over_values((model_output - target).square())
+    cosine = 1 - _mean_over_values(F.cosine_similarity(model_output, target, dim=1))
+    return {"mse": mse, "loss": mse, "cosine": cosine}
+
+
+def min_snr_weight(timestep: torch.Tensor, scheduler, gamma: float = 5.0) -> torch.Tensor:
+    """
+    What a squared error of epsilon is worth when easy timesteps are held back (Min-SNR,
+    https://arxiv.org/abs/2303.09556): min(SNR, gamma) / SNR.
+
+    Args:
+        timestep (`torch.Tensor` of shape `(B,)`, int64): Training timesteps, 0 … T-1.
+        scheduler: A diffusers scheduler with `alphas_cumprod`.
+        gamma (`float`, defaults to 5.0): The bound.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`
+    """
+    signal = scheduler.alphas_cumprod.to(timestep.device)[timestep]
+    ratio = signal / (1 - signal)
+    return ratio.clamp(max=gamma) / ratio
 
 
 def _mean_over_values(values):

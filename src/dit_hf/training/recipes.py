@@ -1,0 +1,34 @@
+"""The training settings of the papers, as flags of `train_dit.py`; whatever is given beside a recipe replaces its value."""
+
+# DiT §4 (https://arxiv.org/abs/2212.09748): ADM's diffusion, constant learning rate, no weight decay.
+DIT = {
+    "objective": "epsilon",
+    "train_batch_size": 256,
+    "max_train_steps": 400_000,
+    "learning_rate": 1e-4,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "adam_beta2": 0.999,
+    "weight_decay": 0.0,
+    "ema_decay": 0.9999,
+    "class_dropout_prob": 0.1,
+    "flip_probability": 0.5,
+    "max_grad_norm": float("inf"),
+}
+RECIPES = {
+    "dit": DIT,
+    # SiT §4 (https://arxiv.org/abs/2401.08740): DiT's, with the linear path's velocity and uniform time.
+    "sit": DIT | {"objective": "velocity", "time_sampling": "uniform"},
+    # LightningDiT (https://arxiv.org/abs/2501.01423): logit-normal time, direction loss, larger batch and rate.
+    "lightningdit": DIT
+    | {
+        "objective": "velocity",
+        "time_sampling": "logit_normal",
+        "cosine_loss": True,
+        "train_batch_size": 1024,
+        "max_train_steps": 80_000,
+        "learning_rate": 2e-4,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+    },
+}
