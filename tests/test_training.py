@@ -257,6 +257,16 @@ def test_other_classes_keep_the_rows_of_equal_names(workspace, tmp_path):
     assert "learn_sigma=False, where" in result.stderr
 
 
+def test_dry_run_prints_the_plan_and_writes_nothing(workspace, tmp_path):
+    command = [*train_command(workspace, tmp_path / "run", max_train_steps=1000), "--dry_run"]
+    output = run(command).stdout
+    plan = json.loads(output[output.rindex("{") :])
+    assert plan["steps"] == 1000
+    assert plan["hours"] == pytest.approx(plan["seconds a step, forward and backward"] / 3.6, abs=0.01)
+    assert plan["parameters (M)"] == plan["trained (M)"] > 0
+    assert not (tmp_path / "run").exists()
+
+
 def test_recipes_set_what_is_not_given(workspace, tmp_path):
     flags = {"recipe": "lightningdit", "train_batch_size": 4, "max_train_steps": 1, "lr_warmup_steps": None}
     run(train_command(workspace, tmp_path / "l", **flags))

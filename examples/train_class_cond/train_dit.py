@@ -10,18 +10,18 @@ command again to resume.
 Shapes: `B` samples of a step, `C` latent channels, `h w` latent size.
 """
 
-import argparse
 import json
 import math
 import shutil
+import statistics
 import time
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from arguments import MAY_CHANGE, RECIPE_ON_CARD, parse_args
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.command_line import run
+from dit_hf.complexity import count_macs
 from dit_hf.data.images import label_names, load_image_dataset, stack_images
 from dit_hf.data.latents import cache_latents, latent_statistics, normalise_latents
 from dit_hf.hub import CardFacts, publish_folder
-from dit_hf.presets import PRESETS
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import (
@@ -45,36 +45,10 @@ from dit_hf.training.checkpointing import (
     truncate_log,
 )
 from dit_hf.training.finetuning import load_for_classes
-from dit_hf.training.guard import POLICIES, LossGuard
+from dit_hf.training.guard import LossGuard
 from dit_hf.training.lora import add_lora, save_lora
 from dit_hf.training.losses import diffusion_loss, min_snr_weight, velocity_loss
-from dit_hf.training.recipes import RECIPES
 from dit_hf.training.running import StopRequest, only_run
-
-
-# What a resumed run may change; all else would make it another run.
-MAY_CHANGE = (
-    *("max_train_steps", "output_dir", "checkpointing_steps", "checkpoints_total_limit", "guidance_scale"),
-    *("push_to_hub", "hub_model_id", "on_spike", "gradient_checkpointing"),
-    *("validation_steps", "validation_classes", "validation_images_per_class", "validation_inference_steps"),
-)
-
-# What a model card shows of the settings.
-RECIPE_ON_CARD = (
-    *(
-        "dataset_name",
-        "resolution",
-        "recipe",
-        "objective",
-        "time_sampling",
-        "snr_gamma",
-        "cosine_loss",
-        "max_train_steps",
-        "train_batch_size",
-    ),
-    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta2", "weight_decay", "ema_decay"),
-    *("class_dropout_prob", "flip_probability", "balance_classes", "mixed_precision", "seed"),
-)
 
 
 def load_latents(args, dataset, vae, accelerator):
@@ -152,70 +126,6 @@ def write_samples(pipe, args, path):
     ).images
     path.parent.mkdir(parents=True, exist_ok=True)
     make_image_grid(images, rows=len(classes), cols=columns).save(path)
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", required=True, help="Hub id or local folder for `datasets.load_dataset`.")
-    data.add_argument("--split", default="train", help="Split to train on.")
-    data.add_argument("--image_column", default="image", help="Column with images.")
-    data.add_argument("--label_column", default="label", help="Column with class labels.")
-    data.add_argument("--resolution", type=int, default=64, help="Pixels a side.")
-    data.add_argument("--flip_probability", type=float, default=0.5, help="Share of mirrored images.")
-    data.add_argument("--vae", required=True, help="Folder or Hub id of an AutoencoderKL.")
-    model = parser.add_argument_group("model")
-    size = model.add_mutually_exclusive_group(required=True)
-    size.add_argument("--preset", choices=PRESETS, help="A size of the paper.")
-    size.add_argument("--transformer_config", type=Path, help="JSON with arguments of DiTTransformer2DModel.")
-    size.add_argument("--pretrained_model_name_or_path", help="Pipeline folder or Hub id whose weights to start from.")
-    model.add_argument("--lora_rank", type=int, help="Train adapters of this rank instead of all weights.")
-    model.add_argument("--lora_alpha", type=int, help="Their scale times the rank; the rank if not given.")
-    model.add_argument("--class_dropout_prob", type=float, default=0.1, help="Share of samples without a label.")
-    train = parser.add_argument_group("training")
-    train.add_argument("--recipe", choices=RECIPES, help="A paper's settings; other flags replace single values.")
-    train.add_argument("--objective", choices=("velocity", "epsilon"), default="velocity", help="What is predicted.")
-    train.add_argument(
-        "--time_sampling", choices=("uniform", "logit_normal"), default="logit_normal", help="Of sigma."
-    )
-    train.add_argument("--snr_gamma", type=float, help="Bound of min-SNR weights for epsilon; none if not given.")
-    train.add_argument("--cosine_loss", action="store_true", help="Add LightningDiT's direction loss to velocity.")
-    train.add_argument("--balance_classes", action="store_true", help="Draw all classes equally often.")
-    train.add_argument("--train_batch_size", type=int, default=128, help="Samples of one step, over all processes.")
-    train.add_argument(
-        "--gradient_accumulation_steps",
-        type=int,
-        default=1,
-        help="Micro-batches that a process splits its share into.",
-    )
-    train.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
-    train.add_argument("--on_spike", choices=POLICIES, default="skip", help="What a leap of the loss leads to.")
-    train.add_argument("--max_train_steps", type=int, default=4000, help="Optimizer steps.")
-    train.add_argument("--learning_rate", type=float, default=1e-3, help="Peak learning rate.")
-    train.add_argument("--lr_scheduler", default="cosine", help="Any of diffusers' schedules.")
-    train.add_argument("--lr_warmup_steps", type=int, default=100, help="Steps of linear warm-up.")
-    train.add_argument("--adam_beta2", type=float, default=0.99, help="AdamW's second beta.")
-    train.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's weight decay.")
-    train.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradient clipping.")
-    train.add_argument("--ema_decay", type=float, default=0.999, help="Decay of the averaged weights.")
-    train.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="accelerate's.")
-    train.add_argument("--seed", type=int, default=0, help="Seed of weights, order and draws.")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", type=Path, required=True, help="Cache, checkpoints, samples, final pipeline.")
-    output.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
-    output.add_argument("--checkpoints_total_limit", type=int, default=2, help="Checkpoints kept.")
-    output.add_argument("--validation_steps", type=int, default=500, help="Steps between sample grids.")
-    output.add_argument("--validation_classes", type=int, default=10, help="Rows of a sample grid.")
-    output.add_argument("--validation_images_per_class", type=int, default=8, help="Columns of a sample grid.")
-    output.add_argument("--validation_inference_steps", type=int, default=25, help="Sampler steps of a grid.")
-    output.add_argument("--guidance_scale", type=float, default=3.0, help="Guidance of a grid.")
-    output.add_argument("--push_to_hub", action="store_true", help="Publish the pipeline at the end.")
-    output.add_argument("--hub_model_id", help="Repository; the output folder's name if not given.")
-    recipe = parser.parse_known_args()[0].recipe
-    parser.set_defaults(**RECIPES.get(recipe, {}))
-    return parser.parse_args()
 
 
 def build_transformer(args, vae, names):
@@ -344,6 +254,35 @@ def ema_weights(ema, transformer):
         ema.restore(trainable(transformer))
 
 
+def print_plan(args, accelerator, transformer):
+    """What a run would take: size, compute, memory that is there from the first step, hours by three timed steps."""
+    config, count = transformer.config, args.train_batch_size
+    latents = torch.randn(2, count, config.in_channels, config.sample_size, config.sample_size)
+    batch = {"x_start": latents[0], "noise": latents[1], "time": torch.rand(count), "drop": torch.zeros(count).bool()}
+    batch["label"] = torch.zeros(count, dtype=torch.int64)
+    if args.objective == "epsilon":
+        batch["time"] = (batch["time"] * 1000).long()
+    prepared = accelerator.prepare(transformer)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        backward(args, accelerator, prepared, batch, make_scheduler("ddpm"))
+        seconds.append(time.perf_counter() - started)
+    step = statistics.median(seconds[1:])  # the first one warms up
+    trained = sum(parameter.numel() for parameter in trainable(transformer))
+    plan = {
+        "parameters (M)": round(transformer.num_parameters() / 1e6, 2),
+        "trained (M)": round(trained / 1e6, 2),
+        "Gflops a sample, forward": round(count_macs(config) / 1e9, 3),
+        # Weights; gradients, two moments and the average of what is trained; float32.
+        "memory without activations (GB)": round(4 * (transformer.num_parameters() + 4 * trained) / 1e9, 3),
+        "steps": args.max_train_steps,
+        "seconds a step, forward and backward": round(step, 3),
+        "hours": round(step * args.max_train_steps / 3600, 2),
+    }
+    accelerator.print(json.dumps(plan, indent=2))
+
+
 def save_result(pipe, args, guard):
     """The pipeline folder with its card and last sample grid, and if asked its copy on the Hub; or the adapters."""
     if args.lora_rank is not None:
@@ -373,10 +312,10 @@ def check_batch(args, num_processes):
 
 
 def main():
-    args = parse_args()
+    args = parse_args(__doc__.splitlines()[0])
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     check_batch(args, accelerator.num_processes)
-    with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
+    with only_run(args.output_dir) if accelerator.is_main_process and not args.dry_run else nullcontext():
         run_training(args, accelerator)
 
 
@@ -391,14 +330,17 @@ def run_training(args, accelerator):
     transformer = build_transformer(args, vae, names).to(accelerator.device).train()
     if accelerator.is_main_process:
         config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
-        check_same_settings(args.output_dir, vars(args) | {"transformer": config}, MAY_CHANGE)
+        if not args.dry_run:
+            check_same_settings(args.output_dir, vars(args) | {"transformer": config}, MAY_CHANGE)
         print(
             f"{transformer.num_parameters() / 1e6:.2f} M parameters, {len(names)} classes, "
             f"{accelerator.num_processes} processes"
         )
-    latents = load_latents(args, dataset, vae, accelerator)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.dry_run:
+        return print_plan(args, accelerator, transformer)
+    latents = load_latents(args, dataset, vae, accelerator)
 
     betas = (0.9, args.adam_beta2)
     optimizer = torch.optim.AdamW(

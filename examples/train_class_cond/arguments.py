@@ -1,0 +1,97 @@
+"""Arguments of `train_dit.py`, and what they mean to resuming and to model cards."""
+
+import argparse
+from pathlib import Path
+
+from dit_hf.presets import PRESETS
+from dit_hf.training.guard import POLICIES
+from dit_hf.training.recipes import RECIPES
+
+
+# What a resumed run may change; all else would make it another run.
+MAY_CHANGE = (
+    *("max_train_steps", "output_dir", "checkpointing_steps", "checkpoints_total_limit", "guidance_scale"),
+    *("push_to_hub", "hub_model_id", "on_spike", "gradient_checkpointing"),
+    *("validation_steps", "validation_classes", "validation_images_per_class", "validation_inference_steps"),
+)
+
+# What a model card shows of the settings.
+RECIPE_ON_CARD = (
+    *(
+        "dataset_name",
+        "resolution",
+        "recipe",
+        "objective",
+        "time_sampling",
+        "snr_gamma",
+        "cosine_loss",
+        "max_train_steps",
+        "train_batch_size",
+    ),
+    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta2", "weight_decay", "ema_decay"),
+    *("class_dropout_prob", "flip_probability", "balance_classes", "mixed_precision", "seed"),
+)
+
+
+def parse_args(description):
+    """The command line; a recipe sets what is not given."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_name", required=True, help="Hub id or local folder for `datasets.load_dataset`.")
+    data.add_argument("--split", default="train", help="Split to train on.")
+    data.add_argument("--image_column", default="image", help="Column with images.")
+    data.add_argument("--label_column", default="label", help="Column with class labels.")
+    data.add_argument("--resolution", type=int, default=64, help="Pixels a side.")
+    data.add_argument("--flip_probability", type=float, default=0.5, help="Share of mirrored images.")
+    data.add_argument("--vae", required=True, help="Folder or Hub id of an AutoencoderKL.")
+    model = parser.add_argument_group("model")
+    size = model.add_mutually_exclusive_group(required=True)
+    size.add_argument("--preset", choices=PRESETS, help="A size of the paper.")
+    size.add_argument("--transformer_config", type=Path, help="JSON with arguments of DiTTransformer2DModel.")
+    size.add_argument("--pretrained_model_name_or_path", help="Pipeline folder or Hub id whose weights to start from.")
+    model.add_argument("--lora_rank", type=int, help="Train adapters of this rank instead of all weights.")
+    model.add_argument("--lora_alpha", type=int, help="Their scale times the rank; the rank if not given.")
+    model.add_argument("--class_dropout_prob", type=float, default=0.1, help="Share of samples without a label.")
+    train = parser.add_argument_group("training")
+    train.add_argument("--recipe", choices=RECIPES, help="A paper's settings; other flags replace single values.")
+    train.add_argument("--objective", choices=("velocity", "epsilon"), default="velocity", help="What is predicted.")
+    train.add_argument(
+        "--time_sampling", choices=("uniform", "logit_normal"), default="logit_normal", help="Of sigma."
+    )
+    train.add_argument("--snr_gamma", type=float, help="Bound of min-SNR weights for epsilon; none if not given.")
+    train.add_argument("--cosine_loss", action="store_true", help="Add LightningDiT's direction loss to velocity.")
+    train.add_argument("--balance_classes", action="store_true", help="Draw all classes equally often.")
+    train.add_argument("--train_batch_size", type=int, default=128, help="Samples of one step, over all processes.")
+    train.add_argument(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=1,
+        help="Micro-batches that a process splits its share into.",
+    )
+    train.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
+    train.add_argument("--on_spike", choices=POLICIES, default="skip", help="What a leap of the loss leads to.")
+    train.add_argument("--max_train_steps", type=int, default=4000, help="Optimizer steps.")
+    train.add_argument("--learning_rate", type=float, default=1e-3, help="Peak learning rate.")
+    train.add_argument("--lr_scheduler", default="cosine", help="Any of diffusers' schedules.")
+    train.add_argument("--lr_warmup_steps", type=int, default=100, help="Steps of linear warm-up.")
+    train.add_argument("--adam_beta2", type=float, default=0.99, help="AdamW's second beta.")
+    train.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's weight decay.")
+    train.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradient clipping.")
+    train.add_argument("--ema_decay", type=float, default=0.999, help="Decay of the averaged weights.")
+    train.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="accelerate's.")
+    train.add_argument("--seed", type=int, default=0, help="Seed of weights, order and draws.")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", type=Path, required=True, help="Cache, checkpoints, samples, final pipeline.")
+    output.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
+    output.add_argument("--checkpoints_total_limit", type=int, default=2, help="Checkpoints kept.")
+    output.add_argument("--validation_steps", type=int, default=500, help="Steps between sample grids.")
+    output.add_argument("--validation_classes", type=int, default=10, help="Rows of a sample grid.")
+    output.add_argument("--validation_images_per_class", type=int, default=8, help="Columns of a sample grid.")
+    output.add_argument("--validation_inference_steps", type=int, default=25, help="Sampler steps of a grid.")
+    output.add_argument("--guidance_scale", type=float, default=3.0, help="Guidance of a grid.")
+    output.add_argument("--dry_run", action="store_true", help="Print what the run would take, and write nothing.")
+    output.add_argument("--push_to_hub", action="store_true", help="Publish the pipeline at the end.")
+    output.add_argument("--hub_model_id", help="Repository; the output folder's name if not given.")
+    recipe = parser.parse_known_args()[0].recipe
+    parser.set_defaults(**RECIPES.get(recipe, {}))
+    return parser.parse_args()
