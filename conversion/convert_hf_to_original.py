@@ -8,12 +8,14 @@ folder for diffusers' own `DiTTransformer2DModel`.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from dit_hf import DiTTransformer2DModel
 from dit_hf.checkpoints import FAMILIES
 from dit_hf.checkpoints.saving import ASIDE_FILE, STOCK_DIFFERS, save_original
 from dit_hf.command_line import run
+from dit_hf.hub import source_file
 
 
 def parse_args():
@@ -28,6 +30,18 @@ def parse_args():
     return parser.parse_args()
 
 
+def check_scheduler(folder, family):
+    """That a pipeline folder's scheduler is for what the family's models are trained for."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    if file.is_file():
+        name = json.loads(file.read_text()).get("_class_name", "")
+        if name.startswith("FlowMatch") and not family.flow_matching:
+            raise ValueError(
+                f"{folder} has a {name}: it is a flow-matching model, and {family.name}'s code would sample it as a "
+                "diffusion model. Models with timestep_scale=1 have no original code base to go to."
+            )
+
+
 def main():
     args = parse_args()
     folder = Path(args.model_path)
@@ -37,7 +51,8 @@ def main():
     if folder.is_dir() and not is_model and not (folder / "transformer" / "config.json").is_file():
         raise ValueError(f"--model_path {folder} is neither a pipeline nor a transformer: there is no config.json.")
     model = DiTTransformer2DModel.from_pretrained(args.model_path, subfolder=None if is_model else "transformer")
-    aside = (folder if is_model else folder / "transformer") / ASIDE_FILE
+    check_scheduler(folder, FAMILIES[args.family])
+    aside = source_file(model, ASIDE_FILE) or source_file(model, f"transformer/{ASIDE_FILE}")
     save_original(model, FAMILIES[args.family], args.checkpoint_path, aside)
     if args.family == "diffusers":
         print(f"Note: {STOCK_DIFFERS} Load it with dit_hf for the right images.")

@@ -267,6 +267,27 @@ def test_incomplete_stock_folders_are_refused(tmp_path):
         DiTTransformer2DModel.from_pretrained(tmp_path)
 
 
+def test_what_is_not_of_one_model_is_told(tmp_path):
+    load("dit_p2").save_pretrained(tmp_path / "out" / "transformer")
+    checkpoint_path, heads = FIXTURES / "dit_p4_fixed_sigma.pt", {"num_attention_heads": 4}
+    result = run_script("verify_parity", checkpoint_path=checkpoint_path, model_path=tmp_path / "out", **heads)
+    assert result.returncode == 2
+    assert "patch_size=4 and the model 2" in result.stderr
+    file = tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ValueError, match="in this package's format already"):
+        understand(file)
+
+
+def test_flow_matching_is_not_exported_as_diffusion(tmp_path):
+    pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("flow_euler"))
+    pipe.save_pretrained(tmp_path / "out")
+    flags = {"model_path": tmp_path / "out", "family": "dit", "checkpoint_path": tmp_path / "out.pt"}
+    result = run_script("convert_hf_to_original", **flags)
+    assert result.returncode == 2
+    assert "flow-matching model" in result.stderr
+    assert not (tmp_path / "out.pt").exists()
+
+
 def test_dry_run_half_precision_and_no_verification(tmp_path):
     flags = {
         "checkpoint_path": FIXTURES / "sit_p2.pt",

@@ -341,6 +341,15 @@ def test_what_is_the_users_stays(tmp_path):
     assert "mine too" in (tmp_path / "transformer" / "README.md").read_text()
 
 
+def test_a_card_of_its_owners_words_gets_ours_behind_them():
+    own = ModelCard("---\nlicense: mit\n---\n\nMy words.\n")
+    card = build_card(tiny_pipeline(), "user/tiny", FACTS, own)
+    assert card.text.index("My words.") < card.text.index("| steps | 10 |")
+    assert 'from_pretrained("user/tiny"' in card.text
+    with pytest.raises(ValueError, match="CardFacts"):
+        build_card(tiny_pipeline(), "user/tiny", {"license": "mit"})
+
+
 def test_samples_are_shown(tmp_path):
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path)

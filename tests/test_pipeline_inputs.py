@@ -65,6 +65,7 @@ def test_defaults_are_the_documented_ones():
 # name -> (pipeline, call, every word of it in the message: what was given and what is allowed)
 LATENTS = torch.zeros(1, 4, 8, 8)
 REFUSED = {
+    "no image": ({}, {"output_type": "pil"}, ("no VAE", "4 channels", "latent")),
     "no labels": ({}, {"class_labels": []}, ["class_labels", "empty"]),
     "no labels in a tensor": ({}, {"class_labels": torch.tensor([]).long()}, ["class_labels", "empty"]),
     "label too large": ({}, {"class_labels": [1, 10]}, ["10", "0 to 9"]),
@@ -169,7 +170,7 @@ def test_bad_input_is_refused_before_any_compute(name):
     pipe.transformer.register_forward_pre_hook(lambda *args: calls.append(args))
     state = torch.get_rng_state()
     with pytest.raises(ValueError) as error:
-        pipe(**({"class_labels": 1, "num_inference_steps": 2} | call))
+        pipe(**({"class_labels": 1, "num_inference_steps": 2, "output_type": "latent"} | call))
     for word in words:
         assert word in str(error.value)
     assert not calls and torch.equal(torch.get_rng_state(), state)

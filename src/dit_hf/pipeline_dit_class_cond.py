@@ -67,7 +67,7 @@ def _correct_stock_model(transformer):
 def _package(module):
     """A module of the installed package: this file also travels alone."""
     if importlib.util.find_spec("dit_hf") is None:
-        raise ImportError("This needs the package: `pip install dit_hf`.")
+        raise ImportError("This needs the dit_hf package, which is not installed.")
     return importlib.import_module(f"dit_hf.{module}")
 
 
@@ -584,6 +584,12 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         self._check_scheduler(timesteps, sigmas, eta)
         self._check_callback(callback_on_step_end_tensor_inputs)
         shape = self._check_size(height, width, latents, len(class_ids))
+        channels = self.transformer.config.in_channels
+        if self.vae is None and output_type != "latent" and channels not in (1, 3):
+            raise ValueError(
+                f"`output_type` is {output_type!r}, but this pipeline has no VAE and its model draws {channels} channels, "
+                "which are no image; pass `output_type='latent'`, or set `vae`."
+            )
         self._guidance_scale = guidance_scale
         self._interrupt = False
 

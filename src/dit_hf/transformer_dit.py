@@ -750,7 +750,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 def _package(module):
     """A module of the installed package: this file also travels alone."""
     if importlib.util.find_spec("dit_hf") is None:
-        raise ImportError("This needs the package: `pip install dit_hf`.")
+        raise ImportError("This needs the dit_hf package, which is not installed.")
     return importlib.import_module(f"dit_hf.{module}")
 
 

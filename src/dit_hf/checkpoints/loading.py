@@ -212,6 +212,8 @@ def understand(
     content = read_checkpoint(path)
     original = select_weights(content, weights, path)
     arguments = training_arguments(content)
+    if "time_embed.linear_1.weight" in original:
+        raise ValueError(f"Checkpoint {path} is in this package's format already; load it with `from_pretrained`.")
     source = _choose_family(family, detect_family(original, arguments), path)
     check_objective(source, arguments, path)
     aside = {key: value for key, value in original.items() if source.aside and key.startswith(source.aside)}

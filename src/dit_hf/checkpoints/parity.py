@@ -46,9 +46,10 @@ class Parity:
         return outputs <= FORWARD_TOLERANCE[self.dtype] and self.weights <= WEIGHT_TOLERANCE[self.dtype]
 
     def __str__(self):
+        others = "" if self.exact == self.total else f", the others within {self.weights:.1e}"
         return (
             f"largest difference of outputs {self.forward:.1e} forth, {self.forward_back:.1e} back (relative); "
-            f"{self.exact} of {self.total} weights come back to the bit, the others within {self.weights:.1e}"
+            f"{self.exact} of {self.total} weights come back to the bit{others}"
         )
 
 
@@ -64,8 +65,17 @@ def measure_parity(checkpoint: Checkpoint, model, aside: str | Path | None = Non
 
     Returns:
         `Parity`
+
+    Raises:
+        ValueError: if the two are of different models.
     """
     family, config = checkpoint.family, model.config
+    for name, value in checkpoint.config.items():
+        if config[name] != value:
+            raise ValueError(
+                f"The checkpoint, read as {family.name}, has {name}={value!r} and the model {config[name]!r}: they are "
+                "not of one model, or the family is another."
+            )
     generator = seeded_generator(seed, 0)
     shape = (2, config.in_channels, config.sample_size, config.sample_size)
     latents = torch.randn(shape, generator=generator)

@@ -15,7 +15,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 
 # Between these lines the text is ours and is written anew; all else on a card is its owner's.
-START, END = "<!-- dit_hf: written by the package from here -->", "<!-- dit_hf: to here -->"
+START = "<!-- dit_hf: written by the package from here; write outside, edits inside are lost -->"
+END = "<!-- dit_hf: to here -->"
 TAGS = ["diffusers", "dit_hf", "class-conditional-image-generation", "diffusion-transformer"]
 # The Hub has no pipeline tag for classes.
 PIPELINE_TAG = "unconditional-image-generation"
@@ -64,8 +65,13 @@ def build_card(
 
     Returns:
         `ModelCard`
+
+    Raises:
+        ValueError: if `facts` is something else.
     """
-    facts = facts or CardFacts()
+    facts = CardFacts() if facts is None else facts
+    if not isinstance(facts, CardFacts):
+        raise ValueError(f"`card` is a {type(facts).__name__}; it must be a dit_hf.hub.CardFacts.")
     data, results = _metadata(known)
     results = _join_results(results, facts.results)
     data |= {"library_name": "diffusers", "pipeline_tag": data.get("pipeline_tag") or PIPELINE_TAG}
@@ -77,10 +83,7 @@ def build_card(
         data |= {"eval_results": results, "model_name": data.get("model_name") or title}
     before, region, after = _split(known.text) if known is not None else ("", "", "")
     generated = f"{START}\n# {title}\n\n{_describe(model, title, facts, results, region, samples)}\n{END}"
-    if known is None or region:
-        text = "\n\n".join(part for part in (before, generated, after) if part)
-    else:
-        text = known.text.strip()
+    text = "\n\n".join(part for part in (before, generated, after) if part)
     return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n")
 
 
@@ -272,7 +275,7 @@ def _describe(model, title, facts, results, region, samples):
         "## Use\n\n```python\n" + (_pipeline_code(model, title) if is_pipeline else _model_code(title)) + "\n```"
     )
     parts.append(
-        "`trust_remote_code=True` runs the code in this repository; with `pip install dit_hf` it is not needed: "
+        "`trust_remote_code=True` runs the code in this repository; where the `dit_hf` package is installed it is not needed: "
         f"`dit_hf.{type(model).__name__}.from_pretrained` loads the same."
     )
     if is_pipeline and model.id2label:

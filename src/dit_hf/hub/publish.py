@@ -111,7 +111,7 @@ def publish_folder(
             create_pr=create_pr,
         )
     except UPLOAD_ERRORS as error:
-        again = f"`hf upload {repo_id} {folder}`, or the same call" if kept else "the same call"
+        again = f"`hf upload {repo_id} {folder}`" if kept else "the same call"
         raise OSError(
             f"Publishing to {repo_id} failed: {_reason(error)}. Nothing is lost; try again with {again}. Files that "
             "have arrived are not sent twice."
