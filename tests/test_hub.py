@@ -16,6 +16,7 @@ from testing_utils.hub_server import TOKEN, HubServer
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.hub import CardFacts, build_card, join_cards, write_card
+from dit_hf.hub.model_card import source_repo
 
 
 RESULT = EvalResult(
@@ -348,6 +349,12 @@ def test_a_card_of_its_owners_words_gets_ours_behind_them():
     assert 'from_pretrained("user/tiny"' in card.text
     with pytest.raises(ValueError, match="CardFacts"):
         build_card(tiny_pipeline(), "user/tiny", {"license": "mit"})
+
+
+def test_a_folder_that_has_gone_is_no_repository():
+    pipe = tiny_pipeline()
+    pipe.register_to_config(_name_or_path="outputs/gone")
+    assert source_repo(pipe) is None
 
 
 def test_samples_are_shown(tmp_path):

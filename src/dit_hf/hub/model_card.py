@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, try_to_load_from_cache
 
 # `HTTPError` is the network library's, whichever of them this huggingface_hub uses.
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
@@ -193,7 +193,11 @@ def source_repo(model) -> str | None:
         `str`: or None, if it was loaded from a folder or not at all.
     """
     place = str(model.config.get("_name_or_path") or "")
-    return place if place.count("/") == 1 and not place.startswith(("/", ".")) and not Path(place).exists() else None
+    if place.count("/") != 1 or place.startswith(("/", ".")) or Path(place).exists():
+        return None
+    # What was loaded from the Hub is in the cache; another name is a folder that has gone.
+    loaded = ("model_index.json", "config.json", "transformer/config.json")
+    return place if any(isinstance(try_to_load_from_cache(place, name), str) for name in loaded) else None
 
 
 def carry_over(model, folder: str | Path, name: str) -> None:
