@@ -108,8 +108,9 @@ def join_cards(hub: ModelCard | None, folder: ModelCard | None) -> ModelCard | N
             data[name] = joined
     if results := _join_results(old_results, new_results):
         data |= {"eval_results": results, "model_name": data.get("model_name") or "model"}
-    (before, old_region, after), (*owners, new_region) = _split(hub.text), _owners_and_region(folder.text)
-    added = [part for part in owners if part and part not in hub.text]
+    before, old_region, after = _split(hub.text)
+    folder_before, new_region, folder_after = _split(folder.text)
+    added = [part for part in (folder_before, folder_after) if part and part not in hub.text]
     region = [START, new_region, old_region, END] if new_region + old_region else []
     text = "\n\n".join(part for part in (before, *region, after, *added) if part)
     return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n")
@@ -234,11 +235,6 @@ def _split(text):
         return text.strip(), "", ""
     region = text[start + len(START) : end].replace(START, "").replace(END, "")
     return text[:start].strip(), region.strip(), text[end + len(END) :].strip()
-
-
-def _owners_and_region(text):
-    before, region, after = _split(text)
-    return before, after, region
 
 
 def _section(region, heading):
