@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dit_hf import DiTClassCondPipeline
+from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.command_line import run
 from dit_hf.data.images import load_image_dataset, stack_images
 from dit_hf.evaluation.features import EfficientNetLite0
@@ -100,6 +100,7 @@ def parse_args():
     parser.add_argument("--dataset_name", required=True, help="Dataset with a train and a test split.")
     parser.add_argument("--num_images", type=int, default=1008, help="Held-out images, and as many samples.")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="Classifier-free guidance.")
+    parser.add_argument("--scheduler", help="Recipe of `make_scheduler` instead of the pipeline's own.")
     parser.add_argument("--num_inference_steps", type=int, default=30, help="Sampler steps.")
     parser.add_argument("--feature_resolution", type=int, default=112, help="Pixels a side the extractor sees.")
     parser.add_argument("--batch_size", type=int, default=48, help="Images sampled at once.")
@@ -114,6 +115,8 @@ def main():
     load = DiTClassCondPipeline.from_pretrained if is_folder else DiTClassCondPipeline.from_bundled
     pipe = load(args.pipeline)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    if args.scheduler:
+        pipe.scheduler = make_scheduler(args.scheduler)
     result = json.dumps(evaluate(pipe, args), indent=2)
     print(result)
     if args.output:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from preparation import add_data_arguments
+
 from dit_hf.presets import PRESETS
 from dit_hf.training.guard import POLICIES
 from dit_hf.training.recipes import RECIPES
@@ -11,8 +13,9 @@ from dit_hf.training.recipes import RECIPES
 # What a resumed run may change; all else would make it another run.
 MAY_CHANGE = (
     *("max_train_steps", "output_dir", "checkpointing_steps", "checkpoints_total_limit", "guidance_scale"),
-    *("push_to_hub", "hub_model_id", "on_spike", "gradient_checkpointing"),
+    *("push_to_hub", "hub_model_id", "on_spike", "gradient_checkpointing", "report_to"),
     *("validation_steps", "validation_classes", "validation_images_per_class", "validation_inference_steps"),
+    *("validation_split", "validation_images"),
 )
 
 # What a model card shows of the settings.
@@ -25,6 +28,9 @@ RECIPE_ON_CARD = (
         "time_sampling",
         "snr_gamma",
         "cosine_loss",
+        "proj_coeff",
+        "alignment_encoder",
+        "alignment_depth",
         "max_train_steps",
         "train_batch_size",
     ),
@@ -36,14 +42,16 @@ RECIPE_ON_CARD = (
 def parse_args(description):
     """The command line; a recipe sets what is not given."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", required=True, help="Hub id or local folder for `datasets.load_dataset`.")
-    data.add_argument("--split", default="train", help="Split to train on.")
-    data.add_argument("--image_column", default="image", help="Column with images.")
-    data.add_argument("--label_column", default="label", help="Column with class labels.")
-    data.add_argument("--resolution", type=int, default=64, help="Pixels a side.")
+    add_data_arguments(parser)
+    data = parser.add_argument_group("latents")
+    data.add_argument("--latents_dir", type=Path, help="Precomputed latents instead of a dataset.")
+    data.add_argument(
+        "--cache_latents",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Encode once into OUTPUT_DIR/latents, or as images are drawn.",
+    )
     data.add_argument("--flip_probability", type=float, default=0.5, help="Share of mirrored images.")
-    data.add_argument("--vae", required=True, help="Folder or Hub id of an AutoencoderKL.")
     model = parser.add_argument_group("model")
     size = model.add_mutually_exclusive_group(required=True)
     size.add_argument("--preset", choices=PRESETS, help="A size of the paper.")
@@ -51,6 +59,7 @@ def parse_args(description):
     size.add_argument("--pretrained_model_name_or_path", help="Pipeline folder or Hub id whose weights to start from.")
     model.add_argument("--lora_rank", type=int, help="Train adapters of this rank instead of all weights.")
     model.add_argument("--lora_alpha", type=int, help="Their scale times the rank; the rank if not given.")
+    model.add_argument("--freeze", nargs="+", default=[], help="Parts to keep: time_embed, transformer_blocks.0 ...")
     model.add_argument("--class_dropout_prob", type=float, default=0.1, help="Share of samples without a label.")
     train = parser.add_argument_group("training")
     train.add_argument("--recipe", choices=RECIPES, help="A paper's settings; other flags replace single values.")
@@ -60,6 +69,8 @@ def parse_args(description):
     )
     train.add_argument("--snr_gamma", type=float, help="Bound of min-SNR weights for epsilon; none if not given.")
     train.add_argument("--cosine_loss", action="store_true", help="Add LightningDiT's direction loss to velocity.")
+    train.add_argument("--proj_coeff", type=float, default=0.0, help="Weight of REPA's alignment; 0 is none.")
+    train.add_argument("--alignment_depth", type=int, default=4, help="Block whose tokens are aligned, from 1.")
     train.add_argument("--balance_classes", action="store_true", help="Draw all classes equally often.")
     train.add_argument("--train_batch_size", type=int, default=128, help="Samples of one step, over all processes.")
     train.add_argument(
@@ -72,12 +83,15 @@ def parse_args(description):
     train.add_argument("--on_spike", choices=POLICIES, default="skip", help="What a leap of the loss leads to.")
     train.add_argument("--max_train_steps", type=int, default=4000, help="Optimizer steps.")
     train.add_argument("--learning_rate", type=float, default=1e-3, help="Peak learning rate.")
+    train.add_argument("--layer_decay", type=float, default=1.0, help="A block's rate over that of the next one.")
     train.add_argument("--lr_scheduler", default="cosine", help="Any of diffusers' schedules.")
     train.add_argument("--lr_warmup_steps", type=int, default=100, help="Steps of linear warm-up.")
     train.add_argument("--adam_beta2", type=float, default=0.99, help="AdamW's second beta.")
     train.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's weight decay.")
+    train.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes.")
     train.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradient clipping.")
     train.add_argument("--ema_decay", type=float, default=0.999, help="Decay of the averaged weights.")
+    train.add_argument("--ema_profiles", action="store_true", help="Keep what choose_ema.py needs, in OUTPUT_DIR/ema.")
     train.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="accelerate's.")
     train.add_argument("--seed", type=int, default=0, help="Seed of weights, order and draws.")
     output = parser.add_argument_group("output")
@@ -88,10 +102,20 @@ def parse_args(description):
     output.add_argument("--validation_classes", type=int, default=10, help="Rows of a sample grid.")
     output.add_argument("--validation_images_per_class", type=int, default=8, help="Columns of a sample grid.")
     output.add_argument("--validation_inference_steps", type=int, default=25, help="Sampler steps of a grid.")
+    output.add_argument("--validation_split", help="Split whose images the samples' Fréchet distance is taken to.")
+    output.add_argument("--validation_images", type=int, default=1000, help="How many of them at most.")
     output.add_argument("--guidance_scale", type=float, default=3.0, help="Guidance of a grid.")
     output.add_argument("--dry_run", action="store_true", help="Print what the run would take, and write nothing.")
-    output.add_argument("--push_to_hub", action="store_true", help="Publish the pipeline at the end.")
+    output.add_argument("--report_to", help="Tracker of accelerate's: tensorboard, wandb ...")
+    output.add_argument(
+        "--push_to_hub", action="store_true", help="Publish samples on the way, the pipeline at the end."
+    )
     output.add_argument("--hub_model_id", help="Repository; the output folder's name if not given.")
     recipe = parser.parse_known_args()[0].recipe
     parser.set_defaults(**RECIPES.get(recipe, {}))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.hub_model_id is None:
+        args.hub_model_id = args.output_dir.resolve().name
+    if args.validation_split and args.latents_dir:
+        parser.error("--validation_split needs the images, which --latents_dir leaves out")
+    return args

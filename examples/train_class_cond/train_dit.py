@@ -6,36 +6,31 @@
 
 Expected: 0.62 s a step of 64 samples on 2 cores; times and figures of the bundled model are in docs/log.md. Run the same
 command again to resume.
-
-Shapes: `B` samples of a step, `C` latent channels, `h w` latent size.
 """
 
 import json
 import math
 import shutil
-import statistics
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import copy
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from arguments import MAY_CHANGE, RECIPE_ON_CARD, parse_args
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
-from safetensors.torch import load_file
+from huggingface_hub import EvalResult
+from preparation import build_transformer, find_data, open_latents, validation_images
 from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.command_line import run
-from dit_hf.complexity import count_macs
-from dit_hf.data.images import label_names, load_image_dataset, stack_images
-from dit_hf.data.latents import cache_latents, latent_statistics, normalise_latents
-from dit_hf.hub import CardFacts, publish_folder
-from dit_hf.seeds import seeded_generator
+from dit_hf.evaluation.features import EfficientNetLite0
+from dit_hf.evaluation.frechet import frechet_distance
+from dit_hf.hub import BackgroundUploads, CardFacts, publish_folder
+from dit_hf.training.alignment import AlignmentHead, load_encoder
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import (
     check_same_settings,
@@ -44,62 +39,283 @@ from dit_hf.training.checkpointing import (
     save_checkpoint,
     truncate_log,
 )
-from dit_hf.training.finetuning import load_for_classes
+from dit_hf.training.ema import PowerAverages, WeightAverage
+from dit_hf.training.finetuning import parameter_groups
 from dit_hf.training.guard import LossGuard
-from dit_hf.training.lora import add_lora, save_lora
-from dit_hf.training.losses import diffusion_loss, min_snr_weight, velocity_loss
+from dit_hf.training.lora import save_lora
+from dit_hf.training.objectives import Objective, draw_batch
+from dit_hf.training.plan import training_plan
 from dit_hf.training.running import StopRequest, only_run
+from dit_hf.training.validation import averaged_weights, plot_losses, sample_grid, sample_images
 
 
-def load_latents(args, dataset, vae, accelerator):
-    """The cached posteriors, normalised by statistics that are then in the VAE's config."""
-    with accelerator.main_process_first():
-        images = stack_images(dataset, args.resolution, args.image_column)
-        labels = torch.tensor(dataset[args.label_column])
-        cached = load_file(cache_latents(vae, images, labels, args.output_dir / "latents"))
-    mean, std = latent_statistics(cached["mean"], cached["std"])
-    vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
-    for suffix in ("", "_flipped"):
-        cached["mean" + suffix] = normalise_latents(cached["mean" + suffix], mean, std)
-        cached["std" + suffix] = cached["std" + suffix] / torch.tensor(std).view(1, -1, 1, 1)
-    return cached
+class Trainer:
+    """Everything a run consists of; `run` goes through its steps."""
+
+    def __init__(self, args, accelerator):
+        self.args, self.accelerator = args, accelerator
+        set_seed(args.seed)
+        self.vae = AutoencoderKL.from_pretrained(args.vae).to(accelerator.device).eval().requires_grad_(False)
+        data = find_data(args)
+        self.names = data.names
+        transformer = build_transformer(args, self.vae, data.names).to(accelerator.device).train()
+        self.check_settings(transformer)
+        self.objective = Objective(args.objective, args.time_sampling, args.snr_gamma, args.cosine_loss)
+        if args.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        encoder = load_encoder(args.alignment_encoder).to(accelerator.device) if args.proj_coeff else None
+        if args.dry_run:
+            self.transformer, self.head = accelerator.prepare(transformer), None
+            return
+        self.latents = open_latents(args, accelerator, self.vae, data, encoder)
+        self.held_out = validation_images(args, data, transformer) if args.validation_split else None
+
+        self.head = None
+        if args.proj_coeff:
+            if self.latents.feature_dim is None:
+                raise ValueError(f"{args.latents_dir} holds no features; precompute it with --alignment_encoder.")
+            self.head = AlignmentHead(transformer, args.alignment_depth, self.latents.feature_dim)
+            self.head.to(accelerator.device)
+        optimizer = build_optimizer(args, transformer, self.head)
+        self.schedule = get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
+        self.transformer, self.optimizer = accelerator.prepare(transformer, optimizer)
+        if self.head is not None:
+            self.head = accelerator.prepare(self.head)
+        self.unwrapped = accelerator.unwrap_model(self.transformer, keep_torch_compile=False)
+        self.guard = LossGuard(args.on_spike)
+        self.ema = WeightAverage(self.trainable(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+        self.profiles = PowerAverages(self.trainable()) if args.ema_profiles else None
+        kept = (self.ema, self.schedule, self.guard, *([self.profiles] if self.profiles else []))
+        accelerator.register_for_checkpointing(*kept)
+        labels = self.latents.labels
+        self.batches = SeededBatches(
+            len(labels), args.train_batch_size, args.seed, labels if args.balance_classes else None
+        )
+        self.pipe = build_pipeline(self.unwrapped, self.vae, self.names, args.objective)
+        self.uploads = None
+        if args.push_to_hub and accelerator.is_main_process:
+            self.uploads = BackgroundUploads(args.hub_model_id)
+        self.metrics: dict[str, float] = {}
+
+    def trainable(self):
+        """All parameters of the transformer, or the adapters'."""
+        return [parameter for parameter in self.unwrapped.parameters() if parameter.requires_grad]
+
+    def check_settings(self, transformer):
+        """That a resumed run is the same run."""
+        args, accelerator = self.args, self.accelerator
+        if accelerator.is_main_process:
+            config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+            if not args.dry_run:
+                check_same_settings(args.output_dir, vars(args) | {"transformer": config}, MAY_CHANGE)
+            print(
+                f"{transformer.num_parameters() / 1e6:.2f} M parameters, {len(self.names)} classes, "
+                f"{accelerator.num_processes} processes"
+            )
+
+    def share(self):
+        """This process's part of a batch."""
+        count = self.args.train_batch_size // self.accelerator.num_processes
+        return slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
+
+    def draw(self, step):
+        """This process's part of the step's batch, a function of (seed, step)."""
+        args, draw = self.args, step + self.guard.draw_offset
+        indices, generator = self.batches.indices(draw), self.batches.generator(draw)
+        probabilities = (args.flip_probability, args.class_dropout_prob)
+        return draw_batch(self.latents, self.objective, indices, generator, self.share(), *probabilities)
+
+    def backward(self, batch):
+        """Gradients of the mean loss of this process's part, in micro-batches; the means over all processes."""
+        accelerator, count = self.accelerator, len(batch["label"])
+        micro = count // self.args.gradient_accumulation_steps
+        totals = torch.zeros(2, device=accelerator.device)
+        for start in range(0, count, micro):
+            part = {name: values[start : start + micro].to(accelerator.device) for name, values in batch.items()}
+            with nullcontext() if start + micro == count else accelerator.no_sync(self.transformer):
+                losses = [self.objective.loss(self.transformer, part).sum() / count]
+                if self.head is not None:
+                    losses.append(self.head(part["features"]).sum() / count)
+                accelerator.backward(losses[0] if len(losses) == 1 else losses[0] + self.args.proj_coeff * losses[1])
+            totals[: len(losses)] += torch.stack([loss.detach() for loss in losses])
+        loss, alignment = accelerator.reduce(totals, "mean").tolist()
+        return {"loss": loss} | ({} if self.head is None else {"alignment": alignment})
+
+    def train(self):
+        """The loop; returns when `max_train_steps` are done, or SIGTERM came, and the last checkpoint is written."""
+        args, accelerator = self.args, self.accelerator
+        stop = StopRequest()
+        log = args.output_dir / "train_log.jsonl"
+        step = resume_from(accelerator, args.output_dir)
+        if accelerator.is_main_process:
+            truncate_log(log, step)
+        progress = tqdm(
+            total=args.max_train_steps, initial=step, mininterval=10, disable=not accelerator.is_main_process
+        )
+        started = time.time()
+        parameters = [*self.transformer.parameters(), *(() if self.head is None else self.head.parameters())]
+        while step < args.max_train_steps:
+            losses = self.backward(self.draw(step))
+            gradient_norm = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+            verdict = self.guard.judge(step + 1, losses["loss"], gradient_norm)
+            if verdict == "rewind" and list_checkpoints(args.output_dir):
+                step = self.rewind(step + 1, log)
+                continue
+            if verdict == "step":
+                self.optimizer.step()
+                self.ema.step(self.trainable())
+                if self.profiles is not None:
+                    self.profiles.step(self.trainable())
+            elif accelerator.scaler is not None and not math.isfinite(gradient_norm):
+                self.optimizer.step()  # fp16: changes no weight, and lowers the scale of the loss
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            step += 1
+            progress.update()
+            record = {"step": step} | losses | {"grad_norm": gradient_norm, "lr": self.schedule.get_last_lr()[-1]}
+            record |= {"seconds": round(time.time() - started, 2)} | ({"skipped": True} if verdict != "step" else {})
+            # Every process has to leave at the same step.
+            stopping = accelerator.reduce(torch.tensor(float(stop.requested), device=accelerator.device), "sum") > 0
+            finished = step == args.max_train_steps
+            if step % args.validation_steps == 0 or finished:
+                record |= self.validate(step)
+                progress.write(json.dumps(record))
+            if accelerator.is_main_process:
+                with open(log, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            accelerator.log({name: value for name, value in record.items() if name != "step"}, step=step)
+            if step % args.checkpointing_steps == 0 or finished or stopping:
+                save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+                self.save_profiles()
+            if stopping and not finished:
+                break
+        return step
+
+    def rewind(self, from_step, log):
+        """Back to the last checkpoint, and on with other batches."""
+        self.optimizer.zero_grad()
+        before = copy(self.guard)
+        step = resume_from(self.accelerator, self.args.output_dir)
+        self.guard.rewound(from_step, step, before)
+        if self.accelerator.is_main_process:
+            truncate_log(log, step)
+        return step
+
+    def save_profiles(self):
+        """Snapshots to choose an average from when training is over."""
+        if self.profiles is not None:
+            names = [name for name, parameter in self.unwrapped.named_parameters() if parameter.requires_grad]
+            main = self.accelerator.is_main_process
+            self.profiles.save_snapshot(self.args.output_dir / "ema", names, main)
+
+    def validate(self, step):
+        """A sample grid from the averaged weights, and the distance to held-out images; all processes draw alike."""
+        args, main = self.args, self.accelerator.is_main_process
+        options = {"guidance_scale": args.guidance_scale if args.class_dropout_prob else 1.0}
+        options["num_inference_steps"] = args.validation_inference_steps
+        with averaged_weights(self.ema, self.unwrapped):
+            classes = list(self.pipe.id2label)[: args.validation_classes]
+            grid = sample_grid(self.pipe, classes, args.validation_images_per_class, args.seed, **options)
+            if self.held_out is not None:
+                images, labels = self.held_out
+                samples = sample_images(self.pipe, labels, args.seed, **options)
+                self.metrics = {"fd": frechet_distance(samples, images, EfficientNetLite0())}
+        if main:
+            path = args.output_dir / "samples" / f"step-{step:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
+            if self.uploads is not None:
+                self.uploads.send(path, f"samples/{path.name}")
+        return self.metrics
+
+    def whole_pipeline(self):
+        """The pipeline with the averaged weights as an ordinary model, even where each process has a part of it."""
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            return self.pipe
+        weights = self.accelerator.get_state_dict(self.transformer)
+        if not self.accelerator.is_main_process:
+            return None
+        model = DiTTransformer2DModel.from_config(self.unwrapped.config)
+        model.load_state_dict(weights)
+        return build_pipeline(model, self.vae, self.names, self.args.objective)
+
+    def save_result(self):
+        """The pipeline folder with its card, and if asked its copy on the Hub; or the adapters."""
+        args = self.args
+        with averaged_weights(self.ema, self.unwrapped):
+            pipe = self.whole_pipeline()
+            if not self.accelerator.is_main_process:
+                return
+            if args.lora_rank is not None:
+                print(f"Adapters: {save_lora(pipe.transformer, args.output_dir)}")
+                return
+            folder = args.output_dir / "pipeline"
+            folder.mkdir(exist_ok=True)
+            grid = args.output_dir / "samples" / f"step-{args.max_train_steps:06d}.png"
+            if grid.exists():
+                shutil.copyfile(grid, folder / "samples.png")
+            lines = [json.loads(line) for line in (args.output_dir / "train_log.jsonl").read_text().splitlines()]
+            plot_losses([line["step"] for line in lines], [line["loss"] for line in lines], folder / "loss.png")
+            facts = self.card_facts(lines[-1].get("fd"))
+            pipe.save_pretrained(folder, card=facts)
+            print(f"Pipeline: {folder}")
+        if self.uploads is not None:
+            self.uploads.close()
+            print(f"Published: {publish_folder(folder, args.hub_model_id, pipe, facts)}")
+
+    def card_facts(self, distance):
+        """What the card says of the training."""
+        recipe = {name: value for name, value in vars(self.args).items() if name in RECIPE_ON_CARD}
+        recipe["steps left out by the guard"] = self.guard.skipped
+        results = []
+        if distance is not None:
+            result = EvalResult("unconditional-image-generation", "images", "held out", "fd", round(distance, 1))
+            result.metric_name = "Fréchet distance (EfficientNet-Lite0, 112 px)"
+            results.append(result)
+        return CardFacts(recipe=recipe, results=results)
+
+    def print_plan(self):
+        """What the run would take."""
+        args, config = self.args, self.accelerator.unwrap_model(self.transformer).config
+        count = args.train_batch_size // self.accelerator.num_processes
+        latents = torch.randn(2, count, config.in_channels, config.sample_size, config.sample_size)
+        time_draw = self.objective.draw_time(count, torch.Generator())
+        batch = {"x_start": latents[0], "noise": latents[1], "time": time_draw, "drop": torch.zeros(count).bool()}
+        batch["label"] = torch.zeros(count, dtype=torch.int64)
+        model = self.accelerator.unwrap_model(self.transformer)
+        plan = training_plan(model, lambda: self.backward(batch), args.max_train_steps)
+        self.accelerator.print(json.dumps(plan, indent=2))
+
+    def run(self):
+        """From the first step, or the last checkpoint, to the published model."""
+        if self.args.dry_run:
+            return self.print_plan()
+        step = self.train()
+        if step < self.args.max_train_steps:
+            self.accelerator.print(f"Stopped at step {step} by SIGTERM; the same command goes on from there.")
+        else:
+            self.save_result()
+        self.accelerator.end_training()
 
 
-def draw_batch(latents, batches, step, args):
-    """All random choices of one step, `(B, C, h, w)` and `(B,)`, over all processes; a function of (seed, step)."""
-    indices, generator = batches.indices(step), batches.generator(step)
-    flipped = (torch.rand(len(indices), generator=generator) < args.flip_probability)[:, None, None, None]
-    mean = torch.where(flipped, latents["mean_flipped"][indices], latents["mean"][indices])
-    std = torch.where(flipped, latents["std_flipped"][indices], latents["std"][indices])
-    x_start = mean + std * torch.randn(mean.shape, generator=generator)
-    noise = torch.randn(mean.shape, generator=generator)
-    dropped = torch.rand(len(indices), generator=generator) < args.class_dropout_prob
-    if args.objective == "epsilon":
-        time_draw = torch.randint(0, 1000, (len(indices),), generator=generator)
-    elif args.time_sampling == "uniform":
-        time_draw = torch.rand(len(indices), generator=generator)
-    else:
-        time_draw = torch.randn(len(indices), generator=generator).sigmoid()
-    return {"x_start": x_start, "noise": noise, "time": time_draw, "label": latents["label"][indices], "drop": dropped}
-
-
-def batch_loss(transformer, batch, scheduler, args):
-    """The loss a sample, `(B,)`: the paper's on noisy latents, or flow matching on interpolated ones."""
-    x_start, noise, time_draw = batch["x_start"], batch["noise"], batch["time"]
-    if args.objective == "epsilon":
-        noisy, timestep = scheduler.add_noise(x_start, noise, time_draw), time_draw
-    else:
-        sigma = time_draw[:, None, None, None]
-        noisy, timestep = (1 - sigma) * x_start + sigma * noise, time_draw * 1000
-    dropped = batch["drop"] if batch["drop"].any() else None  # a model without null class takes none
-    output = transformer(noisy, timestep, batch["label"], force_drop_ids=dropped, return_dict=False)[0]
-    if args.objective == "epsilon":
-        terms = diffusion_loss(output, x_start, noise, time_draw, scheduler)
-        if args.snr_gamma is None:
-            return terms["loss"]
-        return min_snr_weight(time_draw, scheduler, args.snr_gamma) * terms["mse"] + terms.get("vb", 0.0)
-    terms = velocity_loss(output, x_start, noise)
-    return terms["loss"] + terms["cosine"] if args.cosine_loss else terms["loss"]
+def build_optimizer(args, transformer, head):
+    """AdamW for what is trained, in 8 bits if asked."""
+    groups = parameter_groups(transformer, args.learning_rate, args.layer_decay)
+    if head is not None:
+        groups.append({"params": list(head.parameters()), "lr": args.learning_rate})
+    options = {"betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay}
+    if not args.use_8bit_adam:
+        return torch.optim.AdamW(groups, fused=True, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`.") from None
+    return AdamW8bit(groups, **options)
 
 
 def build_pipeline(transformer, vae, names, objective):
@@ -110,195 +326,6 @@ def build_pipeline(transformer, vae, names, objective):
     pipe = DiTClassCondPipeline(transformer, scheduler, vae, id2label=dict(enumerate(names)))
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def write_samples(pipe, args, path):
-    """A grid with one row a class, the same noise every time."""
-    classes = list(pipe.id2label)[: args.validation_classes]
-    columns = args.validation_images_per_class
-    generators = [seeded_generator(args.seed, index) for index in range(len(classes) * columns)]
-    images = pipe(
-        classes,
-        num_images_per_label=columns,
-        generator=generators,
-        guidance_scale=args.guidance_scale if args.class_dropout_prob else 1.0,
-        num_inference_steps=args.validation_inference_steps,
-    ).images
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images, rows=len(classes), cols=columns).save(path)
-
-
-def build_transformer(args, vae, names):
-    """A model for the dataset's classes and the VAE's latents, fresh or from given weights, with adapters if asked."""
-    levels = len(vae.config.block_out_channels)
-    config = {
-        "sample_size": args.resolution // 2 ** (levels - 1),
-        "in_channels": vae.config.latent_channels,
-        "num_classes": len(names),
-        "class_dropout_prob": args.class_dropout_prob,
-        "learn_sigma": args.objective == "epsilon",
-    }
-    if args.pretrained_model_name_or_path:
-        model = load_for_classes(args.pretrained_model_name_or_path, names, args.class_dropout_prob)
-        for name in ("sample_size", "in_channels", "learn_sigma"):
-            if model.config[name] != config[name]:
-                raise ValueError(
-                    f"{args.pretrained_model_name_or_path} has {name}={model.config[name]}, where the data, the VAE and "
-                    f"--objective {args.objective} need {config[name]}."
-                )
-        if args.lora_rank is not None:
-            add_lora(model, args.lora_rank, args.lora_alpha or args.lora_rank)
-        return model
-    if args.lora_rank is not None:
-        raise ValueError("--lora_rank adapts given weights; say which with --pretrained_model_name_or_path.")
-    if args.preset:
-        return DiTTransformer2DModel.from_preset(args.preset, **config)
-    given = json.loads(args.transformer_config.read_text())
-    if clash := sorted(config.keys() & given.keys()):
-        raise ValueError(f"--transformer_config sets {', '.join(clash)}, which data, VAE and flags decide here.")
-    return DiTTransformer2DModel(**(config | given))
-
-
-def backward(args, accelerator, transformer, batch, scheduler):
-    """Gradients of the mean loss of this process's share, in micro-batches; returns the mean over all processes."""
-    per_process = args.train_batch_size // accelerator.num_processes
-    first = accelerator.process_index * per_process
-    micro = per_process // args.gradient_accumulation_steps
-    total = torch.zeros((), device=accelerator.device)
-    for start in range(first, first + per_process, micro):
-        part = {name: values[start : start + micro].to(accelerator.device) for name, values in batch.items()}
-        is_last = start + micro == first + per_process
-        with nullcontext() if is_last else accelerator.no_sync(transformer):
-            loss = batch_loss(transformer, part, scheduler, args).sum() / per_process
-            accelerator.backward(loss)
-        total += loss.detach()
-    return accelerator.reduce(total, "mean").item()
-
-
-def train(args, accelerator, transformer, optimizer, lr_schedule, ema, guard, latents, pipe):
-    """The loop; returns when `max_train_steps` are done, or SIGTERM came, and the last checkpoint is written."""
-    labels = latents["label"]
-    batches = SeededBatches(len(labels), args.train_batch_size, args.seed, labels if args.balance_classes else None)
-    scheduler = make_scheduler("ddpm")
-    unwrapped = accelerator.unwrap_model(transformer, keep_torch_compile=False)
-    stop = StopRequest()
-    log = args.output_dir / "train_log.jsonl"
-    step = resume_from(accelerator, args.output_dir)
-    if accelerator.is_main_process:
-        truncate_log(log, step)
-    progress = tqdm(total=args.max_train_steps, initial=step, mininterval=10, disable=not accelerator.is_main_process)
-    started = time.time()
-    while step < args.max_train_steps:
-        loss = backward(
-            args, accelerator, transformer, draw_batch(latents, batches, step + guard.draw_offset, args), scheduler
-        )
-        gradient_norm = float(accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm))
-        verdict = guard.judge(step + 1, loss, gradient_norm)
-        if verdict == "rewind" and list_checkpoints(args.output_dir):
-            optimizer.zero_grad()
-            step = rewind(accelerator, args.output_dir, guard, step + 1)
-            if accelerator.is_main_process:
-                truncate_log(log, step)
-            continue
-        if verdict == "step":
-            optimizer.step()
-            ema.step(trainable(unwrapped))
-        elif accelerator.scaler is not None and not math.isfinite(gradient_norm):
-            optimizer.step()  # fp16: changes no weight, and lowers the scale of the loss
-        lr_schedule.step()
-        optimizer.zero_grad()
-        step += 1
-        progress.update()
-        if accelerator.is_main_process:
-            record = {"step": step, "loss": loss, "grad_norm": gradient_norm, "lr": lr_schedule.get_last_lr()[0]}
-            record |= {"seconds": round(time.time() - started, 2)} | ({"skipped": True} if verdict != "step" else {})
-            with open(log, "a") as file:
-                file.write(json.dumps(record) + "\n")
-        # Every process has to leave at the same step.
-        stopping = accelerator.reduce(torch.tensor(float(stop.requested), device=accelerator.device), "sum") > 0
-        finished = step == args.max_train_steps
-        if step % args.checkpointing_steps == 0 or finished or stopping:
-            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
-        if stopping and not finished:
-            break
-        if accelerator.is_main_process and (step % args.validation_steps == 0 or finished):
-            with ema_weights(ema, unwrapped):
-                write_samples(pipe, args, args.output_dir / "samples" / f"step-{step:06d}.png")
-            progress.write(json.dumps(record))
-    return step
-
-
-def rewind(accelerator, output_dir, guard, from_step):
-    """Back to the last checkpoint, and on with other batches."""
-    before = copy(guard)
-    step = resume_from(accelerator, output_dir)
-    guard.rewound(from_step, step, before)
-    return step
-
-
-def trainable(transformer):
-    """All parameters, or the adapters'."""
-    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-
-
-@contextmanager
-def ema_weights(ema, transformer):
-    """The averaged weights in the model's place, in eval mode, until the block ends."""
-    ema.store(trainable(transformer))
-    ema.copy_to(trainable(transformer))
-    transformer.eval()
-    try:
-        yield
-    finally:
-        transformer.train()
-        ema.restore(trainable(transformer))
-
-
-def print_plan(args, accelerator, transformer):
-    """What a run would take: size, compute, memory that is there from the first step, hours by three timed steps."""
-    config, count = transformer.config, args.train_batch_size
-    latents = torch.randn(2, count, config.in_channels, config.sample_size, config.sample_size)
-    batch = {"x_start": latents[0], "noise": latents[1], "time": torch.rand(count), "drop": torch.zeros(count).bool()}
-    batch["label"] = torch.zeros(count, dtype=torch.int64)
-    if args.objective == "epsilon":
-        batch["time"] = (batch["time"] * 1000).long()
-    prepared = accelerator.prepare(transformer)
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        backward(args, accelerator, prepared, batch, make_scheduler("ddpm"))
-        seconds.append(time.perf_counter() - started)
-    step = statistics.median(seconds[1:])  # the first one warms up
-    trained = sum(parameter.numel() for parameter in trainable(transformer))
-    plan = {
-        "parameters (M)": round(transformer.num_parameters() / 1e6, 2),
-        "trained (M)": round(trained / 1e6, 2),
-        "Gflops a sample, forward": round(count_macs(config) / 1e9, 3),
-        # Weights; gradients, two moments and the average of what is trained; float32.
-        "memory without activations (GB)": round(4 * (transformer.num_parameters() + 4 * trained) / 1e9, 3),
-        "steps": args.max_train_steps,
-        "seconds a step, forward and backward": round(step, 3),
-        "hours": round(step * args.max_train_steps / 3600, 2),
-    }
-    accelerator.print(json.dumps(plan, indent=2))
-
-
-def save_result(pipe, args, guard):
-    """The pipeline folder with its card and last sample grid, and if asked its copy on the Hub; or the adapters."""
-    if args.lora_rank is not None:
-        print(f"Adapters: {save_lora(pipe.transformer, args.output_dir)}")
-        return
-    folder = args.output_dir / "pipeline"
-    folder.mkdir(exist_ok=True)
-    grid = args.output_dir / "samples" / f"step-{args.max_train_steps:06d}.png"
-    if grid.exists():
-        shutil.copyfile(grid, folder / "samples.png")
-    recipe = {name: value for name, value in vars(args).items() if name in RECIPE_ON_CARD}
-    facts = CardFacts(recipe=recipe | {"steps left out by the guard": guard.skipped})
-    pipe.save_pretrained(folder, card=facts)
-    print(f"Pipeline: {folder}")
-    if args.push_to_hub:
-        print(f"Published: {publish_folder(folder, args.hub_model_id or args.output_dir.resolve().name, pipe, facts)}")
 
 
 def check_batch(args, num_processes):
@@ -313,58 +340,18 @@ def check_batch(args, num_processes):
 
 def main():
     args = parse_args(__doc__.splitlines()[0])
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir / "logs"
+    )
     check_batch(args, accelerator.num_processes)
-    with only_run(args.output_dir) if accelerator.is_main_process and not args.dry_run else nullcontext():
-        run_training(args, accelerator)
-
-
-def run_training(args, accelerator):
-    """From the arguments to the published model."""
     if accelerator.is_main_process:
         print(json.dumps(vars(args), indent=2, default=str))
-    set_seed(args.seed)
-    vae = AutoencoderKL.from_pretrained(args.vae).to(accelerator.device).eval().requires_grad_(False)
-    dataset = load_image_dataset(args.dataset_name, args.split)
-    names = label_names(dataset, args.label_column)
-    transformer = build_transformer(args, vae, names).to(accelerator.device).train()
-    if accelerator.is_main_process:
-        config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
-        if not args.dry_run:
-            check_same_settings(args.output_dir, vars(args) | {"transformer": config}, MAY_CHANGE)
-        print(
-            f"{transformer.num_parameters() / 1e6:.2f} M parameters, {len(names)} classes, "
-            f"{accelerator.num_processes} processes"
-        )
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.dry_run:
-        return print_plan(args, accelerator, transformer)
-    latents = load_latents(args, dataset, vae, accelerator)
-
-    betas = (0.9, args.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        trainable(transformer), lr=args.learning_rate, betas=betas, weight_decay=args.weight_decay, fused=True
-    )
-    lr_schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
-    guard = LossGuard(args.on_spike)
-    ema = EMAModel(trainable(transformer), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    accelerator.register_for_checkpointing(ema, lr_schedule, guard)
-    unwrapped = accelerator.unwrap_model(transformer, keep_torch_compile=False)
-    pipe = build_pipeline(unwrapped, vae, names, args.objective)
-    step = train(args, accelerator, transformer, optimizer, lr_schedule, ema, guard, latents, pipe)
-    if step < args.max_train_steps:
-        accelerator.print(f"Stopped at step {step} by SIGTERM; the same command goes on from there.")
-    elif accelerator.is_main_process:
-        with ema_weights(ema, unwrapped):
-            save_result(pipe, args, guard)
-    accelerator.end_training()
+    with only_run(args.output_dir) if accelerator.is_main_process and not args.dry_run else nullcontext():
+        trainer = Trainer(args, accelerator)
+        if args.report_to and not args.dry_run:
+            simple = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str)}
+            accelerator.init_trackers("dit_hf", config=simple)
+        trainer.run()
 
 
 if __name__ == "__main__":

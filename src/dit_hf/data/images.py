@@ -4,35 +4,59 @@ Shapes: `N` images, `S` pixels a side.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 
-def load_image_dataset(dataset_name: str, split: str = "train"):
+def load_image_dataset(
+    dataset_name: str | None = None,
+    split: str = "train",
+    train_data_dir: str | Path | None = None,
+    streaming: bool = False,
+):
     """
-    Loads a dataset by Hub id, a local folder of Parquet files or images.
+    Loads labelled images by Hub id, from a local dataset, or from a folder.
 
     Args:
-        dataset_name (`str`): Anything `datasets.load_dataset` takes.
+        dataset_name (`str`, *optional*): Anything `datasets.load_dataset` takes.
         split (`str`, defaults to `"train"`): Name of the split.
+        train_data_dir (`str` or `Path`, *optional*):
+            Instead of a dataset's name: a folder with one folder of images a class, or with WebDataset (`.tar`) or
+            Parquet shards.
+        streaming (`bool`, defaults to `False`): Whether to read while training goes on, without a copy on this machine.
 
     Returns:
-        `datasets.Dataset`
+        `datasets.Dataset`, or `datasets.IterableDataset` if streaming.
 
     Raises:
         ValueError: if the dataset or the split can't be found; the message says what was tried.
     """
     from datasets import load_dataset
 
-    path = Path(dataset_name)
-    if path.is_dir() and not any(path.iterdir()):
-        raise ValueError(f"The dataset folder {dataset_name!r} is empty.")
+    source = dataset_name or train_data_dir
+    if source is None or (dataset_name and train_data_dir):
+        raise ValueError("Pass either --dataset_name or --train_data_dir.")
+    if Path(source).is_dir() and not any(path.is_file() for path in Path(source).rglob("*")):
+        raise ValueError(f"The dataset folder {str(source)!r} is empty.")
+    arguments: dict[str, Any] = {"path": dataset_name} if train_data_dir is None else _folder_arguments(train_data_dir)
     try:
-        return load_dataset(dataset_name, split=split)
+        return load_dataset(**arguments, split=split, streaming=streaming)
     except Exception as error:
-        raise ValueError(f"Can't load split {split!r} of dataset {dataset_name!r}: {error}") from error
+        raise ValueError(f"Can't load split {split!r} of dataset {str(source)!r}: {error}") from error
+
+
+def _folder_arguments(folder):
+    """What `load_dataset` needs for a folder of shards or of images."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {str(folder)!r}.")
+    for builder, suffix in (("webdataset", ".tar"), ("parquet", ".parquet")):
+        if shards := sorted(str(path) for path in folder.rglob(f"*{suffix}")):
+            return {"path": builder, "data_files": {"train": shards}}
+    return {"path": "imagefolder", "data_dir": str(folder), "drop_labels": False}
 
 
 def label_names(dataset, label_column: str = "label") -> list[str]:
@@ -40,25 +64,57 @@ def label_names(dataset, label_column: str = "label") -> list[str]:
     Class names in the order of their ids.
 
     Args:
-        dataset (`datasets.Dataset`): The dataset.
-        label_column (`str`, defaults to `"label"`): Column with a `ClassLabel` feature.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The dataset.
+        label_column (`str`, defaults to `"label"`):
+            Column with a `ClassLabel` feature, or with integers or strings, which are then read through once; integers
+            are ids named by themselves, strings get ids in sorted order.
 
     Returns:
         `list[str]`
 
     Raises:
-        ValueError: if the column is missing or holds no `ClassLabel`.
+        ValueError: if the column is missing, holds something else, or there are not at least two classes.
     """
-    feature = dataset.features.get(label_column)
-    if feature is None:
-        columns = ", ".join(dataset.column_names)
-        raise ValueError(f"There is no column {label_column!r}; the dataset has {columns}. Pass --label_column.")
-    if not hasattr(feature, "names"):
+    feature = check_column(dataset, label_column, "--label_column")
+    if hasattr(feature, "names"):
+        names = list(feature.names)
+    else:
+        found = {row[label_column] for row in dataset.select_columns(label_column)}
+        if all(isinstance(label, int) for label in found) and min(found) >= 0:
+            names = [str(label) for label in range(max(found) + 1)]
+        elif all(isinstance(label, str) for label in found):
+            names = sorted(found)
+        else:
+            example = next(label for label in found if not isinstance(label, str))
+            raise ValueError(
+                f"Column {label_column!r} holds {example!r}; a label is a class's id, from 0, or its name."
+            )
+    if len(names) < 2:
         raise ValueError(
-            f"Column {label_column!r} is {feature}, not a ClassLabel; "
-            f"call dataset.class_encode_column({label_column!r}) first."
+            f"Column {label_column!r} has one class, {names}; a class-conditional model needs at least two."
         )
-    return list(feature.names)
+    return names
+
+
+def check_column(dataset, column: str, flag: str):
+    """
+    The feature of a column.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The dataset.
+        column (`str`): Its column.
+        flag (`str`): The command line's flag that names the column, for the message.
+
+    Returns:
+        The column's feature, None where a stream does not know it.
+
+    Raises:
+        ValueError: if there is no such column.
+    """
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if column not in columns:
+        raise ValueError(f"There is no column {column!r}; the dataset has {', '.join(columns)}. Pass {flag}.")
+    return (dataset.features or {}).get(column)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -99,13 +155,24 @@ def stack_images(dataset, resolution: int, image_column: str = "image") -> torch
     Raises:
         ValueError: if there is no such column.
     """
-    if image_column not in dataset.column_names:
-        columns = ", ".join(dataset.column_names)
-        raise ValueError(f"There is no column {image_column!r}; the dataset has {columns}. Pass --image_column.")
+    check_column(dataset, image_column, "--image_column")
     images = torch.empty(len(dataset), 3, resolution, resolution, dtype=torch.uint8)
     for index, image in enumerate(dataset[image_column]):
-        images[index] = torch.from_numpy(np.asarray(center_crop(image, resolution)).copy()).permute(2, 0, 1)
+        images[index] = to_tensor(center_crop(image, resolution))
     return images
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """
+    Pixels as a tensor.
+
+    Args:
+        image (`PIL.Image.Image`): RGB, of height H and width W.
+
+    Returns:
+        `torch.Tensor` of shape `(3, H, W)`, uint8.
+    """
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
 def to_unit_range(images: torch.Tensor) -> torch.Tensor:

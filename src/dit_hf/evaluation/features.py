@@ -22,8 +22,8 @@ class EfficientNetLite0(nn.Module):
 
     Args:
         resolution (`int`, defaults to 112):
-            Images are resized (bilinear, antialiased) to this many pixels a side first. A figure is only comparable
-            with figures of the same resolution.
+            Images are resized (bicubic, antialiased, clamped) to this many pixels a side first. The rule moves figures
+            by a factor of ten: they are only comparable with figures of the same rule and resolution.
 
     Raises:
         ImportError: if the packages with the network and its weights are not installed.
@@ -49,7 +49,7 @@ class EfficientNetLite0(nn.Module):
     def _preprocess(self, images):
         if images.shape[-1] != self.resolution or images.shape[-2] != self.resolution:
             size = (self.resolution, self.resolution)
-            images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
         # The network was trained on (pixel - 127) / 128 of 8-bit values.
         return ((images + 1) * 127.5 - 127.0) / 128.0
 
@@ -72,6 +72,18 @@ class EfficientNetLite0(nn.Module):
                 maps.append(hidden)
         return maps
 
+    def last_map(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        The last feature map, at stride 32.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): Values in [-1, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(B, 1280, h, w)`.
+        """
+        return self.network.extract_features(self._preprocess(images))
+
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
@@ -83,4 +95,4 @@ class EfficientNetLite0(nn.Module):
         Returns:
             `torch.Tensor` of shape `(B, 1280)`.
         """
-        return self.network.extract_features(self._preprocess(images)).mean(dim=(2, 3))
+        return self.last_map(images).mean(dim=(2, 3))

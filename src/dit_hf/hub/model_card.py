@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +21,9 @@ END = "<!-- dit_hf: to here -->"
 TAGS = ["diffusers", "dit_hf", "class-conditional-image-generation", "diffusion-transformer"]
 # The Hub has no pipeline tag for classes.
 PIPELINE_TAG = "unconditional-image-generation"
-# A grid of samples that lies in the folder under this name is shown.
-SAMPLES = "samples.png"
+# Pictures that lie in the folder under these names are shown.
+SAMPLES, LOSS = "samples.png", "loss.png"
+PICTURES = {SAMPLES: "Samples, one row a class", LOSS: "Training loss"}
 NAMES_SHOWN = 40
 HEADINGS = ("Use", "Classes", "Model", "Training", "Results", "Limits")
 
@@ -49,7 +51,7 @@ class CardFacts:
 
 
 def build_card(
-    model, title: str, facts: CardFacts | None = None, known: ModelCard | None = None, samples: bool = False
+    model, title: str, facts: CardFacts | None = None, known: ModelCard | None = None, files: Collection[str] = ()
 ) -> ModelCard:
     """
     A card for a pipeline or a transformer, new or on top of one that exists.
@@ -61,7 +63,7 @@ def build_card(
         known (`ModelCard`, *optional*):
             A card to update: its owner's text is kept, its metadata and what this package wrote but for what `facts` say
             anew; tags, data sets and results are joined.
-        samples (`bool`, defaults to `False`): Whether a grid of samples, `samples.png`, lies beside it.
+        files (`Collection[str]`): What lies beside it; `samples.png` and `loss.png` are shown.
 
     Returns:
         `ModelCard`
@@ -82,7 +84,7 @@ def build_card(
     if results:
         data |= {"eval_results": results, "model_name": data.get("model_name") or title}
     before, region, after = _split(known.text) if known is not None else ("", "", "")
-    generated = f"{START}\n# {title}\n\n{_describe(model, title, facts, results, region, samples)}\n{END}"
+    generated = f"{START}\n# {title}\n\n{_describe(model, title, facts, results, region, files)}\n{END}"
     text = "\n\n".join(part for part in (before, generated, after) if part)
     return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n")
 
@@ -136,7 +138,7 @@ def write_card(model, folder: str | Path, title: str | None = None, facts: CardF
     file = folder / "README.md"
     source = file if file.is_file() else source_file(model, "README.md")
     known = read_card(source) if source is not None else None
-    card = build_card(model, title or folder.resolve().name, facts, known, (folder / SAMPLES).is_file())
+    card = build_card(model, title or folder.resolve().name, facts, known, [path.name for path in folder.iterdir()])
     card.save(file)
     return file
 
@@ -259,13 +261,13 @@ def _join_results(old, new):
     return list(joined.values())
 
 
-def _describe(model, title, facts, results, region, samples):
+def _describe(model, title, facts, results, region, files):
     """The text that the package writes."""
     transformer = getattr(model, "transformer", model)
     is_pipeline = transformer is not model
     config = transformer.config
     width = config.num_attention_heads * config.attention_head_dim
-    parts = [f"![Samples, one row a class]({SAMPLES})"] if samples else []
+    parts = [f"![{PICTURES[SAMPLES]}]({SAMPLES})"] if SAMPLES in files else []
     parts.append(
         f"A class-conditional Diffusion Transformer ([DiT](https://arxiv.org/abs/2212.09748)) for "
         f"[diffusers](https://github.com/huggingface/diffusers): {config.num_layers} blocks of width {width}, patch "
@@ -290,6 +292,8 @@ def _describe(model, title, facts, results, region, samples):
         }
     parts.append("## Model\n\n" + _table(shown))
     if training := _table(facts.recipe) if facts.recipe else _section(region, "Training"):
+        if LOSS in files and f"({LOSS})" not in training:
+            training += f"\n\n![{PICTURES[LOSS]}]({LOSS})"
         parts.append(f"## Training\n\n{training}")
     if results:
         rows = {

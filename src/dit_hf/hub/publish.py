@@ -1,16 +1,20 @@
 """Uploading a saved folder, so that a failure costs nothing but another try."""
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, create_commit, create_repo, hf_hub_download
+from diffusers.utils import logging
+from huggingface_hub import CommitOperationAdd, create_commit, create_repo, hf_hub_download, upload_file
 
 # `HTTPError` is the network library's, whichever of them this huggingface_hub uses.
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
-from .model_card import SAMPLES, CardFacts, build_card, join_cards, read_card, source_repo
+from .model_card import CardFacts, build_card, join_cards, read_card, source_repo
 
+
+logger = logging.get_logger(__name__)
 
 # The Hub's errors, the network's, and a file that changed while it was sent.
 UPLOAD_ERRORS = (HTTPError, OSError, RuntimeError)
@@ -99,7 +103,7 @@ def publish_folder(
             known = join_cards(
                 _card_of(repo_id, token), read_card(files["README.md"]) if "README.md" in files else None
             )
-            text = str(build_card(model, repo_id, card, known, SAMPLES in files))
+            text = str(build_card(model, repo_id, card, known, files))
             contents["README.md"] = text.encode()
         else:
             contents = {f"{subfolder}/{name}": content for name, content in contents.items() if name != "README.md"}
@@ -117,6 +121,40 @@ def publish_folder(
             "have arrived are not sent twice."
         ) from None
     return str(commit)
+
+
+class BackgroundUploads:
+    """
+    Single files sent to a repository while work goes on; a failure is a line of warning, never an exception.
+
+    Args:
+        repo_id (`str`): `"name"` or `"user/name"`; created with the first file if it does not exist.
+    """
+
+    def __init__(self, repo_id: str):
+        self.repo_id = repo_id
+        self._worker = ThreadPoolExecutor(max_workers=1)
+
+    def send(self, file: str | Path, path_in_repo: str) -> None:
+        """
+        Queues a file and returns at once.
+
+        Args:
+            file (`str` or `Path`): Must not change until it is sent.
+            path_in_repo (`str`): Where it goes.
+        """
+        self._worker.submit(self._upload, Path(file), path_in_repo)
+
+    def _upload(self, file, path_in_repo):
+        try:
+            repo_id = create_repo(self.repo_id, exist_ok=True).repo_id
+            upload_file(path_or_fileobj=file, path_in_repo=path_in_repo, repo_id=repo_id)
+        except Exception as error:  # nobody waits for this thread's exceptions
+            logger.warning(f"{file} was not sent to {self.repo_id}: {_reason(error)}.")
+
+    def close(self) -> None:
+        """Waits for what is being sent; what is still queued is dropped."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
 
 
 def _reason(error):

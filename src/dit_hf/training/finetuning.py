@@ -75,3 +75,54 @@ def remap_classes(model: DiTTransformer2DModel, mapped: list[int | None], class_
         rows.append(old[model.config.num_classes] if model.config.class_dropout_prob > 0 else mean)
     model.class_embed = torch.nn.Embedding.from_pretrained(torch.stack(rows), freeze=False)
     model.register_to_config(num_classes=len(mapped), class_dropout_prob=class_dropout_prob)
+
+
+def freeze(model: DiTTransformer2DModel, prefixes: list[str]) -> None:
+    """
+    Keeps parts of a model as they are.
+
+    Args:
+        model (`DiTTransformer2DModel`): Changed in place.
+        prefixes (`list[str]`): Beginnings of parameter names, whole words: `transformer_blocks.0`, `time_embed` …
+
+    Raises:
+        ValueError: if a prefix fits no parameter, or nothing is left to train.
+    """
+    for prefix in prefixes:
+        fitting = [p for name, p in model.named_parameters() if f"{name}.".startswith(f"{prefix}.")]
+        if not fitting:
+            parts = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(f"--freeze {prefix} fits no parameter; the model's parts are {parts}.")
+        for parameter in fitting:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("--freeze leaves nothing to train.")
+
+
+def parameter_groups(model: DiTTransformer2DModel, learning_rate: float, layer_decay: float = 1.0) -> list[dict]:
+    """
+    Trainable parameters for an optimizer, with a learning rate that falls from the head to the embedders.
+
+    Args:
+        model (`DiTTransformer2DModel`): The model.
+        learning_rate (`float`): Of the head.
+        layer_decay (`float`, defaults to 1.0): Each block's rate over the rate of the block after it.
+
+    Returns:
+        `list[dict]`: `params` and `lr`, one entry a depth: embedders, blocks, head.
+    """
+    depth = len(model.transformer_blocks)
+    layers: list[list[torch.nn.Parameter]] = [[] for _ in range(depth + 2)]
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, _, rest = name.partition(".")
+        if part == "transformer_blocks":
+            layers[int(rest.partition(".")[0]) + 1].append(parameter)
+        else:
+            layers[-1 if part in ("norm_out", "proj_out") else 0].append(parameter)
+    return [
+        {"params": parameters, "lr": learning_rate * layer_decay ** (depth + 1 - layer)}
+        for layer, parameters in enumerate(layers)
+        if parameters
+    ]

@@ -1,0 +1,148 @@
+"""What `train_dit.py` and `precompute_latents.py` need before the first step; all bad input is found here."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dit_hf import DiTTransformer2DModel
+from dit_hf.data.images import label_names, load_image_dataset, stack_images
+from dit_hf.data.latents import (
+    CachedLatents,
+    EncodedImages,
+    ImageReader,
+    cache_fingerprint,
+    cache_latents,
+    index_latents,
+    read_index,
+)
+from dit_hf.training.finetuning import freeze, load_for_classes
+from dit_hf.training.lora import add_lora
+
+
+@dataclass
+class Data:
+    """Classes, and the images; without images where latents are precomputed."""
+
+    names: list[str]
+    reader: ImageReader | None = None
+
+
+def find_data(args):
+    """The dataset that the flags name, checked as far as can be without reading its images."""
+    if args.latents_dir:
+        if args.dataset_name or args.train_data_dir:
+            raise ValueError("--latents_dir stands for a dataset; leave out --dataset_name and --train_data_dir.")
+        return Data(read_index(args.latents_dir)["classes"])
+    dataset = load_image_dataset(args.dataset_name, args.split, args.train_data_dir, args.streaming)
+    names = label_names(dataset, args.label_column)
+    return Data(names, ImageReader(dataset, names, args.resolution, args.image_column, args.label_column))
+
+
+def latent_size(vae, resolution):
+    """Side of the latents of images of this resolution."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if resolution < factor or resolution % factor:
+        raise ValueError(f"--resolution {resolution} is not divisible by {factor}, the VAE's factor.")
+    return resolution // factor
+
+
+def build_transformer(args, vae, names):
+    """A model for the dataset's classes and the VAE's latents, fresh or from given weights, with adapters if asked."""
+    config = {
+        "sample_size": latent_size(vae, args.resolution),
+        "in_channels": vae.config.latent_channels,
+        "num_classes": len(names),
+        "class_dropout_prob": args.class_dropout_prob,
+        "learn_sigma": args.objective == "epsilon",
+    }
+    if args.pretrained_model_name_or_path:
+        model = load_for_classes(args.pretrained_model_name_or_path, names, args.class_dropout_prob)
+        for name in ("sample_size", "in_channels", "learn_sigma"):
+            if model.config[name] != config[name]:
+                raise ValueError(
+                    f"{args.pretrained_model_name_or_path} has {name}={model.config[name]}, where the data, the VAE and "
+                    f"--objective {args.objective} need {config[name]}."
+                )
+        if args.lora_rank is not None:
+            add_lora(model, args.lora_rank, args.lora_alpha or args.lora_rank)
+        freeze(model, args.freeze)
+        return model
+    if args.lora_rank is not None:
+        raise ValueError("--lora_rank adapts given weights; say which with --pretrained_model_name_or_path.")
+    if args.preset:
+        return DiTTransformer2DModel.from_preset(args.preset, **config)
+    given = json.loads(args.transformer_config.read_text())
+    if clash := sorted(config.keys() & given.keys()):
+        raise ValueError(f"--transformer_config sets {', '.join(clash)}, which data, VAE and flags decide here.")
+    return DiTTransformer2DModel(**(config | given))
+
+
+def open_latents(args, accelerator, vae, data, encoder):
+    """Where training reads from: a cache, made first if need be, or the images themselves."""
+    if not args.cache_latents and not args.latents_dir:
+        return EncodedImages(vae, data.reader, encoder)
+    folder = args.latents_dir
+    if folder is None:
+        folder = args.output_dir / "latents"
+        make_cache(args, accelerator, vae, data, encoder, folder)
+    latents = CachedLatents(folder)
+    size, channels = latent_size(vae, args.resolution), vae.config.latent_channels
+    if latents.shape != (channels, size, size):
+        raise ValueError(
+            f"{folder} holds latents {latents.shape}; the VAE makes {(channels, size, size)} of the images."
+        )
+    # Raw posteriors are cached and these statistics normalise them, so the VAE's own scale must not count as well.
+    mean, std = latents.statistics
+    vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+    return latents
+
+
+def make_cache(args, accelerator, vae, data, encoder, folder):
+    """Every process writes its shards, then the main one the index."""
+    source = args.dataset_name or args.train_data_dir
+    settings = {"split": args.split, "resolution": args.resolution, "classes": data.names}
+    settings |= {"columns": [args.image_column, args.label_column], "shard_size": args.shard_size}
+    settings["features"] = args.alignment_encoder if encoder is not None else None
+    fingerprint = cache_fingerprint(vae, data.reader.dataset, source, **settings)
+    if (folder / "index.json").exists() and read_index(folder)["fingerprint"] == fingerprint:
+        return
+    rank, size = accelerator.process_index, accelerator.num_processes
+    num_shards = cache_latents(vae, data.reader, folder, fingerprint, rank, size, encoder, shard_size=args.shard_size)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        index_latents(folder, fingerprint, data.names, num_shards)
+    accelerator.wait_for_everyone()
+
+
+def validation_images(args, data, transformer):
+    """Held-out images `(N, 3, H, W)` and their labels `(N,)`, as many as asked, spread over the split."""
+    dataset = load_image_dataset(args.dataset_name, args.validation_split, args.train_data_dir)
+    names = label_names(dataset, args.label_column)
+    if names != data.names:
+        raise ValueError(f"Split {args.validation_split!r} has other classes than {args.split!r}.")
+    count = min(args.validation_images, len(dataset))
+    dataset = dataset.select(torch.linspace(0, len(dataset) - 1, count).long().tolist())
+    ids = {name: key for key, name in enumerate(names)}
+    labels = torch.tensor([ids.get(label, label) for label in dataset[args.label_column]])
+    return stack_images(dataset, args.resolution, args.image_column), labels
+
+
+def add_data_arguments(parser):
+    """Flags of the data and the VAE, the same in both scripts."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_name", help="Hub id or local dataset for `datasets.load_dataset`.")
+    data.add_argument("--train_data_dir", type=Path, help="Folder of class folders, WebDataset or Parquet shards.")
+    data.add_argument("--streaming", action="store_true", help="Read images while they are encoded; keep no copy.")
+    data.add_argument("--split", default="train", help="Split to train on.")
+    data.add_argument("--image_column", default="image", help="Column with images.")
+    data.add_argument("--label_column", default="label", help="Column with class ids or names.")
+    data.add_argument("--resolution", type=int, default=64, help="Pixels a side.")
+    data.add_argument("--vae", required=True, help="Folder or Hub id of an AutoencoderKL.")
+    data.add_argument("--shard_size", type=int, default=2048, help="Images in one file of the cache of latents.")
+    data.add_argument(
+        "--alignment_encoder",
+        default="efficientnet-lite0",
+        help="Frozen encoder for --proj_coeff: efficientnet-lite0, or a vision model of transformers.",
+    )

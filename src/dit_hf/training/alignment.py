@@ -1,0 +1,126 @@
+"""Representation alignment (REPA, https://arxiv.org/abs/2410.06940): a block's tokens learn a frozen encoder's features.
+
+Shapes: `B` batch, `F` the encoder's feature channels, `h w` its grid, which may be another than the tokens'.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..transformer_dit import DiTTransformer2DModel
+
+
+EFFICIENTNET = "efficientnet-lite0"
+PROJECTOR_WIDTH = 1024
+
+
+class EfficientNetEncoder(nn.Module):
+    """EfficientNet-Lite0's last feature map of images resized to 128 pixels a side."""
+
+    def __init__(self):
+        super().__init__()
+        from ..evaluation.features import EfficientNetLite0
+
+        self.network = EfficientNetLite0(resolution=128)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1] to features `(B, 1280, 4, 4)`."""
+        return self.network.last_map(images)
+
+
+class TransformersEncoder(nn.Module):
+    """Patch tokens of a vision model of transformers (DINOv2, CLIP's vision tower, ViT …), at the size it was made for."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, name: str):
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel
+
+        model = AutoModel.from_pretrained(name)
+        self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
+        processor = AutoImageProcessor.from_pretrained(name)
+        for statistic in ("mean", "std"):
+            values = torch.tensor(getattr(processor, f"image_{statistic}")).view(1, 3, 1, 1)
+            self.register_buffer(statistic, values, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1] to features `(B, F, h, w)`, one a patch."""
+        side, patch = self.model.config.image_size, self.model.config.patch_size
+        images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+        tokens = self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std).last_hidden_state
+        grid = side // patch
+        patches = tokens[:, -grid * grid :]  # class and register tokens come first
+        return patches.transpose(1, 2).unflatten(2, (grid, grid))
+
+
+def load_encoder(name: str) -> nn.Module:
+    """
+    A frozen encoder whose features a transformer is aligned to.
+
+    Args:
+        name (`str`): `"efficientnet-lite0"`, whose weights come with a package, or a vision model of transformers.
+
+    Returns:
+        `nn.Module`: maps images `(B, 3, H, W)` in [-1, 1] to features `(B, F, h, w)`.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    if name == EFFICIENTNET:
+        return EfficientNetEncoder()
+    try:
+        return TransformersEncoder(name)
+    except (OSError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{name!r} is neither {EFFICIENTNET!r} nor a vision model of transformers: {error}"
+        ) from error
+
+
+class AlignmentHead(nn.Module):
+    """
+    Projects the tokens that leave one block to the encoder's features, and measures how well they agree.
+
+    Args:
+        transformer (`DiTTransformer2DModel`): Its block gets a hook; nothing else of it changes.
+        depth (`int`): The block, counted from 1.
+        feature_dim (`int`): F.
+
+    Raises:
+        ValueError: if the transformer has no such block.
+    """
+
+    def __init__(self, transformer: DiTTransformer2DModel, depth: int, feature_dim: int):
+        super().__init__()
+        blocks = transformer.transformer_blocks
+        if not 1 <= depth <= len(blocks):
+            raise ValueError(f"The alignment's depth is {depth}; the transformer has blocks 1 to {len(blocks)}.")
+        self.grid = 2 * (transformer.config.sample_size // transformer.config.patch_size,)
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self.projector = nn.Sequential(
+            nn.Linear(width, PROJECTOR_WIDTH),
+            nn.SiLU(),
+            nn.Linear(PROJECTOR_WIDTH, PROJECTOR_WIDTH),
+            nn.SiLU(),
+            nn.Linear(PROJECTOR_WIDTH, feature_dim),
+        )
+        self._tokens: list[torch.Tensor] = []
+        blocks[depth - 1].register_forward_hook(self._keep)
+
+    def _keep(self, block, args, output):
+        self._tokens[:] = [output]
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(B, F, h, w)`): Of the clean images whose noisy latents went in last.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`: one minus the mean cosine of tokens and features.
+        """
+        tokens = self.projector(self._tokens.pop())
+        features = F.interpolate(features, size=self.grid, mode="bilinear", antialias=True)
+        return 1 - F.cosine_similarity(tokens, features.flatten(2).transpose(1, 2), dim=-1).mean(dim=1)

@@ -1,0 +1,168 @@
+"""Averages of the weights while they are trained.
+
+`WeightAverage` is diffusers' `EMAModel`, which is used as it is but for checkpoints of sharded weights. `PowerAverages`
+keeps two averages with power-function profiles (Karras et al., https://arxiv.org/abs/2312.02696), from whose snapshots
+an average of any length can be put together when training is over.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+SNAPSHOT = re.compile(r"ema-(\d+)-([\d.]+)\.safetensors")
+# Relative standard deviations of the two profiles that are kept.
+KEPT = (0.05, 0.10)
+
+
+def _full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _sharded_like(tensor, like):
+    if isinstance(like, DTensor) and not isinstance(tensor, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor.to(like.device)
+
+
+class WeightAverage(EMAModel):
+    """diffusers' `EMAModel`, whose checkpoints hold whole weights even where each process has a part of them."""
+
+    shadow_params: list[torch.Tensor]
+
+    def state_dict(self) -> dict:
+        """As `EMAModel`'s; with sharded weights every process has to call it."""
+        state = super().state_dict()
+        return state | {"shadow_params": [_full(weight) for weight in state["shadow_params"]]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As `EMAModel`'s."""
+        parts = self.shadow_params
+        super().load_state_dict(state_dict)
+        self.shadow_params = [
+            _sharded_like(weight, part) for weight, part in zip(self.shadow_params, parts, strict=True)
+        ]
+
+
+def profile_exponent(sigma_rel: float) -> float:
+    """
+    The exponent of a power-function profile, from its relative width.
+
+    Args:
+        sigma_rel (`float`): Standard deviation of the profile over the length of training, above 0, below 0.2886.
+
+    Returns:
+        `float`: γ ≥ 0 with sigma_rel² = (γ + 1) / ((γ + 2)² (γ + 3)).
+
+    Raises:
+        ValueError: if no profile is that wide.
+    """
+    if not 0 < sigma_rel < 12**-0.5:
+        raise ValueError(f"sigma_rel is {sigma_rel}; it must be above 0 and below {12**-0.5:.4f}.")
+    low, high = 0.0, 4 / sigma_rel  # the width falls with γ, and is below 1/γ
+    for _ in range(100):
+        middle = (low + high) / 2
+        wider = (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > sigma_rel**2
+        low, high = (middle, high) if wider else (low, middle)
+    return low
+
+
+class PowerAverages:
+    """
+    Two averages of the weights with profiles of relative widths 0.05 and 0.10.
+
+    Args:
+        parameters (`Iterable[torch.nn.Parameter]`): The weights before the first step.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]):
+        parameters = list(parameters)
+        self.steps = 0
+        self.averages = {width: [weight.detach().clone() for weight in parameters] for width in KEPT}
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Takes in the weights after an optimizer step."""
+        self.steps += 1
+        parameters = list(parameters)
+        for width, averages in self.averages.items():
+            keep = (1 - 1 / self.steps) ** (profile_exponent(width) + 1)
+            for average, weight in zip(averages, parameters, strict=True):
+                average.lerp_(weight.detach(), 1 - keep)
+
+    def save_snapshot(self, folder: str | Path, names: list[str], is_main_process: bool = True) -> None:
+        """
+        Writes both averages as half-precision `ema-STEP-WIDTH.safetensors`.
+
+        Args:
+            folder (`str` or `Path`): Created if it does not exist.
+            names (`list[str]`): Of the parameters.
+            is_main_process (`bool`, defaults to `True`): Who writes; with sharded weights every process has to call it.
+        """
+        for width, averages in self.averages.items():
+            whole = {name: _full(weight).half().cpu() for name, weight in zip(names, averages, strict=True)}
+            if is_main_process:
+                path = Path(folder) / f"ema-{self.steps}-{width:.2f}.safetensors"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_name(f"partial-{path.name}")
+                save_file(whole, partial)
+                partial.replace(path)
+
+    def state_dict(self) -> dict:
+        """Everything a resumed run needs."""
+        averages = {width: [_full(weight) for weight in averages] for width, averages in self.averages.items()}
+        return {"steps": self.steps, "averages": averages}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up where a checkpoint left off."""
+        self.steps = state["steps"]
+        for width, averages in self.averages.items():
+            saved = state["averages"][width]
+            self.averages[width] = [_sharded_like(new, old) for new, old in zip(saved, averages, strict=True)]
+
+
+def _overlap(first, second):
+    """Inner product of two profiles, each an exponent and an end (its last step)."""
+    (gamma_a, end_a), (gamma_b, end_b) = sorted((first, second), key=lambda profile: profile[1])
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) / end_b * (end_a / end_b) ** gamma_b
+
+
+def average_after_training(folder: str | Path, sigma_rel: float, step: int | None = None) -> dict[str, torch.Tensor]:
+    """
+    An average of any length, as the combination of snapshots whose profile comes nearest.
+
+    Args:
+        folder (`str` or `Path`): With snapshots of [`PowerAverages`].
+        sigma_rel (`float`): Relative width of the wanted profile.
+        step (`int`, *optional*): Its last step; that of the newest snapshot if not given.
+
+    Returns:
+        `dict[str, torch.Tensor]`: float32 weights by name.
+
+    Raises:
+        ValueError: if there are no snapshots up to the step.
+    """
+    found = {}
+    for path in Path(folder).glob("ema-*.safetensors"):
+        if match := SNAPSHOT.fullmatch(path.name):
+            found[path] = (profile_exponent(float(match[2])), int(match[1]))
+    step = step or max((end for _, end in found.values()), default=0)
+    found = {path: profile for path, profile in sorted(found.items()) if profile[1] <= step}
+    if not found:
+        raise ValueError(f"{folder} holds no snapshots up to step {step}; train with --ema_profiles.")
+    target = (profile_exponent(sigma_rel), step)
+    profiles = list(found.values())
+    overlaps = torch.tensor([[_overlap(a, b) for b in profiles] for a in profiles], dtype=torch.float64)
+    wanted = torch.tensor([_overlap(profile, target) for profile in profiles], dtype=torch.float64)
+    shares = torch.linalg.lstsq(overlaps, wanted, driver="gelsd").solution
+    shares = shares / shares.sum()  # of a weight that did not change, the average is that weight
+    weights: dict[str, torch.Tensor] = {}
+    for path, share in zip(found, shares.tolist(), strict=True):
+        for name, tensor in load_file(path).items():
+            weights[name] = weights.get(name, 0) + share * tensor.float()
+    return weights
