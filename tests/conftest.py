@@ -1,9 +1,14 @@
-"""Shared fixtures: golden data and tiny models."""
+"""Shared fixtures: golden data, tiny models, a workspace to train in."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from diffusers import AutoencoderKL
+from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from dit_hf import DiTTransformer2DModel
@@ -61,3 +66,34 @@ def tiny_inputs(batch_size=3, channels=4, height=8, width=8, seed=0):
 @pytest.fixture
 def transformer():
     return tiny_transformer()
+
+
+def tiny_vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    """A folder with a Parquet dataset of two classes, a VAE and a model configuration."""
+    folder = tmp_path_factory.mktemp("training")
+    generator = np.random.default_rng(0)
+    features = Features({"image": Image(), "label": ClassLabel(names=["dark", "light"])})
+    (folder / "data").mkdir()
+    for split, count in (("train", 20), ("test", 8)):
+        rows = []
+        for index in range(count):
+            low = 128 * (index % 2)
+            pixels = generator.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
+            rows.append({"image": PILImage.fromarray(pixels), "label": index % 2})
+        Dataset.from_list(rows, features=features).to_parquet(folder / "data" / f"{split}.parquet")
+    tiny_vae().save_pretrained(folder / "vae")
+    config = {"patch_size": 2, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -7,95 +7,23 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_inputs, tiny_transformer
-from datasets import ClassLabel, Dataset, Features, Image
+from conftest import ROOT, tiny_vae
 from diffusers import AutoencoderKL
-from PIL import Image as PILImage
 from safetensors.torch import load_file
 from testing_utils.hub_server import HubServer
+from testing_utils.training_runs import kill_after, losses, read_log, run, train_command
 
-from dit_hf import DiTClassCondPipeline, make_scheduler
-from dit_hf.data.images import center_crop, label_names, load_image_dataset, stack_images, to_unit_range
-from dit_hf.data.latents import cache_latents, latent_statistics, normalise_latents
+from dit_hf import DiTClassCondPipeline
+from dit_hf.data.images import to_unit_range
+from dit_hf.data.latents import normalise_latents
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import list_checkpoints, save_checkpoint, truncate_log
-from dit_hf.training.finetuning import match_names, remap_classes
 
 
-TRAIN_DIT = ROOT / "examples" / "train_class_cond" / "train_dit.py"
 TRAIN_AUTOENCODER = ROOT / "examples" / "train_autoencoder" / "train_autoencoder.py"
-
-
-def tiny_vae():
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-    ).eval()
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    """A folder with a Parquet dataset of two classes, a VAE and a model configuration."""
-    folder = tmp_path_factory.mktemp("training")
-    generator = np.random.default_rng(0)
-    features = Features({"image": Image(), "label": ClassLabel(names=["dark", "light"])})
-    (folder / "data").mkdir()
-    for split, count in (("train", 20), ("test", 8)):
-        rows = []
-        for index in range(count):
-            low = 128 * (index % 2)
-            pixels = generator.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
-            rows.append({"image": PILImage.fromarray(pixels), "label": index % 2})
-        Dataset.from_list(rows, features=features).to_parquet(folder / "data" / f"{split}.parquet")
-    tiny_vae().save_pretrained(folder / "vae")
-    config = {"patch_size": 2, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def train_command(workspace, output_dir, **flags):
-    flags = {
-        "dataset_name": workspace / "data",
-        "vae": workspace / "vae",
-        "transformer_config": workspace / "config.json",
-        "output_dir": output_dir,
-        "resolution": 32,
-        "train_batch_size": 4,
-        "max_train_steps": 6,
-        "lr_warmup_steps": 2,
-        "checkpointing_steps": 2,
-        "validation_steps": 6,
-        "validation_images_per_class": 2,
-        "validation_inference_steps": 2,
-    } | flags
-    given = {name: value for name, value in flags.items() if value is not None}
-    return [sys.executable, TRAIN_DIT, *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
-
-
-def run(command, **options):
-    return subprocess.run(command, check=True, capture_output=True, text=True, **options)
-
-
-def read_log(output_dir):
-    return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
-
-
-def kill_after(command, folder):
-    """Starts a run and kills it as soon as a folder exists."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not folder.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def test_resume_after_sigkill_is_exact(workspace, tmp_path):
@@ -121,10 +49,6 @@ def test_resume_after_sigkill_is_exact(workspace, tmp_path):
     assert pipe.labels == {"dark": 0, "light": 1}
     assert len(pipe.vae.config.latents_mean) == 4
     assert pipe("light", num_inference_steps=2).images[0].size == (32, 32)
-
-
-def losses(output_dir):
-    return torch.tensor([line["loss"] for line in read_log(output_dir)], dtype=torch.float64)
 
 
 def test_micro_batches_and_processes_do_not_change_the_result(workspace, tmp_path):
@@ -190,6 +114,7 @@ def test_training_publishes_its_model(workspace, tmp_path):
         )
         assert result.returncode == 2
         assert "hf upload user/trained" in result.stderr
+        assert "step-000001.png was not sent to user/trained" in result.stderr
         assert (tmp_path / "down" / "pipeline" / "model_index.json").exists()
 
 
@@ -226,37 +151,6 @@ def test_a_configuration_that_contradicts_the_flags_is_refused(workspace, tmp_pa
     assert "learn_sigma" in result.stderr
 
 
-def test_training_starts_from_given_weights(workspace, tmp_path):
-    run(train_command(workspace, tmp_path / "first", max_train_steps=1))
-    start = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "first" / "pipeline"}
-    command = train_command(workspace, tmp_path / "second", **start, learning_rate=0, max_train_steps=1)
-    run([*command, "--balance_classes"])
-    file = "pipeline/transformer/diffusion_pytorch_model.safetensors"
-    given, kept = load_file(tmp_path / "first" / file), load_file(tmp_path / "second" / file)
-    assert all(torch.equal(given[key], kept[key]) for key in given)
-
-
-def test_other_classes_keep_the_rows_of_equal_names(workspace, tmp_path):
-    names = {0: "night, dark", 1: "dusk", 2: "Light"}
-    pipe = DiTClassCondPipeline(
-        tiny_transformer(num_classes=3, learn_sigma=False), make_scheduler("flow_euler"), tiny_vae(), names
-    )
-    pipe.save_pretrained(tmp_path / "pretrained")
-    start = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "pretrained"}
-    run(train_command(workspace, tmp_path / "run", **start, learning_rate=0, max_train_steps=1))
-    old = pipe.transformer.class_embed.weight
-    new = DiTClassCondPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.class_embed.weight
-    assert torch.equal(new, old[[0, 2, 3]])  # dark, light, null
-    assert match_names(["dark", "noon"], names) == [0, None]
-    remap_classes(pipe.transformer, [None, 1], 0.0)
-    torch.testing.assert_close(pipe.transformer.class_embed.weight, torch.stack([old[:3].mean(0), old[1]]))
-    assert (pipe.transformer.config.num_classes, pipe.transformer.config.class_dropout_prob) == (2, 0.0)
-    command = train_command(workspace, tmp_path / "other", **start, objective="epsilon")
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "learn_sigma=False, where" in result.stderr
-
-
 def test_dry_run_prints_the_plan_and_writes_nothing(workspace, tmp_path):
     command = [*train_command(workspace, tmp_path / "run", max_train_steps=1000), "--dry_run"]
     output = run(command).stdout
@@ -277,47 +171,6 @@ def test_recipes_set_what_is_not_given(workspace, tmp_path):
     run(train_command(workspace, tmp_path / "d", **flags))
     saved = json.loads((tmp_path / "d" / "training_config.json").read_text())
     assert (saved["objective"], saved["lr_scheduler"], saved["learning_rate"]) == ("epsilon", "constant", 0.003)
-
-
-def test_adapters_are_trained_saved_and_loaded(workspace, tmp_path):
-    names = {0: "dark", 1: "light"}
-    transformer = tiny_transformer(num_classes=2, learn_sigma=False)
-    DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae(), names).save_pretrained(
-        tmp_path / "base"
-    )
-    start = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "base"}
-    flags = {"max_train_steps": 3, "lora_rank": 3, "lora_alpha": 9, "learning_rate": 0.01}
-    run(train_command(workspace, tmp_path / "run", **start, **flags))
-    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "base")
-    inputs = tiny_inputs() | {"class_labels": torch.tensor([0, 1, 2])}
-
-    def output():
-        with torch.no_grad():
-            return pipe.transformer(**inputs).sample
-
-    before = output()
-    pipe.load_lora_weights(tmp_path / "run", adapter_name="style")
-    config = pipe.transformer.peft_config["style"]
-    assert (config.r, config.lora_alpha) == (3, 9)
-    assert "class_embed" in config.target_modules
-    adapted = output()
-    assert (adapted - before).abs().max() > 1e-4
-    pipe.load_lora_weights(tmp_path / "run", adapter_name="again")
-    pipe.set_adapters(["style", "again"], [0.25, 0.75])
-    torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
-    pipe.delete_adapters("again")
-    pipe.set_adapters("style")
-    assert torch.equal(output(), adapted)
-    pipe.unload_lora_weights()
-    assert torch.equal(output(), before)
-    pipe.load_lora_weights(tmp_path / "run")
-    pipe.fuse_lora()
-    torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
-    pipe.unfuse_lora()
-    torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
-    result = subprocess.run(train_command(workspace, tmp_path / "bad", lora_rank=3), capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "--pretrained_model_name_or_path" in result.stderr
 
 
 def test_epsilon_objective_trains_a_learned_variance(workspace, tmp_path):
@@ -394,68 +247,7 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train_log.jsonl"]
 
 
-def test_latent_cache_follows_vae_and_data(workspace, tmp_path):
-    vae, images = tiny_vae(), torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.arange(6)
-    path = cache_latents(vae, images, labels, tmp_path)
-    cached, written = load_file(path), path.stat().st_mtime_ns
-    posterior = vae.encode(to_unit_range(images).flip(-1)).latent_dist
-    torch.testing.assert_close(cached["mean_flipped"], posterior.mean, rtol=0, atol=1e-5)
-    torch.testing.assert_close(cached["std_flipped"], posterior.std, rtol=0, atol=1e-5)
-    assert torch.equal(cached["label"], labels)
-
-    cache_latents(vae, images, labels, tmp_path)
-    assert path.stat().st_mtime_ns == written
-    with torch.no_grad():
-        vae.quant_conv.weight.mul_(3)
-    cache_latents(vae, images, labels, tmp_path)
-    assert path.stat().st_mtime_ns != written
-    written = path.stat().st_mtime_ns
-    cache_latents(vae, images.flip(0), labels, tmp_path)
-    assert path.stat().st_mtime_ns != written
-
-
-def test_statistics_make_unit_latents():
-    mean, std = 3 + 2 * torch.randn(400, 4, 8, 8), torch.full((400, 4, 8, 8), 0.5)
-    samples = mean + std * torch.randn_like(mean)
-    statistics = latent_statistics(mean, std)
-    normal = normalise_latents(samples, *statistics)
-    torch.testing.assert_close(normal.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=0.02)
-    torch.testing.assert_close(normal.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=0.02)
-
-
-def test_centre_crop_takes_the_middle():
-    pixels = np.zeros((40, 100, 3), dtype=np.uint8)
-    pixels[:, 30:70] = 255
-    crop = np.asarray(center_crop(PILImage.fromarray(pixels), 20))
-    assert crop.shape == (20, 20, 3)
-    assert crop.min() == 255
-
-
-def test_transparency_becomes_white():
-    image = PILImage.new("RGBA", (16, 16), (255, 0, 0, 0))
-    image.paste((0, 0, 255, 255), (4, 4, 12, 12))
-    for mode in ("RGBA", "P"):
-        crop = np.asarray(center_crop(image.convert(mode), 16))
-        assert crop[0, 0].tolist() == [255, 255, 255]
-        assert crop[8, 8].tolist() == [0, 0, 255]
-
-
 def test_generators_depend_on_every_number():
     keys = [(0,), (1,), (0, 7), (0, 7, 0), (0, 7, 1), (7, 0), (2**32 + 5, 3), (5, 1, 3)]
     draws = {torch.rand(1, generator=seeded_generator(*key)).item() for key in keys}
     assert len(draws) == len(keys)
-
-
-def test_bad_data_is_named(workspace, tmp_path):
-    with pytest.raises(ValueError, match="empty"):
-        load_image_dataset(str(tmp_path))
-    with pytest.raises(ValueError, match="validation"):
-        load_image_dataset(str(workspace / "data"), "validation")
-    dataset = load_image_dataset(str(workspace / "data"))
-    with pytest.raises(ValueError, match="'photo'.*image, label.*--image_column"):
-        stack_images(dataset, 32, "photo")
-    with pytest.raises(ValueError, match="'class'.*image, label.*--label_column"):
-        label_names(dataset, "class")
-    with pytest.raises(ValueError, match="not a ClassLabel"):
-        label_names(dataset, "image")

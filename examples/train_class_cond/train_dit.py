@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from copy import copy
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from arguments import MAY_CHANGE, RECIPE_ON_CARD, parse_args
 from diffusers import AutoencoderKL
@@ -45,7 +44,7 @@ from dit_hf.training.guard import LossGuard
 from dit_hf.training.lora import save_lora
 from dit_hf.training.objectives import Objective, draw_batch
 from dit_hf.training.plan import training_plan
-from dit_hf.training.running import StopRequest, only_run
+from dit_hf.training.running import StopRequest, only_run, start_accelerator
 from dit_hf.training.validation import averaged_weights, plot_losses, sample_grid, sample_images
 
 
@@ -184,7 +183,7 @@ class Trainer:
             finished = step == args.max_train_steps
             if step % args.validation_steps == 0 or finished:
                 record |= self.validate(step)
-                progress.write(json.dumps(record))
+                accelerator.print(json.dumps(record))
             if accelerator.is_main_process:
                 with open(log, "a") as file:
                     file.write(json.dumps(record) + "\n")
@@ -340,7 +339,7 @@ def check_batch(args, num_processes):
 
 def main():
     args = parse_args(__doc__.splitlines()[0])
-    accelerator = Accelerator(
+    accelerator = start_accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir / "logs"
     )
     check_batch(args, accelerator.num_processes)

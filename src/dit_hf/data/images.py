@@ -79,16 +79,18 @@ def label_names(dataset, label_column: str = "label") -> list[str]:
     if hasattr(feature, "names"):
         names = list(feature.names)
     else:
-        found = {row[label_column] for row in dataset.select_columns(label_column)}
-        if all(isinstance(label, int) for label in found) and min(found) >= 0:
-            names = [str(label) for label in range(max(found) + 1)]
-        elif all(isinstance(label, str) for label in found):
-            names = sorted(found)
-        else:
-            example = next(label for label in found if not isinstance(label, str))
-            raise ValueError(
-                f"Column {label_column!r} holds {example!r}; a label is a class's id, from 0, or its name."
-            )
+        found = set()
+        for row in dataset.select_columns(label_column):
+            label = row[label_column]
+            if not isinstance(label, str) and (not isinstance(label, int) or label < 0):
+                raise ValueError(
+                    f"Column {label_column!r} holds {label!r}; a label is a class's id, from 0, or its name."
+                )
+            found.add(label)
+        if len({type(label) for label in found}) > 1:
+            raise ValueError(f"Column {label_column!r} holds numbers and names; use one of them.")
+        are_ids = isinstance(next(iter(found), ""), int)
+        names = [str(label) for label in range(max(found) + 1)] if are_ids else sorted(found)
     if len(names) < 2:
         raise ValueError(
             f"Column {label_column!r} has one class, {names}; a class-conditional model needs at least two."

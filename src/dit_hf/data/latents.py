@@ -28,6 +28,8 @@ from .reader import ImageReader
 logger = logging.get_logger(__name__)
 
 INDEX = "index.json"
+# One entry of metadata, as safetensors writes several in any order, and checksums are to be the same.
+FACTS = "dit_hf"
 SHARD_SIZE = 2048
 # More unreadable images than this share are no accident.
 MAX_UNREADABLE = 0.1
@@ -91,7 +93,7 @@ def cache_latents(
     number = -1
     for number, rows in enumerate(reader.shards(shard_size)):
         path = cache_dir / f"shard-{number:05d}.safetensors"
-        if number % num_processes != process_index or _metadata(path).get("fingerprint") == fingerprint:
+        if number % num_processes != process_index or _facts(path).get("fingerprint") == fingerprint:
             continue
         parts: list[dict[str, torch.Tensor]] = []
         labels, unreadable = [], []
@@ -112,11 +114,15 @@ def cache_latents(
                 parts.append(part | {f"{name}_flipped": tensor for name, tensor in mirrored.items()})
         tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
         tensors["label"] = torch.tensor(labels, dtype=torch.int64)
-        metadata = {"fingerprint": fingerprint, "unreadable": json.dumps(unreadable)}
+        facts: dict[str, Any] = {"fingerprint": fingerprint, "unreadable": unreadable}
         if parts:
-            metadata["moments"] = json.dumps(_moments(tensors["mean"], tensors["std"]))
+            facts["moments"] = _moments(tensors["mean"], tensors["std"])
         partial = path.with_name(f"partial-{path.name}")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            partial,
+            metadata={FACTS: json.dumps(facts)},
+        )
         os.replace(partial, path)
     return number + 1
 
@@ -143,12 +149,12 @@ def index_latents(cache_dir: str | Path, fingerprint: str, names: list[str], num
         path.unlink()
     for number in range(num_shards):
         path = cache_dir / f"shard-{number:05d}.safetensors"
-        metadata = _metadata(path)
-        if metadata.get("fingerprint") != fingerprint:
+        facts = _facts(path)
+        if facts.get("fingerprint") != fingerprint:
             raise ValueError(f"{path} is missing or of another cache; run the same command again.")
-        unreadable += json.loads(metadata["unreadable"])
-        if "moments" in metadata:
-            moments.append(json.loads(metadata["moments"]))
+        unreadable += facts["unreadable"]
+        if "moments" in facts:
+            moments.append(facts["moments"])
         shards.append({"file": path.name, "count": _count(path), "sha256": _checksum(path)})
     count = sum(shard["count"] for shard in shards)
     if unreadable:
@@ -362,12 +368,12 @@ def normalise_latents(latents: torch.Tensor, latents_mean: list[float], latents_
     return (latents - mean) / std
 
 
-def _metadata(path):
-    """A shard's metadata; empty if there is no such file."""
+def _facts(path):
+    """What a shard says of itself; nothing if there is no such file."""
     if not path.exists():
         return {}
     with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+        return json.loads((file.metadata() or {}).get(FACTS, "{}"))
 
 
 def _count(path):

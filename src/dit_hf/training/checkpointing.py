@@ -6,6 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -50,13 +52,28 @@ def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit:
 
     Returns:
         `Path`: `output_dir/checkpoint-step`.
+
+    Raises:
+        OSError: if it can't be written; what was written of it is removed, and earlier checkpoints are as they were.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(f"partial-{final.name}")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    try:
+        accelerator.save_state(str(partial))
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors have their own words for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = list_checkpoints(output_dir)
+        before = (
+            f"{kept[-1].name} is whole, and the same command goes on from there" if kept else "there is none before"
+        )
+        raise OSError(f"{final} can't be written, is the disk full? ({error}) {before}.") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)

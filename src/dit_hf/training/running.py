@@ -1,9 +1,13 @@
 """A run and the machine it runs on: one run a folder, and a clean end when the machine asks for it."""
 
 import fcntl
+import os
 import signal
 from contextlib import contextmanager
 from pathlib import Path
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
 @contextmanager
@@ -36,3 +40,20 @@ class StopRequest:
 
     def _request(self, *_):
         self.requested = True
+
+
+def start_accelerator(**options) -> Accelerator:
+    """
+    An `Accelerator`, with FSDP2 on several CPU processes too, where accelerate's own switch is for accelerators only.
+
+    Args:
+        options: For `Accelerator`.
+
+    Returns:
+        `Accelerator`
+    """
+    accelerator = Accelerator(**options)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    return accelerator

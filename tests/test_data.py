@@ -1,0 +1,258 @@
+"""Data: datasets of every kind, damaged images, the cache of latents."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny_vae
+from datasets import Dataset
+from PIL import Image as PILImage
+from safetensors.torch import load_file, save_file
+from testing_utils.training_runs import kill_after
+
+from dit_hf.data.images import center_crop, label_names, load_image_dataset, stack_images, to_unit_range
+from dit_hf.data.latents import (
+    CachedLatents,
+    EncodedImages,
+    cache_fingerprint,
+    cache_latents,
+    index_latents,
+    normalise_latents,
+    verify_latents,
+)
+from dit_hf.data.reader import ImageReader
+
+
+PRECOMPUTE = ROOT / "examples" / "train_class_cond" / "precompute_latents.py"
+
+
+def write_class_folders(folder, count=6):
+    """A folder with one folder of PNGs a class; grey values tell them apart."""
+    for index in range(count):
+        path = folder / ("cats" if index % 2 else "dogs") / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PILImage.new("RGB", (40, 32), (10 * index,) * 3).save(path)
+    return folder
+
+
+def greys(dataset, names):
+    """Mean grey and class name of each readable image."""
+    reader = ImageReader(dataset, names, 32, *reader_columns(dataset))
+    rows = [reader.read(row, index) for index, row in enumerate(reader.dataset)]
+    return sorted((round(image.float().mean().item()), names[label]) for image, label in rows)
+
+
+def reader_columns(dataset):
+    columns = dataset.column_names or list(next(iter(dataset)))
+    return ("png", "txt") if "png" in columns else ("image", "label")
+
+
+EXPECTED = [(10 * index, "cats" if index % 2 else "dogs") for index in range(6)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_of_images_and_shards_are_read(tmp_path, streaming):
+    folder = write_class_folders(tmp_path / "folder")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with tarfile.open(shards / "a.tar", "w") as tar:
+        for index, path in enumerate(sorted(folder.rglob("*.png"))):
+            for suffix, content in (("png", path.read_bytes()), ("txt", path.parent.name.encode())):
+                entry = tarfile.TarInfo(f"{index:03d}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    parquet = tmp_path / "parquet"
+    parquet.mkdir()
+    load_image_dataset(train_data_dir=folder).to_parquet(parquet / "part-0.parquet")
+    for source in (folder, shards, parquet):
+        dataset = load_image_dataset(train_data_dir=source, streaming=streaming)
+        names = label_names(dataset, reader_columns(dataset)[1])
+        assert names == ["cats", "dogs"]
+        assert greys(dataset, names) == EXPECTED
+
+
+def cache(folder, vae, dataset, names=("dark", "light"), processes=1, shard_size=4, **options):
+    """A complete cache, its shards written by each of some processes in turn."""
+    reader = ImageReader(dataset, list(names), 32)
+    fingerprint = cache_fingerprint(vae, dataset, "memory", classes=names)
+    for rank in reversed(range(processes)):
+        count = cache_latents(vae, reader, folder, fingerprint, rank, processes, shard_size=shard_size, **options)
+    return index_latents(folder, fingerprint, list(names), count)
+
+
+def test_cache_holds_the_posteriors_whatever_the_number_of_processes(workspace, tmp_path):
+    vae, dataset = tiny_vae(), load_image_dataset(str(workspace / "data"))
+    indices = [cache(tmp_path / str(count), vae, dataset, processes=count) for count in (1, 3)]
+    assert indices[0] == indices[1]  # checksums too
+    assert [shard["count"] for shard in indices[0]["shards"]] == [4] * 5
+    assert verify_latents(tmp_path / "3") == indices[1]
+    latents = CachedLatents(tmp_path / "3")
+    images = stack_images(dataset, 32)
+    flipped = torch.tensor([True, False])
+    read = latents.read(torch.tensor([5, 19]), flipped)
+    for row, view in enumerate((images[5].flip(-1), images[19])):
+        with torch.no_grad():
+            posterior = vae.encode(to_unit_range(view[None])).latent_dist
+        torch.testing.assert_close(read["mean"][row], posterior.mean[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(read["std"][row], posterior.std[0], rtol=0, atol=1e-5)
+    assert read["label"].tolist() == [1, 1]
+    assert latents.labels.tolist() == dataset["label"]
+
+
+def test_statistics_make_unit_latents(workspace, tmp_path):
+    vae = tiny_vae()
+    cache(tmp_path, vae, load_image_dataset(str(workspace / "data")))
+    latents = CachedLatents(tmp_path)
+    everything = torch.arange(len(latents.labels))
+    read = latents.read(everything, torch.zeros(len(everything), dtype=torch.bool))
+    samples = read["mean"] + read["std"] * torch.randn(50, *read["std"].shape)
+    normal = normalise_latents(samples.flatten(0, 1), *latents.statistics)
+    torch.testing.assert_close(normal.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=0.02)
+    torch.testing.assert_close(normal.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=0.02)
+
+
+def test_cache_follows_vae_and_data_and_keeps_what_is_there(workspace, tmp_path):
+    vae, dataset = tiny_vae(), load_image_dataset(str(workspace / "data"))
+    first = cache(tmp_path, vae, dataset)
+    shard = tmp_path / "shard-00002.safetensors"
+    written = shard.stat().st_mtime_ns
+    (tmp_path / "shard-00001.safetensors").unlink()
+    assert cache(tmp_path, vae, dataset) == first
+    assert shard.stat().st_mtime_ns == written
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(3)
+    assert cache(tmp_path, vae, dataset)["latents_std"] != first["latents_std"]
+    fewer = cache(tmp_path, vae, dataset.select(range(5)))
+    assert fewer["count"] == 5
+    assert len(list(tmp_path.glob("shard-*"))) == 2
+
+
+def test_damage_is_found(workspace, tmp_path):
+    cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
+    shard = tmp_path / "shard-00001.safetensors"
+    tensors = load_file(shard)
+    tensors["mean"][0, 0, 0, 0] += 1
+    save_file(tensors, shard)
+    with pytest.raises(ValueError, match="shard-00001.*not what was written"):
+        verify_latents(tmp_path)
+    shard.unlink()
+    with pytest.raises(ValueError, match="shard-00001.*missing"):
+        CachedLatents(tmp_path)
+    with pytest.raises(ValueError, match="no cache of latents"):
+        CachedLatents(tmp_path / "other")
+
+
+def damaged(workspace, count):
+    """The workspace's images, some of them cut short."""
+    rows = load_image_dataset(str(workspace / "data")).cast_column("image", stored()).to_list()
+    for row in rows[:count]:
+        row["image"]["bytes"] = row["image"]["bytes"][:100]
+    features = load_image_dataset(str(workspace / "data")).features
+    return Dataset.from_list(rows, features=features)
+
+
+def stored():
+    from datasets import Image
+
+    return Image(decode=False)
+
+
+def test_damaged_images_are_left_out_and_named(workspace, tmp_path, caplog):
+    index = cache(tmp_path, tiny_vae(), damaged(workspace, 2))
+    assert index["count"] == 18
+    assert [line.split(" (")[0] for line in index["unreadable"]] == ["image 0", "image 1"]
+    assert len(CachedLatents(tmp_path).labels) == 18
+    with pytest.raises(ValueError, match="3 of 20 images can't be read, such as image 0"):
+        cache(tmp_path / "more", tiny_vae(), damaged(workspace, 3))
+
+
+def test_latents_as_images_are_drawn(workspace, caplog):
+    vae, dataset = tiny_vae(), damaged(workspace, 1)
+    vae.register_to_config(scaling_factor=0.5, shift_factor=0.1)
+    latents = EncodedImages(vae, ImageReader(dataset, ["dark", "light"], 32))
+    assert latents.statistics == ([0.1], [2.0])
+    read = latents.read(torch.tensor([0, 4]), torch.tensor([False, True]))  # 0 is damaged; 1 takes its place
+    assert read["label"].tolist() == [1, 0]
+    image = stack_images(load_image_dataset(str(workspace / "data")), 32)[4]
+    with torch.no_grad():
+        posterior = vae.encode(to_unit_range(image.flip(-1)[None])).latent_dist
+    torch.testing.assert_close(read["mean"][1], posterior.mean[0], rtol=0, atol=1e-5)
+    stream = load_image_dataset(str(workspace / "data"), streaming=True)
+    with pytest.raises(ValueError, match="--no-cache_latents"):
+        EncodedImages(vae, ImageReader(stream, ["dark", "light"], 32))
+
+
+def test_precompute_with_two_processes_goes_on_after_a_kill(workspace, tmp_path):
+    def command(output_dir):
+        return [PRECOMPUTE, "--dataset_name", workspace / "data", "--vae", workspace / "vae", "--resolution", "32",
+                "--shard_size", "3", "--output_dir", output_dir]  # fmt: skip
+
+    kill_after([sys.executable, *command(tmp_path / "a")], tmp_path / "a" / "shard-00001.safetensors")
+    (tmp_path / "a" / "shard-00000.safetensors").touch()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*launch, *command(tmp_path / "a"), "--streaming"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "20 images, 7 shards, verified" in result.stdout
+    assert not list((tmp_path / "a").glob("partial-*"))
+    config = json.loads((tmp_path / "a" / "vae" / "config.json").read_text())
+    assert config["latents_mean"] == json.loads((tmp_path / "a" / "index.json").read_text())["latents_mean"]
+
+
+def test_centre_crop_takes_the_middle():
+    pixels = np.zeros((40, 100, 3), dtype=np.uint8)
+    pixels[:, 30:70] = 255
+    crop = np.asarray(center_crop(PILImage.fromarray(pixels), 20))
+    assert crop.shape == (20, 20, 3)
+    assert crop.min() == 255
+
+
+def test_transparency_becomes_white():
+    image = PILImage.new("RGBA", (16, 16), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (4, 4, 12, 12))
+    for mode in ("RGBA", "P"):
+        crop = np.asarray(center_crop(image.convert(mode), 16))
+        assert crop[0, 0].tolist() == [255, 255, 255]
+        assert crop[8, 8].tolist() == [0, 0, 255]
+
+
+def test_bad_data_is_named(workspace, tmp_path):
+    with pytest.raises(ValueError, match="empty"):
+        load_image_dataset(str(tmp_path))
+    with pytest.raises(ValueError, match="validation"):
+        load_image_dataset(str(workspace / "data"), "validation")
+    dataset = load_image_dataset(str(workspace / "data"))
+    with pytest.raises(ValueError, match="'photo'.*image, label.*--image_column"):
+        stack_images(dataset, 32, "photo")
+    with pytest.raises(ValueError, match="'class'.*image, label.*--label_column"):
+        label_names(dataset, "class")
+    with pytest.raises(ValueError, match="a class's id, from 0, or its name"):
+        label_names(dataset, "image")
+    with pytest.raises(ValueError, match="no folder"):
+        load_image_dataset(train_data_dir=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="either --dataset_name or --train_data_dir"):
+        load_image_dataset()
+
+
+def test_labels_of_every_kind():
+    def dataset(*labels):
+        return Dataset.from_dict({"label": list(labels)})
+
+    assert label_names(dataset(2, 0)) == ["0", "1", "2"]
+    assert label_names(dataset("b", "a", "b")) == ["a", "b"]
+    for labels, message in (((0, 0), "one class"), ((0.5, 1.0), "0.5"), ((-1, 1), "-1")):
+        with pytest.raises(ValueError, match=message):
+            label_names(dataset(*labels))
+
+
+def test_labels_out_of_range_are_named(workspace):
+    reader = ImageReader(load_image_dataset(str(workspace / "data")), ["dark"], 32)
+    with pytest.raises(ValueError, match="Image 7 has the label 1; the classes are 0 to 0"):
+        reader.label_id(1, 7)

@@ -1,0 +1,118 @@
+"""Fine-tuning: given weights, other classes, frozen parts, a rate for each layer, low-rank adapters."""
+
+import subprocess
+
+import pytest
+import torch
+from conftest import tiny_inputs, tiny_transformer, tiny_vae
+from safetensors.torch import load_file
+from testing_utils.training_runs import run, train_command
+
+from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.training.finetuning import freeze, match_names, parameter_groups, remap_classes
+
+
+def test_training_starts_from_given_weights(workspace, tmp_path):
+    run(train_command(workspace, tmp_path / "first", max_train_steps=1))
+    start = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "first" / "pipeline"}
+    command = train_command(workspace, tmp_path / "second", **start, learning_rate=0, max_train_steps=1)
+    run([*command, "--balance_classes"])
+    file = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    given, kept = load_file(tmp_path / "first" / file), load_file(tmp_path / "second" / file)
+    assert all(torch.equal(given[key], kept[key]) for key in given)
+
+
+def test_other_classes_keep_the_rows_of_equal_names(workspace, tmp_path):
+    names = {0: "night, dark", 1: "dusk", 2: "Light"}
+    pipe = DiTClassCondPipeline(
+        tiny_transformer(num_classes=3, learn_sigma=False), make_scheduler("flow_euler"), tiny_vae(), names
+    )
+    pipe.save_pretrained(tmp_path / "pretrained")
+    start = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "pretrained"}
+    run(train_command(workspace, tmp_path / "run", **start, learning_rate=0, max_train_steps=1))
+    old = pipe.transformer.class_embed.weight
+    new = DiTClassCondPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.class_embed.weight
+    assert torch.equal(new, old[[0, 2, 3]])  # dark, light, null
+    assert match_names(["dark", "noon"], names) == [0, None]
+    remap_classes(pipe.transformer, [None, 1], 0.0)
+    torch.testing.assert_close(pipe.transformer.class_embed.weight, torch.stack([old[:3].mean(0), old[1]]))
+    assert (pipe.transformer.config.num_classes, pipe.transformer.config.class_dropout_prob) == (2, 0.0)
+    command = train_command(workspace, tmp_path / "other", **start, objective="epsilon")
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "learn_sigma=False, where" in result.stderr
+
+
+def test_adapters_are_trained_saved_and_loaded(workspace, tmp_path):
+    names = {0: "dark", 1: "light"}
+    transformer = tiny_transformer(num_classes=2, learn_sigma=False)
+    DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae(), names).save_pretrained(
+        tmp_path / "base"
+    )
+    start = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "base"}
+    flags = {"max_train_steps": 3, "lora_rank": 3, "lora_alpha": 9, "learning_rate": 0.01}
+    run(train_command(workspace, tmp_path / "run", **start, **flags))
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "base")
+    inputs = tiny_inputs() | {"class_labels": torch.tensor([0, 1, 2])}
+
+    def output():
+        with torch.no_grad():
+            return pipe.transformer(**inputs).sample
+
+    before = output()
+    pipe.load_lora_weights(tmp_path / "run", adapter_name="style")
+    config = pipe.transformer.peft_config["style"]
+    assert (config.r, config.lora_alpha) == (3, 9)
+    assert "class_embed" in config.target_modules
+    adapted = output()
+    assert (adapted - before).abs().max() > 1e-4
+    pipe.load_lora_weights(tmp_path / "run", adapter_name="again")
+    pipe.set_adapters(["style", "again"], [0.25, 0.75])
+    torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
+    pipe.delete_adapters("again")
+    pipe.set_adapters("style")
+    assert torch.equal(output(), adapted)
+    pipe.unload_lora_weights()
+    assert torch.equal(output(), before)
+    pipe.load_lora_weights(tmp_path / "run")
+    pipe.fuse_lora()
+    torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
+    result = subprocess.run(train_command(workspace, tmp_path / "bad", lora_rank=3), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "--pretrained_model_name_or_path" in result.stderr
+
+
+def test_frozen_parts_keep_their_weights(workspace, tmp_path):
+    names = {0: "dark", 1: "light"}
+    transformer = tiny_transformer(num_classes=2, learn_sigma=False)
+    DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae(), names).save_pretrained(
+        tmp_path / "base"
+    )
+    start = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "base"}
+    command = train_command(workspace, tmp_path / "run", **start, max_train_steps=2, layer_decay=0.5)
+    run([*command, "--freeze", "transformer_blocks.0", "time_embed"])
+    trained = load_file(tmp_path / "run" / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+    for name, weight in transformer.state_dict().items():
+        if name.startswith(("transformer_blocks.0.", "time_embed.")):
+            assert torch.equal(trained[name], weight), name
+    assert not torch.equal(trained["proj_out.weight"], transformer.proj_out.weight)
+
+
+def test_bad_prefixes_are_named(transformer):
+    with pytest.raises(ValueError, match="--freeze transformer_block fits no parameter.*transformer_blocks"):
+        freeze(transformer, ["transformer_block"])
+    with pytest.raises(ValueError, match="nothing to train"):
+        freeze(transformer, [name for name, part in transformer.named_children() if list(part.parameters())])
+
+
+def test_learning_rate_falls_with_the_distance_from_the_head(transformer):
+    groups = parameter_groups(transformer, 1.0, layer_decay=0.5)
+    assert [group["lr"] for group in groups] == [0.125, 0.25, 0.5, 1.0]  # embedders, two blocks, head
+    counted = sum(parameter.numel() for group in groups for parameter in group["params"])
+    assert counted == sum(parameter.numel() for parameter in transformer.parameters())
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert rates[id(transformer.class_embed.weight)] == 0.125
+    assert rates[id(transformer.transformer_blocks[1].attn.to_q.weight)] == 0.5
+    assert rates[id(transformer.proj_out.bias)] == 1.0

@@ -1,0 +1,130 @@
+"""Parts of training by themselves: averages of the weights, alignment of representations, publishing in the background."""
+
+import os
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny_inputs, tiny_transformer
+from safetensors.torch import load_file
+from testing_utils.hub_server import HubServer
+from testing_utils.training_runs import run, train_command
+from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
+
+from dit_hf import DiTClassCondPipeline
+from dit_hf.training.alignment import AlignmentHead, load_encoder
+from dit_hf.training.ema import PowerAverages, average_after_training, profile_exponent
+
+
+def profile_average(values, sigma_rel):
+    """Mean of the values weighted by t to the power of gamma, in numbers rather than as a recursion."""
+    times = torch.arange(1, len(values) + 1, dtype=torch.float64)
+    weights = times ** profile_exponent(sigma_rel)
+    return (weights * torch.tensor(values, dtype=torch.float64)).sum() / weights.sum()
+
+
+def test_profiles_have_the_width_they_are_named_after():
+    for sigma_rel in (0.05, 0.1, 0.2, 0.28):
+        gamma = profile_exponent(sigma_rel)
+        times = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+        weights = times**gamma / (times**gamma).sum()
+        mean = (weights * times).sum()
+        assert ((weights * (times - mean) ** 2).sum().sqrt() - sigma_rel).abs() < 1e-6
+    with pytest.raises(ValueError, match=r"sigma_rel is 0.3; it must be above 0 and below 0.2887"):
+        profile_exponent(0.3)
+
+
+def test_any_average_is_found_when_training_is_over(tmp_path):
+    values = [float(torch.sin(torch.tensor(step / 40.0))) + step / 200 for step in range(400)]
+    weight = torch.nn.Parameter(torch.zeros(1))
+    averages = PowerAverages([weight])
+    for step, value in enumerate(values, start=1):
+        with torch.no_grad():
+            weight.fill_(value)
+        averages.step([weight])
+        if step % 25 == 0:
+            averages.save_snapshot(tmp_path, ["w"])
+    for sigma_rel in (0.05, 0.1):
+        torch.testing.assert_close(
+            averages.averages[sigma_rel][0].double().squeeze(), profile_average(values, sigma_rel), rtol=0, atol=5e-3
+        )
+    for sigma_rel in (0.06, 0.08, 0.15, 0.2):
+        found = average_after_training(tmp_path, sigma_rel)["w"].double().squeeze()
+        torch.testing.assert_close(found, profile_average(values, sigma_rel), rtol=0, atol=0.02)
+    early = average_after_training(tmp_path, 0.1, step=200)["w"].double().squeeze()
+    torch.testing.assert_close(early, profile_average(values[:200], 0.1), rtol=0, atol=5e-3)
+    with pytest.raises(ValueError, match="--ema_profiles"):
+        average_after_training(tmp_path / "nothing", 0.1)
+
+
+def test_a_run_with_profiles_gives_other_averages(workspace, tmp_path):
+    flags = {"ema_profiles": "", "max_train_steps": 4, "checkpointing_steps": 1, "report_to": "tensorboard"}
+    run(train_command(workspace, tmp_path / "run", **flags, lr_warmup_steps=0))
+    assert list((tmp_path / "run" / "logs").rglob("events.out*"))
+    script = ROOT / "examples" / "train_class_cond" / "choose_ema.py"
+    run([sys.executable, script, "--run", tmp_path / "run", "--sigma_rel", "0.1", "--output_dir", tmp_path / "ema"])
+    chosen = DiTClassCondPipeline.from_pretrained(tmp_path / "ema").transformer.state_dict()
+    snapshot = load_file(tmp_path / "run" / "ema" / "ema-4-0.10.safetensors")
+    for name, weight in chosen.items():
+        torch.testing.assert_close(weight, snapshot[name].float(), rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    """A tiny DINOv2 with random weights, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("dino")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+def test_encoders_say_where_in_the_image_a_feature_is(dino, tmp_path):
+    image = torch.full((1, 3, 64, 64), -1.0)
+    changed = image.clone()
+    changed[..., 48:, :16] = 1.0  # bottom left
+    for name, shape in (("efficientnet-lite0", (1, 1280, 4, 4)), (str(dino), (1, 24, 4, 4))):
+        encoder = load_encoder(name)
+        features, others = encoder(image), encoder(changed)
+        assert features.shape == shape
+        difference = (others - features).square().sum(dim=1)[0]
+        row, column = divmod(difference.argmax().item(), 4)
+        assert row >= 2 and column <= 1, name
+    with pytest.raises(ValueError, match="is neither 'efficientnet-lite0' nor a vision model"):
+        load_encoder(str(tmp_path))
+
+
+def test_alignment_teaches_a_block_the_features():
+    transformer = tiny_transformer().train()
+    torch.manual_seed(0)
+    head = AlignmentHead(transformer, 1, 6)
+    features = torch.randn(3, 6, 4, 4)
+    optimizer = torch.optim.Adam([*transformer.parameters(), *head.parameters()], lr=1e-3)
+    found = []
+    for _ in range(60):
+        transformer(**tiny_inputs(), return_dict=False)
+        loss = head(features)
+        assert loss.shape == (3,)
+        found.append(loss.mean().item())
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    assert found[0] == pytest.approx(1, abs=0.3)
+    assert found[-1] < 0.5 * found[0]
+    touched = {
+        name.split(".")[1] for name, p in transformer.named_parameters() if "blocks" in name and p.grad is not None
+    }
+    assert touched == {"0"}  # later blocks learn nothing from it
+    with pytest.raises(ValueError, match="depth is 3; the transformer has blocks 1 to 2"):
+        AlignmentHead(transformer, 3, 6)
+
+
+def test_samples_are_published_while_training_goes_on(workspace, tmp_path):
+    with HubServer() as hub:
+        environment = hub.environment(tmp_path / "home")
+        flags = {"max_train_steps": 2, "validation_steps": 1, "hub_model_id": "user/watched", "push_to_hub": ""}
+        run(train_command(workspace, tmp_path / "run", **flags), env=os.environ | environment)
+        files = hub.files("user/watched")
+        assert {"samples/step-000001.png", "samples.png", "loss.png", "model_index.json"} <= files.keys()
+        assert "(loss.png)" in files["README.md"].decode()

@@ -1,0 +1,57 @@
+"""Training runs on small data, as commands."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+from conftest import ROOT
+
+
+TRAIN_DIT = ROOT / "examples" / "train_class_cond" / "train_dit.py"
+
+
+def train_command(workspace, output_dir, **flags):
+    flags = {
+        "dataset_name": workspace / "data",
+        "vae": workspace / "vae",
+        "transformer_config": workspace / "config.json",
+        "output_dir": output_dir,
+        "resolution": 32,
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "lr_warmup_steps": 2,
+        "checkpointing_steps": 2,
+        "validation_steps": 6,
+        "validation_images_per_class": 2,
+        "validation_inference_steps": 2,
+    } | flags
+    given = {name: value for name, value in flags.items() if value is not None}
+    parts = (str(part) for name, value in given.items() for part in (f"--{name}", value))
+    return [sys.executable, TRAIN_DIT, *(part for part in parts if part)]  # a flag without value is given as ""
+
+
+def run(command, **options):
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options)
+
+
+def read_log(output_dir):
+    return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
+
+
+def losses(output_dir):
+    return torch.tensor([line["loss"] for line in read_log(output_dir)], dtype=torch.float64)
+
+
+def kill_after(command, path, env=None):
+    """Starts a run and kills it, and the processes it started, as soon as a file or folder exists."""
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    process = subprocess.Popen(command, env=env, **options)
+    while not path.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.0005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
