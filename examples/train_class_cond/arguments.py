@@ -92,7 +92,7 @@ def parse_args(description):
     train.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradient clipping.")
     train.add_argument("--ema_decay", type=float, default=0.999, help="Decay of the averaged weights.")
     train.add_argument("--ema_profiles", action="store_true", help="Keep what choose_ema.py needs, in OUTPUT_DIR/ema.")
-    train.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="accelerate's.")
+    train.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="accelerate's own if not given.")
     train.add_argument("--seed", type=int, default=0, help="Seed of weights, order and draws.")
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", type=Path, required=True, help="Cache, checkpoints, samples, final pipeline.")

@@ -72,7 +72,7 @@ class Trainer:
         self.head = None
         if args.proj_coeff:
             if self.latents.feature_dim is None:
-                raise ValueError(f"{args.latents_dir} holds no features; precompute it with --alignment_encoder.")
+                raise ValueError(f"{args.latents_dir} holds no features; precompute it with --features.")
             self.head = AlignmentHead(transformer, args.alignment_depth, self.latents.feature_dim)
             self.head.to(accelerator.device)
         optimizer = build_optimizer(args, transformer, self.head)
@@ -342,6 +342,7 @@ def main():
     accelerator = start_accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir / "logs"
     )
+    args.mixed_precision = accelerator.mixed_precision
     check_batch(args, accelerator.num_processes)
     if accelerator.is_main_process:
         print(json.dumps(vars(args), indent=2, default=str))

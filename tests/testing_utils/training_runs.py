@@ -2,12 +2,15 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT
 
 
@@ -36,6 +39,18 @@ def train_command(workspace, output_dir, **flags):
 
 def run(command, **options):
     return subprocess.run(command, check=True, capture_output=True, text=True, **options)
+
+
+def refused(command, monkeypatch, capsys):
+    """The error of a script that ends with exit code 2, run in this process."""
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command[1:]])
+    monkeypatch.syspath_prepend(str(TRAIN_DIT.parent))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(command[1]), run_name="__main__")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2, error
+    return error
 
 
 def read_log(output_dir):

@@ -74,7 +74,7 @@ def load_encoder(name: str) -> nn.Module:
         return EfficientNetEncoder()
     try:
         return TransformersEncoder(name)
-    except (OSError, AttributeError, TypeError) as error:
+    except (OSError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{name!r} is neither {EFFICIENTNET!r} nor a vision model of transformers: {error}"
         ) from error

@@ -1,0 +1,117 @@
+"""What `train_dit.py` reads and what it refuses, before the first step."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FIXTURES, tiny_vae
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from testing_utils.training_runs import losses, read_log, refused, run, train_command
+
+from dit_hf import DiTClassCondPipeline
+from dit_hf.data.images import load_image_dataset
+
+
+def class_folders(workspace, folder):
+    """The workspace's images as one folder a class."""
+    for index, row in enumerate(load_image_dataset(str(workspace / "data"))):
+        path = folder / ("dark", "light")[row["label"]] / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row["image"].save(path)
+    return folder
+
+
+def test_a_streamed_folder_and_precomputed_latents_train_alike(workspace, tmp_path):
+    folder = class_folders(workspace, tmp_path / "images")
+    (folder / "dark" / "broken.png").write_bytes(b"not a picture")
+    flags = {"dataset_name": None, "train_data_dir": folder, "streaming": "", "max_train_steps": 2}
+    result = run(train_command(workspace, tmp_path / "streamed", **flags))
+    assert "1 of 21 images can't be read" in result.stderr
+    assert "broken.png" in result.stderr
+    flags = {"dataset_name": None, "latents_dir": tmp_path / "streamed" / "latents", "max_train_steps": 2}
+    run(train_command(workspace, tmp_path / "cached", **flags))
+    assert torch.equal(losses(tmp_path / "streamed"), losses(tmp_path / "cached"))
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "cached" / "pipeline")
+    assert pipe.labels == {"dark": 0, "light": 1}
+
+
+def test_latents_need_no_cache_and_the_distance_is_logged(workspace, tmp_path):
+    flags = {"no-cache_latents": "", "max_train_steps": 2, "validation_split": "test", "validation_steps": 1}
+    run(train_command(workspace, tmp_path, **flags))
+    assert not (tmp_path / "latents").exists()
+    lines = read_log(tmp_path)
+    assert all(line["fd"] > 0 for line in lines)
+    card = (tmp_path / "pipeline" / "README.md").read_text()
+    assert f"| {round(lines[-1]['fd'], 1)} |" in card
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe.vae.config.latents_mean is None  # its own scale is what was trained with
+
+
+def one_class(workspace, folder):
+    features = Features({"image": Image(), "label": ClassLabel(names=["only"])})
+    rows = [{"image": PILImage.new("RGB", (32, 32)), "label": 0}] * 4
+    folder.mkdir()
+    Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"dataset_name": None}, "either --dataset_name or --train_data_dir"),
+        ({"dataset_name": None, "train_data_dir": "{tmp}/none"}, "no folder '{tmp}/none'"),
+        ({"dataset_name": None, "train_data_dir": "{tmp}/empty"}, "'{tmp}/empty' is empty"),
+        ({"dataset_name": None, "train_data_dir": "{tmp}/broken"}, "2 of 2 images can't be read"),
+        ({"dataset_name": "{tmp}/one"}, "one class"),
+        ({"image_column": "photo"}, "no column 'photo'; the dataset has image, label"),
+        ({"label_column": "class"}, "no column 'class'; the dataset has image, label"),
+        ({"label_column": "image"}, "a class's id, from 0, or its name"),
+        ({"split": "validation"}, "split 'validation'"),
+        ({"resolution": 30}, "--resolution 30 is not divisible by 4"),
+        ({"resolution": 36}, "`sample_size` 9 is not divisible by `patch_size` 2"),
+        ({"vae": "{tmp}/none"}, "{tmp}/none"),
+        ({"transformer_config": None, "pretrained_model_name_or_path": "{tmp}/vae"}, "{tmp}/vae"),
+        ({"dataset_name": None, "latents_dir": "{tmp}/none"}, "no cache of latents"),
+        ({"latents_dir": "{tmp}/none"}, "leave out --dataset_name"),
+        ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents"}, "holds latents (4, 16, 16)"),
+        ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "resolution": 64, "proj_coeff": 0.5},
+         "precompute it with --features"),
+        ({"proj_coeff": 0.5, "alignment_depth": 9}, "blocks 1 to 2"),
+        ({"train_batch_size": 64}, "A batch of 64 can't be drawn from 20 samples"),
+        ({"validation_split": "nothing"}, "split 'nothing'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_before_the_first_step(workspace, tmp_path, flags, message, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken" / "a").mkdir(parents=True)
+    (tmp_path / "broken" / "a" / "x.png").write_bytes(b"not a picture")
+    (tmp_path / "broken" / "b").mkdir()
+    shutil.copyfile(tmp_path / "broken" / "a" / "x.png", tmp_path / "broken" / "b" / "y.png")
+    one_class(workspace, tmp_path / "one")
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    given = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in flags.items()}
+    error = refused(train_command(workspace, tmp_path / "run", **given), monkeypatch, capsys)
+    assert message.format(tmp=tmp_path) in error
+    assert "error: " in error
+    assert not (tmp_path / "run" / "train_log.jsonl").exists()
+
+
+def test_labels_that_are_no_class_are_named(workspace, tmp_path, monkeypatch, capsys):
+    rows = [{"image": PILImage.new("RGB", (32, 32)), "label": label} for label in (0, 1, -1, 0, 1)]
+    features = Features({"image": Image(), "label": ClassLabel(names=["dark", "light"])})
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    command = train_command(workspace, tmp_path / "run", dataset_name=tmp_path / "data")
+    assert "Image 2 has the label -1; the classes are 0 to 1" in refused(command, monkeypatch, capsys)
+
+
+def test_a_checkpoint_of_another_model_is_refused(workspace, tmp_path, monkeypatch, capsys):
+    run(train_command(workspace, tmp_path / "run", max_train_steps=2))
+    config = json.loads((workspace / "config.json").read_text()) | {"num_layers": 3}
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    command = train_command(workspace, tmp_path / "run", transformer_config=tmp_path / "other.json")
+    error = refused(command, monkeypatch, capsys)
+    assert "holds a run with other settings" in error
+    assert "'num_layers': 2" in error
