@@ -101,8 +101,8 @@ def rasterise(icon, defaults, resolution):
     return canvas.resize((resolution, resolution), PILImage.Resampling.LANCZOS)
 
 
-def rows_of_set(icons_dir, icon_set, classes, resolution):
-    """Yields one row a glyph; names without any known class and blank icons are left out."""
+def rows_of_set(icons_dir, icon_set, classes, resolution, one_class=None):
+    """Yields one row a glyph, of its own class or of one for all; without a class and blank ones are left out."""
     icons = json.loads((icons_dir / icon_set / "icons.json").read_text())
     own = own_classes(icons_dir, icon_set)
     for name, icon in tqdm(sorted(icons["icons"].items()), desc=icon_set):
@@ -110,6 +110,7 @@ def rows_of_set(icons_dir, icon_set, classes, resolution):
             continue
         # Without its prefix "flag-for-turkey" would be looked up as the bird.
         label = "flags" if own.get(name) == "flags" else classes.get(glyph_key(name)) or own.get(name)
+        label = one_class or label
         if label is None:
             continue
         image = rasterise(icon, icons, resolution)
@@ -147,10 +148,13 @@ def parse_args():
     )
     parser.add_argument("--icons_dir", type=Path, required=True, help="Folder that holds the @iconify-json packages.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Where train.parquet and test.parquet go.")
+    parser.add_argument("--icon_sets", nargs="+", default=ICON_SETS, help="Packages to take icons from.")
+    parser.add_argument("--one_class", help="Give all icons this class, whatever they show.")
     parser.add_argument("--resolution", type=int, default=64, help="Pixels a side.")
     parser.add_argument("--held_out", type=float, default=0.1, help="Share of glyph names kept for evaluation.")
     args = parser.parse_args()
-    missing = [name for name in ICON_SETS if not (args.icons_dir / name / "icons.json").exists()]
+    needed = (*args.icon_sets, *(() if args.one_class else REFERENCE_SETS))
+    missing = [name for name in needed if not (args.icons_dir / name / "icons.json").exists()]
     if missing:
         parser.error(
             f"--icons_dir {args.icons_dir} lacks {', '.join(missing)}; the npm command is at the top of this file"
@@ -160,11 +164,13 @@ def parse_args():
 
 def main():
     args = parse_args()
+    names = [args.one_class] if args.one_class else list(CLASSES)
     features = Features(
-        {"image": Image(), "label": ClassLabel(names=list(CLASSES)), "name": Value("string"), "set": Value("string")}
+        {"image": Image(), "label": ClassLabel(names=names), "name": Value("string"), "set": Value("string")}
     )
-    classes = class_table(args.icons_dir)
-    rows = [row for name in ICON_SETS for row in rows_of_set(args.icons_dir, name, classes, args.resolution)]
+    classes = {} if args.one_class else class_table(args.icons_dir)
+    options = (classes, args.resolution, args.one_class)
+    rows = [row for name in args.icon_sets for row in rows_of_set(args.icons_dir, name, *options)]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for split, chosen in zip(("train", "test"), split_rows(rows, args.held_out), strict=True):
         Dataset.from_list(chosen, features=features).to_parquet(args.output_dir / f"{split}.parquet")

@@ -116,6 +116,8 @@ def parse_args(description):
     args = parser.parse_args()
     if args.hub_model_id is None:
         args.hub_model_id = args.output_dir.resolve().name
+    if args.vae is None and args.pretrained_model_name_or_path is None:
+        parser.error("--vae says what encodes the images; only a pretrained pipeline brings its own")
     if args.validation_split and args.latents_dir:
         parser.error("--validation_split needs the images, which --latents_dir leaves out")
     return args

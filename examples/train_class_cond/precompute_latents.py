@@ -12,8 +12,7 @@ import argparse
 from pathlib import Path
 
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
-from preparation import add_data_arguments, find_data, make_cache
+from preparation import add_data_arguments, find_data, load_vae, make_cache
 
 from dit_hf.command_line import run
 from dit_hf.data.latents import verify_latents
@@ -29,13 +28,16 @@ def parse_args():
     parser.add_argument("--output_dir", type=Path, required=True, help="The cache, and the VAE with its statistics.")
     parser.add_argument("--features", action="store_true", help="Cache the alignment encoder's features as well.")
     parser.set_defaults(latents_dir=None)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.vae is None:
+        parser.error("--vae says what encodes the images")
+    return args
 
 
 def main():
     args = parse_args()
     accelerator = Accelerator()
-    vae = AutoencoderKL.from_pretrained(args.vae).to(accelerator.device).eval().requires_grad_(False)
+    vae = load_vae(args, accelerator.device)
     data = find_data(args)
     encoder = load_encoder(args.alignment_encoder).to(accelerator.device) if args.features else None
     if accelerator.is_main_process:

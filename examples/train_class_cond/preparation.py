@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 
 from dit_hf import DiTTransformer2DModel
 from dit_hf.data.images import label_names, load_image_dataset, stack_images
@@ -16,6 +17,7 @@ from dit_hf.data.latents import (
     cache_latents,
     index_latents,
     read_index,
+    vae_statistics,
 )
 from dit_hf.training.finetuning import freeze, load_for_classes
 from dit_hf.training.lora import add_lora
@@ -38,6 +40,15 @@ def find_data(args):
     dataset = load_image_dataset(args.dataset_name, args.split, args.train_data_dir, args.streaming)
     names = label_names(dataset, args.label_column)
     return Data(names, ImageReader(dataset, names, args.resolution, args.image_column, args.label_column))
+
+
+def load_vae(args, device):
+    """The VAE, frozen; that of the pretrained pipeline if no other is given."""
+    if args.vae is None:
+        vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", dtype=torch.float32)
+    else:
+        vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32)
+    return vae.to(device).eval().requires_grad_(False)
 
 
 def latent_size(vae, resolution):
@@ -93,6 +104,9 @@ def open_latents(args, accelerator, vae, data, encoder):
         raise ValueError(
             f"{folder} holds latents {latents.shape}; the VAE makes {(channels, size, size)} of the images."
         )
+    if args.pretrained_model_name_or_path:
+        latents.statistics = vae_statistics(vae)  # those that the weights were trained with
+        return latents
     # Raw posteriors are cached and these statistics normalise them, so the VAE's own scale must not count as well.
     mean, std = latents.statistics
     vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
@@ -139,7 +153,7 @@ def add_data_arguments(parser):
     data.add_argument("--image_column", default="image", help="Column with images.")
     data.add_argument("--label_column", default="label", help="Column with class ids or names.")
     data.add_argument("--resolution", type=int, default=64, help="Pixels a side.")
-    data.add_argument("--vae", required=True, help="Folder or Hub id of an AutoencoderKL.")
+    data.add_argument("--vae", help="Folder or Hub id of an AutoencoderKL; by default the pretrained pipeline's.")
     data.add_argument("--shard_size", type=int, default=2048, help="Images in one file of the cache of latents.")
     data.add_argument(
         "--alignment_encoder",

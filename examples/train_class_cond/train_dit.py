@@ -18,10 +18,9 @@ from copy import copy
 import torch
 from accelerate.utils import DistributedType, set_seed
 from arguments import MAY_CHANGE, RECIPE_ON_CARD, parse_args
-from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from huggingface_hub import EvalResult
-from preparation import build_transformer, find_data, open_latents, validation_images
+from preparation import build_transformer, find_data, load_vae, open_latents, validation_images
 from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
@@ -54,7 +53,7 @@ class Trainer:
     def __init__(self, args, accelerator):
         self.args, self.accelerator = args, accelerator
         set_seed(args.seed)
-        self.vae = AutoencoderKL.from_pretrained(args.vae).to(accelerator.device).eval().requires_grad_(False)
+        self.vae = load_vae(args, accelerator.device)
         data = find_data(args)
         self.names = data.names
         transformer = build_transformer(args, self.vae, data.names).to(accelerator.device).train()

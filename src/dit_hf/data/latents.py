@@ -299,11 +299,7 @@ class EncodedImages:
         )
         first = self.read(torch.tensor([0]), torch.tensor([False]))
         self.feature_dim = first["features"].shape[1] if encoder is not None else None
-        config = vae.config
-        if config.latents_mean is None:
-            self.statistics = [config.shift_factor or 0.0], [1 / config.scaling_factor]
-        else:
-            self.statistics = config.latents_mean, config.latents_std
+        self.statistics = vae_statistics(vae)
 
     def read(self, indices: torch.Tensor, flipped: torch.Tensor) -> dict[str, torch.Tensor]:
         """As [`CachedLatents.read`]; the next readable image takes the place of one that is not, and a line names it."""
@@ -350,6 +346,22 @@ def cache_fingerprint(vae, dataset, source: str | Path, **settings: Any) -> str:
     for tensor in (*vae.encoder.parameters(), *(vae.quant_conv.parameters() if vae.config.use_quant_conv else ())):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def vae_statistics(vae) -> tuple[list[float], list[float]]:
+    """
+    What a VAE's config normalises latents by.
+
+    Args:
+        vae (`AutoencoderKL`): The VAE.
+
+    Returns:
+        `tuple[list[float], list[float]]`: mean and standard deviation, a value a channel or one for all.
+    """
+    config = vae.config
+    if config.latents_mean is None:
+        return [config.shift_factor or 0.0], [1 / config.scaling_factor]
+    return config.latents_mean, config.latents_std
 
 
 def normalise_latents(latents: torch.Tensor, latents_mean: list[float], latents_std: list[float]) -> torch.Tensor:
