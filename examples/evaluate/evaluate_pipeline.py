@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.command_line import run
@@ -20,24 +19,7 @@ from dit_hf.data.images import load_image_dataset, stack_images
 from dit_hf.evaluation.features import EfficientNetLite0
 from dit_hf.evaluation.frechet import frechet_distance
 from dit_hf.evaluation.probe import class_agreement, extract_features, train_probe
-from dit_hf.seeds import seeded_generator
-
-
-def sample(pipe, labels, args):
-    """uint8 images, one a label; image i depends on (seed, i) alone."""
-    pipe.set_progress_bar_config(disable=True)
-    batches = []
-    for start in tqdm(range(0, len(labels), args.batch_size), desc="samples", mininterval=5):
-        chosen = labels[start : start + args.batch_size].tolist()
-        images = pipe(
-            chosen,
-            guidance_scale=args.guidance_scale,
-            num_inference_steps=args.num_inference_steps,
-            generator=[seeded_generator(args.seed, start + index) for index in range(len(chosen))],
-            output_type="pt",
-        ).images
-        batches.append((images * 255).round().to("cpu", torch.uint8))
-    return torch.cat(batches)
+from dit_hf.evaluation.samples import sample_images
 
 
 def distinct(images, others):
@@ -68,7 +50,15 @@ def evaluate(pipe, args):
     floor_images = real["train"][same_classes(asked, labels["train"], generator)]
 
     network = EfficientNetLite0(args.feature_resolution)
-    samples = sample(pipe, asked, args)
+    ids = torch.tensor(pipe.get_label_ids(splits["test"].features["label"].names))
+    samples = sample_images(
+        pipe,
+        ids[asked],
+        args.seed,
+        args.batch_size,
+        guidance_scale=args.guidance_scale,
+        num_inference_steps=args.num_inference_steps,
+    )
     probe = train_probe(extract_features(real["train"], network), labels["train"])
     return {
         "fd": frechet_distance(samples, held_out, network),
@@ -115,6 +105,7 @@ def main():
     load = DiTClassCondPipeline.from_pretrained if is_folder else DiTClassCondPipeline.from_bundled
     pipe = load(args.pipeline)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
     if args.scheduler:
         pipe.scheduler = make_scheduler(args.scheduler)
     result = json.dumps(evaluate(pipe, args), indent=2)

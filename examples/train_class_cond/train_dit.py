@@ -27,6 +27,7 @@ from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.command_line import run
 from dit_hf.evaluation.features import EfficientNetLite0
 from dit_hf.evaluation.frechet import frechet_distance
+from dit_hf.evaluation.samples import sample_images
 from dit_hf.hub import BackgroundUploads, CardFacts, publish_folder
 from dit_hf.training.alignment import AlignmentHead, load_encoder
 from dit_hf.training.batches import SeededBatches
@@ -44,7 +45,7 @@ from dit_hf.training.lora import save_lora
 from dit_hf.training.objectives import Objective, draw_batch
 from dit_hf.training.plan import training_plan
 from dit_hf.training.running import StopRequest, only_run, start_accelerator
-from dit_hf.training.validation import averaged_weights, plot_losses, sample_grid, sample_images
+from dit_hf.training.validation import averaged_weights, plot_losses, sample_grid
 
 
 class Trainer:

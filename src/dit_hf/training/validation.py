@@ -1,7 +1,4 @@
-"""Looking at a model while it is trained: sample grids, and the Fréchet distance to held-out images.
-
-Shapes: `N` images, `H W` pixels.
-"""
+"""Looking at a model while it is trained: averaged weights, sample grids, the curve of losses."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,29 +46,6 @@ def sample_grid(pipe, classes: list[int], columns: int, seed: int, **options):
     generators = [seeded_generator(seed, index) for index in range(len(classes) * columns)]
     images = pipe(classes, num_images_per_label=columns, generator=generators, **options).images
     return make_image_grid(images, rows=len(classes), cols=columns)
-
-
-def sample_images(pipe, labels: torch.Tensor, seed: int, batch_size: int = 48, **options) -> torch.Tensor:
-    """
-    One image a label; image i depends on (seed, i) alone.
-
-    Args:
-        pipe (`DiTClassCondPipeline`): The pipeline.
-        labels (`torch.Tensor` of shape `(N,)`, int64): Class ids.
-        seed (`int`): Of the noise.
-        batch_size (`int`, defaults to 48): Images drawn at once.
-        options: For the pipeline: `guidance_scale`, `num_inference_steps` …
-
-    Returns:
-        `torch.Tensor` of shape `(N, 3, H, W)`, uint8, on the CPU.
-    """
-    batches = []
-    for start in range(0, len(labels), batch_size):
-        chosen = labels[start : start + batch_size].tolist()
-        generators = [seeded_generator(seed, start + index) for index in range(len(chosen))]
-        images = pipe(chosen, generator=generators, output_type="pt", **options).images
-        batches.append((images * 255).round().to("cpu", torch.uint8))
-    return torch.cat(batches)
 
 
 def plot_losses(steps: list[int], losses: list[float], path: str | Path) -> None:

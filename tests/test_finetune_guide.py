@@ -1,0 +1,84 @@
+"""The commands of examples/finetune/README.md run as written, but for the data and the number of steps."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+
+from dit_hf import DiTClassCondPipeline
+
+
+GUIDE = (ROOT / "examples" / "finetune" / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL) for line in block.splitlines()]
+
+
+def write_dataset(folder, names, count):
+    """Random pictures of 64 pixels in the layout of prepare_emoji.py."""
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    for split in ("train", "test"):
+        pixels = generator.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+        rows = [{"image": PILImage.fromarray(image), "label": i % len(names)} for i, image in enumerate(pixels)]
+        Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder that looks like the checkout, with small data where the guide's would be."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("examples", "src"):
+        (folder / name).symlink_to(ROOT / name)
+    names = list(DiTClassCondPipeline.from_bundled("emoji64").labels)
+    write_dataset(folder / "outputs" / "openmoji64", names, 36)
+    write_dataset(folder / "outputs" / "coins", ["coins"], 6)
+    return folder
+
+
+def run_short(command, checkout):
+    """A command of the guide with few steps and images."""
+    short = {"max_train_steps": 2, "validation_steps": 2, "train_batch_size": 4, "num_images": 3}
+    for flag, value in short.items():
+        command = re.sub(rf"--{flag} \d+", f"--{flag} {value}", command)
+    if "prepare_new_class" in command:
+        command += " --prior_images_per_class 1 --num_inference_steps 2"
+    if "train_dit" in command:
+        command += " --validation_images 18 --validation_inference_steps 2 --validation_images_per_class 1"
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(command, shell=True, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def the_command(words):
+    (command,) = [line for line in COMMANDS if words in line]
+    return command
+
+
+def test_full_fine_tuning(checkout):
+    run_short(the_command("--output_dir outputs/openmoji-full"), checkout)
+    tuned = DiTClassCondPipeline.from_pretrained(checkout / "outputs" / "openmoji-full" / "pipeline")
+    given = DiTClassCondPipeline.from_bundled("emoji64")
+    assert tuned.labels == given.labels
+    assert tuned.vae.config.latents_mean == given.vae.config.latents_mean  # not those of the new images
+
+
+def test_adapters(checkout):
+    run_short(the_command("--output_dir outputs/openmoji-lora"), checkout)
+    snippet = re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL).group(1)
+    subprocess.run([sys.executable, "-c", snippet], cwd=checkout, check=True)
+    assert (checkout / "outputs" / "openmoji-animal.png").exists()
+
+
+def test_a_new_class(checkout):
+    run_short(the_command("prepare_new_class.py"), checkout)
+    run_short(the_command("--output_dir outputs/coins-model"), checkout)
+    pipe = DiTClassCondPipeline.from_pretrained(checkout / "outputs" / "coins-model" / "pipeline")
+    assert sorted(pipe.labels) == sorted([*DiTClassCondPipeline.from_bundled("emoji64").labels, "coins"])
