@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -73,31 +74,46 @@ def test_a_full_disk_leaves_the_last_checkpoint(workspace, tmp_path):
     assert_same_run(straight, filled)
 
 
-def test_sharded_weights_train_alike_and_save_an_ordinary_pipeline(workspace, tmp_path):
-    """FSDP2 on two CPU processes, killed and resumed, against DDP."""
-    fsdp = TWO_PROCESSES | {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "DiTBlock",
-        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    }
-    flags = {"max_train_steps": 4, "validation_steps": 4}
-    for name, environment in (("ddp", TWO_PROCESSES), ("fsdp", fsdp)):
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "DiTBlock",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "shards"),
+    [
+        (FSDP, "pytorch_model_fsdp_0"),
+        pytest.param(
+            DEEPSPEED,
+            "pytorch_model/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+            marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+        ),
+    ],
+    ids=["fsdp2", "zero2"],
+)
+def test_sharded_training_is_the_same_and_saves_an_ordinary_pipeline(workspace, tmp_path, environment, shards):
+    """FSDP2 or DeepSpeed on two CPU processes, killed and resumed, against DDP; with micro-batches."""
+    flags = {"max_train_steps": 4, "validation_steps": 4, "train_batch_size": 8, "gradient_accumulation_steps": 2}
+    for name, settings in (("ddp", TWO_PROCESSES), ("sharded", TWO_PROCESSES | environment)):
         command = [*TORCHRUN, *train_command(workspace, tmp_path / name, **flags)[1:]]
-        if name == "fsdp":
-            kill_after(command, tmp_path / name / "checkpoint-2", env=os.environ | environment)
+        if name == "sharded":
+            kill_after(command, tmp_path / name / "checkpoint-2", env=os.environ | settings)
             shutil.rmtree(tmp_path / name / "checkpoint-4", ignore_errors=True)
-        result = run(command, env=os.environ | environment)
+        result = run(command, env=os.environ | settings)
         assert "2 processes" in result.stdout
-    assert (tmp_path / "fsdp" / "checkpoint-4" / "pytorch_model_fsdp_0").is_dir()  # it was sharded indeed
-    torch.testing.assert_close(losses(tmp_path / "fsdp"), losses(tmp_path / "ddp"), rtol=1e-5, atol=1e-5)
-    weights, sharded = (load_file(tmp_path / name / WEIGHTS) for name in ("ddp", "fsdp"))
+    assert (tmp_path / "sharded" / "checkpoint-4" / shards).exists()  # it was sharded indeed
+    torch.testing.assert_close(losses(tmp_path / "sharded"), losses(tmp_path / "ddp"), rtol=1e-5, atol=1e-5)
+    weights, sharded = (load_file(tmp_path / name / WEIGHTS) for name in ("ddp", "sharded"))
     assert weights.keys() == sharded.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(sharded[name], weight, rtol=1e-4, atol=1e-5)
-    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "fsdp" / "pipeline")
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "sharded" / "pipeline")
     assert pipe("light", num_inference_steps=2).images[0].size == (32, 32)
 
 

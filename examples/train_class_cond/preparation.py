@@ -68,6 +68,10 @@ def build_transformer(args, vae, names):
         "class_dropout_prob": args.class_dropout_prob,
         "learn_sigma": args.objective == "epsilon",
     }
+    if args.pretrained_model_name_or_path is None and (args.lora_rank is not None or args.freeze):
+        raise ValueError(
+            "--lora_rank and --freeze are for given weights; say which with --pretrained_model_name_or_path."
+        )
     if args.pretrained_model_name_or_path:
         model = load_for_classes(args.pretrained_model_name_or_path, names, args.class_dropout_prob)
         for name in ("sample_size", "in_channels", "learn_sigma"):
@@ -80,8 +84,6 @@ def build_transformer(args, vae, names):
             add_lora(model, args.lora_rank, args.lora_alpha or args.lora_rank)
         freeze(model, args.freeze)
         return model
-    if args.lora_rank is not None:
-        raise ValueError("--lora_rank adapts given weights; say which with --pretrained_model_name_or_path.")
     if args.preset:
         return DiTTransformer2DModel.from_preset(args.preset, **config)
     given = json.loads(args.transformer_config.read_text())

@@ -344,6 +344,8 @@ def main():
     )
     args.mixed_precision = accelerator.mixed_precision
     check_batch(args, accelerator.num_processes)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and (args.proj_coeff or args.dry_run):
+        raise ValueError("DeepSpeed takes one model with its optimizer: --proj_coeff and --dry_run need DDP or FSDP.")
     if accelerator.is_main_process:
         print(json.dumps(vars(args), indent=2, default=str))
     with only_run(args.output_dir) if accelerator.is_main_process and not args.dry_run else nullcontext():

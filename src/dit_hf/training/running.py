@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 
 
 @contextmanager
@@ -42,9 +42,61 @@ class StopRequest:
         self.requested = True
 
 
+class DeepSpeedAccelerator(Accelerator):
+    """
+    ZeRO-1 and 2 of DeepSpeed for an ordinary loop. accelerate's own `backward` takes the step too, before anyone could
+    judge the loss, and in every micro-batch.
+
+    Args:
+        mixed_precision (`str`, defaults to `"no"`): `"bf16"` is autocast's; weights and their averages are float32.
+        options: For `Accelerator`.
+
+    Raises:
+        ValueError: if it is another stage, offloads the optimizer, or is fp16.
+    """
+
+    def __init__(self, mixed_precision: str = "no", **options):
+        plugin = DeepSpeedPlugin()
+        if plugin.zero_stage not in (1, 2) or plugin.offload_optimizer_device != "none" or mixed_precision == "fp16":
+            raise ValueError("DeepSpeed trains here with ZeRO-1 or 2, without offloading, and not in fp16.")
+        plugin.deepspeed_config["torch_autocast"] = {"enabled": mixed_precision == "bf16", "dtype": "bfloat16"}
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed only counts samples with it
+        super().__init__(mixed_precision="no", deepspeed_plugin=plugin, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            _set_distributed_type(self, DistributedType.DEEPSPEED)
+            self.state.deepspeed_plugins = plugin
+
+    def prepare(self, model, optimizer):
+        """DeepSpeed's engine, as the model and as what takes its steps."""
+        engine, _ = super().prepare(model, optimizer)
+        return engine, engine
+
+    @contextmanager
+    def no_sync(self, model):
+        """Gradients of this `backward` wait for those of a later one."""
+        model.set_gradient_accumulation_boundary(False)
+        yield
+        model.set_gradient_accumulation_boundary(True)
+
+    def backward(self, loss):
+        """Gradients, without a step."""
+        self.deepspeed_engine_wrapped.engine.backward(loss)
+
+    def clip_grad_norm_(self, parameters, max_norm):
+        """The norm of all gradients; it is the step that clips them."""
+        optimizer = self.deepspeed_engine_wrapped.engine.optimizer
+        optimizer.clip_grad = max_norm
+        return optimizer.scaled_global_norm()
+
+
+def _set_distributed_type(accelerator, distributed_type):
+    PartialState().distributed_type = accelerator.state.distributed_type = distributed_type
+
+
 def start_accelerator(**options) -> Accelerator:
     """
-    An `Accelerator`, with FSDP2 on several CPU processes too, where accelerate's own switch is for accelerators only.
+    An `Accelerator`, with FSDP2 and DeepSpeed on several CPU processes too, where accelerate's own switches are for
+    accelerators only.
 
     Args:
         options: For `Accelerator`.
@@ -52,8 +104,10 @@ def start_accelerator(**options) -> Accelerator:
     Returns:
         `Accelerator`
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return DeepSpeedAccelerator(**options)
     accelerator = Accelerator(**options)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        _set_distributed_type(accelerator, DistributedType.FSDP)
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     return accelerator
