@@ -90,7 +90,7 @@ def label_names(dataset, label_column: str = "label") -> list[str]:
         if len({type(label) for label in found}) > 1:
             raise ValueError(f"Column {label_column!r} holds numbers and names; use one of them.")
         are_ids = isinstance(next(iter(found), ""), int)
-        names = [str(label) for label in range(max(found) + 1)] if are_ids else sorted(found)
+        names = [str(label) for label in range(max(int(label) for label in found) + 1)] if are_ids else sorted(found)
     if len(names) < 2:
         raise ValueError(
             f"Column {label_column!r} has one class, {names}; a class-conditional model needs at least two."
