@@ -22,6 +22,7 @@ from dit_hf.data.latents import (
     EncodedImages,
     cache_fingerprint,
     cache_latents,
+    checksum,
     index_latents,
     normalise_latents,
     verify_latents,
@@ -77,13 +78,38 @@ def test_folders_of_images_and_shards_are_read(tmp_path, streaming):
         assert greys(dataset, names) == EXPECTED
 
 
+def test_splits_and_classes_are_told_apart(tmp_path):
+    """A class may be called like a split, and a split of shards is not trained on with the others."""
+    folder = tmp_path / "[classes]"
+    for name in ("train", "test-drive", "car"):
+        (folder / name).mkdir(parents=True)
+        PILImage.new("RGB", (8, 8)).save(folder / name / "a.png")
+    dataset = load_image_dataset(train_data_dir=folder)
+    assert label_names(dataset) == ["car", "test-drive", "train"]
+    assert len(dataset) == 3
+    for split, count in (("train", 6), ("test", 4)):
+        write_class_folders(tmp_path / "splits" / split, count)
+    found = {split: load_image_dataset(split=split, train_data_dir=tmp_path / "splits") for split in ("train", "test")}
+    assert {split: len(dataset) for split, dataset in found.items()} == {"train": 6, "test": 4}
+    (tmp_path / "shards" / "data").mkdir(parents=True)
+    for split, dataset in found.items():
+        dataset.to_parquet(tmp_path / "shards" / "data" / f"{split}-00000-of-00001.parquet")
+    assert len(load_image_dataset(train_data_dir=tmp_path / "shards")) == 6
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "flat" / "a.png")
+    with pytest.raises(ValueError, match="has no folders"):
+        load_image_dataset(train_data_dir=tmp_path / "flat")
+
+
 def cache(folder, vae, dataset, names=("dark", "light"), processes=1, shard_size=4, **options):
     """A complete cache, its shards written by each of some processes in turn."""
     reader = ImageReader(dataset, list(names), 32)
-    fingerprint = cache_fingerprint(vae, dataset, "memory", classes=names)
+    made_by = {"vae": checksum(vae), "encoder": None}
+    fingerprint = cache_fingerprint(dataset, "memory", classes=names, **made_by)
     for rank in reversed(range(processes)):
         count = cache_latents(vae, reader, folder, fingerprint, rank, processes, shard_size=shard_size, **options)
-    return index_latents(folder, fingerprint, list(names), count)
+    return index_latents(folder, fingerprint, list(names), count, made_by)
 
 
 def test_cache_holds_the_posteriors_whatever_the_number_of_processes(workspace, tmp_path):
@@ -133,6 +159,19 @@ def test_cache_follows_vae_and_data_and_keeps_what_is_there(workspace, tmp_path)
     assert len(list(tmp_path.glob("shard-*"))) == 2
 
 
+def test_a_cache_that_is_half_made_anew_is_no_cache(workspace, tmp_path):
+    """A kill while another VAE's shards take the place of the first one's leaves a mixture, which nothing may read."""
+    vae, dataset = tiny_vae(), load_image_dataset(str(workspace / "data"))
+    cache(tmp_path, vae, dataset)
+    index = (tmp_path / "index.json").read_text()
+    reader = ImageReader(dataset, ["dark", "light"], 32)
+    cache_latents(vae, reader, tmp_path, "another", process_index=0, num_processes=2, shard_size=4)
+    assert not (tmp_path / "index.json").exists()
+    (tmp_path / "index.json").write_text(index)
+    with pytest.raises(ValueError, match="shard-00000.*another cache"):
+        CachedLatents(tmp_path)
+
+
 def test_damage_is_found(workspace, tmp_path):
     cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
     shard = tmp_path / "shard-00001.safetensors"
@@ -161,6 +200,29 @@ def stored():
     from datasets import Image
 
     return Image(decode=False)
+
+
+def test_images_of_every_kind_are_decoded_alike():
+    """Turned by EXIF, 16 bits, greyscale, CMYK, palette."""
+    upright = PILImage.new("RGB", (40, 40), "black")
+    upright.paste("white", (0, 0, 40, 20))  # the upper half
+    turned = upright.rotate(90)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    file = io.BytesIO()
+    turned.save(file, "PNG", exif=exif)
+    ramp = np.linspace(0, 65535, 1600).reshape(40, 40).astype(np.uint16)
+    assert np.array_equal(center_crop(PILImage.open(file), 40), upright)
+    assert np.asarray(center_crop(PILImage.fromarray(ramp), 40)).mean() == pytest.approx(127.5, abs=1)
+    for mode in ("L", "CMYK", "P", "LA", "1"):
+        assert np.abs(np.asarray(center_crop(upright.convert(mode), 40)).astype(int) - np.asarray(upright)).max() < 3
+
+
+def test_an_image_that_is_not_there_is_named(workspace, tmp_path):
+    rows = load_image_dataset(str(workspace / "data")).cast_column("image", stored()).to_list()
+    rows[3]["image"] = None
+    dataset = Dataset.from_list(rows, features=load_image_dataset(str(workspace / "data")).features)
+    assert cache(tmp_path, tiny_vae(), dataset)["unreadable"][0].startswith("image 3 (in the dataset)")
 
 
 def test_damaged_images_are_left_out_and_named(workspace, tmp_path, caplog):

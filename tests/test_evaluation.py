@@ -1,4 +1,4 @@
-"""Features, distance and probe on real emoji pictures, and the rasteriser that makes them."""
+"""Features and probe on real emoji pictures, and the rasteriser that makes them."""
 
 import json
 import subprocess
@@ -9,9 +9,9 @@ import torch
 from conftest import ROOT
 
 from dit_hf.data.images import load_image_dataset, stack_images
-from dit_hf.evaluation.features import FEATURE_DIM, EfficientNetLite0
-from dit_hf.evaluation.frechet import frechet_distance
-from dit_hf.evaluation.probe import class_agreement, extract_features, train_probe
+from dit_hf.evaluation.extractors import extract, load_extractor
+from dit_hf.evaluation.features import EfficientNetLite0
+from dit_hf.evaluation.probe import class_agreement, train_probe
 
 
 SQUARE = '<rect x="2" y="2" width="12" height="12" fill="{}"/>'
@@ -22,6 +22,11 @@ ICON_SETS = ("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "fluent-emoji", 
 @pytest.fixture(scope="module")
 def network():
     return EfficientNetLite0(64)
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return load_extractor("efficientnet-lite0")
 
 
 @pytest.fixture(scope="module")
@@ -72,37 +77,19 @@ def test_missing_icon_sets_are_named(tmp_path):
     assert "noto, noto-v1" in result.stderr
 
 
-def test_features_do_not_depend_on_the_batch(network, dataset_folder):
+def test_features_do_not_depend_on_the_batch(extractor, dataset_folder):
     images = stack_images(load_image_dataset(str(dataset_folder / "data")), 64)[:8]
-    features = extract_features(images, network.train(), batch_size=8)
-    assert features.shape == (8, FEATURE_DIM)
-    torch.testing.assert_close(extract_features(images, network, batch_size=3), features, rtol=1e-3, atol=1e-4)
+    features = extract(images, extractor.train(), batch_size=8)
+    assert [features.features.shape, features.spatial.shape, features.logits.shape] == [(8, 1280), (8, 63), (8, 1000)]
+    again = extract(images, extractor, batch_size=3)
+    for part in ("features", "spatial", "logits"):
+        torch.testing.assert_close(getattr(again, part), getattr(features, part), rtol=1e-3, atol=1e-3)
+    assert features.extractor["resize"].startswith("112×112, bicubic")
 
 
-def test_frechet_distance_orders_sets(network, dataset_folder):
-    images = stack_images(load_image_dataset(str(dataset_folder / "data")), 64)
-    halves = images[::2], images[1::2]
-    generator = torch.Generator().manual_seed(0)
-    noisy = (halves[0].float() + 60 * torch.randn(halves[0].shape, generator=generator)).clamp(0, 255).to(torch.uint8)
-    same = frechet_distance(halves[0], halves[0], network)
-    assert abs(same) < 0.05
-    assert same < frechet_distance(halves[0], halves[1], network) < frechet_distance(noisy, halves[1], network)
-
-
-def test_frechet_distance_is_the_closed_form(network, dataset_folder):
-    """Against numpy's eigenvalues: |m - m'|² + tr(S) + tr(S') - 2 tr((S S')^(1/2)), Heusel et al. eq. 6."""
-    images = stack_images(load_image_dataset(str(dataset_folder / "data")), 64)
-    sets = images[::2], images[1::2]
-    features = [extract_features(part, network).double() for part in sets]
-    means, covariances = [part.mean(0) for part in features], [part.T.cov() for part in features]
-    root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
-    expected = (means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * root
-    assert frechet_distance(*sets, network) == pytest.approx(expected.item(), rel=1e-3)
-
-
-def test_probe_tells_squares_from_circles(network, dataset_folder):
+def test_probe_tells_squares_from_circles(extractor, dataset_folder):
     splits = {name: load_image_dataset(str(dataset_folder / "data"), name) for name in ("train", "test")}
-    features = {name: extract_features(stack_images(split, 64), network) for name, split in splits.items()}
+    features = {name: extract(stack_images(split, 64), extractor).features for name, split in splits.items()}
     labels = {name: torch.tensor(split["label"]) for name, split in splits.items()}
     probe = train_probe(features["train"], labels["train"])
     assert class_agreement(probe, features["test"], labels["test"]) > 0.9

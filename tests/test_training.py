@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,18 +10,19 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, tiny_vae
+from conftest import ROOT, tiny_transformer, tiny_vae
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from testing_utils.hub_server import HubServer
 from testing_utils.training_runs import kill_after, losses, read_log, run, train_command
 
 from dit_hf import DiTClassCondPipeline
-from dit_hf.data.images import to_unit_range
+from dit_hf.data.images import load_image_dataset, to_unit_range
 from dit_hf.data.latents import normalise_latents
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import list_checkpoints, save_checkpoint, truncate_log
+from dit_hf.training.objectives import Objective, draw_batch
 
 
 TRAIN_AUTOENCODER = ROOT / "examples" / "train_autoencoder" / "train_autoencoder.py"
@@ -53,7 +55,7 @@ def test_resume_after_sigkill_is_exact(workspace, tmp_path):
 
 def test_micro_batches_and_processes_do_not_change_the_result(workspace, tmp_path):
     """Two processes, two micro-batches each, or one process and one batch: the same losses."""
-    flags = {"max_train_steps": 3, "checkpointing_steps": 3, "validation_steps": 9}
+    flags = {"max_train_steps": 12, "checkpointing_steps": 12, "validation_steps": 12, "class_dropout_prob": 0.5}
     run(train_command(workspace, tmp_path / "one", **flags))
     run(train_command(workspace, tmp_path / "micro", **flags, gradient_accumulation_steps=2))
     command = train_command(workspace, tmp_path / "two", **flags, gradient_accumulation_steps=2)
@@ -65,6 +67,31 @@ def test_micro_batches_and_processes_do_not_change_the_result(workspace, tmp_pat
         torch.testing.assert_close(losses(tmp_path / folder), losses(tmp_path / "one"), rtol=1e-6, atol=1e-6)
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "two" / "pipeline")
     assert pipe.labels == {"dark": 0, "light": 1}
+
+
+def test_labels_are_dropped_as_drawn():
+    """Never once more by the model in training mode, whose draw would depend on processes and micro-batches."""
+    transformer, seen = tiny_transformer(learn_sigma=False).train(), []
+    transformer.class_embed.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    latents, objective = FakeLatents(), Objective()
+    for step in range(60):
+        indices, generator = torch.tensor([0, 1]), seeded_generator(0, step)
+        batch = draw_batch(latents, objective, indices, generator, slice(0, 2), 0.5, 0.3)
+        objective.loss(transformer, batch)
+        assert torch.equal(seen[-1], torch.where(batch["drop"], 10, batch["label"]))
+    assert 0.2 < (torch.cat(seen) == 10).float().mean() < 0.4
+    batch = draw_batch(latents, objective, indices, generator, slice(0, 2), 0.5, 0.0)
+    assert "drop" not in batch
+
+
+class FakeLatents:
+    """Two posteriors in memory, read like a cache."""
+
+    statistics = [0.0], [1.0]
+
+    def read(self, indices, flipped):
+        shape = (len(indices), 4, 8, 8)
+        return {"mean": torch.ones(shape), "std": torch.ones(shape), "label": indices}
 
 
 def test_sigterm_saves_and_ends_cleanly(workspace, tmp_path):
@@ -118,7 +145,10 @@ def test_training_publishes_its_model(workspace, tmp_path):
         assert (tmp_path / "down" / "pipeline" / "model_index.json").exists()
 
 
-def test_resume_with_other_settings_is_refused(workspace, tmp_path):
+def test_resume_with_other_settings_is_refused(workspace, tmp_path_factory, tmp_path):
+    other_data = tmp_path_factory.mktemp("moved") / "workspace"  # first the same data, then other ones in its place
+    shutil.copytree(workspace, other_data)
+    workspace = other_data
     run(train_command(workspace, tmp_path, max_train_steps=2))
     settings = (tmp_path / "training_config.json").read_text()
     command = train_command(workspace, tmp_path, max_train_steps=4, learning_rate=0.5)
@@ -127,6 +157,10 @@ def test_resume_with_other_settings_is_refused(workspace, tmp_path):
     assert "learning_rate was 0.001 and is 0.5" in result.stderr
     assert (tmp_path / "training_config.json").read_text() == settings
     run(train_command(workspace, tmp_path, max_train_steps=3, validation_steps=1))
+    load_image_dataset(str(workspace / "data")).select(range(12)).to_parquet(workspace / "data" / "train.parquet")
+    result = subprocess.run(train_command(workspace, tmp_path, max_train_steps=4), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "latents was" in result.stderr
 
 
 def test_no_label_dropout_and_a_shifted_autoencoder(workspace, tmp_path):

@@ -5,13 +5,16 @@ import shutil
 
 import pytest
 import torch
-from conftest import FIXTURES, tiny_vae
+from conftest import FIXTURES, ROOT, tiny_transformer, tiny_vae
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from testing_utils.training_runs import losses, read_log, refused, run, train_command
 
-from dit_hf import DiTClassCondPipeline
+from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.data.images import load_image_dataset
+
+
+BUNDLED_VAE = ROOT / "src" / "dit_hf" / "bundled" / "emoji64" / "vae"
 
 
 def class_folders(workspace, folder):
@@ -75,10 +78,16 @@ def one_class(workspace, folder):
         ({"transformer_config": None, "pretrained_model_name_or_path": "{tmp}/vae"}, "{tmp}/vae"),
         ({"dataset_name": None, "latents_dir": "{tmp}/none"}, "no cache of latents"),
         ({"latents_dir": "{tmp}/none"}, "leave out --dataset_name"),
-        ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents"}, "holds latents (4, 16, 16)"),
-        ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "resolution": 64, "proj_coeff": 0.5},
-         "precompute it with --features"),
+        ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "vae": BUNDLED_VAE}, "holds latents (4, 16, 16)"),
+        ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "resolution": 64, "vae": BUNDLED_VAE,
+          "proj_coeff": 0.5}, "precompute it with --features"),
         ({"proj_coeff": 0.5, "alignment_depth": 9}, "blocks 1 to 2"),
+        ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "resolution": 64, "vae": "{tmp}/wide"},
+         "made with another vae than --vae"),
+        ({"transformer_config": None, "pretrained_model_name_or_path": "{tmp}/base", "vae": "{tmp}/vae"},
+         "trained with 0.5; leave out --vae"),
+        ({"transformer_config": None, "vae": None, "pretrained_model_name_or_path": "{tmp}/base", "lora_rank": 2},
+         "has no class 'light', and adapters can't add one"),
         ({"train_batch_size": 64}, "A batch of 64 can't be drawn from 20 samples"),
         ({"validation_split": "nothing"}, "split 'nothing'"),
     ],
@@ -91,11 +100,38 @@ def test_bad_input_is_named_before_the_first_step(workspace, tmp_path, flags, me
     shutil.copyfile(tmp_path / "broken" / "a" / "x.png", tmp_path / "broken" / "b" / "y.png")
     one_class(workspace, tmp_path / "one")
     tiny_vae().save_pretrained(tmp_path / "vae")
+    scaled = tiny_vae()
+    scaled.register_to_config(scaling_factor=0.5)
+    names = {0: "dark", 1: "other"}
+    transformer = tiny_transformer(num_classes=2, learn_sigma=False)
+    DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), scaled, names).save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        scaled.encoder.conv_in.weight.mul_(2)
+    scaled.save_pretrained(tmp_path / "wide")
     given = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in flags.items()}
     error = refused(train_command(workspace, tmp_path / "run", **given), monkeypatch, capsys)
     assert message.format(tmp=tmp_path) in error
     assert "error: " in error
     assert not (tmp_path / "run" / "train_log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"snr_gamma": 5}, "--snr_gamma has no effect on velocity"),
+        ({"objective": "epsilon", "cosine_loss": ""}, "--cosine_loss has no effect on epsilon"),
+        ({"lora_alpha": 4}, "--lora_alpha has no effect without --lora_rank"),
+        ({"freeze": "time_embed"}, "--freeze has no effect without --pretrained"),
+        ({"lora_rank": 4}, "--lora_rank has no effect without --pretrained"),
+        ({"alignment_depth": 1}, "--alignment_depth has no effect without --proj_coeff"),
+        ({"checkpointing_steps": 0}, "invalid positive value: '0'"),
+        ({"max_train_steps": -1}, "invalid positive value: '-1'"),
+        ({"lr_scheduler": "steps"}, "invalid choice: 'steps'"),
+        ({"vae": None}, "--vae says what encodes"),
+    ],
+)
+def test_flags_are_never_ignored_in_silence(workspace, tmp_path, flags, message, monkeypatch, capsys):
+    assert message in refused(train_command(workspace, tmp_path / "run", **flags), monkeypatch, capsys)
 
 
 def test_labels_that_are_no_class_are_named(workspace, tmp_path, monkeypatch, capsys):

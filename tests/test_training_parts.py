@@ -1,6 +1,7 @@
 """Parts of training by themselves: averages of the weights, alignment of representations, publishing in the background."""
 
 import os
+import socket
 import sys
 
 import pytest
@@ -53,8 +54,11 @@ def test_any_average_is_found_when_training_is_over(tmp_path):
         torch.testing.assert_close(found, profile_average(values, sigma_rel), rtol=0, atol=0.02)
     early = average_after_training(tmp_path, 0.1, step=200)["w"].double().squeeze()
     torch.testing.assert_close(early, profile_average(values[:200], 0.1), rtol=0, atol=5e-3)
-    with pytest.raises(ValueError, match="--ema_profiles"):
-        average_after_training(tmp_path / "nothing", 0.1)
+    for folder, step in ((tmp_path / "nothing", None), (tmp_path, 401)):
+        with pytest.raises(ValueError, match="--ema_profiles"):
+            average_after_training(folder, 0.1, step)
+    PowerAverages.drop_snapshots(tmp_path, 200)
+    assert max(int(path.name.split("-")[1]) for path in tmp_path.iterdir()) == 200
 
 
 def test_a_run_with_profiles_gives_other_averages(workspace, tmp_path):
@@ -63,6 +67,9 @@ def test_a_run_with_profiles_gives_other_averages(workspace, tmp_path):
     assert list((tmp_path / "run" / "logs").rglob("events.out*"))
     script = ROOT / "examples" / "train_class_cond" / "choose_ema.py"
     run([sys.executable, script, "--run", tmp_path / "run", "--sigma_rel", "0.1", "--output_dir", tmp_path / "ema"])
+    card = (tmp_path / "ema" / "README.md").read_text()
+    assert "averaged after training, sigma_rel 0.1" in card
+    assert "learning_rate" not in card  # of other weights
     chosen = DiTClassCondPipeline.from_pretrained(tmp_path / "ema").transformer.state_dict()
     snapshot = load_file(tmp_path / "run" / "ema" / "ema-4-0.10.safetensors")
     for name, weight in chosen.items():
@@ -95,8 +102,9 @@ def test_encoders_say_where_in_the_image_a_feature_is(dino, tmp_path):
         load_encoder(str(tmp_path))
 
 
-def test_alignment_teaches_a_block_the_features():
-    transformer = tiny_transformer().train()
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "in_context"])
+def test_alignment_teaches_a_block_the_features(conditioning):
+    transformer = tiny_transformer(conditioning=conditioning).train()
     torch.manual_seed(0)
     head = AlignmentHead(transformer, 1, 6)
     features = torch.randn(3, 6, 4, 4)
@@ -128,3 +136,19 @@ def test_samples_are_published_while_training_goes_on(workspace, tmp_path):
         files = hub.files("user/watched")
         assert {"samples/step-000001.png", "samples.png", "loss.png", "model_index.json"} <= files.keys()
         assert "(loss.png)" in files["README.md"].decode()
+
+
+def test_a_hub_that_never_answers_holds_nothing_up(tmp_path):
+    """The process ends although a request hangs for ever."""
+    code = (
+        "from dit_hf.hub import BackgroundUploads\n"
+        "uploads = BackgroundUploads('user/silent')\n"
+        f"uploads.send({str(tmp_path / 'a.png')!r}, 'a.png')\n"
+        "uploads.close(timeout=1)\n"
+    )
+    (tmp_path / "a.png").write_bytes(b"picture")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_TOKEN": "hf_none"}
+        run([sys.executable, "-c", code], env=os.environ | environment, timeout=60)

@@ -16,9 +16,10 @@ import torch
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.command_line import run
 from dit_hf.data.images import load_image_dataset, stack_images
-from dit_hf.evaluation.features import EfficientNetLite0
+from dit_hf.evaluation.extractors import extract, load_extractor
 from dit_hf.evaluation.frechet import frechet_distance
-from dit_hf.evaluation.probe import class_agreement, extract_features, train_probe
+from dit_hf.evaluation.metrics import gaussian
+from dit_hf.evaluation.probe import class_agreement, train_probe
 from dit_hf.evaluation.samples import sample_images
 
 
@@ -49,7 +50,10 @@ def evaluate(pipe, args):
     held_out, asked = real["test"][chosen], labels["test"][chosen]
     floor_images = real["train"][same_classes(asked, labels["train"], generator)]
 
-    network = EfficientNetLite0(args.feature_resolution)
+    extractor = load_extractor("efficientnet-lite0", resolution=args.feature_resolution)
+    seen = {
+        name: extract(images, extractor).features for name, images in (("held out", held_out), ("floor", floor_images))
+    }
     ids = torch.tensor(pipe.get_label_ids(splits["test"].features["label"].names))
     samples = sample_images(
         pipe,
@@ -59,25 +63,27 @@ def evaluate(pipe, args):
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
     )
-    probe = train_probe(extract_features(real["train"], network), labels["train"])
+    seen["samples"] = extract(samples, extractor).features
+    probe = train_probe(extract(real["train"], extractor).features, labels["train"])
+    reference = gaussian(seen["held out"])
     return {
-        "fd": frechet_distance(samples, held_out, network),
-        "fd_real_vs_real": frechet_distance(floor_images, held_out, network),
-        "class_agreement": class_agreement(probe, extract_features(samples, network), asked),
-        "class_agreement_of_held_out_images": class_agreement(probe, extract_features(held_out, network), asked),
+        "fd": frechet_distance(gaussian(seen["samples"]), reference),
+        "fd_real_vs_real": frechet_distance(gaussian(seen["floor"]), reference),
+        "class_agreement": class_agreement(probe, seen["samples"], asked),
+        "class_agreement_of_held_out_images": class_agreement(probe, seen["held out"], asked),
         "recipe": {
             "pipeline": str(args.pipeline),
             "vae": type(pipe.vae).__name__,
             "dtype": str(pipe.transformer.dtype),
             "num_images": len(chosen),
-            "extractor": f"EfficientNet-Lite0 at {args.feature_resolution} px",
+            "extractor": extractor.description,
             "scheduler": type(pipe.scheduler).__name__,
             "num_inference_steps": args.num_inference_steps,
             "guidance_scale": args.guidance_scale,
             "guidance_channels": "all",
             "labels": "the held-out split's own",
             "seed": args.seed,
-            "versions": {name: version(name) for name in ("torch", "diffusers", "torchmetrics", "scikit-learn")},
+            "versions": {name: version(name) for name in ("torch", "diffusers", "scikit-learn")},
         },
     }
 

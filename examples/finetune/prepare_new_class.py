@@ -45,26 +45,39 @@ def main():
     dataset = load_image_dataset(args.dataset_name, train_data_dir=args.train_data_dir)
     check_column(dataset, args.image_column, "--image_column")
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
-    if args.class_name in pipe.labels:
-        raise ValueError(f"The model has a class {args.class_name!r} already; choose another --class_name.")
+    names = [args.class_name, *pipe.id2label.values()]
+    check_names(names)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     resolution = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-    images = {args.class_name: [center_crop(row[args.image_column], resolution) for row in first(dataset, args)]}
+    save(args.output_dir / names[0], [center_crop(row[args.image_column], resolution) for row in first(dataset, args)])
     for label, name in tqdm(pipe.id2label.items(), desc="prior"):
-        images[name] = pipe(
+        images = pipe(
             label,
             num_images_per_label=args.prior_images_per_class,
             generator=[seeded_generator(args.seed, label, index) for index in range(args.prior_images_per_class)],
             guidance_scale=args.guidance_scale,
             num_inference_steps=args.num_inference_steps,
         ).images
-    for name, pictures in images.items():
-        folder = args.output_dir / name.replace("/", "-")
-        folder.mkdir(parents=True)
-        for index, picture in enumerate(pictures):
-            picture.save(folder / f"{index:04d}.png")
-    print(f"{len(images)} classes, {sum(map(len, images.values()))} images: {args.output_dir}")
+        save(args.output_dir / name, images)
+    print(f"{len(names)} classes: {args.output_dir}")
+
+
+def check_names(names):
+    """That every class can have a folder of its own by its name."""
+    folded = [name.strip().casefold() for name in names]
+    for name in names:
+        if "/" in name or name.startswith("."):
+            raise ValueError(f"The class {name!r} can't be a folder's name; train on a dataset with labels instead.")
+        if folded.count(name.strip().casefold()) > 1:
+            raise ValueError(f"There are two classes {name!r}; choose another --class_name, or rename the model's.")
+
+
+def save(folder, images):
+    """Numbered PNGs."""
+    folder.mkdir(parents=True)
+    for index, image in enumerate(images):
+        image.save(folder / f"{index:04d}.png")
 
 
 def first(dataset, args):

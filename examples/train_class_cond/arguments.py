@@ -3,12 +3,14 @@
 import argparse
 from pathlib import Path
 
-from preparation import add_data_arguments
+from preparation import add_data_arguments, positive
 
 from dit_hf.presets import PRESETS
 from dit_hf.training.guard import POLICIES
 from dit_hf.training.recipes import RECIPES
 
+
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 # What a resumed run may change; all else would make it another run.
 MAY_CHANGE = (
@@ -39,6 +41,23 @@ RECIPE_ON_CARD = (
 )
 
 
+# Flags that a user would be hurt by if they were silently ignored: flag, when, and why.
+IGNORED = (
+    ("snr_gamma", lambda args: args.objective == "velocity", "on velocity"),
+    ("cosine_loss", lambda args: args.objective == "epsilon", "on epsilon"),
+    ("time_sampling", lambda args: args.objective == "epsilon", "on epsilon"),
+    ("lora_alpha", lambda args: args.lora_rank is None, "without --lora_rank"),
+    ("push_to_hub", lambda args: args.lora_rank is not None, "with --lora_rank; `hf upload` sends the adapters"),
+    ("ema_profiles", lambda args: args.lora_rank is not None, "with --lora_rank"),
+    ("freeze", lambda args: args.pretrained_model_name_or_path is None, "without --pretrained_model_name_or_path"),
+    ("lora_rank", lambda args: args.pretrained_model_name_or_path is None, "without --pretrained_model_name_or_path"),
+    ("streaming", lambda args: args.latents_dir is not None, "with --latents_dir"),
+    ("cache_latents", lambda args: args.latents_dir is not None, "with --latents_dir"),
+    ("validation_split", lambda args: args.latents_dir is not None, "with --latents_dir, which leaves out the images"),
+    ("alignment_depth", lambda args: args.proj_coeff == 0, "without --proj_coeff"),
+)
+
+
 def parse_args(description):
     """The command line; a recipe sets what is not given."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -57,8 +76,8 @@ def parse_args(description):
     size.add_argument("--preset", choices=PRESETS, help="A size of the paper.")
     size.add_argument("--transformer_config", type=Path, help="JSON with arguments of DiTTransformer2DModel.")
     size.add_argument("--pretrained_model_name_or_path", help="Pipeline folder or Hub id whose weights to start from.")
-    model.add_argument("--lora_rank", type=int, help="Train adapters of this rank instead of all weights.")
-    model.add_argument("--lora_alpha", type=int, help="Their scale times the rank; the rank if not given.")
+    model.add_argument("--lora_rank", type=positive, help="Train adapters of this rank instead of all weights.")
+    model.add_argument("--lora_alpha", type=positive, help="Their scale times the rank; the rank if not given.")
     model.add_argument("--freeze", nargs="+", default=[], help="Parts to keep: time_embed, transformer_blocks.0 ...")
     model.add_argument("--class_dropout_prob", type=float, default=0.1, help="Share of samples without a label.")
     train = parser.add_argument_group("training")
@@ -70,21 +89,23 @@ def parse_args(description):
     train.add_argument("--snr_gamma", type=float, help="Bound of min-SNR weights for epsilon; none if not given.")
     train.add_argument("--cosine_loss", action="store_true", help="Add LightningDiT's direction loss to velocity.")
     train.add_argument("--proj_coeff", type=float, default=0.0, help="Weight of REPA's alignment; 0 is none.")
-    train.add_argument("--alignment_depth", type=int, default=4, help="Block whose tokens are aligned, from 1.")
+    train.add_argument("--alignment_depth", type=positive, default=4, help="Block whose tokens are aligned, from 1.")
     train.add_argument("--balance_classes", action="store_true", help="Draw all classes equally often.")
-    train.add_argument("--train_batch_size", type=int, default=128, help="Samples of one step, over all processes.")
+    train.add_argument(
+        "--train_batch_size", type=positive, default=128, help="Samples of one step, over all processes."
+    )
     train.add_argument(
         "--gradient_accumulation_steps",
-        type=int,
+        type=positive,
         default=1,
         help="Micro-batches that a process splits its share into.",
     )
     train.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
     train.add_argument("--on_spike", choices=POLICIES, default="skip", help="What a leap of the loss leads to.")
-    train.add_argument("--max_train_steps", type=int, default=4000, help="Optimizer steps.")
+    train.add_argument("--max_train_steps", type=positive, default=4000, help="Optimizer steps.")
     train.add_argument("--learning_rate", type=float, default=1e-3, help="Peak learning rate.")
     train.add_argument("--layer_decay", type=float, default=1.0, help="A block's rate over that of the next one.")
-    train.add_argument("--lr_scheduler", default="cosine", help="Any of diffusers' schedules.")
+    train.add_argument("--lr_scheduler", choices=SCHEDULES, default="cosine", help="Any of diffusers' schedules.")
     train.add_argument("--lr_warmup_steps", type=int, default=100, help="Steps of linear warm-up.")
     train.add_argument("--adam_beta2", type=float, default=0.99, help="AdamW's second beta.")
     train.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's weight decay.")
@@ -96,14 +117,14 @@ def parse_args(description):
     train.add_argument("--seed", type=int, default=0, help="Seed of weights, order and draws.")
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", type=Path, required=True, help="Cache, checkpoints, samples, final pipeline.")
-    output.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
-    output.add_argument("--checkpoints_total_limit", type=int, default=2, help="Checkpoints kept.")
-    output.add_argument("--validation_steps", type=int, default=500, help="Steps between sample grids.")
-    output.add_argument("--validation_classes", type=int, default=10, help="Rows of a sample grid.")
-    output.add_argument("--validation_images_per_class", type=int, default=8, help="Columns of a sample grid.")
-    output.add_argument("--validation_inference_steps", type=int, default=25, help="Sampler steps of a grid.")
+    output.add_argument("--checkpointing_steps", type=positive, default=500, help="Steps between checkpoints.")
+    output.add_argument("--checkpoints_total_limit", type=positive, default=2, help="Checkpoints kept.")
+    output.add_argument("--validation_steps", type=positive, default=500, help="Steps between sample grids.")
+    output.add_argument("--validation_classes", type=positive, default=10, help="Rows of a sample grid.")
+    output.add_argument("--validation_images_per_class", type=positive, default=8, help="Columns of a sample grid.")
+    output.add_argument("--validation_inference_steps", type=positive, default=25, help="Sampler steps of a grid.")
     output.add_argument("--validation_split", help="Split whose images the samples' Fréchet distance is taken to.")
-    output.add_argument("--validation_images", type=int, default=1000, help="How many of them at most.")
+    output.add_argument("--validation_images", type=positive, default=1000, help="How many of them at most.")
     output.add_argument("--guidance_scale", type=float, default=3.0, help="Guidance of a grid.")
     output.add_argument("--dry_run", action="store_true", help="Print what the run would take, and write nothing.")
     output.add_argument("--report_to", help="Tracker of accelerate's: tensorboard, wandb ...")
@@ -114,10 +135,11 @@ def parse_args(description):
     recipe = parser.parse_known_args()[0].recipe
     parser.set_defaults(**RECIPES.get(recipe, {}))
     args = parser.parse_args()
+    for flag, without_effect, why in IGNORED:
+        if getattr(args, flag) != parser.get_default(flag) and without_effect(args):
+            parser.error(f"--{flag} has no effect {why}")
     if args.hub_model_id is None:
         args.hub_model_id = args.output_dir.resolve().name
     if args.vae is None and args.pretrained_model_name_or_path is None:
         parser.error("--vae says what encodes the images; only a pretrained pipeline brings its own")
-    if args.validation_split and args.latents_dir:
-        parser.error("--validation_split needs the images, which --latents_dir leaves out")
     return args

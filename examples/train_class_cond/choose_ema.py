@@ -13,6 +13,7 @@ import torch
 
 from dit_hf import DiTClassCondPipeline
 from dit_hf.command_line import run
+from dit_hf.hub import CardFacts
 from dit_hf.training.ema import average_after_training
 
 
@@ -32,10 +33,14 @@ def main():
     args = parse_args()
     weights = average_after_training(args.run / "ema", args.sigma_rel, args.step)
     pipe = DiTClassCondPipeline.from_pretrained(args.run / "pipeline", dtype=torch.float32)
-    for name, parameter in pipe.transformer.named_parameters():
-        if name in weights:  # what was frozen has no average
-            parameter.copy_(weights[name])
-    pipe.save_pretrained(args.output_dir)
+    parameters = dict(pipe.transformer.named_parameters())
+    if unknown := weights.keys() - parameters.keys():  # what was frozen has no average, but not the converse
+        raise ValueError(f"{args.run / 'ema'} is of another model: the pipeline has no {min(unknown)}.")
+    for name, weight in weights.items():
+        parameters[name].copy_(weight)
+    pipe.register_to_config(_name_or_path=None)  # its card is of other weights
+    recipe = {"weights": f"averaged after training, sigma_rel {args.sigma_rel}", "run": args.run.name}
+    pipe.save_pretrained(args.output_dir, card=CardFacts(recipe=recipe))
     print(f"Pipeline: {args.output_dir}")
 
 

@@ -27,7 +27,7 @@ def parse_args():
     add_data_arguments(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="The cache, and the VAE with its statistics.")
     parser.add_argument("--features", action="store_true", help="Cache the alignment encoder's features as well.")
-    parser.set_defaults(latents_dir=None)
+    parser.set_defaults(latents_dir=None, lora_rank=None, pretrained_model_name_or_path=None)
     args = parser.parse_args()
     if args.vae is None:
         parser.error("--vae says what encodes the images")

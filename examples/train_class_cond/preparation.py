@@ -15,19 +15,21 @@ from dit_hf.data.latents import (
     ImageReader,
     cache_fingerprint,
     cache_latents,
+    checksum,
     index_latents,
     read_index,
     vae_statistics,
 )
-from dit_hf.training.finetuning import freeze, load_for_classes
+from dit_hf.training.finetuning import class_names, freeze, load_for_classes, match_names
 from dit_hf.training.lora import add_lora
 
 
 @dataclass
 class Data:
-    """Classes, and the images; without images where latents are precomputed."""
+    """The model's classes and the data's ids among them, and the images, unless their latents are precomputed."""
 
     names: list[str]
+    ids: torch.Tensor
     reader: ImageReader | None = None
 
 
@@ -36,10 +38,25 @@ def find_data(args):
     if args.latents_dir:
         if args.dataset_name or args.train_data_dir:
             raise ValueError("--latents_dir stands for a dataset; leave out --dataset_name and --train_data_dir.")
-        return Data(read_index(args.latents_dir)["classes"])
+        return Data(*model_classes(args, read_index(args.latents_dir)["classes"]))
     dataset = load_image_dataset(args.dataset_name, args.split, args.train_data_dir, args.streaming)
     names = label_names(dataset, args.label_column)
-    return Data(names, ImageReader(dataset, names, args.resolution, args.image_column, args.label_column))
+    reader = ImageReader(dataset, names, args.resolution, args.image_column, args.label_column)
+    return Data(*model_classes(args, names), reader)
+
+
+def model_classes(args, names):
+    """The model's class names, and for each of the data's classes its id there; adapters keep the base's classes."""
+    if args.lora_rank is None:
+        return names, torch.arange(len(names))
+    known = class_names(args.pretrained_model_name_or_path)
+    ids = match_names(names, known)
+    if None in ids:
+        raise ValueError(
+            f"{args.pretrained_model_name_or_path} has no class {names[ids.index(None)]!r}, and adapters can't add one; "
+            "leave out --lora_rank."
+        )
+    return [known[key] for key in sorted(known)], torch.tensor(ids)
 
 
 def load_vae(args, device):
@@ -48,7 +65,24 @@ def load_vae(args, device):
         vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", dtype=torch.float32)
     else:
         vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32)
+        check_statistics(args, vae)
     return vae.to(device).eval().requires_grad_(False)
+
+
+def check_statistics(args, vae):
+    """That a VAE given beside a pretrained pipeline normalises latents as the pipeline's own."""
+    if args.pretrained_model_name_or_path is None:
+        return
+    try:
+        own = AutoencoderKL.load_config(args.pretrained_model_name_or_path, subfolder="vae")
+    except OSError:  # a model without VAE
+        return
+    for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        if own.get(name) != vae.config.get(name):
+            raise ValueError(
+                f"--vae {args.vae} normalises latents by {name} {vae.config.get(name)}, the weights were trained with "
+                f"{own.get(name)}; leave out --vae."
+            )
 
 
 def latent_size(vae, resolution):
@@ -68,10 +102,6 @@ def build_transformer(args, vae, names):
         "class_dropout_prob": args.class_dropout_prob,
         "learn_sigma": args.objective == "epsilon",
     }
-    if args.pretrained_model_name_or_path is None and (args.lora_rank is not None or args.freeze):
-        raise ValueError(
-            "--lora_rank and --freeze are for given weights; say which with --pretrained_model_name_or_path."
-        )
     if args.pretrained_model_name_or_path:
         model = load_for_classes(args.pretrained_model_name_or_path, names, args.class_dropout_prob)
         for name in ("sample_size", "in_channels", "learn_sigma"):
@@ -101,6 +131,9 @@ def open_latents(args, accelerator, vae, data, encoder):
         folder = args.output_dir / "latents"
         make_cache(args, accelerator, vae, data, encoder, folder)
     latents = CachedLatents(folder)
+    for flag, name, module in (("--vae", "vae", vae), ("--alignment_encoder", "encoder", encoder)):
+        if module is not None and latents.index[name] not in (None, checksum(module)):
+            raise ValueError(f"{folder} was made with another {name} than {flag}; make it anew with this one.")
     size, channels = latent_size(vae, args.resolution), vae.config.latent_channels
     if latents.shape != (channels, size, size):
         raise ValueError(
@@ -118,31 +151,36 @@ def open_latents(args, accelerator, vae, data, encoder):
 def make_cache(args, accelerator, vae, data, encoder, folder):
     """Every process writes its shards, then the main one the index."""
     source = args.dataset_name or args.train_data_dir
-    settings = {"split": args.split, "resolution": args.resolution, "classes": data.names}
+    settings = {"split": args.split, "resolution": args.resolution, "classes": data.reader.names}
     settings |= {"columns": [args.image_column, args.label_column], "shard_size": args.shard_size}
-    settings["features"] = args.alignment_encoder if encoder is not None else None
-    fingerprint = cache_fingerprint(vae, data.reader.dataset, source, **settings)
+    made_by = {"vae": checksum(vae), "encoder": None if encoder is None else checksum(encoder)}
+    fingerprint = cache_fingerprint(data.reader.dataset, source, **settings, **made_by)
     if (folder / "index.json").exists() and read_index(folder)["fingerprint"] == fingerprint:
         return
     rank, size = accelerator.process_index, accelerator.num_processes
     num_shards = cache_latents(vae, data.reader, folder, fingerprint, rank, size, encoder, shard_size=args.shard_size)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        index_latents(folder, fingerprint, data.names, num_shards)
+        index_latents(folder, fingerprint, data.reader.names, num_shards, made_by)
     accelerator.wait_for_everyone()
 
 
-def validation_images(args, data, transformer):
+def validation_images(args, data):
     """Held-out images `(N, 3, H, W)` and their labels `(N,)`, as many as asked, spread over the split."""
     dataset = load_image_dataset(args.dataset_name, args.validation_split, args.train_data_dir)
-    names = label_names(dataset, args.label_column)
-    if names != data.names:
+    if label_names(dataset, args.label_column) != data.reader.names:
         raise ValueError(f"Split {args.validation_split!r} has other classes than {args.split!r}.")
     count = min(args.validation_images, len(dataset))
     dataset = dataset.select(torch.linspace(0, len(dataset) - 1, count).long().tolist())
-    ids = {name: key for key, name in enumerate(names)}
-    labels = torch.tensor([ids.get(label, label) for label in dataset[args.label_column]])
-    return stack_images(dataset, args.resolution, args.image_column), labels
+    labels = [data.reader.label_id(label, index) for index, label in enumerate(dataset[args.label_column])]
+    return stack_images(dataset, args.resolution, args.image_column), data.ids[torch.tensor(labels)]
+
+
+def positive(text):
+    """An argument that counts something."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def add_data_arguments(parser):
@@ -154,9 +192,9 @@ def add_data_arguments(parser):
     data.add_argument("--split", default="train", help="Split to train on.")
     data.add_argument("--image_column", default="image", help="Column with images.")
     data.add_argument("--label_column", default="label", help="Column with class ids or names.")
-    data.add_argument("--resolution", type=int, default=64, help="Pixels a side.")
+    data.add_argument("--resolution", type=positive, default=64, help="Pixels a side.")
     data.add_argument("--vae", help="Folder or Hub id of an AutoencoderKL; by default the pretrained pipeline's.")
-    data.add_argument("--shard_size", type=int, default=2048, help="Images in one file of the cache of latents.")
+    data.add_argument("--shard_size", type=positive, default=2048, help="Images in one file of the cache of latents.")
     data.add_argument(
         "--alignment_encoder",
         default="efficientnet-lite0",

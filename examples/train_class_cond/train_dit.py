@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.command_line import run
-from dit_hf.evaluation.features import EfficientNetLite0
+from dit_hf.evaluation.extractors import extract, load_extractor
 from dit_hf.evaluation.frechet import frechet_distance
+from dit_hf.evaluation.metrics import gaussian
 from dit_hf.evaluation.samples import sample_images
 from dit_hf.hub import BackgroundUploads, CardFacts, publish_folder
 from dit_hf.training.alignment import AlignmentHead, load_encoder
@@ -34,6 +35,7 @@ from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import (
     check_same_settings,
     list_checkpoints,
+    record_settings,
     resume_from,
     save_checkpoint,
     truncate_log,
@@ -56,18 +58,24 @@ class Trainer:
         set_seed(args.seed)
         self.vae = load_vae(args, accelerator.device)
         data = find_data(args)
-        self.names = data.names
+        self.names, self.ids = data.names, data.ids
         transformer = build_transformer(args, self.vae, data.names).to(accelerator.device).train()
-        self.check_settings(transformer)
+        settings = self.check_settings(transformer)
         self.objective = Objective(args.objective, args.time_sampling, args.snr_gamma, args.cosine_loss)
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        encoder = load_encoder(args.alignment_encoder).to(accelerator.device) if args.proj_coeff else None
         if args.dry_run:
             self.transformer, self.head = accelerator.prepare(transformer), None
             return
+        encoder = load_encoder(args.alignment_encoder).to(accelerator.device) if args.proj_coeff else None
+        self.held_out = self.extractor = None
+        if args.validation_split:
+            self.held_out, self.extractor = validation_images(args, data), load_extractor("efficientnet-lite0")
         self.latents = open_latents(args, accelerator, self.vae, data, encoder)
-        self.held_out = validation_images(args, data, transformer) if args.validation_split else None
+        if accelerator.is_main_process:
+            settings["latents"] = getattr(self.latents, "index", {}).get("fingerprint")
+            check_same_settings(args.output_dir, settings, MAY_CHANGE)
+            record_settings(args.output_dir, settings)
 
         self.head = None
         if args.proj_coeff:
@@ -106,16 +114,17 @@ class Trainer:
         return [parameter for parameter in self.unwrapped.parameters() if parameter.requires_grad]
 
     def check_settings(self, transformer):
-        """That a resumed run is the same run."""
+        """That a resumed run is the same run; returns what makes it so."""
         args, accelerator = self.args, self.accelerator
-        if accelerator.is_main_process:
-            config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
-            if not args.dry_run:
-                check_same_settings(args.output_dir, vars(args) | {"transformer": config}, MAY_CHANGE)
-            print(
-                f"{transformer.num_parameters() / 1e6:.2f} M parameters, {len(self.names)} classes, "
-                f"{accelerator.num_processes} processes"
-            )
+        config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+        settings = vars(args) | {"transformer": config}
+        if accelerator.is_main_process and not args.dry_run:
+            check_same_settings(args.output_dir, settings, MAY_CHANGE)
+        accelerator.print(
+            f"{transformer.num_parameters() / 1e6:.2f} M parameters, {len(self.names)} classes, "
+            f"{accelerator.num_processes} processes"
+        )
+        return settings
 
     def share(self):
         """This process's part of a batch."""
@@ -127,7 +136,8 @@ class Trainer:
         args, draw = self.args, step + self.guard.draw_offset
         indices, generator = self.batches.indices(draw), self.batches.generator(draw)
         probabilities = (args.flip_probability, args.class_dropout_prob)
-        return draw_batch(self.latents, self.objective, indices, generator, self.share(), *probabilities)
+        batch = draw_batch(self.latents, self.objective, indices, generator, self.share(), *probabilities)
+        return batch | {"label": self.ids[batch["label"]]}
 
     def backward(self, batch):
         """Gradients of the mean loss of this process's part, in micro-batches; the means over all processes."""
@@ -153,6 +163,7 @@ class Trainer:
         step = resume_from(accelerator, args.output_dir)
         if accelerator.is_main_process:
             truncate_log(log, step)
+            PowerAverages.drop_snapshots(args.output_dir / "ema", step)
         progress = tqdm(
             total=args.max_train_steps, initial=step, mininterval=10, disable=not accelerator.is_main_process
         )
@@ -162,6 +173,8 @@ class Trainer:
             losses = self.backward(self.draw(step))
             gradient_norm = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
             verdict = self.guard.judge(step + 1, losses["loss"], gradient_norm)
+            if accelerator.scaler is not None and verdict != "step":
+                self.close_scaled_step(gradient_norm)
             if verdict == "rewind" and list_checkpoints(args.output_dir):
                 step = self.rewind(step + 1, log)
                 continue
@@ -170,8 +183,6 @@ class Trainer:
                 self.ema.step(self.trainable())
                 if self.profiles is not None:
                     self.profiles.step(self.trainable())
-            elif accelerator.scaler is not None and not math.isfinite(gradient_norm):
-                self.optimizer.step()  # fp16: changes no weight, and lowers the scale of the loss
             self.schedule.step()
             self.optimizer.zero_grad()
             step += 1
@@ -189,11 +200,18 @@ class Trainer:
                     file.write(json.dumps(record) + "\n")
             accelerator.log({name: value for name, value in record.items() if name != "step"}, step=step)
             if step % args.checkpointing_steps == 0 or finished or stopping:
+                self.save_profiles()  # first, as a run that is killed in between would not come back for them
                 save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
-                self.save_profiles()
             if stopping and not finished:
                 break
         return step
+
+    def close_scaled_step(self, gradient_norm):
+        """fp16: a step that is left out has to be ended all the same; one that overflowed lowers the loss's scale."""
+        if math.isfinite(gradient_norm):
+            self.accelerator.scaler.update()
+        else:
+            self.optimizer.step()  # changes no weight
 
     def rewind(self, from_step, log):
         """Back to the last checkpoint, and on with other batches."""
@@ -223,7 +241,8 @@ class Trainer:
             if self.held_out is not None:
                 images, labels = self.held_out
                 samples = sample_images(self.pipe, labels, args.seed, **options)
-                self.metrics = {"fd": frechet_distance(samples, images, EfficientNetLite0())}
+                seen = [gaussian(extract(part, self.extractor).features) for part in (samples, images)]
+                self.metrics = {"fd": frechet_distance(*seen)}
         if main:
             path = args.output_dir / "samples" / f"step-{step:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +282,7 @@ class Trainer:
             facts = self.card_facts(lines[-1].get("fd"))
             pipe.save_pretrained(folder, card=facts)
             print(f"Pipeline: {folder}")
-        if self.uploads is not None:
+        if args.push_to_hub:
             self.uploads.close()
             print(f"Published: {publish_folder(folder, args.hub_model_id, pipe, facts)}")
 
@@ -284,7 +303,7 @@ class Trainer:
         count = args.train_batch_size // self.accelerator.num_processes
         latents = torch.randn(2, count, config.in_channels, config.sample_size, config.sample_size)
         time_draw = self.objective.draw_time(count, torch.Generator())
-        batch = {"x_start": latents[0], "noise": latents[1], "time": time_draw, "drop": torch.zeros(count).bool()}
+        batch = {"x_start": latents[0], "noise": latents[1], "time": time_draw}
         batch["label"] = torch.zeros(count, dtype=torch.int64)
         model = self.accelerator.unwrap_model(self.transformer)
         plan = training_plan(model, lambda: self.backward(batch), args.max_train_steps)
@@ -344,8 +363,9 @@ def main():
     )
     args.mixed_precision = accelerator.mixed_precision
     check_batch(args, accelerator.num_processes)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and (args.proj_coeff or args.dry_run):
-        raise ValueError("DeepSpeed takes one model with its optimizer: --proj_coeff and --dry_run need DDP or FSDP.")
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if sharded and (args.proj_coeff or args.lora_rank is not None or args.dry_run):
+        raise ValueError("--proj_coeff, --lora_rank and --dry_run work with DDP, not with sharded weights.")
     if accelerator.is_main_process:
         print(json.dumps(vars(args), indent=2, default=str))
     with only_run(args.output_dir) if accelerator.is_main_process and not args.dry_run else nullcontext():

@@ -3,12 +3,16 @@
 Shapes: `N` images, `S` pixels a side.
 """
 
+import glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+
+
+SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 
 
 def load_image_dataset(
@@ -54,9 +58,16 @@ def _folder_arguments(folder):
     if not folder.is_dir():
         raise ValueError(f"There is no folder {str(folder)!r}.")
     for builder, suffix in (("webdataset", ".tar"), ("parquet", ".parquet")):
-        if shards := sorted(str(path) for path in folder.rglob(f"*{suffix}")):
-            return {"path": builder, "data_files": {"train": shards}}
-    return {"path": "imagefolder", "data_dir": str(folder), "drop_labels": False}
+        if next(folder.glob(f"*{suffix}"), None) or next(folder.glob(f"*/*{suffix}"), None):
+            return {"path": builder, "data_dir": str(folder)}
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    if not classes:
+        raise ValueError(f"{str(folder)!r} has no folders, one a class, and no .tar or .parquet shards.")
+    if all(path.name in SPLITS for path in classes):
+        return {"path": "imagefolder", "data_dir": str(folder), "drop_labels": False}
+    # Named one by one, or a class whose name sounds like a split's would be taken for one.
+    files = [f"{glob.escape(str(path))}/**" for path in classes]
+    return {"path": "imagefolder", "data_files": {"train": files}, "drop_labels": False}
 
 
 def label_names(dataset, label_column: str = "label") -> list[str]:
@@ -124,12 +135,15 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     The crop of ADM and DiT: halve with a box filter while possible, resize the short side, cut the middle.
 
     Args:
-        image (`PIL.Image.Image`): Any size and mode; what is transparent becomes white.
+        image (`PIL.Image.Image`): Any size and mode; turned as its EXIF says; what is transparent becomes white.
         size (`int`): Pixels a side of the result.
 
     Returns:
         `PIL.Image.Image`: RGB, `size` × `size`.
     """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB")

@@ -31,6 +31,8 @@ INDEX = "index.json"
 # One entry of metadata, as safetensors writes several in any order, and checksums are to be the same.
 FACTS = "dit_hf"
 SHARD_SIZE = 2048
+# Counted up when the same images would give other pixels than before.
+PREPROCESSING = 1
 # More unreadable images than this share are no accident.
 MAX_UNREADABLE = 0.1
 
@@ -90,11 +92,15 @@ def cache_latents(
     """
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
+    index = cache_dir / INDEX
+    if index.exists() and read_index(cache_dir)["fingerprint"] != fingerprint:
+        index.unlink(missing_ok=True)  # it would describe a mixture from here on
     number = -1
     for number, rows in enumerate(reader.shards(shard_size)):
         path = cache_dir / f"shard-{number:05d}.safetensors"
         if number % num_processes != process_index or _facts(path).get("fingerprint") == fingerprint:
             continue
+        rows = list(rows)
         parts: list[dict[str, torch.Tensor]] = []
         labels, unreadable = [], []
         for start in tqdm(range(0, len(rows), batch_size), desc=f"latents, shard {number}", mininterval=5):
@@ -127,7 +133,9 @@ def cache_latents(
     return number + 1
 
 
-def index_latents(cache_dir: str | Path, fingerprint: str, names: list[str], num_shards: int) -> dict:
+def index_latents(
+    cache_dir: str | Path, fingerprint: str, names: list[str], num_shards: int, made_by: dict[str, str | None]
+) -> dict:
     """
     Completes a cache once all shards are there: counts, checksums, statistics, class names.
 
@@ -136,6 +144,7 @@ def index_latents(cache_dir: str | Path, fingerprint: str, names: list[str], num
         fingerprint (`str`): The shards'.
         names (`list[str]`): Class names, by id.
         num_shards (`int`): How many there are; what is left of another cache is removed.
+        made_by (`dict[str, str | None]`): Checksums of `vae` and `encoder`, to hold a training against.
 
     Returns:
         `dict`: the content of `index.json`.
@@ -168,7 +177,7 @@ def index_latents(cache_dir: str | Path, fingerprint: str, names: list[str], num
     if count == 0:
         raise ValueError("The dataset has no images.")
     mean, std = _statistics(moments)
-    index = {"fingerprint": fingerprint, "count": count, "unreadable": unreadable, "classes": names}
+    index = {"fingerprint": fingerprint, "count": count, "unreadable": unreadable, "classes": names} | made_by
     index |= {"latents_mean": mean, "latents_std": std, "shards": shards}
     partial = cache_dir / f"partial-{INDEX}"
     partial.write_text(json.dumps(index, indent=2) + "\n")
@@ -240,8 +249,8 @@ class CachedLatents:
         self._shards, self._starts, labels, start = [], [], [], 0
         for shard in self.index["shards"]:
             path = Path(cache_dir) / shard["file"]
-            if not path.exists() or _count(path) != shard["count"]:
-                raise ValueError(f"{path} is missing or not complete; run precompute_latents.py again.")
+            if _facts(path).get("fingerprint") != self.index["fingerprint"] or _count(path) != shard["count"]:
+                raise ValueError(f"{path} is missing or of another cache; run precompute_latents.py again.")
             file = safe_open(path, "pt")
             if shard["count"]:
                 names = file.keys()
@@ -321,15 +330,33 @@ class EncodedImages:
         raise ValueError("None of the dataset's images can be read.")
 
 
-def cache_fingerprint(vae, dataset, source: str | Path, **settings: Any) -> str:
+def checksum(module: torch.nn.Module) -> str:
     """
-    Changes when the VAE's encoder, the data or what is done to them change.
+    A hash of a network's weights.
 
     Args:
-        vae (`AutoencoderKL`): The VAE.
+        module (`torch.nn.Module`): The network; of a VAE only what encodes.
+
+    Returns:
+        `str`
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not name.startswith(("decoder.", "post_quant_conv.")):
+            digest.update(
+                name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
+    return digest.hexdigest()
+
+
+def cache_fingerprint(dataset, source: str | Path, **settings: Any) -> str:
+    """
+    Changes when the data or what is done to them change.
+
+    Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): The data.
         source (`str` or `Path`): Where they come from; a local folder's files count by size and date.
-        settings: Whatever else the latents depend on, as JSON.
+        settings: Whatever else the latents depend on, as JSON: checksums of VAE and encoder among it.
 
     Returns:
         `str`
@@ -341,11 +368,8 @@ def cache_fingerprint(vae, dataset, source: str | Path, **settings: Any) -> str:
         data = HfApi().dataset_info(str(source)).sha
     else:
         data = dataset._fingerprint
-    settings |= {"dtype": str(vae.dtype), "source": str(source), "data": data}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for tensor in (*vae.encoder.parameters(), *(vae.quant_conv.parameters() if vae.config.use_quant_conv else ())):
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    settings |= {"preprocessing": PREPROCESSING, "source": str(source), "data": data}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def vae_statistics(vae) -> tuple[list[float], list[float]]:

@@ -3,12 +3,14 @@
 Shapes: `S` pixels a side.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from itertools import islice
 
 import torch
 from datasets import Image as ImageFeature
+from datasets import IterableDataset
+from datasets.utils.file_utils import xopen
 from PIL import Image
 
 from .images import center_crop, check_column, to_tensor
@@ -56,11 +58,10 @@ class ImageReader:
             ValueError: if the label is none of the classes.
         """
         label = self.label_id(row[self.label_column], position)
-        stored = row[self.image_column]
-        source = stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"])
+        stored = row[self.image_column] or {"path": None, "bytes": None}
         try:
-            with Image.open(source) as image:
-                return to_tensor(center_crop(image, self.resolution)), label
+            with xopen(stored["path"], "rb") if stored["bytes"] is None else BytesIO(stored["bytes"]) as file:
+                return to_tensor(center_crop(Image.open(file), self.resolution)), label
         except Exception as error:  # decoders raise all kinds
             raise OSError(f"image {position} ({stored['path'] or 'in the dataset'}): {error}") from error
 
@@ -74,8 +75,12 @@ class ImageReader:
             )
         return key
 
-    def shards(self, size: int) -> Iterator[list[dict]]:
-        """Stretches of rows, in the dataset's order."""
-        rows = iter(self.dataset)
-        while shard := list(islice(rows, size)):
-            yield shard
+    def shards(self, size: int) -> Iterator[Iterable[dict]]:
+        """Stretches of rows, in the dataset's order; those of a stream are read, others when they are gone through."""
+        if isinstance(self.dataset, IterableDataset):
+            rows = iter(self.dataset)
+            while shard := list(islice(rows, size)):
+                yield shard
+        else:
+            for start in range(0, len(self.dataset), size):
+                yield self.dataset.select(range(start, min(start + size, len(self.dataset))))

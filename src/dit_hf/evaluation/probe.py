@@ -8,24 +8,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ..data.images import to_unit_range
-from .features import EfficientNetLite0
-
-
-def extract_features(images: torch.Tensor, network: EfficientNetLite0, batch_size: int = 64) -> torch.Tensor:
-    """
-    EfficientNet-Lite0 features of 8-bit images.
-
-    Args:
-        images (`torch.Tensor` of shape `(N, 3, H, W)`): uint8.
-        network (`EfficientNetLite0`): The extractor.
-        batch_size (`int`, defaults to 64): Images at once.
-
-    Returns:
-        `torch.Tensor` of shape `(N, 1280)`
-    """
-    return torch.cat([network(to_unit_range(batch)) for batch in images.split(batch_size)])
-
 
 def train_probe(features: torch.Tensor, labels: torch.Tensor):
     """

@@ -1,7 +1,8 @@
 """Uploading a saved folder, so that a failure costs nothing but another try."""
 
+import queue
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,7 +134,10 @@ class BackgroundUploads:
 
     def __init__(self, repo_id: str):
         self.repo_id = repo_id
-        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._files: queue.SimpleQueue[tuple[Path, str] | None] = queue.SimpleQueue()
+        # A daemon, so that a server that never answers does not keep the process.
+        self._worker = threading.Thread(target=self._work, daemon=True)
+        self._worker.start()
 
     def send(self, file: str | Path, path_in_repo: str) -> None:
         """
@@ -143,18 +147,26 @@ class BackgroundUploads:
             file (`str` or `Path`): Must not change until it is sent.
             path_in_repo (`str`): Where it goes.
         """
-        self._worker.submit(self._upload, Path(file), path_in_repo)
+        self._files.put((Path(file), path_in_repo))
 
-    def _upload(self, file, path_in_repo):
-        try:
-            repo_id = create_repo(self.repo_id, exist_ok=True).repo_id
-            upload_file(path_or_fileobj=file, path_in_repo=path_in_repo, repo_id=repo_id)
-        except Exception as error:  # nobody waits for this thread's exceptions
-            logger.warning(f"{file} was not sent to {self.repo_id}: {_reason(error)}.")
+    def _work(self):
+        while (job := self._files.get()) is not None:
+            file, path_in_repo = job
+            try:
+                repo_id = create_repo(self.repo_id, exist_ok=True).repo_id
+                upload_file(path_or_fileobj=file, path_in_repo=path_in_repo, repo_id=repo_id)
+            except Exception as error:  # nobody waits for this thread's exceptions
+                logger.warning(f"{file} was not sent to {self.repo_id}: {_reason(error)}.")
 
-    def close(self) -> None:
-        """Waits for what is being sent; what is still queued is dropped."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+    def close(self, timeout: float = 60) -> None:
+        """
+        Waits for what is queued.
+
+        Args:
+            timeout (`float`, defaults to 60): Seconds; what is not sent by then is given up.
+        """
+        self._files.put(None)
+        self._worker.join(timeout)
 
 
 def _reason(error):

@@ -7,10 +7,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..evaluation.extractors import EFFICIENTNET, VisionModel
+from ..evaluation.features import EfficientNetLite0
 from ..transformer_dit import DiTTransformer2DModel
 
 
-EFFICIENTNET = "efficientnet-lite0"
 PROJECTOR_WIDTH = 1024
 
 
@@ -19,8 +20,6 @@ class EfficientNetEncoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        from ..evaluation.features import EfficientNetLite0
-
         self.network = EfficientNetLite0(resolution=128)
 
     @torch.no_grad()
@@ -30,31 +29,19 @@ class EfficientNetEncoder(nn.Module):
 
 
 class TransformersEncoder(nn.Module):
-    """Patch tokens of a vision model of transformers (DINOv2, CLIP's vision tower, ViT …), at the size it was made for."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
+    """Patch tokens of a vision model of transformers (DINOv2, CLIP's vision tower, ViT …)."""
 
     def __init__(self, name: str):
         super().__init__()
-        from transformers import AutoImageProcessor, AutoModel
+        self.network = VisionModel(name)
+        if not isinstance(getattr(self.network.model.config, "patch_size", None), int):
+            raise ValueError("its config has no patch size")
 
-        model = AutoModel.from_pretrained(name)
-        self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
-        processor = AutoImageProcessor.from_pretrained(name)
-        for statistic in ("mean", "std"):
-            values = torch.tensor(getattr(processor, f"image_{statistic}")).view(1, 3, 1, 1)
-            self.register_buffer(statistic, values, persistent=False)
-
-    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images `(B, 3, H, W)` in [-1, 1] to features `(B, F, h, w)`, one a patch."""
-        side, patch = self.model.config.image_size, self.model.config.patch_size
-        images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
-        tokens = self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std).last_hidden_state
-        grid = side // patch
-        patches = tokens[:, -grid * grid :]  # class and register tokens come first
-        return patches.transpose(1, 2).unflatten(2, (grid, grid))
+        grid = self.network.side // self.network.model.config.patch_size
+        tokens = self.network(images).last_hidden_state[:, -grid * grid :]  # class and register tokens come first
+        return tokens.transpose(1, 2).unflatten(2, (grid, grid))
 
 
 def load_encoder(name: str) -> nn.Module:
@@ -121,6 +108,7 @@ class AlignmentHead(nn.Module):
         Returns:
             `torch.Tensor` of shape `(B,)`: one minus the mean cosine of tokens and features.
         """
-        tokens = self.projector(self._tokens.pop())
+        tokens = self._tokens.pop()[:, -self.grid[0] * self.grid[1] :]  # in-context conditions come first
+        tokens = self.projector(tokens)
         features = F.interpolate(features, size=self.grid, mode="bilinear", antialias=True)
         return 1 - F.cosine_similarity(tokens, features.flatten(2).transpose(1, 2), dim=-1).mean(dim=1)

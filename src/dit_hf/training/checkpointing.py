@@ -63,17 +63,11 @@ def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit:
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(partial))
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors have their own words for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         kept = list_checkpoints(output_dir)
-        before = (
-            f"{kept[-1].name} is whole, and the same command goes on from there" if kept else "there is none before"
-        )
-        raise OSError(f"{final} can't be written, is the disk full? ({error}) {before}.") from error
+        before = f"{kept[-1].name} is whole, the same command goes on from there" if kept else "there is none before"
+        raise OSError(f"{final} can't be written: {error} ({before})") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
@@ -105,7 +99,7 @@ def resume_from(accelerator, output_dir: str | Path) -> int:
 
 def check_same_settings(output_dir: str | Path, settings: dict, may_change: tuple[str, ...]) -> None:
     """
-    Refuses to resume a run with other settings than it was started with, and records them on a fresh start.
+    Refuses to resume a run with other settings than it was started with.
 
     Args:
         output_dir (`str` or `Path`): The run's folder; `training_config.json` in it holds the settings.
@@ -126,8 +120,20 @@ def check_same_settings(output_dir: str | Path, settings: dict, may_change: tupl
         ]
         if changed:
             raise ValueError(f"{output_dir} holds a run with other settings: {'; '.join(changed)}. Use a new folder.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def record_settings(output_dir: str | Path, settings: dict) -> None:
+    """
+    Writes a run's settings for [`check_same_settings`] of its resumption.
+
+    Args:
+        output_dir (`str` or `Path`): The run's folder.
+        settings (`dict`): All settings; what is no JSON is written as text.
+    """
+    file = Path(output_dir) / "training_config.json"
+    partial = file.with_name(f"partial-{file.name}")
+    partial.write_text(json.dumps(settings, indent=2, default=str) + "\n")
+    os.replace(partial, file)
 
 
 def truncate_log(file: str | Path, step: int) -> None:

@@ -84,6 +84,7 @@ class PowerAverages:
         parameters = list(parameters)
         self.steps = 0
         self.averages = {width: [weight.detach().clone() for weight in parameters] for width in KEPT}
+        self._exponents = {width: profile_exponent(width) for width in KEPT}
 
     @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -91,7 +92,7 @@ class PowerAverages:
         self.steps += 1
         parameters = list(parameters)
         for width, averages in self.averages.items():
-            keep = (1 - 1 / self.steps) ** (profile_exponent(width) + 1)
+            keep = (1 - 1 / self.steps) ** (self._exponents[width] + 1)
             for average, weight in zip(averages, parameters, strict=True):
                 average.lerp_(weight.detach(), 1 - keep)
 
@@ -112,6 +113,19 @@ class PowerAverages:
                 partial = path.with_name(f"partial-{path.name}")
                 save_file(whole, partial)
                 partial.replace(path)
+
+    @staticmethod
+    def drop_snapshots(folder: str | Path, step: int) -> None:
+        """
+        Removes what a resumed run will write again.
+
+        Args:
+            folder (`str` or `Path`): With snapshots; it need not exist.
+            step (`int`): The checkpoint's; later snapshots go.
+        """
+        for path in Path(folder).glob("ema-*.safetensors"):
+            if (match := SNAPSHOT.fullmatch(path.name)) and int(match[1]) > step:
+                path.unlink()
 
     def state_dict(self) -> dict:
         """Everything a resumed run needs."""
@@ -145,16 +159,20 @@ def average_after_training(folder: str | Path, sigma_rel: float, step: int | Non
         `dict[str, torch.Tensor]`: float32 weights by name.
 
     Raises:
-        ValueError: if there are no snapshots up to the step.
+        ValueError: if there are no snapshots up to the step, or it is beyond the newest.
     """
-    found = {}
-    for path in Path(folder).glob("ema-*.safetensors"):
-        if match := SNAPSHOT.fullmatch(path.name):
-            found[path] = (profile_exponent(float(match[2])), int(match[1]))
-    step = step or max((end for _, end in found.values()), default=0)
-    found = {path: profile for path, profile in sorted(found.items()) if profile[1] <= step}
-    if not found:
-        raise ValueError(f"{folder} holds no snapshots up to step {step}; train with --ema_profiles.")
+    found = {
+        path: (profile_exponent(float(match[2])), int(match[1]))
+        for path in sorted(Path(folder).glob("ema-*.safetensors"))
+        if (match := SNAPSHOT.fullmatch(path.name))
+    }
+    newest = max((end for _, end in found.values()), default=0)
+    step = newest if step is None else step
+    found = {path: profile for path, profile in found.items() if profile[1] <= step}
+    if not found or step > newest:
+        raise ValueError(
+            f"{folder} holds no snapshots for step {step}, the newest is of {newest}; see --ema_profiles."
+        )
     target = (profile_exponent(sigma_rel), step)
     profiles = list(found.values())
     overlaps = torch.tensor([[_overlap(a, b) for b in profiles] for a in profiles], dtype=torch.float64)

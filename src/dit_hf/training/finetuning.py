@@ -26,8 +26,7 @@ def load_for_classes(
     Returns:
         `DiTTransformer2DModel`
     """
-    index = DiTClassCondPipeline.load_config(pretrained_model_name_or_path)
-    known = {int(key): name for key, name in (index.get("id2label") or {}).items()}
+    known = class_names(pretrained_model_name_or_path)
     model = DiTTransformer2DModel.from_pretrained(
         pretrained_model_name_or_path, subfolder="transformer", dtype=torch.float32
     )
@@ -41,6 +40,20 @@ def load_for_classes(
         )
     remap_classes(model, mapped, class_dropout_prob)
     return model
+
+
+def class_names(pretrained_model_name_or_path: str | Path) -> dict[int, str]:
+    """
+    The classes of a pipeline, without loading it.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id of a pipeline.
+
+    Returns:
+        `dict[int, str]`: id -> names, separated by commas; empty if it has none.
+    """
+    index = DiTClassCondPipeline.load_config(pretrained_model_name_or_path)
+    return {int(key): name for key, name in (index.get("id2label") or {}).items()}
 
 
 def match_names(names: list[str], known: dict[int, str]) -> list[int | None]:

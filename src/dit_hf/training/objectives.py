@@ -68,8 +68,8 @@ class Objective:
         else:
             sigma = time[:, None, None, None]
             noisy, timestep = (1 - sigma) * x_start + sigma * noise, time * NUM_TRAIN_TIMESTEPS
-        dropped = batch["drop"] if batch["drop"].any() else None  # a model without null class takes none
-        output = transformer(noisy, timestep, batch["label"], force_drop_ids=dropped, return_dict=False)[0]
+        # Without `drop`, which a model without null class takes not, nothing is dropped either.
+        output = transformer(noisy, timestep, batch["label"], force_drop_ids=batch.get("drop"), return_dict=False)[0]
         if self.prediction == "velocity":
             terms = velocity_loss(output, x_start, noise)
             return terms["loss"] + terms["cosine"] if self.cosine_loss else terms["loss"]
@@ -101,8 +101,8 @@ def draw_batch(
         class_dropout_prob (`float`): Share of samples whose label is dropped.
 
     Returns:
-        `dict[str, torch.Tensor]`: `x_start` and `noise` of shape `(B, C, h, w)`; `time`, `label`, `drop` of shape `(B,)`;
-        `features` if there are.
+        `dict[str, torch.Tensor]`: `x_start` and `noise` of shape `(B, C, h, w)`; `time` and `label` of shape `(B,)`; `drop`
+        `(B,)` if labels are dropped at all; `features` if there are.
     """
     count = len(indices)
     flipped = torch.rand(count, generator=generator) < flip_probability
@@ -112,4 +112,5 @@ def draw_batch(
     mean = normalise_latents(read.pop("mean"), *latents.statistics)
     std = normalise_latents(read.pop("std"), [0.0], latents.statistics[1])
     draws = torch.randn((2, count, *mean.shape[1:]), generator=generator)[:, share]
-    return read | {"x_start": mean + std * draws[0], "noise": draws[1], "time": time[share], "drop": dropped[share]}
+    batch = read | {"x_start": mean + std * draws[0], "noise": draws[1], "time": time[share]}
+    return batch | ({"drop": dropped[share]} if class_dropout_prob > 0 else {})

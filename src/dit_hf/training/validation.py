@@ -1,5 +1,6 @@
 """Looking at a model while it is trained: averaged weights, sample grids, the curve of losses."""
 
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def plot_losses(steps: list[int], losses: list[float], path: str | Path) -> None
     """
     from matplotlib.figure import Figure
 
+    finite = [(step, loss) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
+    steps, losses = [step for step, _ in finite], [loss for _, loss in finite]
     window = max(len(losses) // 50, 1)
     sums = torch.tensor([0.0, *losses], dtype=torch.float64).cumsum(0)
     means = (sums[window:] - sums[:-window]) / window

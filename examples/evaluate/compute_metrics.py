@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""Figures of a set of samples against a reference set: FID, sFID, Inception Score, KID, precision, recall and more.
+
+    python examples/evaluate/compute_metrics.py --samples outputs/samples.npz --reference outputs/emoji64 \
+        --metrics fid,sfid,is,kid,precision,recall --output outputs/metrics.json
+
+Expected: a minute for a thousand images on 2 cores. Features are kept in --cache_dir by the content of the images.
+"""
+
+import argparse
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dit_hf.command_line import run
+from dit_hf.data.images import to_unit_range
+from dit_hf.evaluation.extractors import PRECOMPUTED, Features, load_extractor
+from dit_hf.evaluation.metrics import METRICS, compute_metrics
+from dit_hf.evaluation.sources import ImageSource, reference_statistics
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    source = "an .npz of images, a folder of pictures, a dataset, or with `precomputed` a .safetensors of features"
+    parser.add_argument("--samples", required=True, help=source.capitalize() + ".")
+    parser.add_argument("--reference", required=True, help=f"{source.capitalize()}; or ADM's .npz of statistics.")
+    parser.add_argument("--split", default="test", help="Of a dataset.")
+    parser.add_argument("--image_column", default="image", help="Of a dataset.")
+    parser.add_argument(
+        "--feature_extractor", default="efficientnet-lite0", help="Or inception, a vision model, precomputed."
+    )
+    parser.add_argument("--extractor_weights", type=Path, help="TensorFlow-ported weights for inception.")
+    parser.add_argument("--metrics", default="fid,sfid,is,kid,precision,recall", help=f"Of {', '.join(METRICS)}.")
+    parser.add_argument("--bootstrap", type=int, default=10, help="Redrawn sets for the intervals; 0 for none.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images at once.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the redrawn sets.")
+    parser.add_argument("--cache_dir", type=Path, default=Path("outputs/features"), help="Where features are kept.")
+    parser.add_argument("--output", type=Path, help="JSON file for the result.")
+    return parser.parse_args()
+
+
+def features_of(source, extractor, args):
+    """Features of an image source, from the cache where its images have been seen by the same extractor."""
+    images = ImageSource(source, args.split, args.image_column)
+    path = args.cache_dir / f"{images.digest()[:24]}-{extractor.description['weights']}.safetensors"
+    if path.exists() and (kept := Features.load(path)).extractor == extractor.description:
+        return kept
+    parts = []
+    for batch in tqdm(images.batches(args.batch_size), desc=f"features of {source}", mininterval=5):
+        parts.append({name: tensor.cpu() for name, tensor in extractor(to_unit_range(batch)).items()})
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    features = Features(tensors["features"], tensors.get("spatial"), tensors.get("logits"), extractor.description)
+    features.save(path)
+    return features
+
+
+def main():
+    args = parse_args()
+    metrics = [name.strip() for name in args.metrics.split(",")]
+    reference = None
+    if Path(args.reference).suffix == ".npz":
+        reference = reference_statistics(args.reference)
+    if args.feature_extractor == PRECOMPUTED:
+        samples = Features.load(args.samples)
+        reference = reference or Features.load(args.reference)
+    else:
+        extractor = load_extractor(args.feature_extractor, args.extractor_weights)
+        samples = features_of(args.samples, extractor, args)
+        reference = reference or features_of(args.reference, extractor, args)
+    figures = compute_metrics(samples, reference, metrics, args.bootstrap, args.seed)
+    recipe = {
+        "samples": str(args.samples),
+        "num_samples": len(samples.features),
+        "reference": str(args.reference),
+        "num_reference": len(reference.features) if isinstance(reference, Features) else "statistics",
+        "extractor": samples.extractor,
+        "bootstrap": args.bootstrap,
+        "versions": {name: version(name) for name in ("dit_hf", "torch", "transformers", "numpy")},
+    }
+    result = json.dumps(figures | {"recipe": recipe}, indent=2, ensure_ascii=False)
+    print(result)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(result + "\n")
+    print(f"Features: {args.cache_dir}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,142 @@
+"""Figures of sets of features other than Fréchet distance: Inception Score, KID, precision and recall, memorisation.
+
+Shapes: `N` samples, `M` reference images, `D` feature channels, `K` classes. Features are taken as they are given; all sums
+are in double precision.
+"""
+
+import torch
+
+
+# Rows of a distance matrix that are in memory at once.
+BLOCK = 1024
+
+
+def inception_score(logits: torch.Tensor, splits: int = 10) -> tuple[float, float]:
+    """
+    Inception Score (Salimans et al., https://arxiv.org/abs/1606.03498, eq. 1): exp of the mean divergence of the images'
+    class distributions from their mean.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, K)`): Of a classifier.
+        splits (`int`, defaults to 10): Contiguous parts, not shuffled, that the score is taken of.
+
+    Returns:
+        `tuple[float, float]`: mean and standard deviation over the parts.
+
+    Raises:
+        ValueError: if there are fewer images than parts.
+    """
+    if len(logits) < splits:
+        raise ValueError(f"Inception Score in {splits} splits needs as many images; there are {len(logits)}.")
+    scores = []
+    for part in logits.double().log_softmax(dim=1).tensor_split(splits):
+        probabilities = part.exp()
+        mean = probabilities.mean(dim=0)
+        divergence = (probabilities * (part - mean.clamp_min(1e-300).log())).sum(dim=1).mean()
+        scores.append(divergence.exp())
+    stacked = torch.stack(scores)
+    return stacked.mean().item(), stacked.std(correction=0).item()
+
+
+def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
+    """
+    Kernel Inception Distance (Bińkowski et al., https://arxiv.org/abs/1801.01401): the unbiased squared MMD with the cubic
+    kernel (x·y / D + 1)³ over all images. It has no bias for few images, where Fréchet distance has a large one.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): Of the samples.
+        reference (`torch.Tensor` of shape `(M, D)`): Of the reference.
+
+    Returns:
+        `float`: 0 in the mean for sets of one distribution; may be negative.
+    """
+    features, reference = _checked(features), _checked(reference)
+
+    def kernel_sum(first, second, without_diagonal):
+        total = torch.zeros((), dtype=torch.float64)
+        for start in range(0, len(first), BLOCK):
+            block = (first[start : start + BLOCK] @ second.T / first.shape[1] + 1) ** 3
+            total += block.sum()
+            if without_diagonal:
+                total -= block.diagonal(offset=start).sum()
+        return total
+
+    n, m = len(features), len(reference)
+    within = kernel_sum(features, features, True) / (n * (n - 1))
+    within += kernel_sum(reference, reference, True) / (m * (m - 1))
+    return (within - 2 * kernel_sum(features, reference, False) / (n * m)).item()
+
+
+def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3) -> dict[str, torch.Tensor]:
+    """
+    Improved precision and recall (Kynkäänniemi et al., https://arxiv.org/abs/1904.06991), density and coverage (Naeem et
+    al., https://arxiv.org/abs/2002.09797), image by image: a figure is the mean of its tensor.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): Of the samples.
+        reference (`torch.Tensor` of shape `(M, D)`): Of the reference.
+        k (`int`, defaults to 3): An image's ball reaches to its k-th neighbour in its own set.
+
+    Returns:
+        `dict[str, torch.Tensor]`: float64; `precision`, of shape `(N,)`, whether a sample is in a ball of the reference;
+        `density`, `(N,)`, in how many over k; `recall`, `(M,)`, whether a reference image is in a ball of the samples;
+        `coverage`, `(M,)`, whether a sample is in its ball.
+
+    Raises:
+        ValueError: if a set has not more than k images.
+    """
+    features, reference = _checked(features), _checked(reference)
+    if min(len(features), len(reference)) <= k:
+        raise ValueError(
+            f"Precision and recall with k = {k} need more than {k} images; there are {len(features)} and {len(reference)}."
+        )
+    sample_radii, reference_radii = _radii(features, k), _radii(reference, k)
+    density = torch.zeros(len(features), dtype=torch.float64)
+    covered = torch.zeros(len(reference), dtype=torch.bool)
+    recalled = torch.zeros(len(reference), dtype=torch.bool)
+    for start in range(0, len(features), BLOCK):
+        rows = slice(start, start + BLOCK)
+        distances = torch.cdist(features[rows], reference)
+        inside = distances <= reference_radii
+        density[rows] = inside.sum(dim=1) / k
+        covered |= inside.any(dim=0)
+        recalled |= (distances <= sample_radii[rows, None]).any(dim=0)
+    return {
+        "precision": (density > 0).double(),
+        "recall": recalled.double(),
+        "density": density,
+        "coverage": covered.double(),
+    }
+
+
+def nearest_neighbours(features: torch.Tensor, training: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The training image that is nearest to each sample, to see whether a model repeats what it was trained on.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): Of the samples.
+        training (`torch.Tensor` of shape `(M, D)`): Of the training images.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: distances (float64) and indices (int64), shape `(N,)`.
+    """
+    features, training = _checked(features), _checked(training)
+    found = [torch.cdist(part, training).min(dim=1) for part in features.split(BLOCK)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def _checked(features):
+    """Double precision; at least two images, all finite."""
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"Features have shape {tuple(features.shape)}; at least 2 images are needed.")
+    if not torch.isfinite(features).all():
+        raise ValueError("Features are not finite.")
+    return features.double()
+
+
+def _radii(features, k):
+    """Distance of each image to its k-th neighbour."""
+    radii = []
+    for part in features.split(BLOCK):
+        radii.append(torch.cdist(part, features).kthvalue(k + 1, dim=1).values)  # the nearest is the image itself
+    return torch.cat(radii)

@@ -1,0 +1,183 @@
+"""Where images to be measured come from: ADM's `.npz`, folders of pictures, and `datasets`; and `.npz` of our own.
+
+Shapes: `N` images, `H W` pixels.
+"""
+
+import hashlib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.images import check_column, load_image_dataset
+from .statistics import GaussianStatistics
+
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class ImageSource:
+    """
+    Images of one size, read a batch at a time.
+
+    Args:
+        source (`str` or `Path`): An `.npz` with `arr_0` (uint8, NHWC), a folder of pictures, or a dataset.
+        split (`str`, defaults to `"test"`): Of a dataset.
+        image_column (`str`, defaults to `"image"`): Of a dataset.
+
+    Raises:
+        ValueError: naming the file, if there are no images, or what is there is something else.
+    """
+
+    def __init__(self, source: str | Path, split: str = "test", image_column: str = "image"):
+        self.source = Path(source)
+        self._digest = hashlib.sha256()
+        if self.source.suffix == ".npz":
+            self._read = self._npz
+        elif self.source.is_dir() and (files := pictures(self.source)):
+            self._files = files
+            self._read = self._folder
+        else:
+            self._dataset = load_image_dataset(str(source), split)
+            check_column(self._dataset, image_column, "--image_column")
+            self._column = image_column
+            self._read = self._rows
+
+    def batches(self, size: int = 64) -> Iterator[torch.Tensor]:
+        """
+        All images, in order.
+
+        Args:
+            size (`int`, defaults to 64): Images at once.
+
+        Returns:
+            `Iterator[torch.Tensor]`: `(N, 3, H, W)`, uint8.
+        """
+        shape = None
+        for batch in self._read(size):
+            if shape is not None and batch.shape[1:] != shape:
+                raise ValueError(
+                    f"{self.source} has images of different sizes: {tuple(shape)} and {tuple(batch.shape[1:])}."
+                )
+            shape = batch.shape[1:]
+            yield batch
+
+    def digest(self) -> str:
+        """A hash of all pixels, in order; reads the images once."""
+        digest = hashlib.sha256()
+        for batch in self.batches():
+            digest.update(str(tuple(batch.shape[1:])).encode() + batch.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _npz(self, size):
+        with open_npz(self.source) as archive, archive.open("arr_0.npy") as file:
+            shape, dtype = npy_header(file, self.source)
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+                raise ValueError(f"{self.source}: `arr_0` is {dtype} of shape {shape}; it must be uint8 (N, H, W, 3).")
+            image_bytes = int(np.prod(shape[1:]))
+            for start in range(0, shape[0], size):
+                count = min(size, shape[0] - start)
+                content = file.read(count * image_bytes)
+                if len(content) != count * image_bytes:
+                    raise ValueError(f"{self.source} ends after {start} of {shape[0]} images.")
+                pixels = np.frombuffer(content, np.uint8).reshape(count, *shape[1:])
+                yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()
+
+    def _folder(self, size):
+        for start in range(0, len(self._files), size):
+            yield self._stack([(path, Image.open(path)) for path in self._files[start : start + size]])
+
+    def _rows(self, size):
+        for start in range(0, len(self._dataset), size):
+            images = self._dataset[start : start + size][self._column]
+            yield self._stack([(f"image {start + index}", image) for index, image in enumerate(images)])
+
+    def _stack(self, images):
+        tensors = []
+        for name, image in images:
+            try:
+                pixels = np.asarray(image.convert("RGB"))
+            except OSError as error:
+                raise ValueError(f"{name} of {self.source} can't be read: {error}") from error
+            tensors.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+            if tensors[-1].shape != tensors[0].shape:
+                raise ValueError(f"{name} of {self.source} is {image.size}; others are of another size.")
+        return torch.stack(tensors)
+
+
+def pictures(folder: str | Path) -> list[Path]:
+    """
+    Pictures in a folder, sorted by name.
+
+    Args:
+        folder (`str` or `Path`): Looked through with its subfolders.
+
+    Returns:
+        `list[Path]`
+    """
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
+
+
+def open_npz(path: str | Path) -> zipfile.ZipFile:
+    """
+    Opens an `.npz`.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Returns:
+        `zipfile.ZipFile`
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no npz file: {error}") from error
+
+
+def npy_header(file, path):
+    """Shape and type of an array in an `.npz`, without what is pickled."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no array: {error}") from error
+    if fortran or dtype.hasobject:
+        raise ValueError(f"{path}: `arr_0` is stored in an order or type that is not read.")
+    return shape, dtype
+
+
+def reference_statistics(path: str | Path) -> dict[str, GaussianStatistics] | None:
+    """
+    What ADM's reference files hold instead of images.
+
+    Args:
+        path (`str` or `Path`): An `.npz` with `mu`, `sigma` and perhaps `mu_s`, `sigma_s`.
+
+    Returns:
+        `dict[str, GaussianStatistics]`: for `features` and perhaps `spatial`; None if the file holds images.
+
+    Raises:
+        ValueError: if the file is damaged or the statistics are not finite.
+    """
+    with open_npz(path) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+    if "mu" not in names:
+        if "arr_0" not in names:
+            raise ValueError(f"{path} has neither `arr_0` nor `mu` and `sigma`; it has {', '.join(sorted(names))}.")
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        found = {}
+        for part, suffix in (("features", ""), ("spatial", "_s")):
+            if f"mu{suffix}" in names:
+                mean, covariance = (torch.from_numpy(arrays[f"{name}{suffix}"]) for name in ("mu", "sigma"))
+                if covariance.shape != (len(mean), len(mean)) or not torch.isfinite(covariance).all():
+                    raise ValueError(f"{path}: `sigma{suffix}` is not a finite square matrix of {len(mean)} channels.")
+                found[part] = GaussianStatistics.from_moments(mean, covariance)
+    return found

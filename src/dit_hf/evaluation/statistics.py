@@ -1,0 +1,104 @@
+"""Mean and covariance of features, gathered batch by batch in double precision.
+
+Shapes: `N` images, `D` feature channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class GaussianStatistics:
+    """
+    Running sums of features; their number is all that a set of images costs, not their count.
+
+    Args:
+        dim (`int`): D.
+    """
+
+    dim: int
+
+    def __post_init__(self):
+        self.count = 0
+        self._mean = torch.zeros(self.dim, dtype=torch.float64)
+        self._scatter = torch.zeros(self.dim, self.dim, dtype=torch.float64)
+
+    def update(self, features: torch.Tensor) -> "GaussianStatistics":
+        """
+        Takes in a batch.
+
+        Args:
+            features (`torch.Tensor` of shape `(N, D)`): Any floating type.
+
+        Returns:
+            `GaussianStatistics`: itself.
+
+        Raises:
+            ValueError: if the shape is another, or a feature is not finite.
+        """
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(f"Features have shape {tuple(features.shape)}; they must be (images, {self.dim}).")
+        features = features.double()
+        if not torch.isfinite(features).all():
+            bad = (~torch.isfinite(features).all(dim=1)).nonzero()[0].item()
+            raise ValueError(f"The features of image {self.count + bad} are not finite.")
+        count = len(features)
+        if count == 0:
+            return self
+        mean = features.mean(dim=0)
+        centred = features - mean
+        shift = mean - self._mean
+        total = self.count + count
+        # The parallel form of Welford's update: sums of products about the mean, never of raw products.
+        self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * count / total)
+        self._mean = self._mean + shift * (count / total)
+        self.count = total
+        return self
+
+    @classmethod
+    def from_moments(cls, mean: torch.Tensor, covariance: torch.Tensor) -> "GaussianStatistics":
+        """
+        Statistics that someone else has gathered, of enough images.
+
+        Args:
+            mean (`torch.Tensor` of shape `(D,)`): Mean.
+            covariance (`torch.Tensor` of shape `(D, D)`): Covariance.
+
+        Returns:
+            `GaussianStatistics`
+        """
+        statistics = cls(len(mean))
+        statistics.count = statistics.dim + 1
+        statistics._mean, statistics._scatter = mean.double(), covariance.double() * statistics.dim
+        return statistics
+
+    def merge(self, other: "GaussianStatistics") -> "GaussianStatistics":
+        """
+        Takes in what another process has gathered.
+
+        Args:
+            other (`GaussianStatistics`): Of the same D.
+
+        Returns:
+            `GaussianStatistics`: itself.
+        """
+        total = self.count + other.count
+        if total:
+            shift = other._mean - self._mean
+            self._scatter += other._scatter + torch.outer(shift, shift) * (self.count * other.count / total)
+            self._mean = self._mean + shift * (other.count / total)
+            self.count = total
+        return self
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean, shape `(D,)`, float64."""
+        return self._mean
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Unbiased covariance, shape `(D, D)`, float64; `ValueError` with fewer than two images."""
+        if self.count < 2:
+            raise ValueError(f"A covariance needs at least 2 images; there are {self.count}.")
+        return self._scatter / (self.count - 1)

@@ -1,0 +1,255 @@
+"""Figures against closed forms, scipy, and plain numpy; sources of images; the command."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import ROOT
+from PIL import Image as PILImage
+
+from dit_hf.evaluation.extractors import Features, load_extractor
+from dit_hf.evaluation.frechet import frechet_distance, gaussian_distance
+from dit_hf.evaluation.metrics import compute_metrics, gaussian
+from dit_hf.evaluation.sets import inception_score, kernel_distance, nearest_neighbours, precision_recall
+from dit_hf.evaluation.sources import ImageSource, reference_statistics
+from dit_hf.evaluation.statistics import GaussianStatistics
+
+
+SCRIPT = ROOT / "examples" / "evaluate" / "compute_metrics.py"
+
+
+def draw(count, dim=12, seed=0, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(dim, dim, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return torch.randn(count, dim, generator=generator, dtype=torch.float64) @ mixing + shift
+
+
+def test_distance_of_known_gaussians():
+    """Diagonal covariances: |m|² + Σ (σ - σ')²."""
+    first, second = torch.tensor([1.0, 4.0, 0.25]), torch.tensor([9.0, 4.0, 1.0])
+    mean = torch.tensor([1.0, -2.0, 0.5])
+    found = gaussian_distance(mean, first.diag(), torch.zeros(3), second.diag())
+    assert found == pytest.approx(1 + 4 + 0.25 + (1 - 3) ** 2 + 0 + (0.5 - 1) ** 2, rel=1e-12)
+
+
+def test_distance_is_scipys():
+    samples, reference = draw(200), draw(150, seed=1, shift=0.3)
+    covariances = [np.cov(part.numpy(), rowvar=False) for part in (samples, reference)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    shift = (samples.mean(0) - reference.mean(0)).square().sum().item()
+    expected = shift + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.trace(root)
+    assert frechet_distance(gaussian(samples), gaussian(reference)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_distance_with_few_images_is_exact_and_warns():
+    """tr (C C')^½ is the sum of singular values of the cross-product of centred features."""
+    samples, reference = draw(8, dim=30), draw(10, dim=30, seed=1)
+    centred = [(part - part.mean(0)) / (len(part) - 1) ** 0.5 for part in (samples, reference)]
+    cross = np.linalg.svd((centred[0] @ centred[1].T).numpy(), compute_uv=False).sum()
+    shift = (samples.mean(0) - reference.mean(0)).square().sum()
+    expected = (shift + sum(part.square().sum() for part in centred) - 2 * cross).item()
+    with pytest.warns(UserWarning, match="8 images .samples. give 30 channels.*KID"):
+        found = frechet_distance(gaussian(samples), gaussian(reference))
+    assert found == pytest.approx(expected, rel=1e-5)
+    with pytest.warns(UserWarning):
+        assert abs(frechet_distance(gaussian(samples), gaussian(samples))) < 1e-5 * expected
+
+
+def test_statistics_do_not_depend_on_order_batches_or_processes():
+    features = draw(101) + 1e4  # a large mean would cost raw sums of squares their digits
+    whole = gaussian(features)
+    batches = GaussianStatistics(12)
+    for batch in features.flip(0).split(7):
+        batches.update(batch)
+    merged = gaussian(features[:30]).merge(gaussian(features[30:]))
+    for other in (batches, merged):
+        assert other.count == 101
+        torch.testing.assert_close(other.mean, whole.mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(other.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(whole.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-9)
+
+
+def test_bad_statistics_are_named():
+    with pytest.raises(ValueError, match=r"shape \(3, 4\).*\(images, 12\)"):
+        GaussianStatistics(12).update(torch.zeros(3, 4))
+    features = draw(5)
+    features[3, 2] = float("nan")
+    with pytest.raises(ValueError, match="image 3 are not finite"):
+        gaussian(features)
+    with pytest.raises(ValueError, match="at least 2 images; there are 1"):
+        _ = gaussian(draw(1)).covariance
+    with pytest.raises(ValueError, match="different extractors"):
+        frechet_distance(gaussian(draw(50)), gaussian(draw(50, dim=8)))
+    with pytest.raises(ValueError, match="eigenvalue -1"):
+        gaussian_distance(torch.zeros(2), torch.diag(torch.tensor([4.0, -1.0])), torch.zeros(2), torch.eye(2))
+
+
+def test_inception_score_is_numpys():
+    logits = 3 * torch.randn(53, 10, generator=torch.Generator().manual_seed(0))
+    scores = []
+    for part in np.array_split(logits.double().numpy(), 10):
+        probabilities = np.exp(part) / np.exp(part).sum(1, keepdims=True)
+        ratio = np.log(probabilities) - np.log(probabilities.mean(0))
+        scores.append(np.exp((probabilities * ratio).sum(1).mean()))
+    mean, std = inception_score(logits)
+    assert (mean, std) == (pytest.approx(np.mean(scores), rel=1e-9), pytest.approx(np.std(scores), rel=1e-9))
+    sure = 1000 * torch.nn.functional.one_hot(torch.arange(100) % 10, 10).float()
+    assert inception_score(sure)[0] == pytest.approx(10, rel=1e-9)  # ten classes, each image certain
+    assert inception_score(torch.zeros(20, 10))[0] == pytest.approx(1, rel=1e-9)
+    with pytest.raises(ValueError, match="10 splits"):
+        inception_score(logits[:5])
+
+
+def test_kernel_distance_is_the_double_sum():
+    samples, reference = draw(9, dim=4).numpy(), draw(7, dim=4, seed=1, shift=0.2).numpy()
+
+    def kernel(x, y):
+        return (x @ y / 4 + 1) ** 3
+
+    pairs = [(len(samples), samples), (len(reference), reference)]
+    within = sum(
+        sum(kernel(part[i], part[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+        for n, part in pairs
+    )
+    between = np.mean([[kernel(x, y) for y in reference] for x in samples])
+    found = kernel_distance(torch.from_numpy(samples), torch.from_numpy(reference))
+    assert found == pytest.approx(within - 2 * between, rel=1e-9)
+
+
+def test_kernel_distance_in_blocks(monkeypatch):
+    samples, reference = draw(40), draw(33, seed=1)
+    whole = kernel_distance(samples, reference)
+    monkeypatch.setattr("dit_hf.evaluation.sets.BLOCK", 7)
+    assert kernel_distance(samples, reference) == pytest.approx(whole, rel=1e-9)
+
+
+def test_precision_and_recall_are_numpys(monkeypatch):
+    samples, reference = draw(31, dim=3), draw(27, dim=3, seed=1, shift=1.0)
+    a, b = samples.numpy(), reference.numpy()
+    to_a, to_b, between = (np.linalg.norm(x[:, None] - y[None], axis=2) for x, y in ((a, a), (b, b), (a, b)))
+    radius_a, radius_b = np.sort(to_a, axis=1)[:, 3], np.sort(to_b, axis=1)[:, 3]
+    expected = {
+        "precision": (between <= radius_b[None]).any(1).mean(),
+        "recall": (between <= radius_a[:, None]).any(0).mean(),
+        "density": (between <= radius_b[None]).sum() / (3 * len(a)),
+        "coverage": (between <= radius_b[None]).any(0).mean(),
+    }
+    monkeypatch.setattr("dit_hf.evaluation.sets.BLOCK", 10)
+    found = precision_recall(samples, reference)
+    assert {name: values.mean().item() for name, values in found.items()} == pytest.approx(expected)
+    assert 0 < expected["precision"] < 1
+    assert all(values.mean() == 1 for name, values in precision_recall(samples, samples).items() if name != "density")
+    with pytest.raises(ValueError, match="more than 3 images; there are 31 and 3"):
+        precision_recall(samples, reference[:3])
+
+
+def test_copies_of_training_images_are_found():
+    training = draw(50)
+    distances, indices = nearest_neighbours(torch.stack([training[17], training[4] + 0.01]), training)
+    assert indices.tolist() == [17, 4]
+    assert distances[0] < 1e-6 < distances[1]
+
+
+def features(count, seed=0, shift=0.0, extractor="a"):
+    return Features(
+        draw(count, seed=seed, shift=shift), draw(count, 5, seed), draw(count, 6, seed), {"name": extractor}
+    )
+
+
+def test_named_figures_and_their_intervals():
+    samples, reference = features(120), features(110, seed=1, shift=0.2)
+    every = ("fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage")
+    found = compute_metrics(samples, reference, every, bootstrap=20)
+    assert list(found) == list(every)
+    assert all(figure["ci95"] > 0 for figure in found.values())
+    share = found["precision"]["value"]
+    assert found["precision"]["ci95"] == pytest.approx(1.96 * (share * (1 - share) / 120) ** 0.5, rel=0.4)
+    plain = compute_metrics(samples, reference, every)
+    assert all(plain[name]["value"] == found[name]["value"] for name in every)
+    statistics = {"features": gaussian(reference.features)}
+    assert compute_metrics(samples, statistics, ["fid"])["fid"] == pytest.approx(plain["fid"])
+    for metrics, other, message in (
+        (["fidd"], reference, "no metric 'fidd'; choose of fid"),
+        (["fid"], features(110, extractor="b"), "seen by"),
+        (["kid"], statistics, "not enough"),
+        (["sfid"], statistics, "no statistics for sfid"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compute_metrics(samples, other, metrics)
+    with pytest.raises(ValueError, match="sfid needs `spatial`"):
+        compute_metrics(Features(samples.features, None, None, {"name": "a"}), reference, ["sfid"])
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """The same twelve pictures as a folder and as an npz."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    (tmp_path / "folder").mkdir()
+    for index, image in enumerate(pixels):
+        PILImage.fromarray(image).save(tmp_path / "folder" / f"{index:03d}.png")
+    np.savez(tmp_path / "images.npz", arr_0=pixels)
+    return tmp_path, pixels
+
+
+def test_sources_hold_the_same_images(pictures, workspace):
+    folder, pixels = pictures
+    sources = [ImageSource(folder / "folder"), ImageSource(folder / "images.npz")]
+    for source in sources:
+        found = torch.cat(list(source.batches(5)))
+        assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), pixels)
+    assert sources[0].digest() == sources[1].digest()
+    assert torch.cat(list(ImageSource(workspace / "data").batches(3))).shape == (8, 3, 32, 32)
+
+
+def test_bad_sources_are_named(pictures):
+    folder, pixels = pictures
+    content = (folder / "images.npz").read_bytes()
+    (folder / "cut.npz").write_bytes(content[: len(content) // 2])
+    np.savez(folder / "float.npz", arr_0=pixels.astype(np.float32))
+    np.savez(folder / "other.npz", images=pixels)
+    np.savez(folder / "nan.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
+    for name, message in (("cut", "no npz"), ("float", "must be uint8"), ("missing", "no npz")):
+        with pytest.raises(ValueError, match=f"{name}.npz.*{message}"):
+            list(ImageSource(folder / f"{name}.npz").batches())
+    for name, message in (("other", "has images"), ("nan", "finite")):
+        with pytest.raises(ValueError, match=f"{name}.npz.*{message}"):
+            reference_statistics(folder / f"{name}.npz")
+    assert reference_statistics(folder / "images.npz") is None
+    PILImage.new("RGB", (8, 8)).save(folder / "folder" / "999.png")
+    with pytest.raises(ValueError, match="999.png.*another size"):
+        list(ImageSource(folder / "folder").batches())
+    with pytest.raises(ValueError, match="can't be read as features"):
+        Features.load(folder / "images.npz")
+
+
+def run_script(*arguments):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_the_command_and_its_cache(pictures):
+    folder, _ = pictures
+    flags = ("--metrics", "fid,kid,precision", "--bootstrap", 2, "--cache_dir", folder / "cache")
+    result = run_script("--samples", folder / "folder", "--reference", folder / "images.npz", *flags)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert abs(found["fid"]["value"]) < 1e-2  # the same images
+    assert found["precision"]["value"] == 1
+    assert found["recipe"]["extractor"]["resize"].startswith("112×112, bicubic, antialias")
+    (cached,) = (folder / "cache").iterdir()  # one set of images, seen once
+    flags = ("--feature_extractor", "precomputed", "--metrics", "fid", "--bootstrap", 0)
+    statistics = gaussian(Features.load(cached).features)
+    np.savez(folder / "reference.npz", mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy())
+    again = run_script("--samples", cached, "--reference", folder / "reference.npz", *flags)
+    assert abs(json.loads(again.stdout)["fid"]["value"]) < 1e-2
+    bad = run_script("--samples", cached, "--reference", folder / "images.npz", *flags)
+    assert bad.returncode == 2
+    assert "images.npz" in bad.stderr
+
+
+def test_inception_asks_for_its_weights():
+    with pytest.raises(ValueError, match="--extractor_weights"):
+        load_extractor("inception")
