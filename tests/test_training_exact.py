@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from conftest import FIXTURES, ROOT
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from testing_utils.training_runs import kill_after, losses, read_log, run, train_command
 
@@ -141,11 +142,12 @@ def test_the_curve_of_losses_is_the_pinned_one(small_config, tmp_path):
 def spoil(folder, step, factor, seed=0):
     """A cache in which the sample that a step draws first is multiplied; each step draws two of 126."""
     shutil.copytree(LATENTS, folder)
-    tensors = load_file(folder / "shard-00000.safetensors")
+    with safe_open(folder / "shard-00000.safetensors", "pt") as shard:
+        tensors, metadata = {name: shard.get_tensor(name) for name in shard.keys()}, shard.metadata()  # noqa: SIM118
     sample = SeededBatches(126, 2, seed).indices(step - 1)[0]
     for name in ("mean", "mean_flipped"):
         tensors[name][sample] *= factor
-    save_file(tensors, folder / "shard-00000.safetensors")
+    save_file(tensors, folder / "shard-00000.safetensors", metadata)
 
 
 @pytest.mark.parametrize(("factor", "policy"), [(float("nan"), "stop"), (300.0, "rewind")])
