@@ -26,7 +26,14 @@ from dit_hf.command_line import run
 from dit_hf.data.images import load_image_dataset, stack_images, to_unit_range
 from dit_hf.evaluation.features import EfficientNetLite0
 from dit_hf.training.batches import SeededBatches
-from dit_hf.training.checkpointing import check_same_settings, resume_from, save_checkpoint, truncate_log
+from dit_hf.training.checkpointing import (
+    check_same_settings,
+    list_checkpoints,
+    record_settings,
+    resume_from,
+    save_checkpoint,
+    truncate_log,
+)
 
 
 # What a resumed run may change; all else would make it another run.
@@ -116,7 +123,9 @@ def main():
     if accelerator.num_processes > 1:
         raise ValueError(f"This script trains in one process; it was started in {accelerator.num_processes}.")
     print(json.dumps(vars(args), indent=2, default=str))
-    check_same_settings(args.output_dir, vars(args), MAY_CHANGE)
+    if list_checkpoints(args.output_dir):
+        check_same_settings(args.output_dir / "training_config.json", vars(args), MAY_CHANGE)
+    record_settings(args.output_dir / "training_config.json", vars(args))
 
     torch.manual_seed(args.seed)
     vae = build_autoencoder(args.resolution, args.block_out_channels, args.latent_channels)

@@ -74,8 +74,9 @@ class Trainer:
         self.latents = open_latents(args, accelerator, self.vae, data, encoder)
         if accelerator.is_main_process:
             settings["latents"] = getattr(self.latents, "index", {}).get("fingerprint")
-            check_same_settings(args.output_dir, settings, MAY_CHANGE)
-            record_settings(args.output_dir, settings)
+            if self.resumes:
+                check_same_settings(self.settings_file, settings, MAY_CHANGE)
+            record_settings(self.settings_file, settings)
 
         self.head = None
         if args.proj_coeff:
@@ -118,8 +119,10 @@ class Trainer:
         args, accelerator = self.args, self.accelerator
         config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
         settings = vars(args) | {"transformer": config}
-        if accelerator.is_main_process and not args.dry_run:
-            check_same_settings(args.output_dir, settings, MAY_CHANGE)
+        self.settings_file = args.output_dir / "training_config.json"
+        self.resumes = bool(list_checkpoints(args.output_dir))
+        if accelerator.is_main_process and self.resumes:
+            check_same_settings(self.settings_file, settings, MAY_CHANGE)
         accelerator.print(
             f"{transformer.num_parameters() / 1e6:.2f} M parameters, {len(self.names)} classes, "
             f"{accelerator.num_processes} processes"

@@ -97,40 +97,41 @@ def resume_from(accelerator, output_dir: str | Path) -> int:
     return checkpoint_step(checkpoints[-1])
 
 
-def check_same_settings(output_dir: str | Path, settings: dict, may_change: tuple[str, ...]) -> None:
+def check_same_settings(file: str | Path, settings: dict, may_change: tuple[str, ...]) -> None:
     """
     Refuses to resume a run with other settings than it was started with.
 
     Args:
-        output_dir (`str` or `Path`): The run's folder; `training_config.json` in it holds the settings.
+        file (`str` or `Path`): What [`record_settings`] wrote; it need not exist.
         settings (`dict`): All settings; values are compared as JSON.
         may_change (`tuple[str, ...]`): Settings that a resumed run may change, such as the number of steps.
 
     Raises:
         ValueError: naming the settings that differ.
     """
-    file = Path(output_dir) / "training_config.json"
-    settings = json.loads(json.dumps(settings, default=str))
-    if list_checkpoints(output_dir) and file.exists():
-        before = json.loads(file.read_text())
-        changed = [
-            f"{name} was {before.get(name)!r} and is {value!r}"
-            for name, value in settings.items()
-            if name not in may_change and before.get(name) != value
-        ]
-        if changed:
-            raise ValueError(f"{output_dir} holds a run with other settings: {'; '.join(changed)}. Use a new folder.")
+    file = Path(file)
+    if not file.exists():
+        return
+    before = json.loads(file.read_text())
+    changed = [
+        f"{name} was {before.get(name)!r} and is {value!r}"
+        for name, value in json.loads(json.dumps(settings, default=str)).items()
+        if name not in may_change and before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(f"{file.parent} holds a run with other settings: {'; '.join(changed)}. Use a new folder.")
 
 
-def record_settings(output_dir: str | Path, settings: dict) -> None:
+def record_settings(file: str | Path, settings: dict) -> None:
     """
     Writes a run's settings for [`check_same_settings`] of its resumption.
 
     Args:
-        output_dir (`str` or `Path`): The run's folder.
+        file (`str` or `Path`): Its folder is created if it does not exist.
         settings (`dict`): All settings; what is no JSON is written as text.
     """
-    file = Path(output_dir) / "training_config.json"
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"partial-{file.name}")
     partial.write_text(json.dumps(settings, indent=2, default=str) + "\n")
     os.replace(partial, file)

@@ -1,0 +1,144 @@
+#!/usr/bin/env python
+"""Draws images for evaluation: the same set for any number of processes and any batch size, resumable.
+
+    accelerate launch examples/evaluate/sample.py --pretrained_model_name_or_path emoji64 --num_samples 1000 \
+        --num_inference_steps 30 --guidance_scale 3 --output_dir outputs/samples
+
+Expected: three minutes for a thousand images of the bundled model on 2 cores. OUTPUT_DIR then holds `images/`, one PNG a
+sample, `samples.npz` in ADM's format and `recipe.json`. The same command goes on after a kill.
+"""
+
+import argparse
+import json
+import time
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.command_line import run
+from dit_hf.complexity import count_macs
+from dit_hf.evaluation.samples import SAMPLING_RECIPES, draw_missing, missing_samples, sample_labels, write_npz
+from dit_hf.training.checkpointing import check_same_settings, record_settings
+from dit_hf.training.running import only_run, start_accelerator
+
+
+# What may differ between two runs that draw the same set.
+MAY_CHANGE = ("batch_size", "output_dir", "versions", "mixed_precision")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="Pipeline: folder, Hub id or bundled name."
+    )
+    parser.add_argument("--revision", help="Of a repository on the Hub.")
+    parser.add_argument(
+        "--recipe", choices=SAMPLING_RECIPES, help="A row of the paper; other flags replace single values."
+    )
+    parser.add_argument("--num_samples", type=int, default=50_000, help="Images.")
+    parser.add_argument(
+        "--labels", choices=("balanced", "random"), default="balanced", help="Classes in turn, or drawn."
+    )
+    parser.add_argument("--scheduler", help="Recipe of `make_scheduler`; the pipeline's own if not given.")
+    parser.add_argument("--num_inference_steps", type=int, default=250, help="Sampler steps.")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="Classifier-free guidance.")
+    parser.add_argument("--guidance_channels", type=int, help="Guided channels, 3 in the paper; all if not given.")
+    parser.add_argument(
+        "--guidance_interval", type=float, nargs=2, default=(0.0, 1.0), help="Guided part of the steps."
+    )
+    parser.add_argument("--vae", help="Folder or Hub id of another decoder.")
+    parser.add_argument("--seed", type=int, default=0, help="Image i depends on (seed, i) alone.")
+    parser.add_argument("--batch_size", type=int, default=48, help="Images drawn at once by a process.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Images, samples.npz and recipe.json.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the cost, and write nothing.")
+    parser.set_defaults(**SAMPLING_RECIPES.get(parser.parse_known_args()[0].recipe, {}))
+    return parser.parse_args()
+
+
+def load_pipeline(args, device):
+    """The pipeline that the flags name, with their scheduler and decoder."""
+    name = args.pretrained_model_name_or_path
+    if "/" not in name and not Path(name).exists():
+        pipe = DiTClassCondPipeline.from_bundled(name)
+    else:
+        pipe = DiTClassCondPipeline.from_pretrained(name, revision=args.revision)
+    if args.vae:
+        pipe.register_modules(vae=AutoencoderKL.from_pretrained(args.vae))
+    if args.scheduler:
+        pipe.scheduler = make_scheduler(args.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def pipeline_options(args):
+    """What the pipeline is called with."""
+    return {
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "guidance_channels": args.guidance_channels,
+        "guidance_interval": tuple(args.guidance_interval),
+    }
+
+
+def print_cost(args, pipe, num_processes):
+    """Compute and hours, by two timed steps."""
+    first, last = args.guidance_interval
+    halves = 1 + (last - first if args.guidance_scale != 1 else 0)
+    gflops = count_macs(pipe.transformer.config) / 1e9 * args.num_inference_steps * halves
+    labels = sample_labels(args.labels, args.batch_size, pipe.transformer.config.num_classes, args.seed)
+    options = pipeline_options(args) | {"num_inference_steps": 2, "output_type": "latent"}
+    started = time.perf_counter()
+    pipe(labels.tolist(), **options)
+    step = (time.perf_counter() - started) / 2 / args.batch_size
+    hours = step * args.num_inference_steps * args.num_samples / num_processes / 3600
+    print(
+        json.dumps(
+            {"Gflops an image": round(gflops, 2), "images": args.num_samples, "hours": round(hours, 2)}, indent=2
+        )
+    )
+
+
+def main():
+    args = parse_args()
+    if args.num_samples < 1 or args.batch_size < 1:
+        raise ValueError("--num_samples and --batch_size must be at least 1.")
+    accelerator = start_accelerator()
+    pipe = load_pipeline(args, accelerator.device)
+    if args.dry_run:
+        if accelerator.is_main_process:
+            print_cost(args, pipe, accelerator.num_processes)
+        return
+    with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
+        sample(args, accelerator, pipe)
+
+
+def sample(args, accelerator, pipe):
+    """All images that are not there yet, each process its part; then the npz."""
+    recipe = {name: value for name, value in vars(args).items() if name not in ("dry_run", "output_dir")}
+    recipe |= {"scheduler": type(pipe.scheduler).__name__, "dtype": str(pipe.transformer.dtype)}
+    recipe["versions"] = {name: version(name) for name in ("dit_hf", "torch", "diffusers")}
+    if accelerator.is_main_process:
+        check_same_settings(args.output_dir / "recipe.json", recipe, MAY_CHANGE)
+        record_settings(args.output_dir / "recipe.json", recipe)
+    accelerator.wait_for_everyone()
+    folder = args.output_dir / "images"
+    labels = sample_labels(args.labels, args.num_samples, pipe.transformer.config.num_classes, args.seed)
+    mine = missing_samples(folder, args.num_samples)[accelerator.process_index :: accelerator.num_processes]
+    progress = tqdm(total=len(mine), desc="samples", mininterval=5, disable=not accelerator.is_main_process)
+    for count in draw_missing(pipe, labels, mine, folder, args.seed, args.batch_size, **pipeline_options(args)):
+        progress.update(count)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_npz(folder, args.num_samples, args.output_dir / "samples.npz")
+        print(f"{args.num_samples} images: {args.output_dir / 'samples.npz'}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,85 @@
+"""Sampling for evaluation: any number of processes and batch size, kills, ADM's npz, named rows of the paper."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny_transformer, tiny_vae
+from PIL import Image
+from testing_utils.training_runs import kill_after, run
+
+from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.evaluation.samples import SAMPLING_RECIPES, sample_labels
+
+
+SAMPLE = ROOT / "examples" / "evaluate" / "sample.py"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    names = {0: "dark", 1: "light", 2: "grey"}
+    transformer = tiny_transformer(num_classes=3, learn_sigma=False)
+    DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae(), names).save_pretrained(folder)
+    return folder
+
+
+def command(pipeline, folder, **flags):
+    flags = {
+        "pretrained_model_name_or_path": pipeline,
+        "num_samples": 14,
+        "batch_size": 4,
+        "num_inference_steps": 2,
+        "guidance_scale": 2,
+        "output_dir": folder,
+    } | flags
+    return [sys.executable, SAMPLE, *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
+
+
+def images(folder):
+    return np.load(folder / "samples.npz")["arr_0"]
+
+
+def test_processes_batches_and_kills_do_not_change_the_set(pipeline, tmp_path):
+    run(command(pipeline, tmp_path / "one"))
+    kill_after(command(pipeline, tmp_path / "killed"), tmp_path / "killed" / "images" / "000005.png")
+    kept = tmp_path / "killed" / "images" / "000002.png"
+    written = kept.stat().st_mtime_ns
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run([*launch, *command(pipeline, tmp_path / "killed", batch_size=3)[1:]], env=environment)
+    first, second = images(tmp_path / "one"), images(tmp_path / "killed")
+    assert first.shape == (14, 32, 32, 3)
+    assert first.dtype == np.uint8
+    assert np.abs(first.astype(int) - second).max() <= 1  # rounding of other batch sizes
+    assert len({image.tobytes() for image in first}) == 14
+    assert kept.stat().st_mtime_ns == written
+    assert np.array_equal(first[7], np.asarray(Image.open(tmp_path / "one" / "images" / "000007.png")))
+    recipe = json.loads((tmp_path / "one" / "recipe.json").read_text())
+    assert (recipe["guidance_scale"], recipe["scheduler"]) == (2.0, "FlowMatchEulerDiscreteScheduler")
+    result = subprocess.run(command(pipeline, tmp_path / "one", seed=1), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "seed was 0 and is 1" in result.stderr
+
+
+def test_labels_are_balanced_or_drawn():
+    assert sample_labels("balanced", 7, 3, 0).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    drawn = sample_labels("random", 300, 3, 0)
+    assert drawn.bincount().min() > 70
+    assert torch.equal(sample_labels("random", 5, 3, 0), drawn[:5])
+    assert not torch.equal(sample_labels("random", 300, 3, 1), drawn)
+
+
+def test_a_dry_run_prints_the_cost_of_a_row_of_the_paper(pipeline, tmp_path):
+    flags = {"recipe": "dit-xl-2-g1.50", "vae": pipeline / "vae", "scheduler": "flow_euler", "guidance_scale": 1.0}
+    flags |= {"num_samples": 1000, "num_inference_steps": 10, "batch_size": 2}
+    output = run([*command(pipeline, tmp_path / "out", **flags), "--dry_run"]).stdout
+    plan = json.loads(output[output.index("{") :])
+    assert plan["images"] == 1000
+    assert plan["hours"] >= 0
+    assert not (tmp_path / "out").exists()
+    assert SAMPLING_RECIPES["dit-xl-2-g1.50"]["guidance_channels"] == 3
