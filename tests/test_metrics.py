@@ -1,6 +1,7 @@
 """Figures against closed forms, scipy, and plain numpy; sources of images; the command."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_transformer, tiny_vae
+from huggingface_hub import ModelCard
 from PIL import Image as PILImage
+from testing_utils.hub_server import HubServer
 
+from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.evaluation.extractors import Features, load_extractor
 from dit_hf.evaluation.frechet import frechet_distance, gaussian_distance
 from dit_hf.evaluation.metrics import compute_metrics, gaussian
@@ -226,8 +230,8 @@ def test_bad_sources_are_named(pictures):
         Features.load(folder / "images.npz")
 
 
-def run_script(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+def run_script(*arguments, env=None):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, env=env)
 
 
 def test_the_command_and_its_cache(pictures):
@@ -248,6 +252,34 @@ def test_the_command_and_its_cache(pictures):
     bad = run_script("--samples", cached, "--reference", folder / "images.npz", *flags)
     assert bad.returncode == 2
     assert "images.npz" in bad.stderr
+
+
+def test_figures_go_into_the_card_with_their_recipe(pictures):
+    folder, _ = pictures
+    DiTClassCondPipeline(
+        tiny_transformer(num_classes=2, learn_sigma=False), make_scheduler("flow_euler"), tiny_vae(), {0: "a", 1: "b"}
+    ).save_pretrained(folder / "pipe")
+    Features(draw(40), None, None, {"name": "dinov2"}).save(folder / "a.safetensors")
+    Features(draw(50, seed=1), None, None, {"name": "dinov2"}).save(folder / "b.safetensors")
+    flags = ("--feature_extractor", "precomputed", "--metrics", "fid,kid", "--bootstrap", 0)
+    with HubServer() as hub:
+        environment = os.environ | hub.environment(folder / "home")
+        result = run_script(
+            *("--samples", folder / "a.safetensors", "--reference", folder / "b.safetensors", *flags),
+            *("--training", folder / "a.safetensors", "--update_card", folder / "pipe", "--push_to_hub"),
+            *("--hub_model_id", "user/measured"),
+            env=environment,
+        )
+        assert result.returncode == 0, result.stderr
+        published = hub.files("user/measured")["README.md"].decode()
+    found = json.loads(result.stdout)
+    assert found["nearest training image"]["samples"] < 1e-5 < found["nearest training image"]["reference"]
+    local = ModelCard.load(folder / "pipe" / "README.md")
+    for card in (local, ModelCard(published)):
+        results = {result.metric_type: result for result in card.data.eval_results}
+        assert results["fid"].metric_value == round(found["fid"]["value"], 4)
+        assert results["kid"].metric_args["num_reference"] == 50
+        assert "Fréchet distance (dinov2)" in card.text
 
 
 def test_inception_asks_for_its_weights():

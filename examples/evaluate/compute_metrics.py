@@ -14,13 +14,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub import EvalResult
 from tqdm import tqdm
 
+from dit_hf import DiTClassCondPipeline
 from dit_hf.command_line import run
 from dit_hf.data.images import to_unit_range
 from dit_hf.evaluation.extractors import PRECOMPUTED, Features, load_extractor
 from dit_hf.evaluation.metrics import METRICS, compute_metrics
+from dit_hf.evaluation.sets import nearest_neighbours
 from dit_hf.evaluation.sources import ImageSource, reference_statistics
+from dit_hf.hub import CardFacts, publish_folder, write_card
+from dit_hf.hub.model_card import PIPELINE_TAG
+
+
+NAMES = {"fid": "Fréchet distance", "sfid": "spatial Fréchet distance", "is": "Inception Score", "kid": "KID"}
 
 
 def parse_args():
@@ -41,8 +49,16 @@ def parse_args():
     parser.add_argument("--batch_size", type=int, default=64, help="Images at once.")
     parser.add_argument("--seed", type=int, default=0, help="Of the redrawn sets.")
     parser.add_argument("--cache_dir", type=Path, default=Path("outputs/features"), help="Where features are kept.")
+    parser.add_argument("--training", help="Images the model was trained on: are samples copies of them?")
     parser.add_argument("--output", type=Path, help="JSON file for the result.")
-    return parser.parse_args()
+    parser.add_argument("--update_card", type=Path, help="Pipeline folder whose model card gets the figures.")
+    parser.add_argument("--dataset_title", default="held-out images", help="What the card calls the reference.")
+    parser.add_argument("--push_to_hub", action="store_true", help="Publish that folder.")
+    parser.add_argument("--hub_model_id", help="Repository; the folder's name if not given.")
+    args = parser.parse_args()
+    if args.push_to_hub and args.update_card is None:
+        parser.error("--push_to_hub publishes the folder of --update_card")
+    return args
 
 
 def features_of(source, extractor, args):
@@ -60,12 +76,38 @@ def features_of(source, extractor, args):
     return features
 
 
+def copies(samples, reference, training):
+    """Median distance of samples to their nearest training image, beside that of real images the model has not seen."""
+    found = {"samples": nearest_neighbours(samples.features, training.features)[0].median().item()}
+    if isinstance(reference, Features):
+        found["reference"] = nearest_neighbours(reference.features, training.features)[0].median().item()
+    return found
+
+
+def update_card(args, figures, recipe):
+    """The figures, each with the recipe it was made by, on a pipeline's model card; and on the Hub if asked."""
+    pipe = DiTClassCondPipeline.from_pretrained(args.update_card)
+    results = []
+    for name, figure in figures.items():
+        if "value" in figure:
+            result = EvalResult(PIPELINE_TAG, "images", args.dataset_title, name, round(figure["value"], 4))
+            result.metric_name = f"{NAMES.get(name, name)} ({recipe['extractor'].get('name')})"
+            result.metric_args = recipe
+            results.append(result)
+    facts = CardFacts(results=results)
+    print(f"Card: {write_card(pipe, args.update_card, facts=facts)}", file=sys.stderr)
+    if args.push_to_hub:
+        place = publish_folder(args.update_card, args.hub_model_id or args.update_card.resolve().name, pipe, facts)
+        print(f"Published: {place}", file=sys.stderr)
+
+
 def main():
     args = parse_args()
     metrics = [name.strip() for name in args.metrics.split(",")]
     reference = None
     if Path(args.reference).suffix == ".npz":
         reference = reference_statistics(args.reference)
+    extractor = None
     if args.feature_extractor == PRECOMPUTED:
         samples = Features.load(args.samples)
         reference = reference or Features.load(args.reference)
@@ -74,6 +116,9 @@ def main():
         samples = features_of(args.samples, extractor, args)
         reference = reference or features_of(args.reference, extractor, args)
     figures = compute_metrics(samples, reference, metrics, args.bootstrap, args.seed)
+    if args.training:
+        training = Features.load(args.training) if extractor is None else features_of(args.training, extractor, args)
+        figures["nearest training image"] = copies(samples, reference, training)
     recipe = {
         "samples": str(args.samples),
         "num_samples": len(samples.features),
@@ -88,7 +133,10 @@ def main():
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(result + "\n")
-    print(f"Features: {args.cache_dir}", file=sys.stderr)
+    if extractor is not None:
+        print(f"Features: {args.cache_dir}", file=sys.stderr)
+    if args.update_card:
+        update_card(args, figures, recipe)
 
 
 if __name__ == "__main__":
