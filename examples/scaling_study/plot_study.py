@@ -1,0 +1,99 @@
+#!/usr/bin/env python
+"""Draws the results of `run_study.py`, and says how distance falls with compute.
+
+    python examples/scaling_study/plot_study.py --results outputs/scaling_study/results.csv --output_dir docs/scaling_study
+
+Expected: seconds. Prints the correlation of distance with the logarithm of Gflops and the slope of the fit as JSON.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas
+from matplotlib.figure import Figure
+from scipy.stats import linregress
+
+from dit_hf.command_line import run
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, required=True, help="CSV of run_study.py.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Where PNGs and a copy of the CSV go.")
+    return parser.parse_args()
+
+
+def plot_scaling(axes, rows):
+    """Distance against compute of the twelve models, and the fit."""
+    logarithm = np.log10(rows.gflops)
+    fit = linregress(logarithm, rows.fid)
+    axes.scatter(rows.gflops, rows.fid)
+    for row in rows.itertuples():
+        axes.annotate(row.model.removesuffix("-adaln_zero").replace("-", "/"), (row.gflops, row.fid))
+    axes.plot(rows.gflops, fit.intercept + fit.slope * logarithm, linewidth=0.8)
+    axes.set(xscale="log", xlabel="Gflops of a forward pass", title=f"correlation {fit.rvalue:.2f}")
+    return {"correlation with log Gflops": round(fit.rvalue, 3), "slope a decade": round(fit.slope, 1)}
+
+
+def plot_conditioning(axes, rows):
+    """Distance of the four designs, as bars."""
+    names = [model.split("-")[-1] for model in rows.model]
+    axes.bar(names, rows.fid)
+    axes.tick_params(axis="x", labelrotation=20)
+    return dict(zip(names, rows.fid.round(1), strict=True))
+
+
+def plot_sampling(axes, rows):
+    """Distance against sampling compute, a line a model."""
+    for model, part in rows.groupby("model", sort=False):
+        axes.plot(part.sampling_gflops, part.fid, marker="o", label=model.split("-")[0])
+    axes.set(xscale="log", xlabel="Gflops of an image")
+    axes.legend()
+    return {model: part.fid.min().round(1) for model, part in rows.groupby("model", sort=False)}
+
+
+def plot_guidance(axes, rows):
+    """Distance, precision and recall against guidance."""
+    axes.plot(rows.guidance_scale, rows.fid, marker="o", color="black", label="distance")
+    shares = axes.twinx()
+    for name in ("precision", "recall"):
+        shares.plot(rows.guidance_scale, rows[name], marker=".", linestyle="--", label=name)
+    shares.legend()
+    axes.set(xlabel="guidance scale")
+    return {"best scale": float(rows.guidance_scale[rows.fid.idxmin()])}
+
+
+PLOTS: dict[str, Callable] = {
+    "scaling": plot_scaling,
+    "conditioning": plot_conditioning,
+    "sampling": plot_sampling,
+    "guidance": plot_guidance,
+}
+
+
+def main():
+    args = parse_args()
+    if not args.results.exists():
+        raise ValueError(f"There is no file {args.results}; run_study.py writes it.")
+    results = pandas.read_csv(args.results)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, plot in PLOTS.items():
+        rows = results[results.study == name]
+        if len(rows) < 2:
+            continue
+        axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
+        axes.set_ylabel("FD (EfficientNet-Lite0)")
+        found[name] = plot(axes, rows)
+        figure.savefig(args.output_dir / f"{name}.png", dpi=120)
+    results.to_csv(args.output_dir / "results.csv", index=False)
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    run(main)
