@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -148,14 +149,16 @@ def spoil(folder, step, factor, seed=0):
     for name in ("mean", "mean_flipped"):
         tensors[name][sample] *= factor
     save_file(tensors, folder / "shard-00000.safetensors", metadata)
+    return sample.item()
 
 
 @pytest.mark.parametrize(("factor", "policy"), [(float("nan"), "stop"), (300.0, "rewind")])
 def test_a_bad_sample_does_not_end_the_run(small_config, tmp_path, factor, policy):
     """The draw of step 58 is not finite, and left out; or it leaps, and the run goes back and on with other draws."""
-    spoil(tmp_path / "latents", 58, factor)
+    sample = spoil(tmp_path / "latents", 58, factor)
     flags = {"max_train_steps": 60, "checkpointing_steps": 55, "on_spike": policy}
-    run(curve_command(tmp_path / "run", tmp_path / "latents", **flags))
+    output = run(curve_command(tmp_path / "run", tmp_path / "latents", **flags)).stdout
+    assert re.search(rf"{'rewind' if policy == 'rewind' else 'skip'} at step 58: .*samples \[{sample}, ", output)
     lines = read_log(tmp_path / "run")
     assert [line["step"] for line in lines] == [*range(1, 61)]
     assert [line["step"] for line in lines if line.get("skipped")] == ([58] if policy == "stop" else [])

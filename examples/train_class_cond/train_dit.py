@@ -176,8 +176,11 @@ class Trainer:
             losses = self.backward(self.draw(step))
             gradient_norm = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
             verdict = self.guard.judge(step + 1, losses["loss"], gradient_norm)
-            if accelerator.scaler is not None and verdict != "step":
-                self.close_scaled_step(gradient_norm)
+            if verdict != "step":
+                samples = self.batches.indices(step + self.guard.draw_offset).tolist()
+                accelerator.print(f"{verdict} at step {step + 1}: {losses}, samples {samples}")
+                if accelerator.scaler is not None:
+                    self.close_scaled_step(gradient_norm)
             if verdict == "rewind" and list_checkpoints(args.output_dir):
                 step = self.rewind(step + 1, log)
                 continue
@@ -191,7 +194,8 @@ class Trainer:
             step += 1
             progress.update()
             record = {"step": step} | losses | {"grad_norm": gradient_norm, "lr": self.schedule.get_last_lr()[-1]}
-            record |= {"seconds": round(time.time() - started, 2)} | ({"skipped": True} if verdict != "step" else {})
+            record |= {"seconds": round(time.time() - started, 2)}
+            record |= {"skipped": True, "samples": samples} if verdict != "step" else {}
             # Every process has to leave at the same step.
             stopping = accelerator.reduce(torch.tensor(float(stop.requested), device=accelerator.device), "sum") > 0
             finished = step == args.max_train_steps
