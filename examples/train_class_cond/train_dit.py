@@ -64,9 +64,25 @@ class Trainer:
         self.objective = Objective(args.objective, args.time_sampling, args.snr_gamma, args.cosine_loss)
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        self.head = None
         if args.dry_run:
-            self.transformer, self.head = accelerator.prepare(transformer), None
+            self.transformer = accelerator.prepare(transformer)
             return
+        self.open_data(data, settings)
+        if args.proj_coeff:
+            if self.latents.feature_dim is None:
+                raise ValueError(f"{args.latents_dir} holds no features; precompute it with --features.")
+            self.head = AlignmentHead(transformer, args.alignment_depth, self.latents.feature_dim)
+            self.head.to(accelerator.device)
+        self.prepare(transformer)
+        self.pipe = build_pipeline(self.unwrapped, self.vae, self.names, args.objective)
+        publishes = args.push_to_hub and accelerator.is_main_process
+        self.uploads = BackgroundUploads(args.hub_model_id) if publishes else None
+        self.metrics: dict[str, float] = {}
+
+    def open_data(self, data, settings):
+        """Latents, and held-out images if asked; a run that goes on has to find the data it was started with."""
+        args, accelerator = self.args, self.accelerator
         encoder = load_encoder(args.alignment_encoder).to(accelerator.device) if args.proj_coeff else None
         self.held_out = self.extractor = None
         if args.validation_split:
@@ -77,20 +93,16 @@ class Trainer:
             if self.resumes:
                 check_same_settings(self.settings_file, settings, MAY_CHANGE)
             record_settings(self.settings_file, settings)
+        labels = self.latents.labels
+        balanced = labels if args.balance_classes else None
+        self.batches = SeededBatches(len(labels), args.train_batch_size, args.seed, balanced)
 
-        self.head = None
-        if args.proj_coeff:
-            if self.latents.feature_dim is None:
-                raise ValueError(f"{args.latents_dir} holds no features; precompute it with --features.")
-            self.head = AlignmentHead(transformer, args.alignment_depth, self.latents.feature_dim)
-            self.head.to(accelerator.device)
+    def prepare(self, transformer):
+        """All that learns and counts, in accelerate's hands and in the checkpoints."""
+        args, accelerator = self.args, self.accelerator
         optimizer = build_optimizer(args, transformer, self.head)
-        self.schedule = get_scheduler(
-            args.lr_scheduler,
-            optimizer,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=args.max_train_steps,
-        )
+        steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+        self.schedule = get_scheduler(args.lr_scheduler, optimizer, **steps)
         self.transformer, self.optimizer = accelerator.prepare(transformer, optimizer)
         if self.head is not None:
             self.head = accelerator.prepare(self.head)
@@ -100,15 +112,6 @@ class Trainer:
         self.profiles = PowerAverages(self.trainable()) if args.ema_profiles else None
         kept = (self.ema, self.schedule, self.guard, *([self.profiles] if self.profiles else []))
         accelerator.register_for_checkpointing(*kept)
-        labels = self.latents.labels
-        self.batches = SeededBatches(
-            len(labels), args.train_batch_size, args.seed, labels if args.balance_classes else None
-        )
-        self.pipe = build_pipeline(self.unwrapped, self.vae, self.names, args.objective)
-        self.uploads = None
-        if args.push_to_hub and accelerator.is_main_process:
-            self.uploads = BackgroundUploads(args.hub_model_id)
-        self.metrics: dict[str, float] = {}
 
     def trainable(self):
         """All parameters of the transformer, or the adapters'."""
