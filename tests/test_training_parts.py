@@ -13,6 +13,7 @@ from testing_utils.training_runs import run, train_command
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from dit_hf import DiTClassCondPipeline
+from dit_hf.evaluation.extractors import extract, load_extractor
 from dit_hf.training.alignment import AlignmentHead, load_encoder
 from dit_hf.training.ema import PowerAverages, average_after_training, profile_exponent
 
@@ -100,6 +101,21 @@ def test_encoders_say_where_in_the_image_a_feature_is(dino, tmp_path):
         assert row >= 2 and column <= 1, name
     with pytest.raises(ValueError, match="is neither 'efficientnet-lite0' nor a vision model"):
         load_encoder(str(tmp_path))
+
+
+def test_a_vision_model_of_transformers_measures_images(dino):
+    extractor = load_extractor(str(dino))
+    images = torch.randint(0, 256, (5, 3, 40, 40), dtype=torch.uint8)
+    found = extract(images, extractor, batch_size=2)
+    assert found.features.shape == (5, 24)
+    assert (found.spatial, found.logits) == (None, None)
+    assert found.extractor["resize"].startswith("28×28, bicubic")
+    model, processor = Dinov2Model.from_pretrained(dino).eval(), ViTImageProcessor.from_pretrained(dino)
+    resized = torch.nn.functional.interpolate(images / 127.5 - 1, size=(28, 28), mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    with torch.no_grad():
+        expected = model((resized.clamp(-1, 1) / 2 + 0.5 - mean) / std).pooler_output
+    torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "in_context"])
