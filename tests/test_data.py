@@ -18,6 +18,7 @@ from testing_utils.training_runs import kill_after
 
 from dit_hf.data.images import center_crop, label_names, load_image_dataset, stack_images, to_unit_range
 from dit_hf.data.latents import (
+    DECODER,
     CachedLatents,
     EncodedImages,
     cache_fingerprint,
@@ -91,6 +92,11 @@ def test_splits_and_classes_are_told_apart(tmp_path):
         write_class_folders(tmp_path / "splits" / split, count)
     found = {split: load_image_dataset(split=split, train_data_dir=tmp_path / "splits") for split in ("train", "test")}
     assert {split: len(dataset) for split, dataset in found.items()} == {"train": 6, "test": 4}
+    (tmp_path / "splits" / ".cache").mkdir()
+    assert len(load_image_dataset(train_data_dir=tmp_path / "splits")) == 6
+    (tmp_path / "splits" / "figures").mkdir()
+    with pytest.raises(ValueError, match="splits test, train and beside them 'figures'"):
+        load_image_dataset(train_data_dir=tmp_path / "splits")
     (tmp_path / "shards" / "data").mkdir(parents=True)
     for split, dataset in found.items():
         dataset.to_parquet(tmp_path / "shards" / "data" / f"{split}-00000-of-00001.parquet")
@@ -105,7 +111,7 @@ def test_splits_and_classes_are_told_apart(tmp_path):
 def cache(folder, vae, dataset, names=("dark", "light"), processes=1, shard_size=4, **options):
     """A complete cache, its shards written by each of some processes in turn."""
     reader = ImageReader(dataset, list(names), 32)
-    made_by = {"vae": checksum(vae), "encoder": None}
+    made_by = {"vae": checksum(vae, DECODER), "encoder": None}
     fingerprint = cache_fingerprint(dataset, "memory", classes=names, **made_by)
     for rank in reversed(range(processes)):
         count = cache_latents(vae, reader, folder, fingerprint, rank, processes, shard_size=shard_size, **options)

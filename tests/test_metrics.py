@@ -16,7 +16,7 @@ from testing_utils.hub_server import HubServer
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.evaluation.extractors import Features, load_extractor
-from dit_hf.evaluation.frechet import frechet_distance, gaussian_distance
+from dit_hf.evaluation.frechet import frechet_distance
 from dit_hf.evaluation.metrics import compute_metrics, gaussian
 from dit_hf.evaluation.sets import inception_score, kernel_distance, nearest_neighbours, precision_recall
 from dit_hf.evaluation.sources import ImageSource, reference_statistics
@@ -36,7 +36,9 @@ def test_distance_of_known_gaussians():
     """Diagonal covariances: |m|² + Σ (σ - σ')²."""
     first, second = torch.tensor([1.0, 4.0, 0.25]), torch.tensor([9.0, 4.0, 1.0])
     mean = torch.tensor([1.0, -2.0, 0.5])
-    found = gaussian_distance(mean, first.diag(), torch.zeros(3), second.diag())
+    statistics = [GaussianStatistics.from_moments(mean, first.diag())]
+    statistics.append(GaussianStatistics.from_moments(torch.zeros(3), second.diag()))
+    found = frechet_distance(*statistics)
     assert found == pytest.approx(1 + 4 + 0.25 + (1 - 3) ** 2 + 0 + (0.5 - 1) ** 2, rel=1e-12)
 
 
@@ -89,13 +91,14 @@ def test_bad_statistics_are_named():
     with pytest.raises(ValueError, match="different extractors"):
         frechet_distance(gaussian(draw(50)), gaussian(draw(50, dim=8)))
     with pytest.raises(ValueError, match="eigenvalue -1"):
-        gaussian_distance(torch.zeros(2), torch.diag(torch.tensor([4.0, -1.0])), torch.zeros(2), torch.eye(2))
+        GaussianStatistics.from_moments(torch.zeros(2), torch.diag(torch.tensor([4.0, -1.0]))).root()
 
 
 def test_inception_score_is_numpys():
     logits = 3 * torch.randn(53, 10, generator=torch.Generator().manual_seed(0))
     scores = []
-    for part in np.array_split(logits.double().numpy(), 10):
+    for index in range(10):
+        part = logits.double().numpy()[index * 53 // 10 : (index + 1) * 53 // 10]
         probabilities = np.exp(part) / np.exp(part).sum(1, keepdims=True)
         ratio = np.log(probabilities) - np.log(probabilities.mean(0))
         scores.append(np.exp((probabilities * ratio).sum(1).mean()))
@@ -146,7 +149,9 @@ def test_precision_and_recall_are_numpys(monkeypatch):
     found = precision_recall(samples, reference)
     assert {name: values.mean().item() for name, values in found.items()} == pytest.approx(expected)
     assert 0 < expected["precision"] < 1
-    assert all(values.mean() == 1 for name, values in precision_recall(samples, samples).items() if name != "density")
+    same = {name: values.mean().item() for name, values in precision_recall(samples, samples).items()}
+    in_balls = (to_a <= radius_a[None]).sum() / (3 * len(a))  # ties: each image is on the rim of its neighbours' balls
+    assert same == {"precision": 1, "recall": 1, "coverage": 1, "density": pytest.approx(in_balls, rel=1e-12)}
     with pytest.raises(ValueError, match="more than 3 images; there are 31 and 3"):
         precision_recall(samples, reference[:3])
 
@@ -155,7 +160,7 @@ def test_copies_of_training_images_are_found():
     training = draw(50)
     distances, indices = nearest_neighbours(torch.stack([training[17], training[4] + 0.01]), training)
     assert indices.tolist() == [17, 4]
-    assert distances[0] < 1e-6 < distances[1]
+    assert distances[0] == 0 < distances[1]
 
 
 def features(count, seed=0, shift=0.0, extractor="a"):
@@ -216,13 +221,23 @@ def test_bad_sources_are_named(pictures):
     np.savez(folder / "float.npz", arr_0=pixels.astype(np.float32))
     np.savez(folder / "other.npz", images=pixels)
     np.savez(folder / "nan.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
-    for name, message in (("cut", "no npz"), ("float", "must be uint8"), ("missing", "no npz")):
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    (folder / "flipped.npz").write_bytes(flipped)
+    np.savez(folder / "none.npz", arr_0=pixels[:0])
+    bad = {"cut": "no npz", "float": "must be uint8", "missing": "no npz", "flipped": "CRC", "none": "no images"}
+    for name, message in (bad | {"other": "arr_0"}).items():
         with pytest.raises(ValueError, match=f"{name}.npz.*{message}"):
             list(ImageSource(folder / f"{name}.npz").batches())
-    for name, message in (("other", "has images"), ("nan", "finite")):
+    np.savez(folder / "alone.npz", mu=np.zeros(3))
+    np.savez(folder / "mean.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    for name, message in (("other", "has images"), ("nan", "finite"), ("mean", "finite"), ("alone", "sigma")):
         with pytest.raises(ValueError, match=f"{name}.npz.*{message}"):
             reference_statistics(folder / f"{name}.npz")
     assert reference_statistics(folder / "images.npz") is None
+    few = GaussianStatistics.from_moments(torch.zeros(12), torch.cov(draw(5).T))
+    with pytest.warns(UserWarning, match="reference"):  # the rank of a covariance tells of how few images it is
+        frechet_distance(gaussian(draw(50)), few)
     PILImage.new("RGB", (8, 8)).save(folder / "folder" / "999.png")
     with pytest.raises(ValueError, match="999.png.*another size"):
         list(ImageSource(folder / "folder").batches())
@@ -252,6 +267,13 @@ def test_the_command_and_its_cache(pictures):
     bad = run_script("--samples", cached, "--reference", folder / "images.npz", *flags)
     assert bad.returncode == 2
     assert "images.npz" in bad.stderr
+    both = folder / "both.npz"  # as ADM's own: statistics of one extractor, and images for any
+    np.savez(both, arr_0=np.load(folder / "images.npz")["arr_0"], mu=np.zeros(7), sigma=np.eye(7))
+    flags = ("--metrics", "fid", "--bootstrap", 0, "--cache_dir", folder / "cache")
+    assert (
+        abs(json.loads(run_script("--samples", folder / "folder", "--reference", both, *flags).stdout)["fid"]["value"])
+        < 1e-2
+    )
 
 
 def test_figures_go_into_the_card_with_their_recipe(pictures):
@@ -273,7 +295,10 @@ def test_figures_go_into_the_card_with_their_recipe(pictures):
         assert result.returncode == 0, result.stderr
         published = hub.files("user/measured")["README.md"].decode()
     found = json.loads(result.stdout)
-    assert found["nearest training image"]["samples"] < 1e-5 < found["nearest training image"]["reference"]
+    copies = found["nearest training image"]
+    assert copies["share of suspects"] == 1  # the samples are the training images
+    assert copies["nearest"][0] == {"sample": 0, "training": 0, "distance": 0.0}
+    assert copies["median of the reference"] > 0
     local = ModelCard.load(folder / "pipe" / "README.md")
     for card in (local, ModelCard(published)):
         results = {result.metric_type: result for result in card.data.eval_results}

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Figures of a set of samples against a reference set: FID, sFID, Inception Score, KID, precision, recall and more.
 
-    python examples/evaluate/compute_metrics.py --samples outputs/samples.npz --reference outputs/emoji64 \
+    python examples/evaluate/compute_metrics.py --samples outputs/samples/samples.npz --reference outputs/emoji64 \
         --metrics fid,sfid,is,kid,precision,recall --output outputs/metrics.json
 
-Expected: a minute for a thousand images on 2 cores. Features are kept in --cache_dir by the content of the images.
+Expected: two minutes for a thousand images on 2 cores, most of it for the intervals (--bootstrap). Features are kept in --cache_dir by the content of the images.
 """
 
 import argparse
@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline
 from dit_hf.command_line import run
-from dit_hf.data.images import to_unit_range
-from dit_hf.evaluation.extractors import PRECOMPUTED, Features, load_extractor
-from dit_hf.evaluation.metrics import METRICS, compute_metrics
+from dit_hf.evaluation.extractors import INCEPTION, PRECOMPUTED, Features, extract, load_extractor
+from dit_hf.evaluation.metrics import METRICS, check_metrics, compute_metrics
 from dit_hf.evaluation.sets import nearest_neighbours
-from dit_hf.evaluation.sources import ImageSource, reference_statistics
+from dit_hf.evaluation.sources import ImageSource, open_npz, reference_statistics
 from dit_hf.hub import CardFacts, publish_folder, write_card
 from dit_hf.hub.model_card import PIPELINE_TAG
 
@@ -67,20 +66,34 @@ def features_of(source, extractor, args):
     path = args.cache_dir / f"{images.digest()[:24]}-{extractor.description['weights']}.safetensors"
     if path.exists() and (kept := Features.load(path)).extractor == extractor.description:
         return kept
-    parts = []
-    for batch in tqdm(images.batches(args.batch_size), desc=f"features of {source}", mininterval=5):
-        parts.append({name: tensor.cpu() for name, tensor in extractor(to_unit_range(batch)).items()})
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    features = Features(tensors["features"], tensors.get("spatial"), tensors.get("logits"), extractor.description)
+    batches = tqdm(images.batches(args.batch_size), desc=f"features of {source}", mininterval=5)
+    features = Features.join([extract(batch, extractor) for batch in batches])
     features.save(path)
     return features
 
 
-def copies(samples, reference, training):
-    """Median distance of samples to their nearest training image, beside that of real images the model has not seen."""
-    found = {"samples": nearest_neighbours(samples.features, training.features)[0].median().item()}
+def given_statistics(args):
+    """Statistics in the reference file, where they are of this extractor or there is nothing else in it."""
+    if Path(args.reference).suffix != ".npz":
+        return None
+    statistics = reference_statistics(args.reference)
+    with open_npz(args.reference) as archive:
+        has_images = "arr_0.npy" in archive.namelist()
+    return None if has_images and args.feature_extractor not in (INCEPTION, PRECOMPUTED) else statistics
+
+
+def copies(args, samples, reference, training):
+    """Samples nearer to a training image than all but one in a hundred images the model has not seen, and the nearest."""
+    if training.extractor != samples.extractor:
+        raise ValueError(f"--training {args.training} was seen by {training.extractor}, not {samples.extractor}.")
+    distances, indices = nearest_neighbours(samples.features, training.features)
+    nearest = distances.argsort(stable=True)[:5].tolist()
+    found = {"nearest": [{"sample": i, "training": int(indices[i]), "distance": float(distances[i])} for i in nearest]}
+    found["median"] = distances.median().item()
     if isinstance(reference, Features):
-        found["reference"] = nearest_neighbours(reference.features, training.features)[0].median().item()
+        unseen, _ = nearest_neighbours(reference.features, training.features)
+        found["median of the reference"] = unseen.median().item()
+        found["share of suspects"] = (distances < unseen.quantile(0.01)).double().mean().item()
     return found
 
 
@@ -104,21 +117,26 @@ def update_card(args, figures, recipe):
 def main():
     args = parse_args()
     metrics = [name.strip() for name in args.metrics.split(",")]
-    reference = None
-    if Path(args.reference).suffix == ".npz":
-        reference = reference_statistics(args.reference)
+    check_metrics(metrics, args.bootstrap)
+    if args.update_card and not (args.update_card / "model_index.json").exists():
+        raise ValueError(f"--update_card {args.update_card} is no pipeline folder.")
+    reference = given_statistics(args)
     extractor = None
     if args.feature_extractor == PRECOMPUTED:
         samples = Features.load(args.samples)
         reference = reference or Features.load(args.reference)
     else:
-        extractor = load_extractor(args.feature_extractor, args.extractor_weights)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        extractor = load_extractor(args.feature_extractor, args.extractor_weights).to(device)
         samples = features_of(args.samples, extractor, args)
         reference = reference or features_of(args.reference, extractor, args)
-    figures = compute_metrics(samples, reference, metrics, args.bootstrap, args.seed)
+    try:
+        figures = compute_metrics(samples, reference, metrics, args.bootstrap, args.seed)
+    except ValueError as error:
+        raise ValueError(f"--samples {args.samples} with --reference {args.reference}: {error}") from error
     if args.training:
         training = Features.load(args.training) if extractor is None else features_of(args.training, extractor, args)
-        figures["nearest training image"] = copies(samples, reference, training)
+        figures["nearest training image"] = copies(args, samples, reference, training)
     recipe = {
         "samples": str(args.samples),
         "num_samples": len(samples.features),
@@ -126,7 +144,7 @@ def main():
         "num_reference": len(reference.features) if isinstance(reference, Features) else "statistics",
         "extractor": samples.extractor,
         "bootstrap": args.bootstrap,
-        "versions": {name: version(name) for name in ("dit_hf", "torch", "transformers", "numpy")},
+        "versions": {name: version(name) for name in ("dit_hf", "torch", "numpy")},
     }
     result = json.dumps(figures | {"recipe": recipe}, indent=2, ensure_ascii=False)
     print(result)

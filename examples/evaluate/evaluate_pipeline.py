@@ -3,7 +3,7 @@
 
     python examples/evaluate/evaluate_pipeline.py --pipeline emoji64 --dataset_name outputs/emoji64
 
-Expected: about ten minutes on 2 cores for the bundled model; the figures are in its model card.
+Expected: four minutes on 2 cores for the bundled model; the figures are in its model card.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def evaluate(pipe, args):
             "guidance_channels": "all",
             "labels": "the held-out split's own",
             "seed": args.seed,
-            "versions": {name: version(name) for name in ("torch", "diffusers", "scikit-learn")},
+            "versions": {name: version(name) for name in ("dit_hf", "torch", "diffusers", "scikit-learn")},
         },
     }
 

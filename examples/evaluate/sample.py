@@ -21,13 +21,14 @@ from tqdm import tqdm
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.command_line import run
 from dit_hf.complexity import count_macs
+from dit_hf.data.latents import checksum
 from dit_hf.evaluation.samples import SAMPLING_RECIPES, draw_missing, missing_samples, sample_labels, write_npz
 from dit_hf.training.checkpointing import check_same_settings, record_settings
 from dit_hf.training.running import only_run, start_accelerator
 
 
 # What may differ between two runs that draw the same set.
-MAY_CHANGE = ("batch_size", "output_dir", "versions", "mixed_precision")
+MAY_CHANGE = ("batch_size", "versions")
 
 
 def parse_args():
@@ -121,7 +122,9 @@ def main():
 def sample(args, accelerator, pipe):
     """All images that are not there yet, each process its part; then the npz."""
     recipe = {name: value for name, value in vars(args).items() if name not in ("dry_run", "output_dir")}
-    recipe |= {"scheduler": type(pipe.scheduler).__name__, "dtype": str(pipe.transformer.dtype)}
+    recipe |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_config": dict(pipe.scheduler.config)}
+    recipe |= {"dtype": str(pipe.transformer.dtype), "weights": checksum(pipe.transformer)[:16]}
+    recipe["vae_weights"] = checksum(pipe.vae)[:16] if pipe.vae is not None else None
     recipe["versions"] = {name: version(name) for name in ("dit_hf", "torch", "diffusers")}
     if accelerator.is_main_process:
         check_same_settings(args.output_dir / "recipe.json", recipe, MAY_CHANGE)
@@ -129,7 +132,9 @@ def sample(args, accelerator, pipe):
     accelerator.wait_for_everyone()
     folder = args.output_dir / "images"
     labels = sample_labels(args.labels, args.num_samples, pipe.transformer.config.num_classes, args.seed)
-    mine = missing_samples(folder, args.num_samples)[accelerator.process_index :: accelerator.num_processes]
+    missing = missing_samples(folder, args.num_samples)
+    accelerator.wait_for_everyone()  # or one would list what another has already drawn
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
     progress = tqdm(total=len(mine), desc="samples", mininterval=5, disable=not accelerator.is_main_process)
     for count in draw_missing(pipe, labels, mine, folder, args.seed, args.batch_size, **pipeline_options(args)):
         progress.update(count)

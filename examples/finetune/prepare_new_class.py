@@ -45,6 +45,8 @@ def main():
     dataset = load_image_dataset(args.dataset_name, train_data_dir=args.train_data_dir)
     check_column(dataset, args.image_column, "--image_column")
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    if args.class_name in pipe.labels:  # among the synonyms too
+        raise ValueError(f"The model has a class {args.class_name!r} already; choose another --class_name.")
     names = [args.class_name, *pipe.id2label.values()]
     check_names(names)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,6 +18,7 @@ from pathlib import Path
 from dit_hf import DiTTransformer2DModel
 from dit_hf.command_line import run
 from dit_hf.complexity import count_macs
+from dit_hf.training.checkpointing import check_same_settings, record_settings
 
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -33,6 +34,7 @@ CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 STEPS = (4, 8, 16, 32, 64, 128, 256)
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 DEFAULT_STEPS, DEFAULT_SCALE = 32, 1.5
+MAY_CHANGE = ("output_dir", "sizes", "patches", "studies")
 COLUMNS = ("study", "model", "steps", "guidance_scale", "gflops", "sampling_gflops", "fid", "precision", "recall")
 
 
@@ -92,11 +94,9 @@ def measure(args, folder, steps, scale):
 
 def script(path, *flags):
     """Runs a script of the examples; its error is ours."""
-    result = subprocess.run(
-        [sys.executable, path, *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    result = subprocess.run([sys.executable, path, *map(str, flags)], stdout=subprocess.DEVNULL)
     if result.returncode:
-        raise ValueError(f"{path.name}: {result.stderr.decode().strip().splitlines()[-1]}")
+        raise ValueError(f"{path.name} ended with exit code {result.returncode}; run the same command again to go on.")
 
 
 def sizes_and_patches(args):
@@ -125,7 +125,8 @@ STUDIES = {
 
 def main():
     args = parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    check_same_settings(args.output_dir / "settings.json", vars(args), MAY_CHANGE)
+    record_settings(args.output_dir / "settings.json", vars(args))
     results = args.output_dir / "results.csv"
     done = set()
     if results.exists():

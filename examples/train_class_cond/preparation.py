@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from dit_hf import DiTTransformer2DModel
 from dit_hf.data.images import label_names, load_image_dataset, stack_images
 from dit_hf.data.latents import (
+    DECODER,
     CachedLatents,
     EncodedImages,
     ImageReader,
@@ -131,8 +132,9 @@ def open_latents(args, accelerator, vae, data, encoder):
         folder = args.output_dir / "latents"
         make_cache(args, accelerator, vae, data, encoder, folder)
     latents = CachedLatents(folder)
-    for flag, name, module in (("--vae", "vae", vae), ("--alignment_encoder", "encoder", encoder)):
-        if module is not None and latents.index[name] not in (None, checksum(module)):
+    made_by = checksums(vae, encoder)
+    for flag, name in (("--vae", "vae"), ("--alignment_encoder", "encoder")):
+        if made_by[name] is not None and latents.index.get(name) not in (None, made_by[name]):
             raise ValueError(f"{folder} was made with another {name} than {flag}; make it anew with this one.")
     size, channels = latent_size(vae, args.resolution), vae.config.latent_channels
     if latents.shape != (channels, size, size):
@@ -148,12 +150,17 @@ def open_latents(args, accelerator, vae, data, encoder):
     return latents
 
 
+def checksums(vae, encoder):
+    """What latents and features are made by."""
+    return {"vae": checksum(vae, DECODER), "encoder": None if encoder is None else checksum(encoder)}
+
+
 def make_cache(args, accelerator, vae, data, encoder, folder):
     """Every process writes its shards, then the main one the index."""
     source = args.dataset_name or args.train_data_dir
     settings = {"split": args.split, "resolution": args.resolution, "classes": data.reader.names}
     settings |= {"columns": [args.image_column, args.label_column], "shard_size": args.shard_size}
-    made_by = {"vae": checksum(vae), "encoder": None if encoder is None else checksum(encoder)}
+    made_by = checksums(vae, encoder)
     fingerprint = cache_fingerprint(data.reader.dataset, source, **settings, **made_by)
     if (folder / "index.json").exists() and read_index(folder)["fingerprint"] == fingerprint:
         return

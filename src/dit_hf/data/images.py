@@ -60,11 +60,17 @@ def _folder_arguments(folder):
     for builder, suffix in (("webdataset", ".tar"), ("parquet", ".parquet")):
         if next(folder.glob(f"*{suffix}"), None) or next(folder.glob(f"*/*{suffix}"), None):
             return {"path": builder, "data_dir": str(folder)}
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise ValueError(f"{str(folder)!r} has no folders, one a class, and no .tar or .parquet shards.")
-    if all(path.name in SPLITS for path in classes):
+    splits = [path.name for path in classes if path.name in SPLITS]
+    if len(splits) == len(classes):
         return {"path": "imagefolder", "data_dir": str(folder), "drop_labels": False}
+    if len(splits) > 1:
+        other = next(path.name for path in classes if path.name not in SPLITS)
+        raise ValueError(
+            f"{str(folder)!r} has the splits {', '.join(splits)} and beside them {other!r}: move it away."
+        )
     # Named one by one, or a class whose name sounds like a split's would be taken for one.
     files = [f"{glob.escape(str(path))}/**" for path in classes]
     return {"path": "imagefolder", "data_files": {"train": files}, "drop_labels": False}
@@ -130,6 +136,24 @@ def check_column(dataset, column: str, flag: str):
     return (dataset.features or {}).get(column)
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    Any image as one sees it.
+
+    Args:
+        image (`PIL.Image.Image`): Any mode; turned as its EXIF says; what is transparent becomes white.
+
+    Returns:
+        `PIL.Image.Image`: RGB.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """
     The crop of ADM and DiT: halve with a box filter while possible, resize the short side, cut the middle.
@@ -141,12 +165,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     Returns:
         `PIL.Image.Image`: RGB, `size` × `size`.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
+    image = to_rgb(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -33,6 +33,8 @@ FACTS = "dit_hf"
 SHARD_SIZE = 2048
 # Counted up when the same images would give other pixels than before.
 PREPROCESSING = 1
+# What of a VAE has no part in encoding.
+DECODER = ("decoder.", "post_quant_conv.")
 # More unreadable images than this share are no accident.
 MAX_UNREADABLE = 0.1
 
@@ -93,7 +95,7 @@ def cache_latents(
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
     index = cache_dir / INDEX
-    if index.exists() and read_index(cache_dir)["fingerprint"] != fingerprint:
+    if process_index == 0 and index.exists() and read_index(cache_dir)["fingerprint"] != fingerprint:
         index.unlink(missing_ok=True)  # it would describe a mixture from here on
     number = -1
     for number, rows in enumerate(reader.shards(shard_size)):
@@ -330,19 +332,20 @@ class EncodedImages:
         raise ValueError("None of the dataset's images can be read.")
 
 
-def checksum(module: torch.nn.Module) -> str:
+def checksum(module: torch.nn.Module, leave_out: tuple[str, ...] = ()) -> str:
     """
     A hash of a network's weights.
 
     Args:
-        module (`torch.nn.Module`): The network; of a VAE only what encodes.
+        module (`torch.nn.Module`): The network.
+        leave_out (`tuple[str, ...]`): Beginnings of parameter names that do not count.
 
     Returns:
         `str`
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        if not name.startswith(("decoder.", "post_quant_conv.")):
+        if not name.startswith(leave_out):
             digest.update(
                 name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
             )

@@ -6,7 +6,6 @@ A figure is only comparable with figures of the same extractor, weights and resi
 of ten.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..data.images import to_unit_range
+from ..data.latents import checksum
 from .features import EfficientNetLite0
 
 
@@ -54,22 +54,30 @@ class Features:
         partial.replace(path)
 
     @classmethod
+    def join(cls, parts: list["Features"]) -> "Features":
+        """Those of several batches, in order."""
+        columns = ([getattr(part, name) for part in parts] for name in ("features", "spatial", "logits"))
+        features, spatial, logits = (None if column[0] is None else torch.cat(column) for column in columns)
+        return cls(features, spatial, logits, parts[0].extractor)  # type: ignore[arg-type]
+
+    @classmethod
     def load(cls, path: str | Path) -> "Features":
         """Reads a `.safetensors` with `features` and perhaps `spatial`, `logits`; `ValueError` names a bad file."""
         try:
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                names = [name for name in ("features", "spatial", "logits") if name in file.keys()]  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in names}
                 extractor = json.loads((file.metadata() or {}).get("extractor", "{}"))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} can't be read as features: {error}") from error
         if "features" not in tensors:
-            raise ValueError(f"{path} has no tensor `features`; it has {', '.join(sorted(tensors)) or 'nothing'}.")
+            raise ValueError(f"{path} has no tensor `features`.")
+        for name, tensor in tensors.items():
+            if tensor.ndim != 2 or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                raise ValueError(f"{path}: `{name}` is not (images, channels) of finite floating-point numbers.")
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"{path} has tensors of different numbers of images: {counts}.")
-        for name, tensor in tensors.items():
-            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                raise ValueError(f"{path}: `{name}` is not finite numbers of a floating type.")
         return cls(
             tensors["features"], tensors.get("spatial"), tensors.get("logits"), extractor or {"name": PRECOMPUTED}
         )
@@ -82,7 +90,7 @@ class EfficientNetExtractor(nn.Module):
         super().__init__()
         self.network = EfficientNetLite0(resolution)
         rule = f"{resolution}×{resolution}, bicubic, antialias, clamped, (x - 127) / 128"
-        self.description = {"name": EFFICIENTNET, "weights": _weights_checksum(self), "resize": rule}
+        self.description = {"name": EFFICIENTNET, "weights": checksum(self)[:16], "resize": rule}
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -125,14 +133,18 @@ class TransformersExtractor(nn.Module):
     def __init__(self, name: str):
         super().__init__()
         self.network = VisionModel(name)
+        last_words = {parameter.split(".")[-1] for parameter, _ in self.network.named_parameters()}
+        self.has_class_token = not last_words.isdisjoint(("cls_token", "class_embedding"))
         rule = f"{self.network.side}×{self.network.side}, bicubic, antialias, clamped, the processor's mean and std"
-        self.description = {"name": str(name), "weights": _weights_checksum(self), "resize": rule}
+        self.description = {"name": str(name), "weights": checksum(self)[:16], "resize": rule}
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Images `(B, 3, H, W)` in [-1, 1] to `features` `(B, D)`."""
-        output = self.network(images)
-        pooled = getattr(output, "pooler_output", None)
-        return {"features": output.last_hidden_state.mean(dim=1) if pooled is None else pooled}
+        hidden = self.network(images).last_hidden_state
+        if hidden.ndim == 4:  # a convolutional network's map
+            return {"features": hidden.mean(dim=(2, 3))}
+        # Not `pooler_output`: where a checkpoint has none, transformers draws one at random.
+        return {"features": hidden[:, 0] if self.has_class_token else hidden.mean(dim=1)}
 
 
 class InceptionExtractor(nn.Module):
@@ -150,7 +162,7 @@ class InceptionExtractor(nn.Module):
         self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights))
         self.network.eval().requires_grad_(False)
         rule = "299×299, TensorFlow 1's bilinear, of 8-bit images"
-        self.description = {"name": INCEPTION, "weights": _weights_checksum(self), "resize": rule}
+        self.description = {"name": INCEPTION, "weights": checksum(self)[:16], "resize": rule}
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -176,7 +188,10 @@ def load_extractor(name: str, weights: str | Path | None = None, resolution: int
         ValueError: if there is no such extractor, or what it needs is missing.
     """
     if name == EFFICIENTNET:
-        return EfficientNetExtractor(resolution)
+        try:
+            return EfficientNetExtractor(resolution)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
     if name == INCEPTION:
         if weights is None:
             raise ValueError(
@@ -203,13 +218,7 @@ def extract(images: torch.Tensor, extractor: nn.Module, batch_size: int = 64) ->
     Returns:
         `Features`
     """
-    parts = [extractor(to_unit_range(batch)) for batch in images.split(batch_size)]
+    device = next(extractor.parameters()).device
+    parts = [extractor(to_unit_range(batch).to(device)) for batch in images.split(batch_size)]
     found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     return Features(found["features"], found.get("spatial"), found.get("logits"), dict(extractor.description))  # type: ignore[arg-type]
-
-
-def _weights_checksum(module):
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

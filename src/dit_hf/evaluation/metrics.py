@@ -45,8 +45,7 @@ def compute_metrics(
     Raises:
         ValueError: if a metric is unknown, needs what the extractor does not give, or the extractors differ.
     """
-    if unknown := [name for name in metrics if name not in METRICS]:
-        raise ValueError(f"There is no metric {unknown[0]!r}; choose of {', '.join(METRICS)}.")
+    check_metrics(metrics, bootstrap)
     if isinstance(reference, Features) and samples.extractor != reference.extractor:
         raise ValueError(f"The samples were seen by {samples.extractor}, the reference by {reference.extractor}.")
     found: dict[str, dict[str, float]] = {}
@@ -66,6 +65,23 @@ def compute_metrics(
     if "is" in metrics:
         found["is"]["std"] = inception_score(_given(samples, "logits", "is"))[1]
     return {name: found[name] for name in metrics}
+
+
+def check_metrics(metrics: Sequence[str], bootstrap: int = 0) -> None:
+    """
+    What can be told before any image is looked at.
+
+    Args:
+        metrics (`Sequence[str]`): Names of metrics.
+        bootstrap (`int`, defaults to 0): Redrawn sets.
+
+    Raises:
+        ValueError: if a metric is unknown, or one redrawn set is to have a spread.
+    """
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise ValueError(f"There is no metric {unknown[0]!r}; choose of {', '.join(METRICS)}.")
+    if bootstrap < 0 or bootstrap == 1:
+        raise ValueError(f"The bootstrap has {bootstrap} sets; it takes none or at least 2.")
 
 
 def _figure(name, samples, reference) -> tuple[Callable[[torch.Tensor], float], int]:
@@ -94,7 +110,10 @@ def gaussian(features: torch.Tensor) -> GaussianStatistics:
     Returns:
         `GaussianStatistics`
     """
-    return GaussianStatistics(features.shape[1]).update(features)
+    statistics = GaussianStatistics(features.shape[1])
+    for part in features.split(1024):
+        statistics.update(part)
+    return statistics
 
 
 def _interval(figure, count, bootstrap, seed):

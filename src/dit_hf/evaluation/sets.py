@@ -29,7 +29,9 @@ def inception_score(logits: torch.Tensor, splits: int = 10) -> tuple[float, floa
     if len(logits) < splits:
         raise ValueError(f"Inception Score in {splits} splits needs as many images; there are {len(logits)}.")
     scores = []
-    for part in logits.double().log_softmax(dim=1).tensor_split(splits):
+    log_probabilities = logits.double().log_softmax(dim=1)
+    for index in range(splits):
+        part = log_probabilities[index * len(logits) // splits : (index + 1) * len(logits) // splits]
         probabilities = part.exp()
         mean = probabilities.mean(dim=0)
         divergence = (probabilities * (part - mean.clamp_min(1e-300).log())).sum(dim=1).mean()
@@ -90,15 +92,16 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3
         raise ValueError(
             f"Precision and recall with k = {k} need more than {k} images; there are {len(features)} and {len(reference)}."
         )
-    sample_radii, reference_radii = _radii(features, k), _radii(reference, k)
+    tolerance = _tolerance(features, reference)
+    sample_radii, reference_radii = _radii(features, k) + tolerance, _radii(reference, k) + tolerance
     density = torch.zeros(len(features), dtype=torch.float64)
     covered = torch.zeros(len(reference), dtype=torch.bool)
     recalled = torch.zeros(len(reference), dtype=torch.bool)
     for start in range(0, len(features), BLOCK):
         rows = slice(start, start + BLOCK)
-        distances = torch.cdist(features[rows], reference)
+        distances = _squared_distances(features[rows], reference)
         inside = distances <= reference_radii
-        density[rows] = inside.sum(dim=1) / k
+        density[rows] = inside.sum(dim=1).double() / k
         covered |= inside.any(dim=0)
         recalled |= (distances <= sample_radii[rows, None]).any(dim=0)
     return {
@@ -121,8 +124,10 @@ def nearest_neighbours(features: torch.Tensor, training: torch.Tensor) -> tuple[
         `tuple[torch.Tensor, torch.Tensor]`: distances (float64) and indices (int64), shape `(N,)`.
     """
     features, training = _checked(features), _checked(training)
-    found = [torch.cdist(part, training).min(dim=1) for part in features.split(BLOCK)]
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+    found = [_squared_distances(part, training).min(dim=1) for part in features.split(BLOCK)]
+    squares = torch.cat([part.values for part in found])
+    squares[squares <= _tolerance(features, training)] = 0  # equal images
+    return squares.sqrt(), torch.cat([part.indices for part in found])
 
 
 def _checked(features):
@@ -134,9 +139,21 @@ def _checked(features):
     return features.double()
 
 
+def _squared_distances(first, second):
+    """By a matrix product, as differences of all pairs would take an hour for 50 thousand images."""
+    squares = first.square().sum(dim=1)[:, None] + second.square().sum(dim=1) - 2 * first @ second.T
+    return squares.clamp_min(0)
+
+
+def _tolerance(first, second):
+    """What rounding leaves of the squared distance of equal images, amply."""
+    return 1e-12 * max(first.square().sum(dim=1).max(), second.square().sum(dim=1).max())
+
+
 def _radii(features, k):
-    """Distance of each image to its k-th neighbour."""
+    """Squared distance of each image to its k-th neighbour."""
     radii = []
     for part in features.split(BLOCK):
-        radii.append(torch.cdist(part, features).kthvalue(k + 1, dim=1).values)  # the nearest is the image itself
+        squares = _squared_distances(part, features)
+        radii.append(squares.kthvalue(k + 1, dim=1).values)  # the nearest is the image itself
     return torch.cat(radii)

@@ -5,14 +5,16 @@ Shapes: `N` images, `H W` pixels.
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Image as ImageFeature
 from PIL import Image
 
-from ..data.images import check_column, load_image_dataset
+from ..data.images import check_column, load_image_dataset, to_rgb
 from .statistics import GaussianStatistics
 
 
@@ -34,15 +36,15 @@ class ImageSource:
 
     def __init__(self, source: str | Path, split: str = "test", image_column: str = "image"):
         self.source = Path(source)
-        self._digest = hashlib.sha256()
         if self.source.suffix == ".npz":
             self._read = self._npz
-        elif self.source.is_dir() and (files := pictures(self.source)):
+        elif files := pictures(self.source):
             self._files = files
             self._read = self._folder
         else:
             self._dataset = load_image_dataset(str(source), split)
-            check_column(self._dataset, image_column, "--image_column")
+            if not isinstance(check_column(self._dataset, image_column, "--image_column"), ImageFeature):
+                raise ValueError(f"Column {image_column!r} of {source} holds no images. Pass --image_column.")
             self._column = image_column
             self._read = self._rows
 
@@ -57,13 +59,16 @@ class ImageSource:
             `Iterator[torch.Tensor]`: `(N, 3, H, W)`, uint8.
         """
         shape = None
-        for batch in self._read(size):
-            if shape is not None and batch.shape[1:] != shape:
-                raise ValueError(
-                    f"{self.source} has images of different sizes: {tuple(shape)} and {tuple(batch.shape[1:])}."
-                )
-            shape = batch.shape[1:]
-            yield batch
+        try:
+            for batch in self._read(size):
+                if shape is not None and batch.shape[1:] != shape:
+                    raise ValueError(f"its images are of different sizes: {tuple(shape)} and {tuple(batch.shape[1:])}")
+                shape = batch.shape[1:]
+                yield batch
+        except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
+            raise ValueError(f"{self.source} can't be used: {error}") from error
+        if shape is None:
+            raise ValueError(f"{self.source} holds no images.")
 
     def digest(self) -> str:
         """A hash of all pixels, in order; reads the images once."""
@@ -99,7 +104,7 @@ class ImageSource:
         tensors = []
         for name, image in images:
             try:
-                pixels = np.asarray(image.convert("RGB"))
+                pixels = np.asarray(to_rgb(image))
             except OSError as error:
                 raise ValueError(f"{name} of {self.source} can't be read: {error}") from error
             tensors.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
@@ -110,15 +115,16 @@ class ImageSource:
 
 def pictures(folder: str | Path) -> list[Path]:
     """
-    Pictures in a folder, sorted by name.
+    Pictures that lie in a folder, sorted by name.
 
     Args:
-        folder (`str` or `Path`): Looked through with its subfolders.
+        folder (`str` or `Path`): Without its subfolders, which may be a dataset's classes or splits.
 
     Returns:
         `list[Path]`
     """
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in PICTURES)
+    folder = Path(folder)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES) if folder.is_dir() else []
 
 
 def open_npz(path: str | Path) -> zipfile.ZipFile:
@@ -161,7 +167,7 @@ def reference_statistics(path: str | Path) -> dict[str, GaussianStatistics] | No
         path (`str` or `Path`): An `.npz` with `mu`, `sigma` and perhaps `mu_s`, `sigma_s`.
 
     Returns:
-        `dict[str, GaussianStatistics]`: for `features` and perhaps `spatial`; None if the file holds images.
+        `dict[str, GaussianStatistics]`: for `features` and perhaps `spatial`; None if the file holds images only.
 
     Raises:
         ValueError: if the file is damaged or the statistics are not finite.
@@ -172,12 +178,17 @@ def reference_statistics(path: str | Path) -> dict[str, GaussianStatistics] | No
         if "arr_0" not in names:
             raise ValueError(f"{path} has neither `arr_0` nor `mu` and `sigma`; it has {', '.join(sorted(names))}.")
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        found = {}
-        for part, suffix in (("features", ""), ("spatial", "_s")):
-            if f"mu{suffix}" in names:
+    found = {}
+    for part, suffix in (("features", ""), ("spatial", "_s")):
+        if f"mu{suffix}" not in names:
+            continue
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
                 mean, covariance = (torch.from_numpy(arrays[f"{name}{suffix}"]) for name in ("mu", "sigma"))
-                if covariance.shape != (len(mean), len(mean)) or not torch.isfinite(covariance).all():
-                    raise ValueError(f"{path}: `sigma{suffix}` is not a finite square matrix of {len(mean)} channels.")
-                found[part] = GaussianStatistics.from_moments(mean, covariance)
+        except (KeyError, EOFError, zipfile.BadZipFile, zlib.error, OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} can't be used: {error}") from error
+        finite = torch.isfinite(mean).all() and torch.isfinite(covariance).all()
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not finite:
+            raise ValueError(f"{path}: `mu{suffix}` and `sigma{suffix}` are not a finite mean and covariance.")
+        found[part] = GaussianStatistics.from_moments(mean, covariance)
     return found

@@ -23,6 +23,7 @@ class GaussianStatistics:
         self.count = 0
         self._mean = torch.zeros(self.dim, dtype=torch.float64)
         self._scatter = torch.zeros(self.dim, self.dim, dtype=torch.float64)
+        self._root: tuple[int, torch.Tensor] | None = None
 
     def update(self, features: torch.Tensor) -> "GaussianStatistics":
         """
@@ -59,7 +60,7 @@ class GaussianStatistics:
     @classmethod
     def from_moments(cls, mean: torch.Tensor, covariance: torch.Tensor) -> "GaussianStatistics":
         """
-        Statistics that someone else has gathered, of enough images.
+        Statistics that someone else has gathered; of their images no more is known than the covariance's rank tells.
 
         Args:
             mean (`torch.Tensor` of shape `(D,)`): Mean.
@@ -69,8 +70,9 @@ class GaussianStatistics:
             `GaussianStatistics`
         """
         statistics = cls(len(mean))
-        statistics.count = statistics.dim + 1
-        statistics._mean, statistics._scatter = mean.double(), covariance.double() * statistics.dim
+        statistics.count = int(torch.linalg.matrix_rank(covariance.double(), hermitian=True)) + 1
+        statistics._mean = mean.double()
+        statistics._scatter = covariance.double() * (statistics.count - 1)
         return statistics
 
     def merge(self, other: "GaussianStatistics") -> "GaussianStatistics":
@@ -91,6 +93,12 @@ class GaussianStatistics:
             self.count = total
         return self
 
+    def root(self) -> torch.Tensor:
+        """The covariance's square root, shape `(D, D)`, float64; computed once."""
+        if self._root is None or self._root[0] != self.count:
+            self._root = (self.count, symmetric_root(self.covariance))
+        return self._root[1]
+
     @property
     def mean(self) -> torch.Tensor:
         """Mean, shape `(D,)`, float64."""
@@ -102,3 +110,32 @@ class GaussianStatistics:
         if self.count < 2:
             raise ValueError(f"A covariance needs at least 2 images; there are {self.count}.")
         return self._scatter / (self.count - 1)
+
+
+def symmetric_root(covariance: torch.Tensor) -> torch.Tensor:
+    """
+    The square root of a covariance, checked.
+
+    Args:
+        covariance (`torch.Tensor` of shape `(D, D)`): Symmetric, without negative eigenvalues.
+
+    Returns:
+        `torch.Tensor` of shape `(D, D)`, float64.
+
+    Raises:
+        ValueError: if it is not symmetric, has a negative eigenvalue beyond rounding, or its root squared is not it.
+    """
+    covariance = covariance.double()
+    scale = covariance.abs().max().clamp_min(1e-300)
+    if not torch.isfinite(covariance).all() or (covariance - covariance.T).abs().max() > 1e-8 * scale:
+        raise ValueError("A covariance is not symmetric, or not finite.")
+    eigenvalues, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    if eigenvalues[0] < -1e-6 * eigenvalues[-1].abs():
+        raise ValueError(
+            f"A covariance has the eigenvalue {eigenvalues[0]:.3g}; the largest is {eigenvalues[-1]:.3g}."
+        )
+    root = (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.T
+    residual = ((root @ root - covariance).abs().max() / scale).item()
+    if residual > 1e-6:
+        raise ValueError(f"The root of a covariance is off by {residual:.2g} of its largest entry.")
+    return root
