@@ -31,4 +31,20 @@ RECIPES = {
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
     },
+    # Ours (docs/log.md, the faster recipe): on small data it reaches the distance of the paper's recipe in a tenth of the
+    # steps; the rate is what matters most, for models of a few million parameters.
+    "fast": {
+        "objective": "velocity",
+        "time_sampling": "logit_normal",
+        "learning_rate": 4e-3,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 50,
+        "adam_beta2": 0.99,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "ema_decay": 0.999,
+        "class_dropout_prob": 0.1,
+        "flip_probability": 0.5,
+        "balance_classes": True,
+    },
 }
