@@ -94,16 +94,17 @@ class FakeLatents:
         return {"mean": torch.ones(shape), "std": torch.ones(shape), "label": indices}
 
 
-def test_sigterm_saves_and_ends_cleanly(workspace, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_cleanly(workspace, tmp_path, number):
     flags = {"max_train_steps": 400, "checkpointing_steps": 400, "validation_steps": 400}
     process = subprocess.Popen(train_command(workspace, tmp_path, **flags), stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "train_log.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert "by SIGTERM" in output
+    assert "by a signal" in output
     (checkpoint,) = list_checkpoints(tmp_path)
     assert read_log(tmp_path)[-1]["step"] == int(checkpoint.name.split("-")[1]) < 400
 

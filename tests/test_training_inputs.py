@@ -66,7 +66,7 @@ def one_class(workspace, folder):
         ({"dataset_name": None}, "either --dataset_name or --train_data_dir"),
         ({"dataset_name": None, "train_data_dir": "{tmp}/none"}, "no folder '{tmp}/none'"),
         ({"dataset_name": None, "train_data_dir": "{tmp}/empty"}, "'{tmp}/empty' is empty"),
-        ({"dataset_name": None, "train_data_dir": "{tmp}/broken"}, "2 of 2 images can't be read"),
+        ({"dataset_name": None, "train_data_dir": "{tmp}/broken", "train_batch_size": 2}, "2 of 2 images can't be read"),
         ({"dataset_name": "{tmp}/one"}, "one class"),
         ({"image_column": "photo"}, "no column 'photo'; the dataset has image, label"),
         ({"label_column": "class"}, "no column 'class'; the dataset has image, label"),
@@ -127,7 +127,7 @@ def test_bad_input_is_named_before_the_first_step(workspace, tmp_path, flags, me
         ({"checkpointing_steps": 0}, "invalid positive value: '0'"),
         ({"max_train_steps": -1}, "invalid positive value: '-1'"),
         ({"lr_scheduler": "steps"}, "invalid choice: 'steps'"),
-        ({"vae": None}, "--vae says what encodes"),
+        ({"vae": None}, "--vae is missing"),
     ],
 )
 def test_flags_are_never_ignored_in_silence(workspace, tmp_path, flags, message, monkeypatch, capsys):

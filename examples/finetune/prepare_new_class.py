@@ -12,11 +12,13 @@ import argparse
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline
 from dit_hf.command_line import run
 from dit_hf.data.images import center_crop, check_column, load_image_dataset
+from dit_hf.evaluation.sources import pictures
 from dit_hf.seeds import seeded_generator
 
 
@@ -25,7 +27,7 @@ def parse_args():
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--dataset_name", help="Hub id or local dataset with images of the new class.")
-    parser.add_argument("--train_data_dir", type=Path, help="Or a folder of such images.")
+    parser.add_argument("--train_data_dir", type=Path, help="Or a folder in which such images lie.")
     parser.add_argument("--image_column", default="image", help="Column with images.")
     parser.add_argument("--num_images", type=int, default=24, help="How many of them to take.")
     parser.add_argument("--class_name", required=True, help="Name of the new class.")
@@ -42,8 +44,7 @@ def main():
     args = parse_args()
     if args.output_dir.exists():
         raise ValueError(f"{args.output_dir} exists; choose another folder.")
-    dataset = load_image_dataset(args.dataset_name, train_data_dir=args.train_data_dir)
-    check_column(dataset, args.image_column, "--image_column")
+    images = new_images(args)
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
     if args.class_name in pipe.labels:  # among the synonyms too
         raise ValueError(f"The model has a class {args.class_name!r} already; choose another --class_name.")
@@ -52,7 +53,7 @@ def main():
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     resolution = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-    save(args.output_dir / names[0], [center_crop(row[args.image_column], resolution) for row in first(dataset, args)])
+    save(args.output_dir / names[0], [center_crop(image, resolution) for image in images])
     for label, name in tqdm(pipe.id2label.items(), desc="prior"):
         images = pipe(
             label,
@@ -82,10 +83,18 @@ def save(folder, images):
         image.save(folder / f"{index:04d}.png")
 
 
-def first(dataset, args):
-    """The rows to take, spread over the dataset."""
-    count = min(args.num_images, len(dataset))
-    return dataset.select(torch.linspace(0, len(dataset) - 1, count).long().tolist())
+def new_images(args):
+    """The new class's images, spread over the folder or dataset."""
+    if args.train_data_dir is not None:
+        images = [Image.open(path) for path in pictures(args.train_data_dir)]
+    else:
+        dataset = load_image_dataset(args.dataset_name)
+        check_column(dataset, args.image_column, "--image_column")
+        images = dataset[args.image_column]
+    if not len(images) or args.num_images < 1:
+        raise ValueError(f"There are no images of the new class in {args.train_data_dir or args.dataset_name}.")
+    count = min(args.num_images, len(images))
+    return [images[index] for index in torch.linspace(0, len(images) - 1, count).long().tolist()]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ MAY_CHANGE = (
 RECIPE_ON_CARD = (
     *(
         "dataset_name",
+        "train_data_dir",
         "resolution",
         "recipe",
         "objective",
@@ -77,7 +78,7 @@ def parse_args(description):
     size.add_argument("--transformer_config", type=Path, help="JSON with arguments of DiTTransformer2DModel.")
     size.add_argument("--pretrained_model_name_or_path", help="Pipeline folder or Hub id whose weights to start from.")
     model.add_argument("--lora_rank", type=positive, help="Train adapters of this rank instead of all weights.")
-    model.add_argument("--lora_alpha", type=positive, help="Their scale times the rank; the rank if not given.")
+    model.add_argument("--lora_alpha", type=positive, help="Adapters count alpha / rank; the rank if not given.")
     model.add_argument("--freeze", nargs="+", default=[], help="Parts to keep: time_embed, transformer_blocks.0 ...")
     model.add_argument("--class_dropout_prob", type=float, default=0.1, help="Share of samples without a label.")
     train = parser.add_argument_group("training")
@@ -140,6 +141,8 @@ def parse_args(description):
             parser.error(f"--{flag} has no effect {why}")
     if args.hub_model_id is None:
         args.hub_model_id = args.output_dir.resolve().name
+    if args.vae is None and args.latents_dir is not None and args.pretrained_model_name_or_path is None:
+        args.vae = str(args.latents_dir / "vae")
     if args.vae is None and args.pretrained_model_name_or_path is None:
-        parser.error("--vae says what encodes the images; only a pretrained pipeline brings its own")
+        parser.error("--vae is missing: a folder or Hub id of the autoencoder, such as the bundled model's vae folder")
     return args

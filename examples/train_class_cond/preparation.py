@@ -31,6 +31,7 @@ class Data:
 
     names: list[str]
     ids: torch.Tensor
+    found: list[str]
     reader: ImageReader | None = None
 
 
@@ -39,11 +40,12 @@ def find_data(args):
     if args.latents_dir:
         if args.dataset_name or args.train_data_dir:
             raise ValueError("--latents_dir stands for a dataset; leave out --dataset_name and --train_data_dir.")
-        return Data(*model_classes(args, read_index(args.latents_dir)["classes"]))
+        found = read_index(args.latents_dir)["classes"]
+        return Data(*model_classes(args, found), found)
     dataset = load_image_dataset(args.dataset_name, args.split, args.train_data_dir, args.streaming)
     names = label_names(dataset, args.label_column)
     reader = ImageReader(dataset, names, args.resolution, args.image_column, args.label_column)
-    return Data(*model_classes(args, names), reader)
+    return Data(*model_classes(args, names), names, reader)
 
 
 def model_classes(args, names):
@@ -120,7 +122,10 @@ def build_transformer(args, vae, names):
     given = json.loads(args.transformer_config.read_text())
     if clash := sorted(config.keys() & given.keys()):
         raise ValueError(f"--transformer_config sets {', '.join(clash)}, which data, VAE and flags decide here.")
-    return DiTTransformer2DModel(**(config | given))
+    try:
+        return DiTTransformer2DModel(**(config | given))
+    except TypeError as error:
+        raise ValueError(f"--transformer_config {args.transformer_config}: {error}") from error
 
 
 def open_latents(args, accelerator, vae, data, encoder):

@@ -87,6 +87,8 @@ class Trainer:
         self.held_out = self.extractor = None
         if args.validation_split:
             self.held_out, self.extractor = validation_images(args, data), load_extractor("efficientnet-lite0")
+        if data.reader is not None and not args.streaming:
+            SeededBatches(len(data.reader.dataset), args.train_batch_size)  # too large a batch, before the work
         self.latents = open_latents(args, accelerator, self.vae, data, encoder)
         if accelerator.is_main_process:
             settings["latents"] = getattr(self.latents, "index", {}).get("fingerprint")
@@ -94,6 +96,8 @@ class Trainer:
                 check_same_settings(self.settings_file, settings, MAY_CHANGE)
             record_settings(self.settings_file, settings)
         labels = self.latents.labels
+        counts = zip(data.found, labels.bincount(minlength=len(data.found)).tolist(), strict=True)
+        accelerator.print(f"{len(labels)} images: {', '.join(f'{name} {count}' for name, count in counts)}")
         balanced = labels if args.balance_classes else None
         self.batches = SeededBatches(len(labels), args.train_batch_size, args.seed, balanced)
 
@@ -126,6 +130,7 @@ class Trainer:
         self.resumes = bool(list_checkpoints(args.output_dir))
         if accelerator.is_main_process and self.resumes:
             check_same_settings(self.settings_file, settings, MAY_CHANGE)
+        accelerator.print(json.dumps(vars(args), indent=2, default=str))
         accelerator.print(
             f"{transformer.num_parameters() / 1e6:.2f} M parameters, {len(self.names)} classes, "
             f"{accelerator.num_processes} processes"
@@ -167,6 +172,8 @@ class Trainer:
         stop = StopRequest()
         log = args.output_dir / "train_log.jsonl"
         step = resume_from(accelerator, args.output_dir)
+        if step:
+            accelerator.print(f"Going on from step {step} of {args.max_train_steps} in {args.output_dir}.")
         if accelerator.is_main_process:
             truncate_log(log, step)
             PowerAverages.drop_snapshots(args.output_dir / "ema", step)
@@ -298,7 +305,10 @@ class Trainer:
 
     def card_facts(self, distance):
         """What the card says of the training."""
-        recipe = {name: value for name, value in vars(self.args).items() if name in RECIPE_ON_CARD}
+        given = {name: value for name, value in vars(self.args).items() if name in RECIPE_ON_CARD}
+        recipe = {name: value for name, value in given.items() if value is not None}
+        if not self.args.proj_coeff:
+            recipe = {name: value for name, value in recipe.items() if not name.startswith("alignment_")}
         recipe["steps left out by the guard"] = self.guard.skipped
         results = []
         if distance is not None:
@@ -325,7 +335,7 @@ class Trainer:
             return self.print_plan()
         step = self.train()
         if step < self.args.max_train_steps:
-            self.accelerator.print(f"Stopped at step {step} by SIGTERM; the same command goes on from there.")
+            self.accelerator.print(f"Stopped at step {step} by a signal; the same command goes on from there.")
         else:
             self.save_result()
         self.accelerator.end_training()
@@ -376,8 +386,6 @@ def main():
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharded and (args.proj_coeff or args.lora_rank is not None or args.dry_run):
         raise ValueError("--proj_coeff, --lora_rank and --dry_run work with DDP, not with sharded weights.")
-    if accelerator.is_main_process:
-        print(json.dumps(vars(args), indent=2, default=str))
     with only_run(args.output_dir) if accelerator.is_main_process and not args.dry_run else nullcontext():
         trainer = Trainer(args, accelerator)
         if args.report_to and not args.dry_run:

@@ -22,7 +22,9 @@ class SeededBatches:
 
     def __init__(self, num_samples: int, batch_size: int, seed: int = 0, labels: torch.Tensor | None = None):
         if not 1 <= batch_size <= num_samples:
-            raise ValueError(f"A batch of {batch_size} can't be drawn from {num_samples} samples.")
+            raise ValueError(
+                f"A batch of {batch_size} can't be drawn from {num_samples} samples; lower --train_batch_size."
+            )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.steps_per_epoch = num_samples // batch_size
         self._weights = None if labels is None else 1 / labels.bincount()[labels].double()

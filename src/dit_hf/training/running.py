@@ -23,22 +23,31 @@ def only_run(output_dir: str | Path):
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / ".lock", "w") as lock:
+    with open(output_dir / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{output_dir} is in use by another run; wait for it or choose another folder.") from None
+            holder = (output_dir / ".lock").read_text() or "unknown"
+            raise ValueError(
+                f"{output_dir} is in use by another run (process {holder}); wait for it or choose another folder."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         yield
 
 
 class StopRequest:
-    """Whether SIGTERM has come, as it does on machines that are taken away; the run then saves and ends."""
+    """Whether SIGTERM has come, as it does on machines that are taken away, or Ctrl-C; the run then saves and ends."""
 
     def __init__(self):
         self.requested = False
         signal.signal(signal.SIGTERM, self._request)
+        signal.signal(signal.SIGINT, self._request)
 
-    def _request(self, *_):
+    def _request(self, number, _):
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C means it
         self.requested = True
 
 
