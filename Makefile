@@ -16,7 +16,7 @@ demo: $(STAMP)  ## Draws outputs/demo.png with the bundled model.
 	$(BIN)/python examples/generate.py --output outputs/demo.png
 
 test: $(STAMP)  ## Runs the whole suite.
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 style: $(STAMP)  ## Formats and mends what can be mended.
 	$(BIN)/ruff format .
