@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, tiny_transformer, tiny_vae
+from conftest import FIXTURES, ROOT, tiny_transformer, tiny_vae
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from testing_utils.hub_server import HubServer
@@ -18,7 +18,7 @@ from testing_utils.training_runs import kill_after, losses, read_log, run, train
 
 from dit_hf import DiTClassCondPipeline
 from dit_hf.data.images import load_image_dataset, to_unit_range
-from dit_hf.data.latents import normalise_latents
+from dit_hf.data.latents import CachedLatents, normalise_latents
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import list_checkpoints, save_checkpoint, truncate_log
@@ -73,7 +73,7 @@ def test_labels_are_dropped_as_drawn():
     """Never once more by the model in training mode, whose draw would depend on processes and micro-batches."""
     transformer, seen = tiny_transformer(learn_sigma=False).train(), []
     transformer.class_embed.register_forward_hook(lambda module, args, output: seen.append(args[0]))
-    latents, objective = FakeLatents(), Objective()
+    latents, objective = CachedLatents(FIXTURES / "emoji_latents"), Objective()
     for step in range(60):
         indices, generator = torch.tensor([0, 1]), seeded_generator(0, step)
         batch = draw_batch(latents, objective, indices, generator, slice(0, 2), 0.5, 0.3)
@@ -82,16 +82,6 @@ def test_labels_are_dropped_as_drawn():
     assert 0.2 < (torch.cat(seen) == 10).float().mean() < 0.4
     batch = draw_batch(latents, objective, indices, generator, slice(0, 2), 0.5, 0.0)
     assert "drop" not in batch
-
-
-class FakeLatents:
-    """Two posteriors in memory, read like a cache."""
-
-    statistics = [0.0], [1.0]
-
-    def read(self, indices, flipped):
-        shape = (len(indices), 4, 8, 8)
-        return {"mean": torch.ones(shape), "std": torch.ones(shape), "label": indices}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
