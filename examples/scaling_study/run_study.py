@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """The paper's scaling study (§5) in miniature: distance against compute, for size, patch, conditioning, steps and guidance.
 
-    python examples/scaling_study/run_study.py --latents_dir outputs/latents --reference outputs/emoji64 \
-        --output_dir outputs/scaling_study
+    accelerate launch --cpu --num_processes 1 --dynamo_backend inductor --dynamo_use_regional_compilation \
+        examples/scaling_study/run_study.py --latents_dir outputs/latents --reference outputs/emoji64 \
+        --mixed_precision bf16 --output_dir outputs/scaling_study
 
-Expected: five to six hours on 2 cores for everything; run the same command again to go on. Results are rows of
+Expected: an hour on 2 cores for everything; run the same command again to go on. Results are rows of
 OUTPUT_DIR/results.csv; `plot_study.py` draws them.
 """
 
@@ -13,29 +14,38 @@ import csv
 import json
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
-from dit_hf import DiTTransformer2DModel
+import torch
+
+from dit_hf import DiTClassCondPipeline
 from dit_hf.command_line import run
 from dit_hf.complexity import count_macs
+from dit_hf.evaluation.extractors import Features, extract, load_extractor
+from dit_hf.evaluation.metrics import compute_metrics
+from dit_hf.evaluation.samples import sample_images, sample_labels
+from dit_hf.evaluation.sources import ImageSource
 from dit_hf.training.checkpointing import check_same_settings, record_settings
 
 
-EXAMPLES = Path(__file__).resolve().parents[1]
-# The paper's S, B, L, XL with the ratios of their depths and widths, at a tenth to a fifth of the size.
+TRAIN = Path(__file__).resolve().parents[1] / "train_class_cond" / "train_dit.py"
+# The paper's S, B, L, XL: a sixth of their widths, a quarter of their depths.
 SIZES = {
-    "S": {"num_layers": 4, "num_attention_heads": 3, "attention_head_dim": 32},
-    "B": {"num_layers": 4, "num_attention_heads": 6, "attention_head_dim": 32},
-    "L": {"num_layers": 8, "num_attention_heads": 8, "attention_head_dim": 32},
-    "XL": {"num_layers": 10, "num_attention_heads": 9, "attention_head_dim": 32},
+    "S": {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 32},
+    "B": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32},
+    "L": {"num_layers": 6, "num_attention_heads": 5, "attention_head_dim": 32},
+    "XL": {"num_layers": 7, "num_attention_heads": 6, "attention_head_dim": 32},
 }
 PATCHES = (2, 4, 8)
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 STEPS = (4, 8, 16, 32, 64, 128, 256)
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-DEFAULT_STEPS, DEFAULT_SCALE = 32, 1.5
+DEFAULT_STEPS = 32
+METRICS = ("fid", "precision", "recall")
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 MAY_CHANGE = ("output_dir", "sizes", "patches", "studies")
-COLUMNS = ("study", "model", "steps", "guidance_scale", "gflops", "sampling_gflops", "fid", "precision", "recall")
+COLUMNS = ("study", "model", "steps", "guidance_scale", "gflops", "sampling_gflops", *METRICS)
 
 
 def parse_args():
@@ -47,9 +57,10 @@ def parse_args():
     )
     parser.add_argument("--reference", required=True, help="Held-out images, as compute_metrics.py takes them.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Runs and results.csv.")
-    parser.add_argument("--max_train_steps", type=int, default=3000, help="Of every model.")
+    parser.add_argument("--max_train_steps", type=int, default=1000, help="Of every model.")
     parser.add_argument("--train_batch_size", type=int, default=64, help="Of every model.")
-    parser.add_argument("--num_samples", type=int, default=1000, help="Of every figure.")
+    parser.add_argument("--mixed_precision", choices=DTYPES, default="no", help="Of training and of the sampler.")
+    parser.add_argument("--num_samples", type=int, default=500, help="Of every figure.")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="Rows of the first study.")
     parser.add_argument("--patches", nargs="+", type=int, choices=PATCHES, default=PATCHES, help="Its columns.")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="What to run.")
@@ -60,7 +71,7 @@ def model_name(size, patch, conditioning="adaln_zero"):
     return f"{size}-{patch}-{conditioning}"
 
 
-def train(args, size, patch, conditioning="adaln_zero"):
+def train(args, size, patch, conditioning):
     """A trained model's pipeline folder; a run that is complete is not repeated."""
     folder = args.output_dir / model_name(size, patch, conditioning)
     config = SIZES[size] | {"patch_size": patch, "conditioning": conditioning}
@@ -68,47 +79,42 @@ def train(args, size, patch, conditioning="adaln_zero"):
     (folder / "config.json").write_text(json.dumps(config))
     flags = ["--latents_dir", args.latents_dir, "--vae", args.latents_dir / "vae", "--output_dir", folder]
     flags += ["--transformer_config", folder / "config.json", "--max_train_steps", args.max_train_steps]
-    flags += ["--train_batch_size", args.train_batch_size, "--validation_steps", args.max_train_steps]
-    flags += ["--validation_images_per_class", 2, "--balance_classes"]
+    flags += ["--recipe", "fast", "--train_batch_size", args.train_batch_size]
+    flags += ["--mixed_precision", args.mixed_precision, "--validation_steps", args.max_train_steps]
     if not (folder / "pipeline" / "model_index.json").exists():
-        script(EXAMPLES / "train_class_cond" / "train_dit.py", *flags)
-    return folder
+        result = subprocess.run([sys.executable, TRAIN, *map(str, flags)], stdout=subprocess.DEVNULL)
+        if result.returncode:
+            raise ValueError(f"{TRAIN.name} ended with exit code {result.returncode}; run the same command to go on.")
+    return folder / "pipeline"
 
 
-def measure(args, folder, steps, scale):
-    """FID, precision and recall of a trained model with a sampler's settings."""
-    samples = folder / f"samples-{steps}-{scale}"
-    flags = ["--pretrained_model_name_or_path", folder / "pipeline", "--num_samples", args.num_samples]
-    flags += ["--num_inference_steps", steps, "--guidance_scale", scale, "--output_dir", samples]
-    script(EXAMPLES / "evaluate" / "sample.py", *flags)
-    output = samples / "metrics.json"
-    flags = ["--samples", samples / "samples.npz", "--reference", args.reference, "--metrics", "fid,precision,recall"]
-    script(
-        EXAMPLES / "evaluate" / "compute_metrics.py",
-        *flags,
-        *("--bootstrap", 0, "--cache_dir", args.output_dir / "features", "--output", output),
-    )
-    found = json.loads(output.read_text())
-    return {name: found[name]["value"] for name in ("fid", "precision", "recall")}
+@lru_cache(maxsize=1)
+def load(folder, dtype):
+    """The last pipeline that was measured stays in memory."""
+    pipe = DiTClassCondPipeline.from_pretrained(folder, torch_dtype={"transformer": dtype, "default": torch.float32})
+    pipe.transformer.compile_repeated_blocks()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def script(path, *flags):
-    """Runs a script of the examples; its error is ours."""
-    result = subprocess.run([sys.executable, path, *map(str, flags)], stdout=subprocess.DEVNULL)
-    if result.returncode:
-        raise ValueError(f"{path.name} ended with exit code {result.returncode}; run the same command again to go on.")
+def measure(args, pipe, steps, scale, extractor, reference):
+    """FD, precision and recall of a trained model with a sampler's settings."""
+    labels = sample_labels("balanced", args.num_samples, pipe.transformer.config.num_classes, seed=0)
+    images = sample_images(pipe, labels, 0, 100, num_inference_steps=steps, guidance_scale=scale)
+    figures = compute_metrics(extract(images, extractor), reference, METRICS)
+    return [figures[name]["value"] for name in METRICS]
 
 
 def sizes_and_patches(args):
-    return [(size, patch, "adaln_zero", DEFAULT_STEPS, DEFAULT_SCALE) for size in args.sizes for patch in args.patches]
+    return [(size, patch, "adaln_zero", DEFAULT_STEPS, 1.0) for size in args.sizes for patch in args.patches]
 
 
 def conditionings(args):
-    return [(args.sizes[-1], args.patches[0], name, DEFAULT_STEPS, DEFAULT_SCALE) for name in CONDITIONINGS]
+    return [(args.sizes[-1], args.patches[0], name, DEFAULT_STEPS, 1.0) for name in CONDITIONINGS]
 
 
 def sampling_compute(args):
-    return [(size, args.patches[0], "adaln_zero", steps, DEFAULT_SCALE) for size in args.sizes for steps in STEPS]
+    return [(size, args.patches[0], "adaln_zero", steps, 1.0) for size in args.sizes for steps in STEPS]
 
 
 def guidance(args):
@@ -123,27 +129,31 @@ STUDIES = {
 }
 
 
+def done_already(results):
+    """Rows of an earlier run, by what they are of."""
+    if not results.exists():
+        results.write_text(",".join(COLUMNS) + "\n")
+    with open(results, newline="") as file:
+        return {tuple(row[name] for name in COLUMNS[:4]) for row in csv.DictReader(file)}
+
+
 def main():
     args = parse_args()
     check_same_settings(args.output_dir / "settings.json", vars(args), MAY_CHANGE)
     record_settings(args.output_dir / "settings.json", vars(args))
+    extractor = load_extractor("efficientnet-lite0")
+    reference = Features.join([extract(batch, extractor) for batch in ImageSource(args.reference).batches()])
     results = args.output_dir / "results.csv"
-    done = set()
-    if results.exists():
-        with open(results, newline="") as file:
-            done = {tuple(row[name] for name in COLUMNS[:4]) for row in csv.DictReader(file)}
-    else:
-        results.write_text(",".join(COLUMNS) + "\n")
+    done = done_already(results)
     for study in args.studies:
         for size, patch, conditioning, steps, scale in STUDIES[study](args):
             key = (study, model_name(size, patch, conditioning), str(steps), str(scale))
             if key in done:
                 continue
-            folder = train(args, size, patch, conditioning)
-            figures = measure(args, folder, steps, scale)
-            config = DiTTransformer2DModel.load_config(folder / "pipeline", subfolder="transformer")
-            gflops = count_macs(config) / 1e9
-            row = [*key, gflops, gflops * steps * (2 if scale != 1 else 1), *figures.values()]
+            pipe = load(train(args, size, patch, conditioning), DTYPES[args.mixed_precision])
+            figures = measure(args, pipe, steps, scale, extractor, reference)
+            gflops = count_macs(pipe.transformer.config) / 1e9
+            row = [*key, gflops, gflops * steps * (2 if scale != 1 else 1), *figures]
             with open(results, "a", newline="") as file:
                 csv.writer(file).writerow(row)
             print(" ".join(f"{name} {value}" for name, value in zip(COLUMNS, row, strict=True)), flush=True)
