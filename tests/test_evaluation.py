@@ -11,7 +11,9 @@ from conftest import ROOT
 from dit_hf.data.images import load_image_dataset, stack_images
 from dit_hf.evaluation.extractors import extract, load_extractor
 from dit_hf.evaluation.features import EfficientNetLite0
-from dit_hf.evaluation.probe import class_agreement, train_probe
+from dit_hf.evaluation.metrics import compute_metrics
+from dit_hf.evaluation.probe import right_classes, train_probe
+from dit_hf.evaluation.sources import ImageSource
 
 
 SQUARE = '<rect x="2" y="2" width="12" height="12" fill="{}"/>'
@@ -88,13 +90,23 @@ def test_features_do_not_depend_on_the_batch(extractor, dataset_folder):
 
 
 def test_probe_tells_squares_from_circles(extractor, dataset_folder):
-    splits = {name: load_image_dataset(str(dataset_folder / "data"), name) for name in ("train", "test")}
-    features = {name: extract(stack_images(split, 64), extractor).features for name, split in splits.items()}
-    labels = {name: torch.tensor(split["label"]) for name, split in splits.items()}
-    probe = train_probe(features["train"], labels["train"])
-    assert class_agreement(probe, features["test"], labels["test"]) > 0.9
-    swapped = labels["test"].max() + labels["test"].min() - labels["test"]
-    assert class_agreement(probe, features["test"], swapped) < 0.1
+    features = {}
+    for name in ("train", "test"):
+        source = ImageSource(dataset_folder / "data", name)
+        features[name] = extract(torch.cat(list(source.batches())), extractor)
+        features[name].labels = source.labels()
+    assert set(features["test"].labels) == {"flags", "food"}
+    found = compute_metrics(features["test"], features["test"], ["accuracy"], 5, training=features["train"])
+    assert found["accuracy"]["value"] > 0.9
+    swapped = [{"flags": "food", "food": "flags"}[name] for name in features["test"].labels]
+    features["test"].labels = swapped
+    found = compute_metrics(features["test"], features["test"], ["accuracy"], training=features["train"])
+    assert found["accuracy"]["value"] < 0.1
+    probe = train_probe(features["train"].features, features["train"].labels)
+    with pytest.raises(ValueError, match="of class 'cars'; there are flags, food"):
+        right_classes(probe, features["test"].features, ["cars"] * len(swapped))
+    with pytest.raises(ValueError, match="the classes of the training images"):
+        compute_metrics(features["test"], features["test"], ["accuracy"])
 
 
 def test_perceptual_stages_have_gradients(network):

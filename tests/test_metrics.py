@@ -79,6 +79,24 @@ def test_statistics_do_not_depend_on_order_batches_or_processes():
     np.testing.assert_allclose(whole.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-9)
 
 
+def test_fifty_thousand_images_fit_in_two_gigabytes():
+    """Statistics take features a batch at a time, and figures over pairs a block at a time."""
+    code = """
+import resource, torch
+from dit_hf.evaluation.sets import nearest_neighbours
+from dit_hf.evaluation.statistics import GaussianStatistics
+statistics = GaussianStatistics(2048)
+features = torch.randn(50_000, 2048)
+for batch in features.split(5000):
+    statistics.update(batch)
+distances, indices = nearest_neighbours(features[:1100], features)
+assert statistics.count == 50_000 and indices.tolist() == list(range(1100)) and (distances == 0).all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    peak = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert peak < 2
+
+
 def test_bad_statistics_are_named():
     with pytest.raises(ValueError, match=r"shape \(3, 4\).*\(images, 12\)"):
         GaussianStatistics(12).update(torch.zeros(3, 4))
@@ -127,6 +145,21 @@ def test_kernel_distance_is_the_double_sum():
     assert found == pytest.approx(within - 2 * between, rel=1e-9)
 
 
+def test_kernel_distance_of_a_redrawn_set():
+    """An image that was drawn twice makes no pair with itself."""
+    samples, reference = draw(6, dim=4), draw(5, dim=4, seed=1)
+    rows = torch.tensor([0, 0, 0, 2, 3, 3])
+    kernel = (samples[rows] @ samples[rows].T / 4 + 1) ** 3
+    pairs = rows[:, None] != rows
+    whole = kernel_distance(samples[rows], reference) + 0.0
+    inflated = ((kernel.sum() - kernel.diagonal().sum()) / 30 - kernel[pairs].mean()).item()
+    found = kernel_distance(samples, reference, rows.bincount(minlength=6))
+    assert found == pytest.approx(whole - inflated, rel=1e-9)
+    assert inflated > 0
+    once = kernel_distance(samples, reference, torch.ones(6))
+    assert once == pytest.approx(kernel_distance(samples, reference), rel=1e-12)
+
+
 def test_kernel_distance_in_blocks(monkeypatch):
     samples, reference = draw(40), draw(33, seed=1)
     whole = kernel_distance(samples, reference)
@@ -156,7 +189,8 @@ def test_precision_and_recall_are_numpys(monkeypatch):
         precision_recall(samples, reference[:3])
 
 
-def test_copies_of_training_images_are_found():
+def test_copies_of_training_images_are_found(monkeypatch):
+    monkeypatch.setattr("dit_hf.evaluation.sets.BLOCK", 10)
     training = draw(50)
     distances, indices = nearest_neighbours(torch.stack([training[17], training[4] + 0.01]), training)
     assert indices.tolist() == [17, 4]
@@ -234,6 +268,11 @@ def test_bad_sources_are_named(pictures):
     for name, message in (("other", "has images"), ("nan", "finite"), ("mean", "finite"), ("alone", "sigma")):
         with pytest.raises(ValueError, match=f"{name}.npz.*{message}"):
             reference_statistics(folder / f"{name}.npz")
+    np.savez(folder / "shape.npz", mu=np.zeros(3), sigma=np.eye(2))
+    np.savez(folder / "words.npz", mu=np.zeros(3), sigma=np.eye(3), extractor=np.array("{"))
+    for name in ("shape", "words"):
+        with pytest.raises(ValueError, match=f"{name}.npz can't be used"):
+            reference_statistics(folder / f"{name}.npz")
     assert reference_statistics(folder / "images.npz") is None
     few = GaussianStatistics.from_moments(torch.zeros(12), torch.cov(draw(5).T))
     with pytest.warns(UserWarning, match="reference"):  # the rank of a covariance tells of how few images it is
@@ -260,20 +299,38 @@ def test_the_command_and_its_cache(pictures):
     assert found["recipe"]["extractor"]["resize"].startswith("112×112, bicubic, antialias")
     (cached,) = (folder / "cache").iterdir()  # one set of images, seen once
     flags = ("--feature_extractor", "precomputed", "--metrics", "fid", "--bootstrap", 0)
-    statistics = gaussian(Features.load(cached).features)
-    np.savez(folder / "reference.npz", mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy())
-    again = run_script("--samples", cached, "--reference", folder / "reference.npz", *flags)
-    assert abs(json.loads(again.stdout)["fid"]["value"]) < 1e-2
     bad = run_script("--samples", cached, "--reference", folder / "images.npz", *flags)
     assert bad.returncode == 2
     assert "images.npz" in bad.stderr
-    both = folder / "both.npz"  # as ADM's own: statistics of one extractor, and images for any
-    np.savez(both, arr_0=np.load(folder / "images.npz")["arr_0"], mu=np.zeros(7), sigma=np.eye(7))
-    flags = ("--metrics", "fid", "--bootstrap", 0, "--cache_dir", folder / "cache")
-    assert (
-        abs(json.loads(run_script("--samples", folder / "folder", "--reference", both, *flags).stdout)["fid"]["value"])
-        < 1e-2
-    )
+
+
+def test_statistics_in_the_format_of_adm(pictures):
+    """Saved, read again in place of the images, and refused where another extractor made them."""
+    folder, _ = pictures
+    flags = ("--metrics", "fid,sfid", "--bootstrap", 0, "--cache_dir", folder / "cache")
+    saved = folder / "reference.npz"
+    command = ("--samples", folder / "images.npz", "--reference")
+    run_script(*command, folder / "folder", *flags, "--save_statistics", saved)
+    with np.load(saved) as arrays:
+        assert set(arrays) == {"mu", "sigma", "mu_s", "sigma_s", "count", "extractor"}
+        assert arrays["sigma"].shape == (1280, 1280)
+        theirs = {name: arrays[name] for name in ("mu", "sigma")}
+    found = json.loads(run_script(*command, saved, *flags).stdout)
+    assert abs(found["fid"]["value"]) < 1e-2
+    assert abs(found["sfid"]["value"]) < 1e-2
+    statistics, extractor = reference_statistics(saved)
+    assert statistics["features"].count == 12
+    assert extractor["name"] == "efficientnet-lite0"
+    np.savez(folder / "adm.npz", **theirs)
+    np.savez(folder / "other.npz", **theirs, extractor=np.array(json.dumps(extractor | {"resize": "64x64"})))
+    np.savez(folder / "both.npz", arr_0=np.load(folder / "images.npz")["arr_0"], mu=np.zeros(7), sigma=np.eye(7))
+    for name, message in (("adm", "inception (it names none"), ("other", "64x64")):
+        bad = run_script(*command, folder / f"{name}.npz", *flags)
+        assert bad.returncode == 2
+        assert f"{name}.npz" in bad.stderr
+        assert message in bad.stderr
+    both = run_script(*command, folder / "both.npz", *flags)  # as ADM's own: statistics of Inception, images for any
+    assert abs(json.loads(both.stdout)["fid"]["value"]) < 1e-2
 
 
 def test_figures_go_into_the_card_with_their_recipe(pictures):

@@ -14,8 +14,10 @@ from testing_utils.training_runs import kill_after, run
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.evaluation.samples import SAMPLING_RECIPES, sample_labels
+from dit_hf.evaluation.sources import ImageSource
 
 
+COMPUTE = ROOT / "examples" / "evaluate" / "compute_metrics.py"
 SAMPLE = ROOT / "examples" / "evaluate" / "sample.py"
 
 
@@ -61,9 +63,32 @@ def test_processes_batches_and_kills_do_not_change_the_set(pipeline, tmp_path):
     assert np.array_equal(first[7], np.asarray(Image.open(tmp_path / "one" / "images" / "000007.png")))
     recipe = json.loads((tmp_path / "one" / "recipe.json").read_text())
     assert (recipe["guidance_scale"], recipe["scheduler"]) == (2.0, "FlowMatchEulerDiscreteScheduler")
+    assert recipe["classes"] == ["dark", "light", "grey"]
+    assert np.load(tmp_path / "one" / "samples.npz")["arr_1"].tolist() == [index % 3 for index in range(14)]
+    assert "14 images, 0 of them new" in run(command(pipeline, tmp_path / "one")).stdout
     result = subprocess.run(command(pipeline, tmp_path / "one", seed=1), capture_output=True, text=True)
     assert result.returncode == 2
     assert "seed was 0 and is 1" in result.stderr
+
+
+def test_figures_of_samples_with_the_classes_of_a_dataset(pipeline, tmp_path, workspace):
+    """From the dataset's class names to the accuracy of a probe on them, and the same figures of training images."""
+    data = workspace / "data"
+    run(command(pipeline, tmp_path / "out", labels=data, num_samples=12, num_inference_steps=1))
+    flags = ["--samples", tmp_path / "out" / "samples.npz", "--reference", data, "--training", data]
+    flags += ["--metrics", "fid,accuracy", "--bootstrap", 2, "--cache_dir", tmp_path / "cache"]
+    found = json.loads(run([sys.executable, COMPUTE, *map(str, flags)]).stdout)
+    names = ImageSource(data, "test").labels()
+    assert ImageSource(tmp_path / "out" / "samples.npz").labels() == [names[index % len(names)] for index in range(12)]
+    assert 0 <= found["accuracy"]["value"] <= 1
+    assert found["reference"]["accuracy"]["value"] > 0.5  # dark and light
+    assert found["training images"]["count"] <= 12
+    assert found["training images"]["fid"]["value"] < found["fid"]["value"]
+    assert found["recipe"]["sampling"]["num_inference_steps"] == 1
+    result = subprocess.run(command(pipeline, tmp_path / "no", labels=data / "none"), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "none" in result.stderr
+    assert not (tmp_path / "no" / "recipe.json").exists()
 
 
 def test_labels_are_balanced_or_drawn():

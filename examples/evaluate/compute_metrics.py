@@ -2,14 +2,17 @@
 """Figures of a set of samples against a reference set: FID, sFID, Inception Score, KID, precision, recall and more.
 
     python examples/evaluate/compute_metrics.py --samples outputs/samples/samples.npz --reference outputs/emoji64 \
-        --metrics fid,sfid,is,kid,precision,recall --output outputs/metrics.json
+        --training outputs/emoji64 --metrics fid,sfid,is,kid,precision,recall,accuracy --output outputs/metrics.json
 
-Expected: two minutes for a thousand images on 2 cores, most of it for the intervals (--bootstrap). Features are kept in --cache_dir by the content of the images.
+Expected: three minutes for a thousand images on 2 cores, most of it for the intervals (--bootstrap). Features are kept in
+--cache_dir by the content of the images. With --training also the same figures of as many training images, which no
+model need surpass, and whether samples are copies.
 """
 
 import argparse
 import json
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,12 +25,20 @@ from dit_hf.command_line import run
 from dit_hf.evaluation.extractors import INCEPTION, PRECOMPUTED, Features, extract, load_extractor
 from dit_hf.evaluation.metrics import METRICS, check_metrics, compute_metrics
 from dit_hf.evaluation.sets import nearest_neighbours
-from dit_hf.evaluation.sources import ImageSource, open_npz, reference_statistics
+from dit_hf.evaluation.sources import (
+    ImageSource,
+    open_npz,
+    reference_statistics,
+    sampling_recipe,
+    save_statistics,
+)
 from dit_hf.hub import CardFacts, publish_folder, write_card
 from dit_hf.hub.model_card import PIPELINE_TAG
+from dit_hf.seeds import seeded_generator
 
 
 NAMES = {"fid": "Fréchet distance", "sfid": "spatial Fréchet distance", "is": "Inception Score", "kid": "KID"}
+NAMES |= {"accuracy": "class accuracy of a linear probe"}
 
 
 def parse_args():
@@ -37,7 +48,7 @@ def parse_args():
     source = "an .npz of images, a folder of pictures, a dataset, or with `precomputed` a .safetensors of features"
     parser.add_argument("--samples", required=True, help=source.capitalize() + ".")
     parser.add_argument("--reference", required=True, help=f"{source.capitalize()}; or ADM's .npz of statistics.")
-    parser.add_argument("--split", default="test", help="Of a dataset.")
+    parser.add_argument("--split", default="test", help="Of a dataset that is samples or reference.")
     parser.add_argument("--image_column", default="image", help="Of a dataset.")
     parser.add_argument(
         "--feature_extractor", default="efficientnet-lite0", help="Or inception, a vision model, precomputed."
@@ -48,7 +59,8 @@ def parse_args():
     parser.add_argument("--batch_size", type=int, default=64, help="Images at once.")
     parser.add_argument("--seed", type=int, default=0, help="Of the redrawn sets.")
     parser.add_argument("--cache_dir", type=Path, default=Path("outputs/features"), help="Where features are kept.")
-    parser.add_argument("--training", help="Images the model was trained on: are samples copies of them?")
+    parser.add_argument("--training", help="Images the model was trained on; of a dataset the train split.")
+    parser.add_argument("--save_statistics", type=Path, help="Write the reference's statistics, as ADM's .npz.")
     parser.add_argument("--output", type=Path, help="JSON file for the result.")
     parser.add_argument("--update_card", type=Path, help="Pipeline folder whose model card gets the figures.")
     parser.add_argument("--dataset_title", default="held-out images", help="What the card calls the reference.")
@@ -57,35 +69,56 @@ def parse_args():
     args = parser.parse_args()
     if args.push_to_hub and args.update_card is None:
         parser.error("--push_to_hub publishes the folder of --update_card")
+    if "accuracy" in args.metrics and args.training is None:
+        parser.error("accuracy needs --training, the images that its probe learns from")
     return args
 
 
-def features_of(source, extractor, args):
+def features_of(source, split, extractor, args):
     """Features of an image source, from the cache where its images have been seen by the same extractor."""
-    images = ImageSource(source, args.split, args.image_column)
+    if extractor is None:
+        return Features.load(source)
+    images = ImageSource(source, split, args.image_column)
     path = args.cache_dir / f"{images.digest()[:24]}-{extractor.description['weights']}.safetensors"
-    if path.exists() and (kept := Features.load(path)).extractor == extractor.description:
-        return kept
-    batches = tqdm(images.batches(args.batch_size), desc=f"features of {source}", mininterval=5)
-    features = Features.join([extract(batch, extractor) for batch in batches])
-    features.save(path)
+    if not path.exists() or (features := Features.load(path)).extractor != extractor.description:
+        batches = tqdm(images.batches(args.batch_size), desc=f"features of {source}", mininterval=5)
+        features = Features.join([extract(batch, extractor) for batch in batches])
+        features.save(path)
+    features.labels = images.labels()
     return features
 
 
-def given_statistics(args):
-    """Statistics in the reference file, where they are of this extractor or there is nothing else in it."""
-    if Path(args.reference).suffix != ".npz":
+def given_statistics(args, extractor):
+    """Statistics in the reference file, where they are of this extractor; None if it holds images to look at instead."""
+    if Path(args.reference).suffix != ".npz" or (given := reference_statistics(args.reference)) is None:
         return None
-    statistics = reference_statistics(args.reference)
+    statistics, made_with = given
+    if args.feature_extractor == PRECOMPUTED or (made_with or {}).get("name", INCEPTION) == args.feature_extractor:
+        if extractor is not None and made_with not in (None, extractor.description):
+            raise ValueError(f"{args.reference} was made with {made_with}, not {extractor.description}.")
+        return statistics
     with open_npz(args.reference) as archive:
-        has_images = "arr_0.npy" in archive.namelist()
-    return None if has_images and args.feature_extractor not in (INCEPTION, PRECOMPUTED) else statistics
+        if "arr_0.npy" in archive.namelist():
+            return None
+    name = (made_with or {}).get("name", f"{INCEPTION} (it names none, as ADM's)")
+    raise ValueError(f"{args.reference} has statistics of {name}, not of {args.feature_extractor}.")
 
 
-def copies(args, samples, reference, training):
+def like(samples, training, seed):
+    """As many training images as there are samples, of the same classes where they are known."""
+    order = torch.randperm(len(training.features), generator=seeded_generator(seed)).tolist()
+    if samples.labels is None or training.labels is None:
+        return training.select(torch.tensor(order[: len(samples.features)]))
+    wanted, chosen = Counter(samples.labels), []
+    for row in order:
+        if wanted[training.labels[row]] > 0:
+            wanted[training.labels[row]] -= 1
+            chosen.append(row)
+    return training.select(torch.tensor(chosen))
+
+
+def copies(samples, reference, training):
     """Samples nearer to a training image than all but one in a hundred images the model has not seen, and the nearest."""
-    if training.extractor != samples.extractor:
-        raise ValueError(f"--training {args.training} was seen by {training.extractor}, not {samples.extractor}.")
     distances, indices = nearest_neighbours(samples.features, training.features)
     nearest = distances.argsort(stable=True)[:5].tolist()
     found = {"nearest": [{"sample": i, "training": int(indices[i]), "distance": float(distances[i])} for i in nearest]}
@@ -114,29 +147,30 @@ def update_card(args, figures, recipe):
         print(f"Published: {place}", file=sys.stderr)
 
 
-def main():
-    args = parse_args()
-    metrics = [name.strip() for name in args.metrics.split(",")]
-    check_metrics(metrics, args.bootstrap)
-    if args.update_card and not (args.update_card / "model_index.json").exists():
-        raise ValueError(f"--update_card {args.update_card} is no pipeline folder.")
-    reference = given_statistics(args)
+def measure(args, metrics):
+    """All figures, and the recipe they were made by."""
     extractor = None
-    if args.feature_extractor == PRECOMPUTED:
-        samples = Features.load(args.samples)
-        reference = reference or Features.load(args.reference)
-    else:
+    if args.feature_extractor != PRECOMPUTED:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         extractor = load_extractor(args.feature_extractor, args.extractor_weights).to(device)
-        samples = features_of(args.samples, extractor, args)
-        reference = reference or features_of(args.reference, extractor, args)
-    try:
-        figures = compute_metrics(samples, reference, metrics, args.bootstrap, args.seed)
-    except ValueError as error:
-        raise ValueError(f"--samples {args.samples} with --reference {args.reference}: {error}") from error
-    if args.training:
-        training = Features.load(args.training) if extractor is None else features_of(args.training, extractor, args)
-        figures["nearest training image"] = copies(args, samples, reference, training)
+    reference = given_statistics(args, extractor)
+    samples = features_of(args.samples, args.split, extractor, args)
+    reference = reference or features_of(args.reference, args.split, extractor, args)
+    training = features_of(args.training, "train", extractor, args) if args.training else None
+    if training and training.extractor != samples.extractor:
+        raise ValueError(f"--training {args.training} was seen by {training.extractor}, not {samples.extractor}.")
+    figures = compute_metrics(samples, reference, metrics, args.bootstrap, args.seed, training)
+    if training:
+        real = like(samples, training, args.seed)
+        without_probe = [name for name in metrics if name != "accuracy"]
+        figures["training images"] = {"count": len(real.features)} | compute_metrics(real, reference, without_probe)
+        figures["nearest training image"] = copies(samples, reference, training)
+        if "accuracy" in metrics and isinstance(reference, Features) and reference.labels:
+            figures["reference"] = compute_metrics(reference, reference, ["accuracy"], training=training)
+    if args.save_statistics:
+        if not isinstance(reference, Features):
+            raise ValueError(f"--save_statistics: {args.reference} is a file of statistics already.")
+        save_statistics(reference, args.save_statistics)
     recipe = {
         "samples": str(args.samples),
         "num_samples": len(samples.features),
@@ -144,14 +178,28 @@ def main():
         "num_reference": len(reference.features) if isinstance(reference, Features) else "statistics",
         "extractor": samples.extractor,
         "bootstrap": args.bootstrap,
+        "sampling": sampling_recipe(args.samples),
         "versions": {name: version(name) for name in ("dit_hf", "torch", "numpy")},
     }
+    return figures, recipe
+
+
+def main():
+    args = parse_args()
+    metrics = [name.strip() for name in args.metrics.split(",")]
+    check_metrics(metrics, args.bootstrap)
+    if args.update_card and not (args.update_card / "model_index.json").exists():
+        raise ValueError(f"--update_card {args.update_card} is no pipeline folder.")
+    try:
+        figures, recipe = measure(args, metrics)
+    except ValueError as error:
+        raise ValueError(f"--samples {args.samples} with --reference {args.reference}: {error}") from error
     result = json.dumps(figures | {"recipe": recipe}, indent=2, ensure_ascii=False)
     print(result)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(result + "\n")
-    if extractor is not None:
+    if args.feature_extractor != PRECOMPUTED:
         print(f"Features: {args.cache_dir}", file=sys.stderr)
     if args.update_card:
         update_card(args, figures, recipe)

@@ -15,12 +15,14 @@ from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.command_line import run
 from dit_hf.complexity import count_macs
+from dit_hf.data.images import check_column, load_image_dataset
 from dit_hf.data.latents import checksum
 from dit_hf.evaluation.samples import SAMPLING_RECIPES, draw_missing, missing_samples, sample_labels, write_npz
 from dit_hf.training.checkpointing import check_same_settings, record_settings
@@ -44,7 +46,9 @@ def parse_args():
     )
     parser.add_argument("--num_samples", type=int, default=50_000, help="Images.")
     parser.add_argument(
-        "--labels", choices=("balanced", "random"), default="balanced", help="Classes in turn, or drawn."
+        "--labels",
+        default="balanced",
+        help="`balanced`, classes in turn; `random`, drawn; or a dataset, whose test split's classes are taken in turn.",
     )
     parser.add_argument("--scheduler", help="Recipe of `make_scheduler`; the pipeline's own if not given.")
     parser.add_argument("--num_inference_steps", type=int, default=250, help="Sampler steps.")
@@ -87,12 +91,24 @@ def pipeline_options(args):
     }
 
 
+def asked_labels(args, pipe, count):
+    """Class ids of the samples."""
+    if args.labels in ("balanced", "random"):
+        return sample_labels(args.labels, count, pipe.transformer.config.num_classes, args.seed)
+    dataset = load_image_dataset(args.labels, "test")
+    names = getattr(check_column(dataset, "label", "--labels"), "names", None)
+    if names is None:
+        raise ValueError(f"--labels {args.labels}: its column `label` has no class names.")
+    ids, labels = torch.tensor(pipe.get_label_ids(names)), torch.tensor(dataset["label"])
+    return ids[labels[torch.arange(count) % len(labels)]]
+
+
 def print_cost(args, pipe, num_processes):
     """Compute and hours, by two timed steps."""
     first, last = args.guidance_interval
     halves = 1 + (last - first if args.guidance_scale != 1 else 0)
     gflops = count_macs(pipe.transformer.config) / 1e9 * args.num_inference_steps * halves
-    labels = sample_labels(args.labels, args.batch_size, pipe.transformer.config.num_classes, args.seed)
+    labels = asked_labels(args, pipe, args.batch_size)
     options = pipeline_options(args) | {"num_inference_steps": 2, "output_type": "latent"}
     started = time.perf_counter()
     pipe(labels.tolist(), **options)
@@ -115,23 +131,24 @@ def main():
         if accelerator.is_main_process:
             print_cost(args, pipe, accelerator.num_processes)
         return
+    labels = asked_labels(args, pipe, args.num_samples)
     with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
-        sample(args, accelerator, pipe)
+        sample(args, accelerator, pipe, labels)
 
 
-def sample(args, accelerator, pipe):
+def sample(args, accelerator, pipe, labels):
     """All images that are not there yet, each process its part; then the npz."""
     recipe = {name: value for name, value in vars(args).items() if name not in ("dry_run", "output_dir")}
     recipe |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_config": dict(pipe.scheduler.config)}
     recipe |= {"dtype": str(pipe.transformer.dtype), "weights": checksum(pipe.transformer)[:16]}
     recipe["vae_weights"] = checksum(pipe.vae)[:16] if pipe.vae is not None else None
+    recipe["classes"] = list(pipe.id2label.values())
     recipe["versions"] = {name: version(name) for name in ("dit_hf", "torch", "diffusers")}
     if accelerator.is_main_process:
         check_same_settings(args.output_dir / "recipe.json", recipe, MAY_CHANGE)
         record_settings(args.output_dir / "recipe.json", recipe)
     accelerator.wait_for_everyone()
     folder = args.output_dir / "images"
-    labels = sample_labels(args.labels, args.num_samples, pipe.transformer.config.num_classes, args.seed)
     missing = missing_samples(folder, args.num_samples)
     accelerator.wait_for_everyone()  # or one would list what another has already drawn
     mine = missing[accelerator.process_index :: accelerator.num_processes]
@@ -140,8 +157,9 @@ def sample(args, accelerator, pipe):
         progress.update(count)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_npz(folder, args.num_samples, args.output_dir / "samples.npz")
-        print(f"{args.num_samples} images: {args.output_dir / 'samples.npz'}")
+        write_npz(folder, labels, args.output_dir / "samples.npz")
+        drawn = f"{args.num_samples} images, {len(missing)} of them new"
+        print(f"{drawn}: {args.output_dir / 'samples.npz'}")
     accelerator.end_training()
 
 

@@ -37,12 +37,21 @@ class Features:
         spatial (`torch.Tensor` of shape `(N, S)`, *optional*): For sFID.
         logits (`torch.Tensor` of shape `(N, K)`, *optional*): For Inception Score.
         extractor (`dict`): Name, weights, resize rule.
+        labels (`list[str]`, *optional*): Class names of the images; they are not saved.
     """
 
     features: torch.Tensor
     spatial: torch.Tensor | None
     logits: torch.Tensor | None
     extractor: dict[str, Any]
+    labels: list[str] | None = None
+
+    def select(self, rows: torch.Tensor) -> "Features":
+        """Those of some images: rows `(n,)`, int64."""
+        parts = (getattr(self, name) for name in ("features", "spatial", "logits"))
+        features, spatial, logits = (None if part is None else part[rows] for part in parts)
+        labels = None if self.labels is None else [self.labels[row] for row in rows.tolist()]
+        return Features(features, spatial, logits, self.extractor, labels)  # type: ignore[arg-type]
 
     def save(self, path: str | Path) -> None:
         """Writes a `.safetensors` that `Features.load` and `--feature_extractor precomputed` read."""

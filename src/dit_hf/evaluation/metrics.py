@@ -10,13 +10,14 @@ import torch
 from ..seeds import seeded_generator
 from .extractors import Features
 from .frechet import frechet_distance
+from .probe import right_classes, train_probe
 from .sets import inception_score, kernel_distance, precision_recall
 from .statistics import GaussianStatistics
 
 
 # What a figure is computed from; precision and its like share their distances.
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
-METRICS = ("fid", "sfid", "is", "kid", *NEIGHBOURS)
+METRICS = ("fid", "sfid", "is", "kid", *NEIGHBOURS, "accuracy")
 
 
 def compute_metrics(
@@ -25,6 +26,7 @@ def compute_metrics(
     metrics: Sequence[str],
     bootstrap: int = 0,
     seed: int = 0,
+    training: Features | None = None,
 ) -> dict[str, dict[str, float]]:
     """
     Figures of a sample set.
@@ -34,9 +36,11 @@ def compute_metrics(
         reference (`Features`, or `dict[str, GaussianStatistics]`):
             Of the reference by the same extractor, or the statistics that ADM's reference files hold, which are enough
             for `fid` and `sfid`.
-        metrics (`Sequence[str]`): Of `fid`, `sfid`, `is`, `kid`, `precision`, `recall`, `density`, `coverage`.
+        metrics (`Sequence[str]`):
+            Of `fid`, `sfid`, `is`, `kid`, `precision`, `recall`, `density`, `coverage`, `accuracy`.
         bootstrap (`int`, defaults to 0): Redrawn sets for the confidence intervals; none with 0.
         seed (`int`, defaults to 0): Of the redrawn sets.
+        training (`Features`, *optional*): With labels; `accuracy` is that of a linear probe on them.
 
     Returns:
         `dict[str, dict[str, float]]`: for each metric its `value`, and with a bootstrap `ci95`, half the width of the 95 %
@@ -49,16 +53,11 @@ def compute_metrics(
     if isinstance(reference, Features) and samples.extractor != reference.extractor:
         raise ValueError(f"The samples were seen by {samples.extractor}, the reference by {reference.extractor}.")
     found: dict[str, dict[str, float]] = {}
-    if chosen := [name for name in NEIGHBOURS if name in metrics]:
-        images = precision_recall(samples.features, _of(reference, "precision").features)
-        for name in chosen:
-            values = images[name]
-            found[name] = {"value": values.mean().item()}
-            found[name] |= _interval(
-                lambda rows, values=values: values[rows].mean().item(), len(values), bootstrap, seed
-            )
+    for name, values in _image_by_image(metrics, samples, reference, training).items():
+        interval = _interval(lambda rows, values=values: values[rows].mean().item(), len(values), bootstrap, seed)
+        found[name] = {"value": values.mean().item()} | interval
     for name in metrics:
-        if name not in NEIGHBOURS:
+        if name not in found:
             figure, count = _figure(name, samples, reference)
             everything = torch.arange(count)
             found[name] = {"value": figure(everything)} | _interval(figure, count, bootstrap, seed)
@@ -84,6 +83,23 @@ def check_metrics(metrics: Sequence[str], bootstrap: int = 0) -> None:
         raise ValueError(f"The bootstrap has {bootstrap} sets; it takes none or at least 2.")
 
 
+def _image_by_image(metrics, samples, reference, training) -> dict[str, torch.Tensor]:
+    """The metrics that are a mean over images: one number an image."""
+    values = {}
+    if chosen := [name for name in NEIGHBOURS if name in metrics]:
+        images = precision_recall(samples.features, _of(reference, "precision").features)
+        values = {name: images[name] for name in chosen}
+    if "accuracy" in metrics:
+        for name, features in (("samples", samples), ("training images", training)):
+            if features is None or features.labels is None:
+                raise ValueError(f"accuracy needs the classes of the {name}, which are not known.")
+        if training.extractor != samples.extractor:
+            raise ValueError(f"The samples were seen by {samples.extractor}, training by {training.extractor}.")
+        probe = train_probe(training.features, training.labels)
+        values["accuracy"] = right_classes(probe, samples.features, samples.labels)
+    return values
+
+
 def _figure(name, samples, reference) -> tuple[Callable[[torch.Tensor], float], int]:
     """A metric as a function of which samples count, and how many there are."""
     if name == "is":
@@ -91,7 +107,8 @@ def _figure(name, samples, reference) -> tuple[Callable[[torch.Tensor], float], 
         return lambda rows: inception_score(logits[rows])[0], len(logits)
     if name == "kid":
         others = _of(reference, name).features
-        return lambda rows: kernel_distance(samples.features[rows], others), len(samples.features)
+        count = len(samples.features)
+        return lambda rows: kernel_distance(samples.features, others, rows.bincount(minlength=count)), count
     part = "features" if name == "fid" else "spatial"
     tensor = _given(samples, part, name)
     statistics = reference.get(part) if isinstance(reference, dict) else gaussian(_given(reference, part, name))

@@ -126,21 +126,24 @@ def draw_missing(
         yield len(chosen)
 
 
-def write_npz(folder: str | Path, count: int, path: str | Path) -> None:
+def write_npz(folder: str | Path, labels: torch.Tensor, path: str | Path) -> None:
     """
-    Puts samples together in ADM's format, one at a time: `arr_0`, uint8, `(N, H, W, 3)`.
+    Puts samples together in ADM's format, one at a time: `arr_0`, uint8, `(N, H, W, 3)`, and `arr_1`, the class ids.
 
     Args:
         folder (`str` or `Path`): With samples 0 … N-1.
-        count (`int`): N.
+        labels (`torch.Tensor` of shape `(N,)`, int64): Class ids.
         path (`str` or `Path`): The `.npz`.
     """
     path = Path(path)
     partial = path.with_name(f"partial-{path.name}")
-    shape = (count, *np.asarray(Image.open(sample_path(folder, 0)).convert("RGB")).shape)
+    shape = (len(labels), *np.asarray(Image.open(sample_path(folder, 0)).convert("RGB")).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for index in range(count):
-            file.write(np.asarray(Image.open(sample_path(folder, index)).convert("RGB")).tobytes())
+    with zipfile.ZipFile(partial, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for index in range(len(labels)):
+                file.write(np.asarray(Image.open(sample_path(folder, index)).convert("RGB")).tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels.numpy())
     partial.replace(path)

@@ -7,7 +7,7 @@ are in double precision.
 import torch
 
 
-# Rows of a distance matrix that are in memory at once.
+# Rows and columns of a matrix over pairs of images that are in memory at once, and in double precision.
 BLOCK = 1024
 
 
@@ -40,7 +40,7 @@ def inception_score(logits: torch.Tensor, splits: int = 10) -> tuple[float, floa
     return stacked.mean().item(), stacked.std(correction=0).item()
 
 
-def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
+def kernel_distance(features: torch.Tensor, reference: torch.Tensor, counts: torch.Tensor | None = None) -> float:
     """
     Kernel Inception Distance (Bińkowski et al., https://arxiv.org/abs/1801.01401): the unbiased squared MMD with the cubic
     kernel (x·y / D + 1)³ over all images. It has no bias for few images, where Fréchet distance has a large one.
@@ -48,25 +48,34 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
     Args:
         features (`torch.Tensor` of shape `(N, D)`): Of the samples.
         reference (`torch.Tensor` of shape `(M, D)`): Of the reference.
+        counts (`torch.Tensor` of shape `(N,)`, *optional*):
+            How often each sample counts, in a set redrawn with replacement: an image makes no pair with itself however
+            often it was drawn.
 
     Returns:
         `float`: 0 in the mean for sets of one distribution; may be negative.
     """
-    features, reference = _checked(features), _checked(reference)
+    _check(features)
+    _check(reference)
+    own = torch.ones(len(features), dtype=torch.float64) if counts is None else counts.double()
+    others = torch.ones(len(reference), dtype=torch.float64)
+    within = _kernel_mean(features, own, features, own, True)
+    within += _kernel_mean(reference, others, reference, others, True)
+    return within - 2 * _kernel_mean(features, own, reference, others, False)
 
-    def kernel_sum(first, second, without_diagonal):
-        total = torch.zeros((), dtype=torch.float64)
-        for start in range(0, len(first), BLOCK):
-            block = (first[start : start + BLOCK] @ second.T / first.shape[1] + 1) ** 3
-            total += block.sum()
-            if without_diagonal:
-                total -= block.diagonal(offset=start).sum()
-        return total
 
-    n, m = len(features), len(reference)
-    within = kernel_sum(features, features, True) / (n * (n - 1))
-    within += kernel_sum(reference, reference, True) / (m * (m - 1))
-    return (within - 2 * kernel_sum(features, reference, False) / (n * m)).item()
+def _kernel_mean(first, weights, second, other_weights, of_one_set):
+    """Weighted mean of the kernel over all pairs; over pairs of different images if both sets are one."""
+    total = norm = 0.0
+    for rows, block in _blocks(first):
+        for columns, other in _blocks(second):
+            kernel = (block @ other.T / first.shape[1] + 1) ** 3
+            pairs = weights[rows, None] * other_weights[columns]
+            if of_one_set and rows == columns:
+                pairs.fill_diagonal_(0)
+            total += (pairs * kernel).sum().item()
+            norm += pairs.sum().item()
+    return total / norm
 
 
 def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3) -> dict[str, torch.Tensor]:
@@ -87,7 +96,8 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3
     Raises:
         ValueError: if a set has not more than k images.
     """
-    features, reference = _checked(features), _checked(reference)
+    _check(features)
+    _check(reference)
     if min(len(features), len(reference)) <= k:
         raise ValueError(
             f"Precision and recall with k = {k} need more than {k} images; there are {len(features)} and {len(reference)}."
@@ -97,13 +107,13 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3
     density = torch.zeros(len(features), dtype=torch.float64)
     covered = torch.zeros(len(reference), dtype=torch.bool)
     recalled = torch.zeros(len(reference), dtype=torch.bool)
-    for start in range(0, len(features), BLOCK):
-        rows = slice(start, start + BLOCK)
-        distances = _squared_distances(features[rows], reference)
-        inside = distances <= reference_radii
-        density[rows] = inside.sum(dim=1).double() / k
-        covered |= inside.any(dim=0)
-        recalled |= (distances <= sample_radii[rows, None]).any(dim=0)
+    for rows, block in _blocks(features):
+        for columns, other in _blocks(reference):
+            distances = _squared_distances(block, other)
+            inside = distances <= reference_radii[columns]
+            density[rows] += inside.sum(dim=1).double() / k
+            covered[columns] |= inside.any(dim=0)
+            recalled[columns] |= (distances <= sample_radii[rows, None]).any(dim=0)
     return {
         "precision": (density > 0).double(),
         "recall": recalled.double(),
@@ -123,20 +133,32 @@ def nearest_neighbours(features: torch.Tensor, training: torch.Tensor) -> tuple[
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: distances (float64) and indices (int64), shape `(N,)`.
     """
-    features, training = _checked(features), _checked(training)
-    found = [_squared_distances(part, training).min(dim=1) for part in features.split(BLOCK)]
-    squares = torch.cat([part.values for part in found])
+    _check(features)
+    _check(training)
+    squares = torch.full((len(features),), float("inf"), dtype=torch.float64)
+    indices = torch.zeros(len(features), dtype=torch.int64)
+    for rows, block in _blocks(features):
+        for columns, other in _blocks(training):
+            found = _squared_distances(block, other).min(dim=1)
+            nearer = found.values < squares[rows]
+            squares[rows] = torch.where(nearer, found.values, squares[rows])
+            indices[rows] = torch.where(nearer, found.indices + columns.start, indices[rows])
     squares[squares <= _tolerance(features, training)] = 0  # equal images
-    return squares.sqrt(), torch.cat([part.indices for part in found])
+    return squares.sqrt(), indices
 
 
-def _checked(features):
-    """Double precision; at least two images, all finite."""
+def _check(features):
+    """At least two images, all finite."""
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"Features have shape {tuple(features.shape)}; at least 2 images are needed.")
     if not torch.isfinite(features).all():
         raise ValueError("Features are not finite.")
-    return features.double()
+
+
+def _blocks(features):
+    """Parts of a set, in double precision, and where they lie."""
+    for start in range(0, len(features), BLOCK):
+        yield slice(start, start + BLOCK), features[start : start + BLOCK].double()
 
 
 def _squared_distances(first, second):
@@ -147,13 +169,15 @@ def _squared_distances(first, second):
 
 def _tolerance(first, second):
     """What rounding leaves of the squared distance of equal images, amply."""
-    return 1e-12 * max(first.square().sum(dim=1).max(), second.square().sum(dim=1).max())
+    return 1e-12 * max(block.square().sum(dim=1).max() for part in (first, second) for _, block in _blocks(part))
 
 
 def _radii(features, k):
     """Squared distance of each image to its k-th neighbour."""
     radii = []
-    for part in features.split(BLOCK):
-        squares = _squared_distances(part, features)
-        radii.append(squares.kthvalue(k + 1, dim=1).values)  # the nearest is the image itself
+    for _, block in _blocks(features):
+        # Of the k + 1 nearest in each part, the k + 1 nearest; the first is the image itself.
+        parts = (_squared_distances(block, other) for _, other in _blocks(features))
+        nearest = [part.topk(min(k + 1, part.shape[1]), dim=1, largest=False).values for part in parts]
+        radii.append(torch.cat(nearest, dim=1).kthvalue(k + 1, dim=1).values)
     return torch.cat(radii)

@@ -1,9 +1,10 @@
-"""Where images to be measured come from: ADM's `.npz`, folders of pictures, and `datasets`; and `.npz` of our own.
+"""Where images to be measured come from: ADM's `.npz`, folders of pictures, and `datasets`; and statistics in ADM's format.
 
 Shapes: `N` images, `H W` pixels.
 """
 
 import hashlib
+import json
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,9 +16,13 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from ..data.images import check_column, load_image_dataset, to_rgb
+from .extractors import Features
+from .metrics import gaussian
 from .statistics import GaussianStatistics
 
 
+# Parts of `Features`, and how ADM's reference files call their statistics.
+STATISTICS = {"features": "", "spatial": "_s"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -69,6 +74,23 @@ class ImageSource:
             raise ValueError(f"{self.source} can't be used: {error}") from error
         if shape is None:
             raise ValueError(f"{self.source} holds no images.")
+
+    def labels(self) -> list[str] | None:
+        """
+        Class names of the images, in order, where they are known: of a dataset with a column `label`, and of what `sample.py`
+        has drawn (`arr_1` of the `.npz`, and `classes` of the `recipe.json` beside it).
+        """
+        if self._read == self._rows:
+            names = getattr(self._dataset.features.get("label"), "names", None)
+            return None if names is None else [names[label] for label in self._dataset["label"]]
+        names = sampling_recipe(self.source).get("classes")
+        if self._read != self._npz or not names:
+            return None
+        with open_npz(self.source) as archive:
+            if "arr_1.npy" not in archive.namelist():
+                return None
+        with np.load(self.source, allow_pickle=False) as arrays:
+            return [names[label] for label in arrays["arr_1"].tolist()]
 
     def digest(self) -> str:
         """A hash of all pixels, in order; reads the images once."""
@@ -127,6 +149,26 @@ def pictures(folder: str | Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES) if folder.is_dir() else []
 
 
+def sampling_recipe(source: str | Path) -> dict:
+    """
+    How a set of samples was drawn.
+
+    Args:
+        source (`str` or `Path`): The set.
+
+    Returns:
+        `dict`: what `sample.py` has written into the `recipe.json` beside it; empty if there is none.
+
+    Raises:
+        ValueError: if that file is damaged.
+    """
+    file = Path(source).parent / "recipe.json"
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} can't be read: {error}") from error
+
+
 def open_npz(path: str | Path) -> zipfile.ZipFile:
     """
     Opens an `.npz`.
@@ -159,7 +201,7 @@ def npy_header(file, path):
     return shape, dtype
 
 
-def reference_statistics(path: str | Path) -> dict[str, GaussianStatistics] | None:
+def reference_statistics(path: str | Path) -> tuple[dict[str, GaussianStatistics], dict | None] | None:
     """
     What ADM's reference files hold instead of images.
 
@@ -167,7 +209,8 @@ def reference_statistics(path: str | Path) -> dict[str, GaussianStatistics] | No
         path (`str` or `Path`): An `.npz` with `mu`, `sigma` and perhaps `mu_s`, `sigma_s`.
 
     Returns:
-        `dict[str, GaussianStatistics]`: for `features` and perhaps `spatial`; None if the file holds images only.
+        `tuple[dict[str, GaussianStatistics], dict or None]`: for `features` and perhaps `spatial`, and the extractor, where
+        the file names it (ADM's do not; theirs is Inception). None if the file holds images only.
 
     Raises:
         ValueError: if the file is damaged or the statistics are not finite.
@@ -179,16 +222,37 @@ def reference_statistics(path: str | Path) -> dict[str, GaussianStatistics] | No
             raise ValueError(f"{path} has neither `arr_0` nor `mu` and `sigma`; it has {', '.join(sorted(names))}.")
         return None
     found = {}
-    for part, suffix in (("features", ""), ("spatial", "_s")):
-        if f"mu{suffix}" not in names:
-            continue
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                mean, covariance = (torch.from_numpy(arrays[f"{name}{suffix}"]) for name in ("mu", "sigma"))
-        except (KeyError, EOFError, zipfile.BadZipFile, zlib.error, OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} can't be used: {error}") from error
-        finite = torch.isfinite(mean).all() and torch.isfinite(covariance).all()
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not finite:
-            raise ValueError(f"{path}: `mu{suffix}` and `sigma{suffix}` are not a finite mean and covariance.")
-        found[part] = GaussianStatistics.from_moments(mean, covariance)
-    return found
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            extractor = json.loads(str(arrays["extractor"])) if "extractor" in names else None
+            count = int(arrays["count"]) if "count" in names else None
+            for part, suffix in STATISTICS.items():
+                if f"mu{suffix}" in names:
+                    mean, covariance = (torch.from_numpy(arrays[f"{name}{suffix}"]) for name in ("mu", "sigma"))
+                    finite = torch.isfinite(mean).all() and torch.isfinite(covariance).all()
+                    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not finite:
+                        raise ValueError(f"`mu{suffix}` and `sigma{suffix}` are not a finite mean and covariance.")
+                    found[part] = GaussianStatistics.from_moments(mean, covariance, count)
+    except (KeyError, EOFError, zipfile.BadZipFile, zlib.error, OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} can't be used: {error}") from error
+    return found, extractor
+
+
+def save_statistics(features: Features, path: str | Path) -> None:
+    """
+    Writes what [`reference_statistics`] reads, in ADM's format with two more entries: `count` and `extractor`.
+
+    Args:
+        features (`Features`): Of the reference.
+        path (`str` or `Path`): The `.npz`.
+    """
+    arrays = {"count": np.array(len(features.features)), "extractor": np.array(json.dumps(features.extractor))}
+    for part, suffix in STATISTICS.items():
+        if (tensor := getattr(features, part)) is not None:
+            statistics = gaussian(tensor)
+            arrays |= {f"mu{suffix}": statistics.mean.numpy(), f"sigma{suffix}": statistics.covariance.numpy()}
+    partial = Path(path).with_name(f"partial-{Path(path).name}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    partial.replace(path)

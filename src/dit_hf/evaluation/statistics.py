@@ -58,19 +58,22 @@ class GaussianStatistics:
         return self
 
     @classmethod
-    def from_moments(cls, mean: torch.Tensor, covariance: torch.Tensor) -> "GaussianStatistics":
+    def from_moments(
+        cls, mean: torch.Tensor, covariance: torch.Tensor, count: int | None = None
+    ) -> "GaussianStatistics":
         """
-        Statistics that someone else has gathered; of their images no more is known than the covariance's rank tells.
+        Statistics that someone else has gathered.
 
         Args:
             mean (`torch.Tensor` of shape `(D,)`): Mean.
             covariance (`torch.Tensor` of shape `(D, D)`): Covariance.
+            count (`int`, *optional*): Images; if not given, no more are assumed than the covariance's rank tells of.
 
         Returns:
             `GaussianStatistics`
         """
         statistics = cls(len(mean))
-        statistics.count = int(torch.linalg.matrix_rank(covariance.double(), hermitian=True)) + 1
+        statistics.count = count or int(torch.linalg.matrix_rank(covariance.double(), hermitian=True)) + 1
         statistics._mean = mean.double()
         statistics._scatter = covariance.double() * (statistics.count - 1)
         return statistics
