@@ -170,15 +170,21 @@ class InceptionExtractor(nn.Module):
         torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run what is pickled in it
         self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights))
         self.network.eval().requires_grad_(False)
+        # ADM's spatial features: TensorFlow's `mixed_6/conv`, whose channels come first in the block's output.
+        self.network.Mixed_6d.register_forward_hook(self._keep_spatial)
         rule = "299×299, TensorFlow 1's bilinear, of 8-bit images"
         self.description = {"name": INCEPTION, "weights": checksum(self)[:16], "resize": rule}
 
+    def _keep_spatial(self, block, inputs, output):
+        # Channels last, as in ADM's statistics.
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images `(B, 3, H, W)` in [-1, 1] to `features` `(B, 2048)` and `logits` `(B, 1008)`."""
+        """Images `(B, 3, H, W)` in [-1, 1] to `features` `(B, 2048)`, `spatial` `(B, 2023)` and `logits` `(B, 1008)`."""
         pixels = ((images + 1) * 127.5).round().to(torch.uint8)
         features, logits = self.network(pixels)
-        return {"features": features, "logits": logits}
+        return {"features": features, "spatial": self._spatial, "logits": logits}
 
 
 def load_extractor(name: str, weights: str | Path | None = None, resolution: int = 112) -> nn.Module:
