@@ -5,6 +5,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from ._version import __version__
+from .mixing import mix_classes
 from .pipeline_dit_class_cond import DiTClassCondPipeline
 from .schedulers import make_scheduler
 from .transformer_dit import DiTTransformer2DModel
@@ -17,6 +18,7 @@ __all__ = [
     "SchedulerMixin",
     "__version__",
     "make_scheduler",
+    "mix_classes",
 ]
 
 # Then saved folders name the library `dit_hf`, and a repository that does so is not taken for a mistake.

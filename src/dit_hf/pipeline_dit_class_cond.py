@@ -234,6 +234,11 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         return _package("hub.publish").push(self, repo_id, **kwargs)
 
     @property
+    def is_flow_matching(self) -> bool:
+        """Whether the pipeline was built with a sampler of flow matching, and so with a model that was trained for it."""
+        return self._built_for_flow_matching
+
+    @property
     def labels(self) -> dict[str, int]:
         """Class name -> id, in alphabetical order; every synonym is a name of its own."""
         pairs = [(name.strip(), key) for key, names in self.id2label.items() for name in names.split(",")]

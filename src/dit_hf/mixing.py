@@ -1,0 +1,41 @@
+"""Pictures between two classes: the label's embedding is moved towards another's."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def mix_classes(transformer, label: int, share: float) -> Iterator[None]:
+    """
+    Inside of it, every class that a model is asked for is mixed with another; guidance's null class stays as it is.
+
+    Args:
+        transformer (`DiTTransformer2DModel`): The model.
+        label (`int`): Class to mix in.
+        share (`float`): From 0, the asked class alone, to 1, the other alone.
+
+    Raises:
+        ValueError: if there is no such class, or the share is out of range.
+
+    Example:
+
+        >>> from dit_hf import DiTClassCondPipeline, mix_classes
+        >>> pipe = DiTClassCondPipeline.from_bundled("emoji64")
+        >>> with mix_classes(pipe.transformer, pipe.labels["food"], 0.4):
+        ...     image = pipe("smileys", num_inference_steps=4).images[0]
+    """
+    num_classes = transformer.config.num_classes
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
+        raise ValueError(f"`label` is {label!r}; the model's classes are 0 to {num_classes - 1}.")
+    if not 0 <= share <= 1:
+        raise ValueError(f"`share` is {share!r}; it must be from 0 to 1.")
+
+    def mix(table, inputs, embedding):
+        asked = (inputs[0] != num_classes).unsqueeze(-1)
+        return embedding.lerp(table.weight[label].to(embedding.dtype), share).where(asked, embedding)
+
+    handle = transformer.class_embed.register_forward_hook(mix)
+    try:
+        yield
+    finally:
+        handle.remove()
