@@ -89,6 +89,24 @@ def test_features_do_not_depend_on_the_batch(extractor, dataset_folder):
     assert features.extractor["resize"].startswith("112×112, bicubic")
 
 
+def test_the_resize_rule_is_pinned(extractor):
+    """112 pixels, bicubic, antialiased, clamped, (x - 127) / 128, written out here; and what it gives."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    images[1, :, :, 20:40] = 255  # an edge, where bicubic interpolation overshoots
+    resized = torch.nn.functional.interpolate(
+        images.double(), size=(112, 112), mode="bicubic", antialias=True, align_corners=False
+    )
+    network = extractor.network.network
+    last_map = network.extract_features(((resized.clamp(0, 255) - 127) / 128).float())
+    pooled = last_map.mean(dim=(2, 3))
+    expected = {"features": pooled, "spatial": last_map[:, :7].reshape(2, -1), "logits": network._fc(pooled)}
+    found = extract(images, extractor)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(getattr(found, name), tensor, rtol=1e-3, atol=1e-3)
+    assert found.spatial.shape == (2, 7 * 3 * 3)
+
+
 def test_probe_tells_squares_from_circles(extractor, dataset_folder):
     features = {}
     for name in ("train", "test"):

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, tiny_transformer, tiny_vae
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
+from safetensors.torch import save_file
 from testing_utils.hub_server import HubServer
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
@@ -125,6 +126,8 @@ def test_inception_score_is_numpys():
     sure = 1000 * torch.nn.functional.one_hot(torch.arange(100) % 10, 10).float()
     assert inception_score(sure)[0] == pytest.approx(10, rel=1e-9)  # ten classes, each image certain
     assert inception_score(torch.zeros(20, 10))[0] == pytest.approx(1, rel=1e-9)
+    with pytest.raises(ValueError, match="not finite"):
+        inception_score(torch.full((20, 10), float("nan")))
     with pytest.raises(ValueError, match="10 splits"):
         inception_score(logits[:5])
 
@@ -189,6 +192,20 @@ def test_precision_and_recall_are_numpys(monkeypatch):
         precision_recall(samples, reference[:3])
 
 
+@pytest.mark.parametrize("figure", [kernel_distance, precision_recall, nearest_neighbours])
+def test_figures_of_pairs_name_bad_sets(figure):
+    bad = draw(9)
+    bad[4, 2] = float("inf")
+    for sets, message in (
+        ((draw(9), draw(9, dim=8)), "12 feature channels, the reference 8"),
+        ((bad, draw(9)), r"\(samples\) are not finite"),
+        ((draw(9), bad), r"\(reference\) are not finite"),
+        ((draw(1), draw(9)), r"\(samples\).*at least 2 images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            figure(*sets)
+
+
 def test_copies_of_training_images_are_found(monkeypatch):
     monkeypatch.setattr("dit_hf.evaluation.sets.BLOCK", 10)
     training = draw(50)
@@ -215,6 +232,11 @@ def test_named_figures_and_their_intervals():
     assert all(plain[name]["value"] == found[name]["value"] for name in every)
     statistics = {"features": gaussian(reference.features)}
     assert compute_metrics(samples, statistics, ["fid"])["fid"] == pytest.approx(plain["fid"])
+    # Recall is a mean over reference images: those are redrawn.
+    share = found["recall"]["value"]
+    assert found["recall"]["ci95"] == pytest.approx(1.96 * (share * (1 - share) / 110) ** 0.5, rel=0.4)
+    with pytest.raises(ValueError, match="none or at least 2"):
+        compute_metrics(samples, reference, ["fid"], bootstrap=1)
     for metrics, other, message in (
         (["fidd"], reference, "no metric 'fidd'; choose of fid"),
         (["fid"], features(110, extractor="b"), "seen by"),
@@ -280,8 +302,10 @@ def test_bad_sources_are_named(pictures):
     PILImage.new("RGB", (8, 8)).save(folder / "folder" / "999.png")
     with pytest.raises(ValueError, match="999.png.*another size"):
         list(ImageSource(folder / "folder").batches())
-    with pytest.raises(ValueError, match="can't be read as features"):
-        Features.load(folder / "images.npz")
+    save_file({"features": draw(4)}, folder / "words.safetensors", metadata={"extractor": "{"})
+    for name in ("images.npz", "words.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} can't be read as features"):
+            Features.load(folder / name)
 
 
 def run_script(*arguments, env=None):
@@ -324,13 +348,37 @@ def test_statistics_in_the_format_of_adm(pictures):
     np.savez(folder / "adm.npz", **theirs)
     np.savez(folder / "other.npz", **theirs, extractor=np.array(json.dumps(extractor | {"resize": "64x64"})))
     np.savez(folder / "both.npz", arr_0=np.load(folder / "images.npz")["arr_0"], mu=np.zeros(7), sigma=np.eye(7))
-    for name, message in (("adm", "inception (it names none"), ("other", "64x64")):
+    for name, message in (("adm", "inception (the file names none"), ("other", "64x64")):
         bad = run_script(*command, folder / f"{name}.npz", *flags)
         assert bad.returncode == 2
         assert f"{name}.npz" in bad.stderr
         assert message in bad.stderr
     both = run_script(*command, folder / "both.npz", *flags)  # as ADM's own: statistics of Inception, images for any
     assert abs(json.loads(both.stdout)["fid"]["value"]) < 1e-2
+    cached = next(path for path in (folder / "cache").iterdir())  # the same of features computed elsewhere
+    flags = ("--feature_extractor", "precomputed", "--metrics", "fid", "--bootstrap", 0)
+    assert run_script("--samples", cached, "--reference", saved, *flags).returncode == 0
+    bad = run_script("--samples", cached, "--reference", folder / "other.npz", *flags)
+    assert bad.returncode == 2
+    assert "64x64" in bad.stderr
+    bad = run_script("--samples", cached, "--reference", saved, *flags, "--save_statistics", folder / "again.npz")
+    assert bad.returncode == 2
+    assert "a file of statistics already" in bad.stderr
+
+
+def test_images_beside_statistics_give_what_statistics_cannot(pictures):
+    """As in ADM's reference batches: distances by the statistics, precision by the images."""
+    folder, pixels = pictures
+    flags = ("--bootstrap", 0, "--cache_dir", folder / "cache")
+    command = ("--samples", folder / "images.npz", "--reference")
+    run_script(*command, folder / "folder", *flags, "--metrics", "fid", "--save_statistics", folder / "reference.npz")
+    with np.load(folder / "reference.npz") as arrays:
+        moved = {name: arrays[name] for name in arrays} | {"mu": arrays["mu"] + 1}
+    np.savez(folder / "both.npz", arr_0=pixels, **moved)
+    found = json.loads(run_script(*command, folder / "both.npz", *flags, "--metrics", "precision,fid").stdout)
+    assert list(found)[:2] == ["precision", "fid"]
+    assert found["precision"]["value"] == 1
+    assert found["fid"]["value"] == pytest.approx(1280, rel=1e-3)  # 1² in each of 1280 channels
 
 
 def test_figures_go_into_the_card_with_their_recipe(pictures):
@@ -354,6 +402,7 @@ def test_figures_go_into_the_card_with_their_recipe(pictures):
     found = json.loads(result.stdout)
     copies = found["nearest training image"]
     assert copies["share of suspects"] == 1  # the samples are the training images
+    assert "count" in found["training images"]
     assert copies["nearest"][0] == {"sample": 0, "training": 0, "distance": 0.0}
     assert copies["median of the reference"] > 0
     local = ModelCard.load(folder / "pipe" / "README.md")

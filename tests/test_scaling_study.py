@@ -60,6 +60,10 @@ def test_the_fit_is_that_of_the_results(tmp_path):
             0.5,
         ]
         lines.append(",".join(map(str, row)))
+    for name, distance in (("adaln_zero", 300), ("in_context", 340)):
+        lines.append(f"conditioning,XL-2-{name},32,1.0,1,32,{distance},0.5,0.5")
+    for steps, distance in ((4, 500), (8, 400)):
+        lines.append(f"sampling,XL-2-adaln_zero,{steps},1.0,1,{steps},{distance},0.5,0.5")
     for scale, distance in ((1.0, 400), (2.0, 300), (4.0, 350)):
         lines.append(f"guidance,XL-2-adaln_zero,32,{scale},1,32,{distance},0.5,0.5")
     (tmp_path / "results.csv").write_text("\n".join(lines) + "\n")
@@ -67,7 +71,9 @@ def test_the_fit_is_that_of_the_results(tmp_path):
     found = json.loads(run([*plot, tmp_path / "results.csv"]).stdout)
     assert found["scaling"] == {"correlation with log Gflops": -1.0, "slope a decade": -100.0}
     assert found["guidance"] == {"best scale": 2.0}
-    for name in ("scaling", "guidance"):
+    assert found["conditioning"] == {"adaln_zero": 300, "in_context": 340}
+    assert found["sampling"] == {"XL-2-adaln_zero": 400}
+    for name in ("scaling", "conditioning", "sampling", "guidance"):
         assert (tmp_path / "docs" / f"{name}.png").stat().st_size > 5000
     bad = subprocess.run([*plot, tmp_path / "none.csv"], capture_output=True, text=True)
     assert bad.returncode == 2

@@ -29,7 +29,7 @@ APP = ROOT / "examples" / "space" / "app.py"
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
     names = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "shark"}
-    transformer = tiny_transformer(num_classes=3, learn_sigma=False)
+    transformer = tiny_transformer(num_classes=3, learn_sigma=False, num_layers=24)  # slow enough to be cancelled
     DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae(), names).save_pretrained(folder)
     return folder
 
@@ -135,7 +135,7 @@ def test_requests_out_of_bounds_are_refused(address, tmp_path, bad, message):
 
 def test_cancel_ends_a_drawing(address, tmp_path):
     client = connect(address, tmp_path)
-    job = client.submit(class_labels="shark", images=32, steps=250, sampler="flow_heun", api_name="/generate")
+    job = client.submit(class_labels="shark", images=4, steps=250, sampler="flow_heun", api_name="/generate")
     while not any("Step" in (output[1] or "") for output in job.outputs()):
         assert not job.done()
         time.sleep(0.05)

@@ -88,20 +88,30 @@ def features_of(source, split, extractor, args):
     return features
 
 
-def given_statistics(args, extractor):
-    """Statistics in the reference file, where they are of this extractor; None if it holds images to look at instead."""
+def open_reference(args, extractor, made_by):
+    """Statistics in the reference file, if they are of the samples' extractor, and features; each None if not there."""
     if Path(args.reference).suffix != ".npz" or (given := reference_statistics(args.reference)) is None:
-        return None
-    statistics, made_with = given
-    if args.feature_extractor == PRECOMPUTED or (made_with or {}).get("name", INCEPTION) == args.feature_extractor:
-        if extractor is not None and made_with not in (None, extractor.description):
-            raise ValueError(f"{args.reference} was made with {made_with}, not {extractor.description}.")
-        return statistics
+        return None, features_of(args.reference, args.split, extractor, args)
+    statistics, with_extractor = given
     with open_npz(args.reference) as archive:
-        if "arr_0.npy" in archive.namelist():
-            return None
-    name = (made_with or {}).get("name", f"{INCEPTION} (it names none, as ADM's)")
-    raise ValueError(f"{args.reference} has statistics of {name}, not of {args.feature_extractor}.")
+        has_images = "arr_0.npy" in archive.namelist() and extractor is not None
+    features = features_of(args.reference, args.split, extractor, args) if has_images else None
+    # ADM's files name no extractor; theirs is Inception.
+    known = made_by["name"] in (INCEPTION, PRECOMPUTED) if with_extractor is None else with_extractor == made_by
+    if not known and features is None:
+        name = with_extractor or f"{INCEPTION} (the file names none, as ADM's)"
+        raise ValueError(f"{args.reference} has statistics of {name}, not of {made_by}.")
+    return statistics if known else None, features
+
+
+def figures_of(samples, metrics, references, training=None, bootstrap=0, seed=0):
+    """Metrics, Fréchet distances by the reference's statistics where it has them, the others by its images."""
+    statistics, features = references
+    frechet = [name for name in metrics if name in ("fid", "sfid") and statistics is not None]
+    others = [name for name in metrics if name not in frechet]
+    found = compute_metrics(samples, statistics, frechet, bootstrap, seed)
+    found |= compute_metrics(samples, features or statistics, others, bootstrap, seed, training)
+    return {name: found[name] for name in metrics}
 
 
 def like(samples, training, seed):
@@ -109,6 +119,8 @@ def like(samples, training, seed):
     order = torch.randperm(len(training.features), generator=seeded_generator(seed)).tolist()
     if samples.labels is None or training.labels is None:
         return training.select(torch.tensor(order[: len(samples.features)]))
+    if unknown := sorted(set(samples.labels) - set(training.labels)):
+        raise ValueError(f"No training image is of class {unknown[0]!r}, which samples are of.")
     wanted, chosen = Counter(samples.labels), []
     for row in order:
         if wanted[training.labels[row]] > 0:
@@ -118,15 +130,15 @@ def like(samples, training, seed):
 
 
 def copies(samples, reference, training):
-    """Samples nearer to a training image than all but one in a hundred images the model has not seen, and the nearest."""
+    """Samples as near to a training image as the nearest hundredth of images the model has not seen, and the nearest."""
     distances, indices = nearest_neighbours(samples.features, training.features)
     nearest = distances.argsort(stable=True)[:5].tolist()
     found = {"nearest": [{"sample": i, "training": int(indices[i]), "distance": float(distances[i])} for i in nearest]}
     found["median"] = distances.median().item()
-    if isinstance(reference, Features):
+    if reference is not None:
         unseen, _ = nearest_neighbours(reference.features, training.features)
         found["median of the reference"] = unseen.median().item()
-        found["share of suspects"] = (distances < unseen.quantile(0.01)).double().mean().item()
+        found["share of suspects"] = (distances <= unseen.quantile(0.01)).double().mean().item()
     return found
 
 
@@ -136,7 +148,7 @@ def update_card(args, figures, recipe):
     results = []
     for name, figure in figures.items():
         if "value" in figure:
-            result = EvalResult(PIPELINE_TAG, "images", args.dataset_title, name, round(figure["value"], 4))
+            result = EvalResult(PIPELINE_TAG, "images", args.dataset_title, name, float(f"{figure['value']:.6g}"))
             result.metric_name = f"{NAMES.get(name, name)} ({recipe['extractor'].get('name')})"
             result.metric_args = recipe
             results.append(result)
@@ -153,31 +165,35 @@ def measure(args, metrics):
     if args.feature_extractor != PRECOMPUTED:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         extractor = load_extractor(args.feature_extractor, args.extractor_weights).to(device)
-    reference = given_statistics(args, extractor)
     samples = features_of(args.samples, args.split, extractor, args)
-    reference = reference or features_of(args.reference, args.split, extractor, args)
+    references = open_reference(args, extractor, samples.extractor)
+    reference = references[1]
+    if args.save_statistics and reference is None:
+        raise ValueError(f"--save_statistics: {args.reference} is a file of statistics already.")
     training = features_of(args.training, "train", extractor, args) if args.training else None
     if training and training.extractor != samples.extractor:
         raise ValueError(f"--training {args.training} was seen by {training.extractor}, not {samples.extractor}.")
-    figures = compute_metrics(samples, reference, metrics, args.bootstrap, args.seed, training)
+    real = like(samples, training, args.seed) if training else None
+
+    figures = figures_of(samples, metrics, references, training, args.bootstrap, args.seed)
     if training:
-        real = like(samples, training, args.seed)
         without_probe = [name for name in metrics if name != "accuracy"]
-        figures["training images"] = {"count": len(real.features)} | compute_metrics(real, reference, without_probe)
+        figures["training images"] = {"count": len(real.features)} | figures_of(real, without_probe, references)
         figures["nearest training image"] = copies(samples, reference, training)
-        if "accuracy" in metrics and isinstance(reference, Features) and reference.labels:
-            figures["reference"] = compute_metrics(reference, reference, ["accuracy"], training=training)
+        if "accuracy" in metrics and reference is not None and reference.labels:
+            figures["reference"] = figures_of(reference, ["accuracy"], references, training)
     if args.save_statistics:
-        if not isinstance(reference, Features):
-            raise ValueError(f"--save_statistics: {args.reference} is a file of statistics already.")
         save_statistics(reference, args.save_statistics)
     recipe = {
         "samples": str(args.samples),
         "num_samples": len(samples.features),
         "reference": str(args.reference),
-        "num_reference": len(reference.features) if isinstance(reference, Features) else "statistics",
+        "num_reference": "statistics" if reference is None else len(reference.features),
+        "training": args.training,
+        "split": args.split,
         "extractor": samples.extractor,
         "bootstrap": args.bootstrap,
+        "seed": args.seed,
         "sampling": sampling_recipe(args.samples),
         "versions": {name: version(name) for name in ("dit_hf", "torch", "numpy")},
     }
@@ -198,7 +214,9 @@ def main():
     print(result)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(result + "\n")
+        partial = args.output.with_name(f"partial-{args.output.name}")
+        partial.write_text(result + "\n")
+        partial.replace(args.output)
     if args.feature_extractor != PRECOMPUTED:
         print(f"Features: {args.cache_dir}", file=sys.stderr)
     if args.update_card:

@@ -25,6 +25,8 @@ from dit_hf.complexity import count_macs
 from dit_hf.data.images import check_column, load_image_dataset
 from dit_hf.data.latents import checksum
 from dit_hf.evaluation.samples import SAMPLING_RECIPES, draw_missing, missing_samples, sample_labels, write_npz
+from dit_hf.evaluation.sources import SAMPLES
+from dit_hf.seeds import seeded_generator
 from dit_hf.training.checkpointing import check_same_settings, record_settings
 from dit_hf.training.running import only_run, start_accelerator
 
@@ -48,7 +50,7 @@ def parse_args():
     parser.add_argument(
         "--labels",
         default="balanced",
-        help="`balanced`, classes in turn; `random`, drawn; or a dataset, whose test split's classes are taken in turn.",
+        help="`balanced`, classes in turn; `random`, drawn; or a dataset, whose test split says how often each occurs.",
     )
     parser.add_argument("--scheduler", help="Recipe of `make_scheduler`; the pipeline's own if not given.")
     parser.add_argument("--num_inference_steps", type=int, default=250, help="Sampler steps.")
@@ -99,14 +101,19 @@ def asked_labels(args, pipe, count):
     names = getattr(check_column(dataset, "label", "--labels"), "names", None)
     if names is None:
         raise ValueError(f"--labels {args.labels}: its column `label` has no class names.")
-    ids, labels = torch.tensor(pipe.get_label_ids(names)), torch.tensor(dataset["label"])
-    return ids[labels[torch.arange(count) % len(labels)]]
+    # Shuffled, or a part of them would hold the first classes only.
+    order = torch.randperm(len(dataset), generator=seeded_generator(args.seed, 2))
+    labels = [dataset["label"][index] for index in order.tolist()]
+    if any(label is None or label < 0 for label in labels):
+        raise ValueError(f"--labels {args.labels} has images without a class.")
+    ids = torch.tensor(pipe.get_label_ids(names))
+    return ids[torch.tensor(labels)[torch.arange(count) % len(labels)]]
 
 
 def print_cost(args, pipe, num_processes):
     """Compute and hours, by two timed steps."""
     first, last = args.guidance_interval
-    halves = 1 + (last - first if args.guidance_scale != 1 else 0)
+    halves = 1 + (last - first if args.guidance_scale > 1 else 0)
     gflops = count_macs(pipe.transformer.config) / 1e9 * args.num_inference_steps * halves
     labels = asked_labels(args, pipe, args.batch_size)
     options = pipeline_options(args) | {"num_inference_steps": 2, "output_type": "latent"}
@@ -142,14 +149,14 @@ def sample(args, accelerator, pipe, labels):
     recipe |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_config": dict(pipe.scheduler.config)}
     recipe |= {"dtype": str(pipe.transformer.dtype), "weights": checksum(pipe.transformer)[:16]}
     recipe["vae_weights"] = checksum(pipe.vae)[:16] if pipe.vae is not None else None
-    recipe["classes"] = list(pipe.id2label.values())
+    recipe["classes"] = {str(label): name for label, name in pipe.id2label.items()}
     recipe["versions"] = {name: version(name) for name in ("dit_hf", "torch", "diffusers")}
-    if accelerator.is_main_process:
-        check_same_settings(args.output_dir / "recipe.json", recipe, MAY_CHANGE)
-        record_settings(args.output_dir / "recipe.json", recipe)
-    accelerator.wait_for_everyone()
     folder = args.output_dir / "images"
     missing = missing_samples(folder, args.num_samples)
+    if accelerator.is_main_process:
+        check_same_settings(args.output_dir / "recipe.json", recipe, MAY_CHANGE)
+        if missing:  # a complete set keeps the versions that drew it
+            record_settings(args.output_dir / "recipe.json", recipe)
     accelerator.wait_for_everyone()  # or one would list what another has already drawn
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     progress = tqdm(total=len(mine), desc="samples", mininterval=5, disable=not accelerator.is_main_process)
@@ -157,9 +164,9 @@ def sample(args, accelerator, pipe, labels):
         progress.update(count)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_npz(folder, labels, args.output_dir / "samples.npz")
+        write_npz(folder, labels, args.output_dir / SAMPLES)
         drawn = f"{args.num_samples} images, {len(missing)} of them new"
-        print(f"{drawn}: {args.output_dir / 'samples.npz'}")
+        print(f"{drawn}: {args.output_dir / SAMPLES}")
     accelerator.end_training()
 
 

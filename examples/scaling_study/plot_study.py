@@ -59,12 +59,13 @@ def plot_sampling(axes, rows):
 
 def plot_guidance(axes, rows):
     """Distance, precision and recall against guidance."""
-    axes.plot(rows.guidance_scale, rows.fid, marker="o", color="black", label="distance")
+    axes.plot(rows.guidance_scale, rows.fid, marker="o", color="black")
     shares = axes.twinx()
     for name in ("precision", "recall"):
         shares.plot(rows.guidance_scale, rows[name], marker=".", linestyle="--", label=name)
+    shares.set_ylabel("precision, recall")
     shares.legend()
-    axes.set(xlabel="guidance scale")
+    axes.set(xlabel="guidance scale", title="distance: solid line")
     return {"best scale": float(rows.guidance_scale[rows.fid.idxmin()])}
 
 

@@ -11,7 +11,6 @@ OUTPUT_DIR/results.csv; `plot_study.py` draws them.
 
 import argparse
 import csv
-import json
 import subprocess
 import sys
 from functools import lru_cache
@@ -75,17 +74,20 @@ def train(args, size, patch, conditioning):
     """A trained model's pipeline folder; a run that is complete is not repeated."""
     folder = args.output_dir / model_name(size, patch, conditioning)
     config = SIZES[size] | {"patch_size": patch, "conditioning": conditioning}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    check_same_settings(folder / "config.json", config, ())
+    record_settings(folder / "config.json", config)
     flags = ["--latents_dir", args.latents_dir, "--vae", args.latents_dir / "vae", "--output_dir", folder]
     flags += ["--transformer_config", folder / "config.json", "--max_train_steps", args.max_train_steps]
     flags += ["--recipe", "fast", "--train_batch_size", args.train_batch_size]
     flags += ["--mixed_precision", args.mixed_precision, "--validation_steps", args.max_train_steps]
-    if not (folder / "pipeline" / "model_index.json").exists():
+    index = folder / "pipeline" / "model_index.json"
+    if not index.exists():
         result = subprocess.run([sys.executable, TRAIN, *map(str, flags)], stdout=subprocess.DEVNULL)
-        if result.returncode:
-            raise ValueError(f"{TRAIN.name} ended with exit code {result.returncode}; run the same command to go on.")
-    return folder / "pipeline"
+        if result.returncode or not index.exists():
+            raise ValueError(
+                f"{TRAIN.name} ended early (exit code {result.returncode}); run the same command to go on."
+            )
+    return index.parent
 
 
 @lru_cache(maxsize=1)
@@ -153,7 +155,7 @@ def main():
             pipe = load(train(args, size, patch, conditioning), DTYPES[args.mixed_precision])
             figures = measure(args, pipe, steps, scale, extractor, reference)
             gflops = count_macs(pipe.transformer.config) / 1e9
-            row = [*key, gflops, gflops * steps * (2 if scale != 1 else 1), *figures]
+            row = [*key, gflops, gflops * steps * (2 if scale > 1 else 1), *figures]
             with open(results, "a", newline="") as file:
                 csv.writer(file).writerow(row)
             print(" ".join(f"{name} {value}" for name, value in zip(COLUMNS, row, strict=True)), flush=True)

@@ -9,6 +9,7 @@ of ten.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Features:
                 names = [name for name in ("features", "spatial", "logits") if name in file.keys()]  # noqa: SIM118
                 tensors = {name: file.get_tensor(name) for name in names}
                 extractor = json.loads((file.metadata() or {}).get("extractor", "{}"))
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(f"{path} can't be read as features: {error}") from error
         if "features" not in tensors:
             raise ValueError(f"{path} has no tensor `features`.")
@@ -144,7 +145,8 @@ class TransformersExtractor(nn.Module):
         self.network = VisionModel(name)
         last_words = {parameter.split(".")[-1] for parameter, _ in self.network.named_parameters()}
         self.has_class_token = not last_words.isdisjoint(("cls_token", "class_embedding"))
-        rule = f"{self.network.side}×{self.network.side}, bicubic, antialias, clamped, the processor's mean and std"
+        mean, std = ([round(value, 4) for value in part.flatten().tolist()] for part in self.network.buffers())
+        rule = f"{self.network.side}×{self.network.side}, bicubic, antialias, clamped, mean {mean}, std {std}"
         self.description = {"name": str(name), "weights": checksum(self)[:16], "resize": rule}
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -167,8 +169,15 @@ class InceptionExtractor(nn.Module):
             raise ValueError(
                 f"The Inception network needs torch-fidelity, which does not import here: {error}"
             ) from error
-        torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run what is pickled in it
-        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights))
+        try:
+            torch.load(
+                weights, map_location="cpu", weights_only=True
+            )  # torch-fidelity would run what is pickled in it
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
+            )
+        except (OSError, RuntimeError, UnpicklingError) as error:
+            raise ValueError(f"{weights} can't be read as the Inception network's weights: {error}") from error
         self.network.eval().requires_grad_(False)
         # ADM's spatial features: TensorFlow's `mixed_6/conv`, whose channels come first in the block's output.
         self.network.Mixed_6d.register_forward_hook(self._keep_spatial)
@@ -215,7 +224,7 @@ def load_extractor(name: str, weights: str | Path | None = None, resolution: int
         return InceptionExtractor(weights)
     try:
         return TransformersExtractor(name)
-    except (OSError, AttributeError, TypeError, ValueError, KeyError) as error:
+    except (ImportError, OSError, AttributeError, TypeError, ValueError, KeyError) as error:
         raise ValueError(
             f"{name!r} is no extractor: neither {EFFICIENTNET}, {INCEPTION} nor a vision model: {error}"
         ) from error
@@ -236,4 +245,6 @@ def extract(images: torch.Tensor, extractor: nn.Module, batch_size: int = 64) ->
     device = next(extractor.parameters()).device
     parts = [extractor(to_unit_range(batch).to(device)) for batch in images.split(batch_size)]
     found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    if bad := [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"The extractor gives `{bad[0]}` that are not finite.")
     return Features(found["features"], found.get("spatial"), found.get("logits"), dict(extractor.description))  # type: ignore[arg-type]

@@ -44,7 +44,8 @@ def compute_metrics(
 
     Returns:
         `dict[str, dict[str, float]]`: for each metric its `value`, and with a bootstrap `ci95`, half the width of the 95 %
-        interval: 1.96 standard deviations over sets redrawn with replacement. `is` has `std` over its splits.
+        interval: 1.96 standard deviations over sets of samples redrawn with replacement; for `recall` and `coverage`, means
+        over reference images, those are redrawn. `is` has `std` over its splits.
 
     Raises:
         ValueError: if a metric is unknown, needs what the extractor does not give, or the extractors differ.
@@ -79,7 +80,7 @@ def check_metrics(metrics: Sequence[str], bootstrap: int = 0) -> None:
     """
     if unknown := [name for name in metrics if name not in METRICS]:
         raise ValueError(f"There is no metric {unknown[0]!r}; choose of {', '.join(METRICS)}.")
-    if bootstrap < 0 or bootstrap == 1:
+    if bootstrap < 0 or bootstrap == 1:  # one set has no spread
         raise ValueError(f"The bootstrap has {bootstrap} sets; it takes none or at least 2.")
 
 

@@ -44,6 +44,8 @@ SAMPLING_RECIPES = {
     "dit-xl-2-g1.00": _PAPER | {"guidance_scale": 1.0},
     "dit-xl-2-g1.25": _PAPER | {"guidance_scale": 1.25},
     "dit-xl-2-g1.50": _PAPER | {"guidance_scale": 1.5},
+    "dit-xl-2-512-g1.00": _PAPER | {"guidance_scale": 1.0},
+    "dit-xl-2-512-g1.25": _PAPER | {"guidance_scale": 1.25},
     "dit-xl-2-512-g1.50": _PAPER | {"guidance_scale": 1.5},
 }
 

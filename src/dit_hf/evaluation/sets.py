@@ -28,10 +28,11 @@ def inception_score(logits: torch.Tensor, splits: int = 10) -> tuple[float, floa
     """
     if len(logits) < splits:
         raise ValueError(f"Inception Score in {splits} splits needs as many images; there are {len(logits)}.")
+    if not torch.isfinite(logits).all():
+        raise ValueError("Logits are not finite.")
     scores = []
-    log_probabilities = logits.double().log_softmax(dim=1)
     for index in range(splits):
-        part = log_probabilities[index * len(logits) // splits : (index + 1) * len(logits) // splits]
+        part = logits[index * len(logits) // splits : (index + 1) * len(logits) // splits].double().log_softmax(dim=1)
         probabilities = part.exp()
         mean = probabilities.mean(dim=0)
         divergence = (probabilities * (part - mean.clamp_min(1e-300).log())).sum(dim=1).mean()
@@ -55,8 +56,7 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor, counts: tor
     Returns:
         `float`: 0 in the mean for sets of one distribution; may be negative.
     """
-    _check(features)
-    _check(reference)
+    _check(features, reference)
     own = torch.ones(len(features), dtype=torch.float64) if counts is None else counts.double()
     others = torch.ones(len(reference), dtype=torch.float64)
     within = _kernel_mean(features, own, features, own, True)
@@ -96,8 +96,7 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3
     Raises:
         ValueError: if a set has not more than k images.
     """
-    _check(features)
-    _check(reference)
+    _check(features, reference)
     if min(len(features), len(reference)) <= k:
         raise ValueError(
             f"Precision and recall with k = {k} need more than {k} images; there are {len(features)} and {len(reference)}."
@@ -133,8 +132,7 @@ def nearest_neighbours(features: torch.Tensor, training: torch.Tensor) -> tuple[
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: distances (float64) and indices (int64), shape `(N,)`.
     """
-    _check(features)
-    _check(training)
+    _check(features, training)
     squares = torch.full((len(features),), float("inf"), dtype=torch.float64)
     indices = torch.zeros(len(features), dtype=torch.int64)
     for rows, block in _blocks(features):
@@ -147,12 +145,18 @@ def nearest_neighbours(features: torch.Tensor, training: torch.Tensor) -> tuple[
     return squares.sqrt(), indices
 
 
-def _check(features):
-    """At least two images, all finite."""
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"Features have shape {tuple(features.shape)}; at least 2 images are needed.")
-    if not torch.isfinite(features).all():
-        raise ValueError("Features are not finite.")
+def _check(samples, reference):
+    """At least two images in each set, all finite, and equally many channels."""
+    for name, features in (("samples", samples), ("reference", reference)):
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"Features ({name}) have shape {tuple(features.shape)}; at least 2 images are needed.")
+        if not torch.isfinite(features).all():
+            raise ValueError(f"Features ({name}) are not finite.")
+    if samples.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"The samples have {samples.shape[1]} feature channels, the reference {reference.shape[1]}: they come from "
+            "different extractors."
+        )
 
 
 def _blocks(features):

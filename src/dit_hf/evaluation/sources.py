@@ -21,6 +21,8 @@ from .metrics import gaussian
 from .statistics import GaussianStatistics
 
 
+# What `sample.py` calls its set.
+SAMPLES = "samples.npz"
 # Parts of `Features`, and how ADM's reference files call their statistics.
 STATISTICS = {"features": "", "spatial": "_s"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -82,15 +84,17 @@ class ImageSource:
         """
         if self._read == self._rows:
             names = getattr(self._dataset.features.get("label"), "names", None)
-            return None if names is None else [names[label] for label in self._dataset["label"]]
+            if names is None:
+                return None
+            labels = self._dataset["label"]
+            if any(label is None or label < 0 for label in labels):
+                raise ValueError(f"{self.source} has images without a class.")
+            return [names[label] for label in labels]
         names = sampling_recipe(self.source).get("classes")
         if self._read != self._npz or not names:
             return None
-        with open_npz(self.source) as archive:
-            if "arr_1.npy" not in archive.namelist():
-                return None
         with np.load(self.source, allow_pickle=False) as arrays:
-            return [names[label] for label in arrays["arr_1"].tolist()]
+            return [names[str(label)] for label in arrays["arr_1"].tolist()] if "arr_1" in arrays else None
 
     def digest(self) -> str:
         """A hash of all pixels, in order; reads the images once."""
@@ -126,6 +130,8 @@ class ImageSource:
         tensors = []
         for name, image in images:
             try:
+                if image is None:
+                    raise OSError("there is none")
                 pixels = np.asarray(to_rgb(image))
             except OSError as error:
                 raise ValueError(f"{name} of {self.source} can't be read: {error}") from error
@@ -157,14 +163,14 @@ def sampling_recipe(source: str | Path) -> dict:
         source (`str` or `Path`): The set.
 
     Returns:
-        `dict`: what `sample.py` has written into the `recipe.json` beside it; empty if there is none.
+        `dict`: what `sample.py` has written into the `recipe.json` beside its `samples.npz`; empty for other sets.
 
     Raises:
         ValueError: if that file is damaged.
     """
     file = Path(source).parent / "recipe.json"
     try:
-        return json.loads(file.read_text()) if file.exists() else {}
+        return json.loads(file.read_text()) if Path(source).name == SAMPLES and file.exists() else {}
     except ValueError as error:
         raise ValueError(f"{file} can't be read: {error}") from error
 

@@ -256,7 +256,7 @@ def _join_results(old, new):
     """A new figure takes the place of the old one of the same metric on the same data."""
     joined = {}
     for result in (*old, *new):
-        details = (result.metric_type, result.metric_name, str(result.metric_config), str(result.metric_args))
+        details = (result.metric_type, result.metric_name, str(result.metric_config))
         joined[result.unique_identifier + details] = result
     return list(joined.values())
 
