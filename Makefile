@@ -2,10 +2,11 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 STAMP := $(VENV)/installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test style quality
+.PHONY: demo test test-browser style quality
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -15,8 +16,12 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)  ## Draws outputs/demo.png with the bundled model.
 	$(BIN)/python examples/generate.py --output outputs/demo.png
 
-test: $(STAMP)  ## Runs the whole suite.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+test: $(STAMP)  ## Runs the whole suite but the browser's.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/browser
+
+test-browser: $(STAMP)  ## Tries the Space's page in Debian's Chromium, which it installs if there is none.
+	command -v chromium > /dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y chromium fonts-dejavu-core > /dev/null; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 style: $(STAMP)  ## Formats and mends what can be mended.
 	$(BIN)/ruff format .

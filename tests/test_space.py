@@ -1,28 +1,22 @@
 """The Space: a real server on loopback, asked by many at once; its snippet; classes mixed."""
 
 import json
-import os
-import re
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_transformer, tiny_vae
+from conftest import tiny_transformer, tiny_vae
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
+from testing_utils.space_server import APP, serve
 
 from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
 from dit_hf.seeds import seeded_generator
-
-
-APP = ROOT / "examples" / "space" / "app.py"
 
 
 @pytest.fixture(scope="module")
@@ -32,28 +26,6 @@ def model(tmp_path_factory):
     transformer = tiny_transformer(num_classes=3, learn_sigma=False, num_layers=24)  # slow enough to be cancelled
     DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae(), names).save_pretrained(folder)
     return folder
-
-
-@contextmanager
-def serve(model, folder):
-    """The app as a user starts it, with all temporary files in a folder of ours; yields its address."""
-    environment = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, APP, "--model", str(model)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as app:
-        try:
-            lines = []
-            for line in app.stdout:
-                lines.append(line)
-                if found := re.search(r"http://[\d.]+:\d+", line):
-                    threading.Thread(target=app.stdout.read, daemon=True).start()  # or it would wait for a reader
-                    yield found[0]
-                    break
-            else:
-                raise AssertionError("".join(lines))
-        finally:
-            app.terminate()
 
 
 @pytest.fixture(scope="module")

@@ -210,12 +210,12 @@ class Studio:
             label = self.classes.index(settings.mix_with)
             body = "\n".join(f"    {line}" for line in call.splitlines())
             call = f"with mix_classes(pipe.transformer, {label}, {settings.mix_share}):\n{body}"
+        sampler = "" if own else f"pipe.scheduler = make_scheduler({settings.sampler!r})\n"
         return f"""from dit_hf import {imported}
 from dit_hf.seeds import seeded_generator
 
 pipe = DiTClassCondPipeline.{self.loader}({self.model!r})
-{"" if own else f"pipe.scheduler = make_scheduler({settings.sampler!r})"}
-{call}"""
+{sampler}{call}"""
 
 
 def save_picture(image: Image.Image, settings: Settings, model: str, path: Path) -> None:
