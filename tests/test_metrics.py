@@ -410,6 +410,8 @@ def test_figures_go_into_the_card_with_their_recipe(pictures):
         results = {result.metric_type: result for result in card.data.eval_results}
         assert results["fid"].metric_value == round(found["fid"]["value"], 4)
         assert results["kid"].metric_args["num_reference"] == 50
+        assert results["kid"].metric_args["samples"] == "a.safetensors"
+        assert str(folder) not in card.content
         assert "Fréchet distance (dinov2)" in card.text
 
 

@@ -142,6 +142,13 @@ def copies(samples, reference, training):
     return found
 
 
+def public(recipe):
+    """A recipe without the folders of this machine."""
+    if isinstance(recipe, dict):
+        return {name: public(value) for name, value in recipe.items()}
+    return Path(recipe).name if isinstance(recipe, str) and recipe and Path(recipe).exists() else recipe
+
+
 def update_card(args, figures, recipe):
     """The figures, each with the recipe it was made by, on a pipeline's model card; and on the Hub if asked."""
     pipe = DiTClassCondPipeline.from_pretrained(args.update_card)
@@ -150,7 +157,7 @@ def update_card(args, figures, recipe):
         if "value" in figure:
             result = EvalResult(PIPELINE_TAG, "images", args.dataset_title, name, float(f"{figure['value']:.6g}"))
             result.metric_name = f"{NAMES.get(name, name)} ({recipe['extractor'].get('name')})"
-            result.metric_args = recipe
+            result.metric_args = public(recipe)
             results.append(result)
     facts = CardFacts(results=results)
     print(f"Card: {write_card(pipe, args.update_card, facts=facts)}", file=sys.stderr)
