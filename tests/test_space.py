@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -94,10 +95,12 @@ def test_twenty_at_once_each_get_their_own(address, tmp_path):
         ({"steps": 2.5}, "whole number from 1 to 250"),
         ({"seed": -1}, "minimum"),
         ({"images": 20, "class_labels": ["shark", "tench, Tinca tinca"]}, "at most 32"),
-        ({"class_labels": "/etc/passwd"}, "not in the list"),
+        ({"class_labels": "/etc/passwd"}, "no class '/etc/passwd'"),
+        ({"class_labels": ["shark"] * 33}, "32"),
+        ({"images": 32, "steps": 100}, "at most 2000"),
         ({"class_labels": []}, "at least one class"),
         ({"sampler": "ddim"}, "not in the list"),
-        ({"guidance_start": 0.6, "guidance_end": 0.5}, "start before it ends"),
+        ({"guidance_start": 0.5, "guidance_end": 0.5}, "start before it ends"),
     ],
 )
 def test_requests_out_of_bounds_are_refused(address, tmp_path, bad, message):
@@ -107,13 +110,47 @@ def test_requests_out_of_bounds_are_refused(address, tmp_path, bad, message):
 
 def test_cancel_ends_a_drawing(address, tmp_path):
     client = connect(address, tmp_path)
-    job = client.submit(class_labels="shark", images=4, steps=250, sampler="flow_heun", api_name="/generate")
+    job = client.submit(class_labels="shark", images=8, steps=250, sampler="flow_heun", api_name="/generate")
     while not any("Step" in (output[1] or "") for output in job.outputs()):
         assert not job.done()
         time.sleep(0.05)
     assert client.predict(api_name="/cancel") == "Cancelled."
     assert job.result(timeout=60)[1] == "Cancelled."
     assert client.predict(class_labels="shark", images=1, steps=1, api_name="/generate")[1].startswith("1 pictures")
+
+
+def test_any_model_is_served(tmp_path, monkeypatch):
+    """A diffusion model with its own schedule, equal names, no learned variance, no null class; one visitor stops."""
+    monkeypatch.syspath_prepend(APP.parent)
+    from studio import Settings, Studio
+
+    scheduler = make_scheduler("ddim", beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    transformer = tiny_transformer(num_classes=2, learn_sigma=False, class_dropout_prob=0)
+    DiTClassCondPipeline(transformer, scheduler, tiny_vae(), {0: "crane", 1: "crane"}).save_pretrained(tmp_path / "m")
+    studio = Studio(str(tmp_path / "m"))
+    assert studio.classes == ["crane (0)", "crane (1)"]
+    assert studio.max_scale == 1
+    for name in studio.samplers:
+        drawn = list(
+            studio.draw(Settings(["crane (1)"], steps=3, guidance_scale=1.0, sampler=name), threading.Event())
+        )
+        assert drawn[-1].finished
+        config = studio.pipe.scheduler.config
+        assert (config["beta_schedule"], config["prediction_type"]) == ("squaredcos_cap_v2", "v_prediction")
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        studio.check(Settings(["crane (1)"]))
+    settings = Settings(["crane (0)"], images=8, steps=200, guidance_scale=1.0)
+    stop, other = threading.Event(), threading.Event()
+    mine, theirs = studio.draw(settings, stop), studio.draw(settings, other)
+    assert not next(mine).finished
+    waiting = threading.Thread(target=lambda: drawings.extend(theirs))
+    drawings = []
+    waiting.start()
+    stop.set()
+    assert list(mine) == []
+    waiting.join(60)
+    assert drawings[-1].finished
+    assert len(drawings[-1].pictures) == 8
 
 
 def test_help_starts_no_server():

@@ -22,14 +22,14 @@ from pathlib import Path
 
 # Before gradio is imported: nothing is reported to anyone, and all that is written lies in one folder that goes at the end.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-FOLDER = Path(tempfile.mkdtemp(prefix="dit_hf-space-"))
+FOLDER = Path(tempfile.mkdtemp(prefix="dit_hf-space-")).resolve()
 os.environ["GRADIO_TEMP_DIR"] = str(FOLDER)
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(FOLDER / "torch"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
 import gradio as gr  # noqa: E402
 from studio import (  # noqa: E402
     MAX_IMAGES,
-    MAX_SCALE,
     MAX_SEED,
     MAX_STEPS,
     Settings,
@@ -40,8 +40,6 @@ from studio import (  # noqa: E402
 
 
 QUEUE_SIZE = 64
-PREVIEWS = 8
-NO_CLASS = "none"
 # The page's controls, in the order in which the handlers take them.
 CONTROLS = (
     "class_labels",
@@ -106,18 +104,25 @@ class Page:
             guidance_start=_number(guidance_start),
             guidance_end=_number(guidance_end),
             sampler=sampler,
-            mix_with="" if mix_with in (None, NO_CLASS) else mix_with,
+            mix_with=mix_with or "",
             mix_share=_number(mix_share),
         )
         try:
             self.studio.check(settings)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        stop = self._running[request.session_hash or ""] = threading.Event()
+        session = request.session_hash or ""
+        stop = self._running[session] = threading.Event()
         try:
             yield from self._draw(settings, stop)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        except Exception as error:
+            raise gr.Error("This set could not be drawn; try fewer images or other settings.") from error
         finally:
             stop.set()
+            if self._running.get(session) is stop:
+                del self._running[session]
 
     def _draw(self, settings, stop):
         seed, snippet = settings.seed, self.studio.snippet(settings)
@@ -126,7 +131,7 @@ class Page:
             if drawn.finished:
                 count = f"{len(drawn.pictures)} pictures, {settings.steps} steps, seed {seed}."
                 yield self._files(drawn.pictures, settings), count, seed, snippet
-            elif drawn.calls % max(1, drawn.of // PREVIEWS) == 0:
+            else:
                 yield drawn.pictures, f"Step {drawn.calls} of {drawn.of}", seed, snippet
         if stop.is_set():
             yield gr.skip(), "Cancelled.", seed, snippet
@@ -146,6 +151,12 @@ class Page:
             stop.set()
         return "Cancelled."
 
+    def end(self):
+        """Stops whatever is being drawn, and waits for it."""
+        for stop in list(self._running.values()):
+            stop.set()
+        self.studio.wait()
+
     def reuse(self, chosen):
         """The controls as they were for a picture of this server."""
         path = Path(chosen or "").resolve()
@@ -153,9 +164,10 @@ class Page:
             raise gr.Error("Click a picture first.", print_exception=False)
         try:
             settings = asdict(read_settings(path))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise gr.Error("This picture is gone.", print_exception=False) from error
+        except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        settings["mix_with"] = settings["mix_with"] or NO_CLASS
         return [settings.get(name, False) for name in CONTROLS]
 
 
@@ -169,10 +181,10 @@ def _number(value):
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
 
 
-def build(studio: Studio) -> gr.Blocks:
+def build(page: Page) -> gr.Blocks:
     """The page."""
-    page, classes = Page(studio), studio.classes
-    with gr.Blocks(title="dit_hf", delete_cache=(600, 3600)) as blocks:
+    studio, classes = page.studio, page.studio.classes
+    with gr.Blocks(title="dit_hf", delete_cache=(600, 600)) as blocks:
         gr.Markdown(INTRODUCTION.format(name=Path(studio.model).name))
         with gr.Row():
             with gr.Column(min_width=300):
@@ -210,9 +222,9 @@ def first_controls(classes):
 
 def class_choice(classes):
     """Several classes; a program may also send one as it is."""
-    choice = gr.Dropdown(classes, value=[classes[0]], multiselect=True, label="Class")
-    of_several = choice.preprocess
-    choice.preprocess = lambda payload: of_several([payload] if isinstance(payload, str) else payload)
+    choice = gr.Dropdown(classes, value=[classes[0]], multiselect=True, max_choices=MAX_IMAGES, label="Class")
+    # The handler checks the names, with shorter words than a list of a thousand classes.
+    choice.preprocess = lambda payload: [payload] if isinstance(payload, str) else payload
     return choice
 
 
@@ -220,11 +232,15 @@ def further_controls(studio):
     """What some set."""
     with gr.Accordion("Guidance, sampler, mixing", open=False):
         return {
-            "guidance_scale": gr.Slider(0, MAX_SCALE, value=3, step=0.1, label="Guidance scale"),
+            "guidance_scale": gr.Slider(
+                0, studio.max_scale, value=min(3, studio.max_scale), step=0.1, label="Guidance scale"
+            ),
             "guidance_start": gr.Slider(0, 1, value=0, step=0.05, label="Guidance from"),
             "guidance_end": gr.Slider(0, 1, value=1, step=0.05, label="Guidance until"),
             "sampler": gr.Dropdown(studio.samplers, value=studio.samplers[0], label="Sampler"),
-            "mix_with": gr.Dropdown([NO_CLASS, *studio.classes], value=NO_CLASS, label="Mix with"),
+            "mix_with": gr.Dropdown(
+                [("none", ""), *((name, name) for name in studio.classes)], value="", label="Mix with"
+            ),
             "mix_share": gr.Slider(0, 1, value=0.5, step=0.05, label="Share of the mixed class"),
         }
 
@@ -236,7 +252,9 @@ def _chosen(event: gr.SelectData):
 def main():
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the folder goes then too
-    build(Studio(args.model)).launch(server_name=args.host, server_port=args.port, footer_links=["api"])
+    page = Page(Studio(args.model))
+    atexit.register(page.end)
+    build(page).launch(server_name=args.host, server_port=args.port, footer_links=["api"], max_file_size=1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +21,18 @@ from dit_hf.seeds import seeded_generator
 
 
 MAX_STEPS, MAX_IMAGES, MAX_SCALE, MAX_SEED = 250, 32, 20.0, 2**31 - 1
+MAX_WORK = 2000  # images times steps of a set: the next visitor waits for it
+PREVIEWS, PREVIEWED_IMAGES = 8, 8
 FLOW_SAMPLERS = ("flow_euler", "flow_heun", "flow_dpm++", "flow_unipc")
 DIFFUSION_SAMPLERS = ("dpm++", "unipc", "ddim", "ddpm")
 OWN_SAMPLER = "default"
 METADATA = "dit_hf"
+# What a sampler must know of the diffusion that a model was trained with.
+DIFFUSION = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+
+
+class Cancelled(Exception):
+    """The visitor wants no more."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +81,36 @@ class Studio:
         self.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         self.pipe.set_progress_bar_config(disable=True)
         count = self.pipe.transformer.config.num_classes
-        self.classes = [self.pipe.id2label.get(index, str(index)) for index in range(count)]
+        names = [self.pipe.id2label.get(index, str(index)) for index in range(count)]
+        self.classes = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+        config = self.pipe.transformer.config
+        if self.pipe.vae is None and config.in_channels not in (1, 3):
+            raise ValueError(f"{model} draws {config.in_channels} channels and has no VAE to make pictures of them.")
+        self.max_scale = MAX_SCALE if config.class_dropout_prob > 0 else 1.0  # no null class, no guidance
+        self._overrides = self._sampler_overrides()
         self._schedulers = {OWN_SAMPLER: self.pipe.scheduler}
-        names = FLOW_SAMPLERS if self.pipe.is_flow_matching else DIFFUSION_SAMPLERS
-        self._schedulers |= {name: make_scheduler(name) for name in names}
+        self._schedulers |= {name: make_scheduler(name, **options) for name, options in self._overrides.items()}
         self.samplers = list(self._schedulers)
         self._lock = threading.Lock()
         self._colours = self._fit_colours()
+
+    def _sampler_overrides(self):
+        """Samplers that fit the model, and what its own scheduler says of its diffusion."""
+        if self.pipe.is_flow_matching:
+            return {name: {} for name in FLOW_SAMPLERS}
+        own = self.pipe.scheduler.config
+        known = {name: own[name] for name in DIFFUSION if own.get(name) is not None}
+        overrides = {name: dict(known) for name in DIFFUSION_SAMPLERS}
+        if not self.pipe.transformer.config.learn_sigma:
+            overrides["ddpm"]["variance_type"] = "fixed_large"
+        return overrides
 
     def check(self, settings: Settings) -> None:
         """`ValueError` if anything is out of its bounds: requests come from anywhere."""
         if not settings.class_labels:
             raise ValueError("Choose at least one class.")
+        if len(settings.class_labels) > MAX_IMAGES:
+            raise ValueError(f"Choose at most {MAX_IMAGES} classes.")
         others = [settings.mix_with] if settings.mix_with else []
         for name in [*settings.class_labels, *others]:
             if name not in self.classes:
@@ -100,11 +126,13 @@ class Studio:
                 raise ValueError(f"{name.capitalize()} must be a whole number from {low} to {high}.")
         if len(settings.class_labels) * settings.images > MAX_IMAGES:
             raise ValueError(f"Classes times images are at most {MAX_IMAGES}.")
-        shares = {"guidance_scale": MAX_SCALE, "guidance_start": 1.0, "guidance_end": 1.0, "mix_share": 1.0}
+        if len(settings.labels) * settings.steps > MAX_WORK:
+            raise ValueError(f"Images times steps are at most {MAX_WORK}.")
+        shares = {"guidance_scale": self.max_scale, "guidance_start": 1.0, "guidance_end": 1.0, "mix_share": 1.0}
         for name, high in shares.items():
             if not 0 <= getattr(settings, name) <= high:
                 raise ValueError(f"{name.replace('_', ' ').capitalize()} must be from 0 to {high:g}.")
-        if settings.guidance_start > settings.guidance_end:
+        if settings.guidance_start >= settings.guidance_end:
             raise ValueError("Guidance must start before it ends.")
 
     def draw(self, settings: Settings, stop: threading.Event) -> Iterator[Drawn]:
@@ -122,7 +150,10 @@ class Studio:
         events: queue.Queue = queue.Queue()
         threading.Thread(target=self._work, args=(settings, stop, events), daemon=True).start()
         while not stop.is_set():
-            event = events.get()
+            try:
+                event = events.get(timeout=0.1)
+            except queue.Empty:
+                continue
             if isinstance(event, BaseException):
                 raise event
             if not stop.is_set():
@@ -133,17 +164,28 @@ class Studio:
     def _work(self, settings, stop, events):
         def on_step(pipe, index, timestep, tensors):
             if stop.is_set():
-                pipe._interrupt = True
-            events.put(Drawn(index + 1, pipe.num_timesteps, self.preview(tensors["latents"]), finished=False))
+                raise Cancelled
+            if (index + 1) % -(-pipe.num_timesteps // PREVIEWS) == 0:
+                previews = self.preview(tensors["latents"][:PREVIEWED_IMAGES])
+                events.put(Drawn(index + 1, pipe.num_timesteps, previews, finished=False))
             return {}
 
         try:
             with self._lock, torch.inference_mode():
+                if stop.is_set():
+                    return
                 self.pipe.scheduler = self._schedulers[settings.sampler]
                 images = self._call(settings, on_step)
             events.put(Drawn(1, 1, images, finished=True))
+        except Cancelled:
+            self.pipe.maybe_free_model_hooks()
         except Exception as error:  # the visitor's thread raises it
             events.put(error)
+
+    def wait(self) -> None:
+        """Returns once nothing is being drawn."""
+        with self._lock:
+            pass
 
     def _call(self, settings, on_step):
         labels = [self.classes.index(name) for name in settings.class_labels]
@@ -210,7 +252,9 @@ class Studio:
             label = self.classes.index(settings.mix_with)
             body = "\n".join(f"    {line}" for line in call.splitlines())
             call = f"with mix_classes(pipe.transformer, {label}, {settings.mix_share}):\n{body}"
-        sampler = "" if own else f"pipe.scheduler = make_scheduler({settings.sampler!r})\n"
+        options = [f"{name}={value!r}" for name, value in self._overrides.get(settings.sampler, {}).items()]
+        recipe = ", ".join([repr(settings.sampler), *options])
+        sampler = "" if own else f"pipe.scheduler = make_scheduler({recipe})\n"
         return f"""from dit_hf import {imported}
 from dit_hf.seeds import seeded_generator
 
@@ -232,5 +276,7 @@ def read_settings(path: str | Path) -> Settings:
     if text is None:
         raise ValueError("This picture has no settings in it.")
     values = json.loads(text)
-    values.pop("model", None)
-    return Settings(**values)
+    names = [field.name for field in fields(Settings)]
+    if not isinstance(values, dict) or any(name not in values for name in names):
+        raise ValueError("This picture was not drawn by this page.")
+    return Settings(**{name: values[name] for name in names})

@@ -16,10 +16,11 @@ APP = ROOT / "examples" / "space" / "app.py"
 @contextmanager
 def serve(model, folder):
     """The app as a user starts it, with all temporary files in a folder of ours; yields its address."""
-    environment = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
+    environment |= {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, APP, "--model", str(model)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
     ) as app:
         try:
             lines = []
@@ -33,3 +34,4 @@ def serve(model, folder):
                 raise AssertionError("".join(lines))
         finally:
             app.terminate()
+            assert app.wait(60) == 0
