@@ -43,7 +43,7 @@ def parse_args():
     parser.add_argument("--pipeline", default="emoji64", help="Name of a bundled pipeline, or a folder.")
     parser.add_argument("--class_labels", nargs="+", help="Names or ids; all classes (at most 12) if not given.")
     parser.add_argument("--num_images_per_label", type=int, default=10, help="Columns of the grid.")
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="Classifier-free guidance; 1 is none.")
+    parser.add_argument("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance; 1 is none.")
     parser.add_argument("--num_inference_steps", type=int, default=30, help="Sampler steps.")
     parser.add_argument("--seed", type=int, default=0, help="Image i of the grid depends on (seed, i) alone.")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="Where the picture goes.")
