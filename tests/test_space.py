@@ -50,7 +50,7 @@ def test_the_same_settings_give_the_same_pictures_here_and_by_the_snippet(addres
     options = {"class_labels": ["goldfish, Carassius auratus", "shark"], "images": 2, "steps": 3}
     options |= {"guidance_end": 0.5, "sampler": "flow_heun", "mix_with": "tench, Tinca tinca", "mix_share": 0.5}
     pictures, status, seed, snippet = client.predict(**options, seed=5, api_name="/generate")
-    assert status == "4 pictures, 3 steps, seed 5."
+    assert status == "Pictures: 4, steps: 3, seed: 5."
     assert [picture["caption"] for picture in pictures] == ["goldfish", "goldfish", "shark", "shark"]
     again = client.predict(**options, seed=5, api_name="/generate")[0]
     other = client.predict(**options, seed=6, api_name="/generate")[0]
@@ -116,7 +116,7 @@ def test_cancel_ends_a_drawing(address, tmp_path):
         time.sleep(0.05)
     assert client.predict(api_name="/cancel") == "Cancelled."
     assert job.result(timeout=60)[1] == "Cancelled."
-    assert client.predict(class_labels="shark", images=1, steps=1, api_name="/generate")[1].startswith("1 pictures")
+    assert client.predict(class_labels="shark", images=1, steps=1, api_name="/generate")[1].startswith("Pictures: 1,")
 
 
 def test_any_model_is_served(tmp_path, monkeypatch):

@@ -143,9 +143,9 @@ def copies(samples, reference, training):
 
 
 def public(recipe):
-    """A recipe without the folders of this machine."""
+    """A recipe without the folders of this machine, and without what the model itself tells."""
     if isinstance(recipe, dict):
-        return {name: public(value) for name, value in recipe.items()}
+        return {name: public(value) for name, value in recipe.items() if name not in ("scheduler_config", "classes")}
     return Path(recipe).name if isinstance(recipe, str) and recipe and Path(recipe).exists() else recipe
 
 

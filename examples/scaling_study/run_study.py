@@ -141,6 +141,9 @@ def done_already(results):
 
 def main():
     args = parse_args()
+    for needed in (args.latents_dir / "index.json", args.latents_dir / "vae"):
+        if not needed.exists():
+            raise ValueError(f"There is no {needed}; precompute_latents.py makes --latents_dir.")
     check_same_settings(args.output_dir / "settings.json", vars(args), MAY_CHANGE)
     record_settings(args.output_dir / "settings.json", vars(args))
     extractor = load_extractor("efficientnet-lite0")

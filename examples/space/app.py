@@ -38,6 +38,8 @@ from studio import (  # noqa: E402
     save_picture,
 )
 
+from dit_hf.command_line import run  # noqa: E402
+
 
 QUEUE_SIZE = 64
 # The page's controls, in the order in which the handlers take them.
@@ -129,7 +131,7 @@ class Page:
         yield gr.skip(), "Waiting for its turn …", seed, snippet
         for drawn in self.studio.draw(settings, stop):
             if drawn.finished:
-                count = f"{len(drawn.pictures)} pictures, {settings.steps} steps, seed {seed}."
+                count = f"Pictures: {len(drawn.pictures)}, steps: {settings.steps}, seed: {seed}."
                 yield self._files(drawn.pictures, settings), count, seed, snippet
             else:
                 yield drawn.pictures, f"Step {drawn.calls} of {drawn.of}", seed, snippet
@@ -233,7 +235,7 @@ def further_controls(studio):
     with gr.Accordion("Guidance, sampler, mixing", open=False):
         return {
             "guidance_scale": gr.Slider(
-                0, studio.max_scale, value=min(3, studio.max_scale), step=0.1, label="Guidance scale"
+                0, studio.max_scale, value=min(4, studio.max_scale), step=0.1, label="Guidance scale"
             ),
             "guidance_start": gr.Slider(0, 1, value=0, step=0.05, label="Guidance from"),
             "guidance_end": gr.Slider(0, 1, value=1, step=0.05, label="Guidance until"),
@@ -258,4 +260,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

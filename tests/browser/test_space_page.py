@@ -53,7 +53,7 @@ def draw(page, seed, steps=3):
     set_number(page, "number input for Steps", steps)
     page.get_by_role("button", name="Generate").click()
     status = page.get_by_label("Status")
-    expect(status).to_have_value(re.compile(rf"pictures, {steps} steps, seed {seed}\."), timeout=60_000)
+    expect(status).to_have_value(re.compile(rf"steps: {steps}, seed: {seed}\."), timeout=60_000)
     expect(page.locator(FIRST_PICTURE)).to_have_count(2)
     source = page.locator(FIRST_PICTURE).first.get_attribute("src")
     return page.request.get(source).body()
