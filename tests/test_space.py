@@ -140,6 +140,8 @@ def test_any_model_is_served(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="from 0 to 1"):
         studio.check(Settings(["crane (1)"]))
     settings = Settings(["crane (0)"], images=8, steps=200, guidance_scale=1.0)
+    calls = []
+    studio.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
     stop, other = threading.Event(), threading.Event()
     mine, theirs = studio.draw(settings, stop), studio.draw(settings, other)
     assert not next(mine).finished
@@ -151,6 +153,17 @@ def test_any_model_is_served(tmp_path, monkeypatch):
     waiting.join(60)
     assert drawings[-1].finished
     assert len(drawings[-1].pictures) == 8
+    assert 200 < len(calls) < 300  # all of one, and the other's up to where it was stopped
+    with studio._lock:
+        late = threading.Event()
+        cancelled = threading.Thread(target=lambda: drawings.extend(studio.draw(settings, late)))
+        cancelled.start()
+        late.set()  # while it waits for its turn
+    before = len(calls)
+    cancelled.join(60)
+    time.sleep(0.5)
+    studio.wait()
+    assert len(calls) == before
 
 
 def test_help_starts_no_server():
@@ -171,8 +184,9 @@ def test_classes_are_mixed():
         torch.testing.assert_close(draw(1), draw(1))
         unmixed = draw(1)
     torch.testing.assert_close(unmixed, draw(1))
+    other = draw(2)
     with mix_classes(pipe.transformer, 2, 1.0):
-        torch.testing.assert_close(draw(1), draw(2))  # guidance's null class is not mixed
+        torch.testing.assert_close(draw(1), other)  # guidance's null class is not mixed
     with pytest.raises(RuntimeError), mix_classes(pipe.transformer, 2, 0.5):
         half = draw(1)
         raise RuntimeError
