@@ -270,6 +270,21 @@ def test_sources_hold_the_same_images(pictures, workspace):
     assert torch.cat(list(ImageSource(workspace / "data").batches(3))).shape == (8, 3, 32, 32)
 
 
+def test_classes_of_samples_are_those_of_the_recipe(pictures):
+    folder, pixels = pictures
+    np.savez(folder / "samples.npz", arr_0=pixels[:2], arr_1=np.array([1, 0]))
+    assert ImageSource(folder / "samples.npz").labels() is None  # no recipe beside it
+    (folder / "recipe.json").write_text(json.dumps({"classes": {"0": "a", "1": "b"}}))
+    assert ImageSource(folder / "samples.npz").labels() == ["b", "a"]
+    assert ImageSource(folder / "images.npz").labels() is None  # another set, not of that recipe
+    (folder / "recipe.json").write_text(json.dumps({"classes": {"0": "a"}}))
+    with pytest.raises(ValueError, match="samples.npz has images of class 1"):
+        ImageSource(folder / "samples.npz").labels()
+    (folder / "recipe.json").write_text("{")
+    with pytest.raises(ValueError, match="recipe.json can't be read"):
+        ImageSource(folder / "samples.npz").labels()
+
+
 def test_bad_sources_are_named(pictures):
     folder, pixels = pictures
     content = (folder / "images.npz").read_bytes()

@@ -103,7 +103,8 @@ def asked_labels(args, pipe, count):
         raise ValueError(f"--labels {args.labels}: its column `label` has no class names.")
     # Shuffled, or a part of them would hold the first classes only.
     order = torch.randperm(len(dataset), generator=seeded_generator(args.seed, 2))
-    labels = [dataset["label"][index] for index in order.tolist()]
+    column = dataset["label"]
+    labels = [column[index] for index in order.tolist()]
     if any(label is None or label < 0 for label in labels):
         raise ValueError(f"--labels {args.labels} has images without a class.")
     ids = torch.tensor(pipe.get_label_ids(names))

@@ -144,7 +144,7 @@ class Studio:
             stop (`threading.Event`): Once set, drawing ends after the step under way.
 
         Returns:
-            `Iterator[Drawn]`: previews after each step; last, unless it was stopped, the pictures.
+            `Iterator[Drawn]`: previews, some eight times; last, unless it was stopped, the pictures.
         """
         self.check(settings)
         events: queue.Queue = queue.Queue()

@@ -94,7 +94,10 @@ class ImageSource:
         if self._read != self._npz or not names:
             return None
         with np.load(self.source, allow_pickle=False) as arrays:
-            return [names[str(label)] for label in arrays["arr_1"].tolist()] if "arr_1" in arrays else None
+            ids = [str(label) for label in arrays["arr_1"].tolist()] if "arr_1" in arrays else []
+        if unknown := sorted(set(ids) - set(names)):
+            raise ValueError(f"{self.source} has images of class {unknown[0]}, which its recipe.json does not name.")
+        return [names[label] for label in ids] or None
 
     def digest(self) -> str:
         """A hash of all pixels, in order; reads the images once."""
