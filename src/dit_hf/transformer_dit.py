@@ -37,6 +37,7 @@ from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale, logging
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 logger = logging.get_logger(__name__)
@@ -54,8 +55,13 @@ EMBEDDING_STD = 0.02
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
     """Adaptive layer norm's affine part: `(B, N, D)` with `(B, D)` shift, or none, and scale (DiT §3.2)."""
-    hidden_states = hidden_states * (1 + scale.unsqueeze(1))
-    return hidden_states if shift is None else hidden_states + shift.unsqueeze(1)
+    scale = 1 + scale.unsqueeze(1)
+    return hidden_states * scale if shift is None else torch.addcmul(shift.unsqueeze(1), hidden_states, scale)
+
+
+def add_branch(hidden_states: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """The residual sum `(B, N, D)`; in adaLN-Zero the branch is scaled by a gate `(B, D)` (DiT §3.2)."""
+    return hidden_states + branch if gate is None else torch.addcmul(hidden_states, branch, gate.unsqueeze(1))
 
 
 def sincos_positions(height: int, width: int, dim: int) -> torch.Tensor:
@@ -102,7 +108,8 @@ class DiTPatchEmbed(nn.Module):
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         hidden_states = self.proj(latents)  # (B, D, h, w)
         positions = self.positions_for(*hidden_states.shape[-2:])
-        hidden_states = hidden_states.flatten(2).transpose(1, 2) + positions  # (B, N, D)
+        # Contiguous, or the whole residual stream inherits the transposed strides, and every norm copies it.
+        hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous() + positions  # (B, N, D)
         # `from_pretrained` in half precision leaves positions float32, and so would be the sum.
         return hidden_states.to(self.proj.weight.dtype)
 
@@ -205,6 +212,34 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb)
 
 
+class DiTGELU(nn.Module):
+    """A linear layer and tanh GELU; CPU inference does both in one kernel, which spares a pass over memory."""
+
+    def __init__(self, proj: nn.Linear):
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, hidden_states):
+        if self._is_fusible(hidden_states):
+            proj = self.proj
+            return torch.ops.mkldnn._linear_pointwise(hidden_states, proj.weight, proj.bias, "gelu", [], "tanh")
+        return F.gelu(self.proj(hidden_states), approximate="tanh")
+
+    def _is_fusible(self, hidden_states):
+        """Whether nothing but a plain float32 layer on the CPU is called: no adapter, quantization, hook, gradient."""
+        proj, weight = self.proj, self.proj.weight
+        return (
+            hidden_states.device.type == weight.device.type == "cpu"
+            and hidden_states.dtype == weight.dtype == torch.float32
+            and type(hidden_states) is torch.Tensor
+            and (type(proj), type(weight)) == (nn.Linear, nn.Parameter)
+            and not ("forward" in vars(proj) or proj._forward_hooks or proj._forward_pre_hooks)
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+            and not is_in_torch_dispatch_mode()
+            and torch.backends.mkldnn.is_available()
+        )
+
+
 class DiTSwiGLU(nn.Module):
     """Gated feed-forward; gate and value are two layers, so that tensor parallelism can split both."""
 
@@ -227,7 +262,9 @@ def build_feed_forward(kind, dim, mlp_ratio):
     """The two-layer perceptron of the paper's designs, tanh GELU inside, or LightningDiT's SwiGLU."""
     if kind == "swiglu":
         return DiTSwiGLU(dim, swiglu_width(dim, mlp_ratio))
-    return FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+    feed_forward = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+    feed_forward.net[0] = DiTGELU(feed_forward.net[0].proj)
+    return feed_forward
 
 
 def build_norm(kind, dim, affine):
@@ -245,7 +282,7 @@ def build_qk_norm(kind, head_dim):
 class DiTBlock(nn.Module):
     """
     Adaptive layer norm block; `gated` (adaLN-Zero) scales both branches by regressed gates (DiT fig. 3), and without
-    `shift` no shift is regressed (LightningDiT).
+    `shift` no shift is regressed (LightningDiT). `condition` is `(B, D)`, or already what `modulation` makes of it.
     """
 
     def __init__(
@@ -274,7 +311,9 @@ class DiTBlock(nn.Module):
         condition: torch.Tensor,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        vectors = iter(self.modulation(F.silu(condition)).chunk(2 * (1 + self.gated + self.shift), dim=1))  # (B, D)
+        if condition.shape[1] == hidden_states.shape[2]:
+            condition = self.modulation(F.silu(condition))
+        vectors = iter(condition.chunk(2 * (1 + self.gated + self.shift), dim=1))  # (B, D)
         shift_attn = next(vectors) if self.shift else None
         scale_attn = next(vectors)
         gate_attn = next(vectors) if self.gated else None
@@ -283,14 +322,9 @@ class DiTBlock(nn.Module):
         gate_ff = next(vectors) if self.gated else None
 
         attn_output = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), rotary_emb=rotary_emb)
-        if gate_attn is not None:
-            attn_output = gate_attn.unsqueeze(1) * attn_output
-        hidden_states = hidden_states + attn_output
-
+        hidden_states = add_branch(hidden_states, attn_output, gate_attn)
         ff_output = self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
-        if gate_ff is not None:
-            ff_output = gate_ff.unsqueeze(1) * ff_output
-        return hidden_states + ff_output
+        return add_branch(hidden_states, ff_output, gate_ff)
 
 
 class DiTContextBlock(nn.Module):
@@ -331,7 +365,7 @@ class DiTContextBlock(nn.Module):
 
 
 class DiTAdaLayerNormOut(nn.Module):
-    """Norm before the head, modulated by the condition."""
+    """Norm before the head, modulated by the condition `(B, D)`, or by what `linear` has made of it."""
 
     def __init__(self, dim: int, norm: str = "layer_norm"):
         super().__init__()
@@ -339,7 +373,9 @@ class DiTAdaLayerNormOut(nn.Module):
         self.linear = nn.Linear(dim, 2 * dim)
 
     def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.linear(F.silu(condition)).chunk(2, dim=1)
+        if condition.shape[1] == hidden_states.shape[2]:
+            condition = self.linear(F.silu(condition))
+        shift, scale = condition.chunk(2, dim=1)
         return modulate(self.norm(hidden_states), shift, scale)
 
 
@@ -664,7 +700,35 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             return time_embedding + class_embedding
         return torch.stack([time_embedding, class_embedding.to(time_embedding.dtype)], dim=1)
 
-    def _check_inputs(self, hidden_states, class_labels, force_drop_ids):
+    def compute_modulation(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """
+        All that the adaptive norms get from time and class; a sampler computes it once for all steps.
+
+        Args:
+            timestep (`torch.Tensor` of shape `(R,)`): The scheduler's timesteps.
+            class_labels (`torch.Tensor` of shape `(R,)`, int64): Class ids; `num_classes` is the null class.
+
+        Returns:
+            `torch.Tensor` of shape `(R, M)`: shifts, scales and gates of all blocks and the head; rows of it are
+            `forward`'s `modulation`.
+
+        Raises:
+            ValueError: if `conditioning` is not `"adaln_zero"` or `"adaln"`.
+        """
+        if not self.is_adaptive:
+            raise ValueError(f"`conditioning` {self.config.conditioning!r} has no modulation.")
+        condition = self._embed_condition(timestep, class_labels, None, len(class_labels))
+        condition = F.silu(condition.to(self.pos_embed.proj.weight.dtype))
+        layers = [*(block.modulation for block in self.transformer_blocks), self.norm_out.linear]
+        return torch.cat([layer(condition) for layer in layers], dim=1)
+
+    def _split_modulation(self, modulation):
+        """What each block and the head get of `compute_modulation`'s rows."""
+        dim = self.config.num_attention_heads * self.config.attention_head_dim
+        block_size = 2 * (1 + (self.config.conditioning == "adaln_zero") + self.config.modulation_shift) * dim
+        return modulation.split([block_size] * self.config.num_layers + [2 * dim], dim=1)
+
+    def _check_inputs(self, hidden_states, class_labels, force_drop_ids, modulation):
         """Everything that can be told from shapes alone."""
         patch_size = self.config.patch_size
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
@@ -682,6 +746,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             )
         if force_drop_ids is not None and self.config.class_dropout_prob == 0:
             raise ValueError("`force_drop_ids` needs a null class, and a model with `class_dropout_prob=0` has none.")
+        if modulation is not None and (force_drop_ids is not None or not self.is_adaptive):
+            raise ValueError("`modulation` fits adaptive norms only, and its labels can't be dropped any more.")
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -690,6 +756,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor,
         force_drop_ids: torch.Tensor | None = None,
+        modulation: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
@@ -701,6 +768,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             force_drop_ids (`torch.Tensor` of shape `(B,)`, *optional*):
                 Non-zero where the label is to be replaced by the null class; given, it takes the place of the random
                 dropout of training.
+            modulation (`torch.Tensor` of shape `(B, M)`, *optional*):
+                `compute_modulation`'s rows for these timesteps and labels, which are then not embedded again.
             attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters.
             return_dict (`bool`, defaults to `True`): Whether to return a `Transformer2DModelOutput`.
 
@@ -711,33 +780,39 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         Raises:
             ValueError: if shapes do not fit.
         """
-        self._check_inputs(hidden_states, class_labels, force_drop_ids)
+        self._check_inputs(hidden_states, class_labels, force_drop_ids, modulation)
         batch_size, _, height, width = hidden_states.shape
         patch_size = self.config.patch_size
         grid = (height // patch_size, width // patch_size)
 
         # 1. Embed
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
-        condition = self._embed_condition(timestep, class_labels, force_drop_ids, batch_size).to(hidden_states.dtype)
+        if modulation is None:
+            condition = self._embed_condition(timestep, class_labels, force_drop_ids, batch_size)
+            conditions = [condition.to(hidden_states.dtype)] * (self.config.num_layers + 1)
+        else:
+            conditions = self._split_modulation(modulation)
         rotary_emb = None
         if self.rotary_embed is not None:
             rotary_emb = self.rotary_embed(*grid, hidden_states.device)
         in_context = self.config.conditioning == "in_context"
         if in_context:
-            hidden_states = torch.cat([condition, hidden_states], dim=1)  # (B, 2 + N, D)
+            hidden_states = torch.cat([conditions[0], hidden_states], dim=1)  # (B, 2 + N, D)
 
         # 2. Blocks
-        for block in self.transformer_blocks:
+        for block, condition in zip(self.transformer_blocks, conditions[:-1], strict=True):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition, rotary_emb)
             else:
                 hidden_states = block(hidden_states=hidden_states, condition=condition, rotary_emb=rotary_emb)
 
         # 3. Head
-        hidden_states = self.norm_out(hidden_states, condition) if self.is_adaptive else self.norm_out(hidden_states)
+        hidden_states = (
+            self.norm_out(hidden_states, conditions[-1]) if self.is_adaptive else self.norm_out(hidden_states)
+        )
         hidden_states = self.proj_out(hidden_states)  # (B, N, p·p·C)
         if in_context:
-            hidden_states = hidden_states[:, condition.shape[1] :]
+            hidden_states = hidden_states[:, conditions[0].shape[1] :]
 
         output = hidden_states.unflatten(1, grid).unflatten(-1, (patch_size, patch_size, self.out_channels))
         output = output.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
