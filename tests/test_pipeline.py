@@ -314,7 +314,8 @@ def test_model_offload():
     pipe.enable_model_cpu_offload(device="cpu")
     assert [hook.model for hook in pipe._all_hooks] == [pipe.transformer, pipe.vae]
     images = pipe(1, num_inference_steps=2, generator=seeded(0), output_type="pt").images
-    assert torch.equal(images, expected)
+    # Offloaded, the modulation is computed step by step and rounds differently.
+    torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
     pipe(1, num_inference_steps=2, output_type="latent")
     assert pipe.freed == 3 and len(pipe._all_hooks) == 2
 

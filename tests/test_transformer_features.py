@@ -35,6 +35,10 @@ def run(model, **overrides):
         return model(**(tiny_inputs() | overrides)).sample
 
 
+# CPU inference does a plain layer and its GELU in one kernel; hooks and adapters on the layer prevent that.
+FUSION = 1e-6
+
+
 def assert_near(actual, expected, tolerance=0.0):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
@@ -99,7 +103,7 @@ def test_device_map_splits_between_blocks_only(conditioning, tmp_path):
     places = {name: place for name, place in mapped.hf_device_map.items() if name.startswith("transformer_blocks")}
     assert places == {f"transformer_blocks.{index}": "disk" if index else "cpu" for index in range(4)}
     assert mapped.transformer_blocks[1].attn.to_q.weight.device.type == "meta"
-    assert_near(run(mapped), run(model))
+    assert_near(run(mapped), run(model), FUSION)
 
 
 @every_conditioning
@@ -114,7 +118,7 @@ def test_group_offloading_brings_every_weight_back_before_use(conditioning, opti
         # What is left in memory is no longer a weight: a layer that is not loaded from disk first makes NaNs.
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data.fill_(float("nan"))
-        assert_near(run(model), expected)
+        assert_near(run(model), expected, FUSION)
 
 
 @every_conditioning
@@ -355,7 +359,7 @@ def test_lora_adapters_scale_switch_and_go(conditioning):
     base = run(model)
     adapted = run(with_lora(model))
     assert not torch.allclose(adapted, base, atol=1e-2)
-    assert_near(run(model, attention_kwargs={"scale": 0.0}), base)
+    assert_near(run(model, attention_kwargs={"scale": 0.0}), base, FUSION)
     assert_near(run(model, attention_kwargs={"scale": 1.0}), adapted)
     assert_near(run(model), adapted)
 
@@ -365,10 +369,10 @@ def test_lora_adapters_scale_switch_and_go(conditioning):
     model.set_adapters("style")
     assert_near(run(model), adapted)
     model.disable_adapters()
-    assert_near(run(model), base)
+    assert_near(run(model), base, FUSION)
     model.enable_adapters()
     model.delete_adapters(["style", "detail"])
-    assert_near(run(model), base)
+    assert_near(run(model), base, FUSION)
 
 
 @every_conditioning

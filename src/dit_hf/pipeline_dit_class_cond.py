@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.hooks import FasterCacheConfig
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -46,6 +48,8 @@ except ImportError:  # diffusers has none without transformers
 logger = logging.get_logger(__name__)
 
 LEARNED_VARIANCE = ("learned", "learned_range")
+# Steps × classes whose modulation is held at a time: 200 MB for XL/2 in float32.
+MODULATION_ROWS = 256
 BUNDLED = Path(__file__).parent / "bundled"
 
 
@@ -74,6 +78,32 @@ def _package(module):
 def _is_installed():
     """Whether this file is the package's, not a copy that came with a model."""
     return __name__.startswith("dit_hf.")
+
+
+class ModulationTable:
+    """What the adaptive norms get at each step, once a step and class: computed ahead, shared by images of a class."""
+
+    def __init__(self, transformer, schedule, class_ids):
+        has_null_class = transformer.config.class_dropout_prob > 0
+        classes = sorted(set(class_ids)) + [transformer.config.num_classes] * has_null_class
+        self.transformer, self.schedule = transformer, schedule
+        self.classes = torch.tensor(classes, device=schedule.device)
+        self.conditional_rows = torch.tensor([classes.index(label) for label in class_ids], device=schedule.device)
+        self.null_rows = torch.full_like(self.conditional_rows, len(classes) - 1)
+        self.steps_at_a_time = max(1, MODULATION_ROWS // len(classes))
+        self.first, self.vectors = 0, None
+
+    def rows(self, index, guided):
+        """`(B, M)` of a step, or guided `(2B, M)`, unconditional first."""
+        first = index - index % self.steps_at_a_time
+        if self.vectors is None or first != self.first:
+            self.vectors = None  # before the next ones are made
+            steps = self.schedule[first : first + self.steps_at_a_time]
+            timesteps, classes = steps.repeat_interleave(len(self.classes)), self.classes.repeat(len(steps))
+            self.vectors = self.transformer.compute_modulation(timesteps, classes).unflatten(0, (len(steps), -1))
+            self.first = first
+        rows = torch.cat([self.null_rows, self.conditional_rows]) if guided else self.conditional_rows
+        return self.vectors[index - first].index_select(0, rows)
 
 
 class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
@@ -461,7 +491,19 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         latents = latents.to(device, torch.float32)
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
-    def _predict(self, latents, timestep, class_labels, guidance_channels, guided, **position):
+    def _prepare_modulation(self, schedule, class_ids):
+        """A table, or None where the model has to embed time and class by itself."""
+        transformer = self.transformer
+        if not getattr(transformer, "is_adaptive", False):
+            return None
+        # Offloaded blocks have their weights only while they run; FasterCache cuts the batch but not these rows.
+        hooked = hasattr(transformer, "_hf_hook") or hasattr(transformer.transformer_blocks[0], "_hf_hook")
+        cuts_batch = isinstance(transformer._cache_config, FasterCacheConfig)
+        if hooked or cuts_batch or _is_group_offload_enabled(transformer):
+            return None
+        return ModulationTable(transformer, schedule, class_ids)
+
+    def _predict(self, latents, timestep, class_labels, guidance_channels, guided, modulation=None, **position):
         """One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32."""
         model_input = latents
         if hasattr(self.scheduler, "scale_model_input"):
@@ -472,12 +514,14 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
             null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
             model_input = torch.cat([model_input, model_input])
             class_labels = torch.cat([null_labels, class_labels])
+        precomputed = {} if modulation is None else {"modulation": modulation}
         with self.transformer.cache_context("guided" if guided else "conditional", timestep=timestep, **position):
             output = self.transformer(
                 hidden_states=model_input,
                 timestep=timestep.expand(len(model_input)).to(model_input.device),
                 class_labels=class_labels,
                 return_dict=False,
+                **precomputed,
             )[0].float()
         channels = latents.shape[1]
         if guided:
@@ -600,13 +644,15 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
 
         # 2. Prepare schedule, labels and noise
         device = self._execution_device
-        schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, device)
+        # The scheduler's part stays on the CPU, where its tables are: looking up a GPU's timestep waits for the GPU.
+        schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, "cpu")
         self._num_timesteps = len(schedule)
         class_labels = torch.tensor(class_ids, device=device)
         latents = self._prepare_latents(shape, latents, generator, device)
         step_options = {"eta": eta, "generator": generator}
         accepted = inspect.signature(self.scheduler.step).parameters
         step_options = {name: value for name, value in step_options.items() if name in accepted}
+        table = self._prepare_modulation(schedule.to(device), class_ids)
 
         # 3. Denoise
         with self._without_foreign_variance(), self.progress_bar(total=len(schedule)) as progress_bar:
@@ -619,14 +665,18 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
                 position: dict[str, float] = {"step_index": index, "num_inference_steps": len(schedule)}
                 if hasattr(self.scheduler, "sigmas"):
                     position["sigma"] = float(self.scheduler.sigmas[index])
-                output = self._predict(latents, timestep, class_labels, guidance_channels, guided, **position)
+                modulation = None if table is None else table.rows(index, guided)
+                output = self._predict(
+                    latents, timestep, class_labels, guidance_channels, guided, modulation, **position
+                )
                 latents = self.scheduler.step(output, timestep, latents, **step_options, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     available = {"latents": latents, "class_labels": class_labels}
                     tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, index, timestep, tensors) or {}
                     latents = changed.pop("latents", latents)
-                    class_labels = changed.pop("class_labels", class_labels)
+                    if "class_labels" in changed:
+                        class_labels, table = changed.pop("class_labels"), None
                 progress_bar.update()
         self._current_timestep = None
 

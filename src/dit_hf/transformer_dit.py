@@ -726,7 +726,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         """What each block and the head get of `compute_modulation`'s rows."""
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         block_size = 2 * (1 + (self.config.conditioning == "adaln_zero") + self.config.modulation_shift) * dim
-        return modulation.split([block_size] * self.config.num_layers + [2 * dim], dim=1)
+        return modulation.split([block_size] * len(self.transformer_blocks) + [2 * dim], dim=1)
 
     def _check_inputs(self, hidden_states, class_labels, force_drop_ids, modulation):
         """Everything that can be told from shapes alone."""
@@ -789,7 +789,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
         if modulation is None:
             condition = self._embed_condition(timestep, class_labels, force_drop_ids, batch_size)
-            conditions = [condition.to(hidden_states.dtype)] * (self.config.num_layers + 1)
+            conditions = [condition.to(hidden_states.dtype)] * (len(self.transformer_blocks) + 1)
         else:
             conditions = self._split_modulation(modulation)
         rotary_emb = None
