@@ -9,13 +9,13 @@ figure is the peak of `RssAnon`, sampled every 5 ms.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from timing import peak_memory
 
 from dit_hf import DiTTransformer2DModel
 from dit_hf.checkpoints import DIT
@@ -27,27 +27,6 @@ from dit_hf.presets import PRESETS
 CONVERT = Path(__file__).parents[1] / "conversion" / "convert_original_to_hf.py"
 
 
-def anonymous_bytes(pid):
-    """`RssAnon` of a process, 0 once it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
-
-
-def peak_of(command):
-    """Largest anonymous memory while a command runs, bytes."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, anonymous_bytes(process.pid))
-        time.sleep(0.005)
-    if process.returncode != 0:
-        raise ValueError(f"The conversion failed: {process.stderr.read().decode()[-500:]}")
-    return peak
-
-
 def measure(preset, folder):
     """Writes a checkpoint of random weights, converts it, and compares with a process that only imports."""
     file = folder / "checkpoint.pt"
@@ -56,10 +35,10 @@ def measure(preset, folder):
     torch.save(original_state_dict(model, DIT), file)
     imports = f"import runpy, time; runpy.run_path({str(CONVERT)!r}); time.sleep(0.5)"
     path = f"import sys; sys.path.insert(0, {str(CONVERT.parent)!r}); "
-    baseline = peak_of([sys.executable, "-c", path + imports])
+    baseline = peak_memory([sys.executable, "-c", path + imports])
     started = time.time()
     command = [sys.executable, CONVERT, "--checkpoint_path", file, "--output_dir", folder / "out", "--family", "dit"]
-    peak = peak_of(command)
+    peak = peak_memory(command)
     return {
         "preset": preset,
         "checkpoint_bytes": file.stat().st_size,

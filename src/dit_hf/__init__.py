@@ -6,6 +6,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from ._version import __version__
 from .mixing import mix_classes
+from .optimization import optimize, restore
 from .pipeline_dit_class_cond import DiTClassCondPipeline
 from .schedulers import make_scheduler
 from .transformer_dit import DiTTransformer2DModel
@@ -19,6 +20,8 @@ __all__ = [
     "__version__",
     "make_scheduler",
     "mix_classes",
+    "optimize",
+    "restore",
 ]
 
 # Then saved folders name the library `dit_hf`, and a repository that does so is not taken for a mistake.

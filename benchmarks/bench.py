@@ -1,0 +1,79 @@
+#!/usr/bin/env python
+"""All figures of benchmarks/README.md, each a ratio against a baseline of the same run.
+
+    python benchmarks/bench.py --output benchmarks/results.json
+
+Expected: about an hour on 2 CPU cores; `--parts` picks some, `--quick` tries everything in small in two minutes. A part
+that is done is written at once and replaces what the file held of it; tables of it go to stdout at the end. Sampling's
+quality needs the held-out emoji of examples/train_autoencoder (`--reference`). Runs on a GPU as it is (`--device cuda`).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import networks
+import sampling
+import torch
+from tables import markdown
+from timing import environment
+
+from dit_hf.command_line import run
+from dit_hf.presets import PRESETS
+
+
+PARTS = ("forward", "compiled", "training", "memory", "sampling", "growth", "quality")
+
+
+def measure(part, args):
+    """One part's figures."""
+    device = torch.device(args.device)
+    sizes = ["DiT-S/8"] if args.quick else list(PRESETS)
+    largest = "DiT-S/8" if args.quick else "DiT-XL/2"
+    seconds = 0.2 if args.quick else 6.0
+    if part == "forward":
+        return networks.forward(sizes, device, seconds)
+    if part == "compiled":
+        return networks.compiled(largest, device, seconds)
+    if part == "training":
+        return networks.training(sizes, device, seconds)
+    if part == "memory":
+        training = ["DiT-S/8"] if args.quick else ["DiT-B/2", "DiT-XL/2"]
+        return networks.measure_memory(largest) | {"training": networks.training_memory(training)}
+    if part == "sampling":
+        return sampling.times(device, seconds, args.quick)
+    if part == "growth":
+        return sampling.growth(device, seconds, args.quick)
+    if not (args.reference and args.reference.exists()):
+        raise ValueError(
+            f"--reference {args.reference} is not there: examples/train_autoencoder/README.md tells how to make the "
+            "held-out emoji; or leave 'quality' out of --parts."
+        )
+    return sampling.quality(device, args.reference, 16 if args.quick else args.num_samples, args.quick)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default="outputs/bench.json", help="JSON, part by part.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="What to measure.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where.")
+    parser.add_argument("--reference", type=Path, default="outputs/emoji64", help="Held-out images.")
+    parser.add_argument("--num_samples", type=int, default=2000, help="Of every figure of quality.")
+    parser.add_argument("--quick", action="store_true", help="Tries everything in small; the figures mean nothing.")
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    for part in args.parts:
+        print(f"== {part}", file=sys.stderr, flush=True)
+        results[part] = {"environment": environment(torch.device(args.device))} | measure(part, args)
+        whole = args.output.with_suffix(".part")
+        whole.write_text(json.dumps(results, indent=1) + "\n")
+        whole.replace(args.output)
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,215 @@
+"""Forward passes, training steps, loading and memory of the paper's sizes beside diffusers' own DiT."""
+
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel as StockDiT
+from timing import clock, compare, gemm_peak, peak_memory
+
+from dit_hf import DiTTransformer2DModel
+from dit_hf.complexity import count_macs
+from dit_hf.optimization import quantize_blocks
+from dit_hf.presets import preset_config
+
+
+BATCHES = (1, 2, 8)
+LATENT_SIZES = {256: 32, 512: 64}
+CLASS = {"our": DiTTransformer2DModel, "stock": StockDiT}
+
+
+def stock_dit(preset: str, sample_size: int = 32, **options) -> StockDiT:
+    """diffusers' DiT of a size of the paper."""
+    options = {"num_embeds_ada_norm": 1000, "norm_type": "ada_norm_zero", "out_channels": 8} | options
+    return StockDiT(**preset_config(preset), sample_size=sample_size, activation_fn="gelu-approximate", **options)
+
+
+def both(preset, sample_size, device):
+    """The stock model and ours, freshly initialised; times do not depend on the weights."""
+    torch.manual_seed(0)
+    stock = stock_dit(preset, sample_size).eval().to(device)
+    return stock, DiTTransformer2DModel.from_preset(preset, sample_size=sample_size).eval().to(device)
+
+
+def inputs(batch, sample_size, device):
+    latents = torch.randn(batch, 4, sample_size, sample_size, device=device)
+    return latents, torch.full((batch,), 500, device=device), torch.arange(batch, device=device)
+
+
+def eager_pass(models, batch, sample_size, device, seconds):
+    """A forward pass of the stock model and of ours."""
+    stock, ours = models
+    latents, timestep, labels = inputs(batch, sample_size, device)
+    candidates = {
+        "stock": partial(stock, latents, timestep, class_labels=labels),
+        "ours": partial(ours, latents, timestep, labels),
+    }
+    with torch.no_grad():
+        return compare(candidates, device, seconds, least=3)
+
+
+def forward(presets, device, seconds):
+    """Eager float32 forward passes: ours over stock, and the share of the GEMM peak."""
+    peak = gemm_peak(device)
+    rows = []
+    for preset in presets:
+        for pixels, sample_size in LATENT_SIZES.items():
+            models = both(preset, sample_size, device)
+            for batch in BATCHES:
+                found = eager_pass(models, batch, sample_size, device, seconds)
+                share = 2 * batch * count_macs(models[1].config) / found["ours"]["seconds"] / peak
+                rows.append({"model": preset, "pixels": pixels, "batch": batch, "share_of_peak": share} | found)
+                print(_line(rows[-1]), file=sys.stderr, flush=True)
+    return {"gemm_peak_gflops": peak / 1e9, "rows": rows}
+
+
+def compiled(preset, device, seconds, batch=2):
+    """Compiled forward passes with the modulation given, as in the pipeline; int8 with its relative output error."""
+    peak = gemm_peak(device)
+    stock, ours = both(preset, 32, device)
+    for parameter in ours.parameters():  # a fresh head and gates are zero, and so is every output
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    latents, timestep, labels = inputs(batch, 32, device)
+    rows = {}
+    with torch.no_grad():
+        modulation = ours.compute_modulation(timestep, labels)
+        exact = ours(latents, timestep, labels).sample
+
+        def call(dtype=torch.float32):
+            return ours(latents.to(dtype), timestep, labels, modulation=modulation.to(dtype)).sample.float()
+
+        for name in ("float32", "int8", "bfloat16"):
+            dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+            weights = quantize_blocks(ours) if name == "int8" else []
+            ours.to(dtype)
+            ours.compile(dynamic=False, options={"freezing": device.type == "cpu"})
+            first = clock(lambda dtype=dtype: call(dtype), device)
+            error = ((call(dtype) - exact).norm() / exact.norm()).item()
+            found = compare(
+                {
+                    "stock": lambda: stock(latents, timestep, class_labels=labels),
+                    "ours": lambda dtype=dtype: call(dtype),
+                },
+                device,
+                seconds,
+            )
+            found["ours"]["first_seconds"] = first
+            share = 2 * batch * count_macs(ours.config) / found["ours"]["seconds"] / peak
+            rows[name] = {"share_of_float32_peak": share, "relative_error": error} | found
+            print(preset, name, _line(rows[name]), f"error {error:.1e}", file=sys.stderr, flush=True)
+            for layer, weight in weights:
+                layer.weight = weight
+            torch.compiler.reset()
+    return {"model": preset, "batch": batch, "gemm_peak_gflops": peak / 1e9, "rows": rows}
+
+
+def training_step(model, latents, timestep, labels):
+    """Forward and backward pass of a mean squared error."""
+    output = model(latents, timestep, class_labels=labels).sample
+    F.mse_loss(output[:, :4], latents).backward()
+    model.zero_grad()
+
+
+def training(presets, device, seconds, batch=8):
+    """Training steps without the optimizer, which is torch's for both; float32, 256×256."""
+    rows = []
+    for preset in presets:
+        stock, ours = both(preset, 32, device)
+        batch_inputs = inputs(batch, 32, device)
+        candidates = {
+            "stock": partial(training_step, stock.train(), *batch_inputs),
+            "ours": partial(training_step, ours.train(), *batch_inputs),
+        }
+        rows.append({"model": preset, "batch": batch} | compare(candidates, device, seconds, least=3))
+        print("training", _line(rows[-1]), file=sys.stderr, flush=True)
+    return {"rows": rows}
+
+
+# Run by a fresh interpreter: an action, a folder or preset, and options.
+ACTIONS = """
+import sys, torch
+from diffusers import DiTTransformer2DModel as StockDiT, TorchAoConfig
+from dit_hf import DiTTransformer2DModel
+action, what, option = sys.argv[1:]
+if action == "load":
+    model = {"our": DiTTransformer2DModel, "stock": StockDiT}[option].from_pretrained(what, torch_dtype=torch.float32)
+    with torch.no_grad():  # weights are mapped from the file, and come into memory when they are used
+        model(torch.randn(1, 4, 32, 32), torch.tensor([500]), class_labels=torch.tensor([1]))
+elif action == "train":
+    model = DiTTransformer2DModel.from_preset(what).train()
+    if option == "checkpointing":
+        model.enable_gradient_checkpointing()
+    model(torch.randn(8, 4, 32, 32), torch.full((8,), 500), torch.arange(8)).sample.square().mean().backward()
+"""
+
+
+def memory(preset, folder):
+    """Peak of resident memory beyond the imports, the mapped file included, of loading and a first forward pass."""
+    resident = ("RssAnon", "RssFile")
+    imports = peak_memory([sys.executable, "-c", ACTIONS, "nothing", "", ""], resident)
+    measured = {}
+    for name, model in (("our", DiTTransformer2DModel.from_preset(preset)), ("stock", stock_dit(preset))):
+        model.save_pretrained(folder / name, max_shard_size="100GB")
+        parameters = model.num_parameters()
+        del model
+        size = next((folder / name).glob("*.safetensors")).stat().st_size
+        load = peak_memory([sys.executable, "-c", ACTIONS, "load", folder / name, name], resident) - imports
+        seconds = compare(
+            {"load": lambda name=name: load_model(folder / name, name)}, torch.device("cpu"), 30, least=3
+        )
+        measured[name] = {"parameters": parameters, "file_bytes": size, "load_over_file": load / size}
+        measured[name]["load_seconds"] = seconds["load"]["seconds"]
+    full = measured["our"]["file_bytes"]
+    save_int8(folder / "our", folder / "int8")
+    load = peak_memory([sys.executable, "-c", ACTIONS, "load", folder / "int8", "our"], resident) - imports
+    measured["int8"] = {
+        "file_over_float32_file": folder_size(folder / "int8") / full,
+        "load_over_float32_file": load / full,
+    }
+    return {"model": preset} | measured
+
+
+def training_memory(presets):
+    """Peak of private memory of a training step of 8, beyond the imports, in GB; with gradients, without an optimizer."""
+    imports = peak_memory([sys.executable, "-c", ACTIONS, "nothing", "", ""])
+    return {
+        preset: {
+            option: (peak_memory([sys.executable, "-c", ACTIONS, "train", preset, option]) - imports) / 1e9
+            for option in ("plain", "checkpointing")
+        }
+        for preset in presets
+    }
+
+
+def load_model(folder, name):
+    return CLASS[name].from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def save_int8(source, target):
+    """Saves an int8 copy with diffusers' quantization config, as the guide on speed tells."""
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=["time_embed", "proj_out"])
+    model = DiTTransformer2DModel.from_pretrained(source, torch_dtype=torch.float32, quantization_config=config)
+    model.save_pretrained(target, max_shard_size="100GB")
+
+
+def folder_size(folder):
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def measure_memory(preset):
+    with tempfile.TemporaryDirectory() as folder:
+        return memory(preset, Path(folder))
+
+
+def _line(row):
+    name = f"{row.get('model', '')} {row.get('pixels', '')} batch {row.get('batch', '')}"
+    shares = {key: row[key] for key in row if key.startswith("share")}
+    share = " ".join(f"{value:.0%} of peak" for value in shares.values())
+    return f"{name}: stock {row['stock']['seconds']:.3f} s, ours {row['ours']['ratio']:.3f} of it {share}"

@@ -1,0 +1,183 @@
+"""Time and quality of sampling: diffusers' DiTPipeline and ours on the bundled weights, setting by setting.
+
+The bundled model is a flow-matching model, whose DDIM is the first-order solver: 50 steps of it, guided at 5, are the
+baseline. The stock pipeline gets the same weights in its own format, with its timestep embedding set right and the
+latents' statistics inside the decoder, so that it draws the same pictures.
+"""
+
+import copy
+import sys
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from diffusers import DiTPipeline, FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers import DiTTransformer2DModel as StockDiT
+from timing import compare
+
+from dit_hf import DiTClassCondPipeline, make_scheduler, optimize
+from dit_hf.checkpoints.diffusers_dit import DIFFUSERS, give_embedders, stock_config
+from dit_hf.evaluation.extractors import Features, extract, load_extractor
+from dit_hf.evaluation.metrics import compute_metrics
+from dit_hf.evaluation.samples import sample_images
+from dit_hf.evaluation.sources import ImageSource
+from dit_hf.optimization import SPEED_PRESETS, quantize_blocks
+
+
+GUIDANCE = 5.0
+DDIM = {"solver_order": 1}
+ALL = (0.0, 1.0)
+
+
+class Setting(NamedTuple):
+    """How to draw: solver with its options, steps, guidance interval, what is switched on."""
+
+    solver: str = "flow_dpm++"
+    options: dict = DDIM
+    steps: int = 50
+    interval: tuple[float, float] = ALL
+    on: str = ""
+
+
+_BALANCED, _FASTEST = SPEED_PRESETS["balanced"], SPEED_PRESETS["fastest"]
+SETTINGS = {
+    "DDIM": Setting(),
+    "DDIM, modulation step by step": Setting(on="no table"),
+    "DDIM, compiled (exact)": Setting(on="exact"),
+    "DDIM, int8": Setting(on="int8 eager"),
+    "DDIM, int8 compiled (int8)": Setting(on="int8"),
+    "DDIM, guided in (0, 0.75)": Setting(interval=(0.0, 0.75)),
+    "DDIM, first-block cache 0.1": Setting(on="first block"),
+    "DDIM, TaylorSeer every 4th": Setting(on="taylorseer"),
+    "DDIM, 13 steps": Setting(steps=13),
+    "DPM-Solver++, 12 steps": Setting(options={}, steps=12),
+    "UniPC, 12 steps": Setting("flow_unipc", {}, 12),
+    "UniPC, 8 steps": Setting("flow_unipc", {}, 8),
+    "UniPC, 6 steps": Setting("flow_unipc", {}, 6),
+    "balanced, eager float32": Setting("flow_unipc", {}, _BALANCED.num_inference_steps, _BALANCED.guidance_interval),
+    "balanced": Setting("flow_unipc", {}, _BALANCED.num_inference_steps, _BALANCED.guidance_interval, "balanced"),
+    "fastest, eager float32": Setting("flow_unipc", {}, _FASTEST.num_inference_steps, _FASTEST.guidance_interval),
+    "fastest": Setting("flow_unipc", {}, _FASTEST.num_inference_steps, _FASTEST.guidance_interval, "fastest"),
+}
+# Those that only round differently share the baseline's figure of quality.
+ROUNDING = ("DDIM, modulation step by step", "DDIM, compiled (exact)")
+
+
+def build(setting: Setting, device: torch.device) -> DiTClassCondPipeline:
+    """The bundled pipeline under a setting."""
+    pipe = DiTClassCondPipeline.from_bundled("emoji64").to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if setting.on in SPEED_PRESETS:
+        optimize(pipe, setting.on)
+    elif setting.on == "int8 eager":
+        quantize_blocks(pipe.transformer)
+    elif setting.on == "no table":
+        pipe._prepare_modulation = lambda schedule, class_ids: None
+    elif setting.on == "first block":
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    elif setting.on == "taylorseer":
+        pipe.transformer.enable_cache(TaylorSeerCacheConfig(cache_interval=4, disable_cache_before_step=3))
+    pipe.scheduler = make_scheduler(setting.solver, **setting.options)
+    return pipe
+
+
+def call(setting: Setting) -> dict:
+    """What the pipeline is called with under a setting."""
+    return {
+        "guidance_scale": GUIDANCE,
+        "num_inference_steps": setting.steps,
+        "guidance_interval": setting.interval,
+    }
+
+
+def stock_pipeline(device: torch.device) -> DiTPipeline:
+    """diffusers' DiTPipeline with the bundled weights, drawing what ours draws."""
+    pipe = DiTClassCondPipeline.from_bundled("emoji64")
+    ours = pipe.transformer
+    weights = dict(ours.state_dict())
+    table = torch.zeros(1001, weights["class_embed.weight"].shape[1])  # 1000 is the only null class it knows
+    table[: ours.config.num_classes], table[1000] = weights["class_embed.weight"].split([ours.config.num_classes, 1])
+    weights["class_embed.weight"] = table
+    layers = ours.config.num_layers
+    embedders = give_embedders(weights, layers)
+    for name in list(weights):
+        if name.startswith(("class_embed", "time_embed")):
+            del weights[name]
+    config = stock_config(dict(ours.config)) | {"num_embeds_ada_norm": 1000, "norm_type": "ada_norm_zero"}
+    stock = StockDiT(**config, activation_fn="gelu-approximate").eval()
+    stock.load_state_dict(DIFFUSERS.to_original(weights, layers) | embedders, strict=False)
+    for block in stock.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    vae = copy.deepcopy(pipe.vae)
+    mean, std = (torch.tensor(vae.config[name]) for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        layer = vae.post_quant_conv
+        layer.bias += layer.weight[:, :, 0, 0] @ mean
+        layer.weight *= std.view(1, -1, 1, 1)
+    stock_pipe = DiTPipeline(stock, vae, make_scheduler("flow_dpm++", **DDIM)).to(device)
+    stock_pipe.set_progress_bar_config(disable=True)
+    return stock_pipe
+
+
+def draw_stock(pipe, labels, generator=None):
+    return pipe(labels, guidance_scale=GUIDANCE, num_inference_steps=50, generator=generator, output_type="np").images
+
+
+def times(device, seconds, quick=False, batches=(1, 8)):
+    """Seconds a call of every setting over the stock pipeline's, and that both draw the same."""
+    stock = stock_pipeline(device)
+    chosen = dict(list(SETTINGS.items())[:2]) if quick else SETTINGS
+    pipes = {name: build(setting, device) for name, setting in chosen.items()}
+    found = {}
+    for batch in batches[: 1 if quick else None]:
+        labels = [index % 9 for index in range(batch)]
+        candidates = {"stock": partial(draw_stock, stock, labels)}
+        for name, setting in chosen.items():
+            candidates[name] = partial(pipes[name], labels, **call(setting), output_type="np")
+        found[str(batch)] = compare(candidates, device, seconds * len(candidates), least=3)
+        for name, row in found[str(batch)].items():
+            print(f"batch {batch}, {name}: {1 / row['ratio']:.2f} times as fast", file=sys.stderr, flush=True)
+    seeds = [torch.Generator(device).manual_seed(0) for _ in range(2)]
+    ours = pipes["DDIM"]([0, 3], **call(SETTINGS["DDIM"]), generator=seeds[0], output_type="np").images
+    difference = float(abs(ours - draw_stock(stock, [0, 3], seeds[1])).max())
+    return {"rows": found, "largest_difference_of_pixels": difference}
+
+
+def growth(device, seconds, quick=False):
+    """How a call grows with images, steps and size, over its own smallest."""
+    small = {"class_labels": [0], "num_inference_steps": 8, "height": 64, "width": 64}
+    changes = {"1 image, 8 steps, 64 px": {}}
+    changes |= {f"{count} images": {"class_labels": [0] * count} for count in (2, 8, 32)}
+    changes |= {f"{steps} steps": {"num_inference_steps": steps} for steps in (16, 32)}
+    changes |= {f"{size} px": {"height": size, "width": size} for size in (128, 256)}
+    if quick:
+        changes = dict(list(changes.items())[:2])
+    found = {}
+    for name in ("DDIM",) if quick else ("DDIM", "DDIM, compiled (exact)", "DDIM, int8 compiled (int8)"):
+        pipe = build(SETTINGS[name], device)
+        candidates = {
+            cell: partial(pipe, **(small | change), guidance_scale=GUIDANCE, output_type="np")
+            for cell, change in changes.items()
+        }
+        found[name] = compare(candidates, device, seconds, least=3)
+    return {"rows": found}
+
+
+def quality(device, reference, num_samples, quick=False):
+    """Fréchet distance and more of every setting's samples to held-out images with the same share of classes."""
+    source = ImageSource(reference)
+    extractor = load_extractor("efficientnet-lite0")
+    held_out = Features.join([extract(batch, extractor) for batch in source.batches()])
+    pipe = build(Setting(), device)
+    classes = [pipe.labels[name] for name in source.labels()]
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor(classes).repeat(1 + num_samples // len(classes))[:num_samples][order]
+    chosen = {"DDIM": Setting()} if quick else {name: row for name, row in SETTINGS.items() if name not in ROUNDING}
+    rows = {}
+    for name, setting in chosen.items():
+        images = sample_images(build(setting, device), labels, 0, min(100, num_samples), **call(setting))
+        figures = compute_metrics(extract(images, extractor), held_out, ["fid", "kid", "precision", "recall"])
+        rows[name] = {metric: figures[metric]["value"] for metric in ("fid", "kid", "precision", "recall")}
+        rows[name]["fid_over_ddim"] = rows[name]["fid"] / rows["DDIM"]["fid"]
+        print(name, rows[name], file=sys.stderr, flush=True)
+    return {"num_samples": num_samples, "extractor": "efficientnet-lite0", "seed": 0, "rows": rows}

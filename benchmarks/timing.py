@@ -1,0 +1,123 @@
+"""Times that can be compared: candidates in turn, in one process, medians with their spread."""
+
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+PACKAGES = ("torch", "diffusers", "torchao")
+
+
+def environment(device: torch.device) -> dict:
+    """What a figure depends on: hardware, versions, command, date."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
+        flags = {flag for line in lines if line.startswith("flags") for flag in line.split()}
+        extensions = sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"})
+        hardware = f"{names[0]}, {torch.get_num_threads()} threads, {' '.join(extensions)}"
+    return {
+        "date": date.today().isoformat(),
+        "hardware": hardware,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def clock(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call; a GPU's own, by events."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def compare(
+    candidates: dict[str, Callable[[], object]], device: torch.device, seconds: float, least: int = 5, most: int = 25
+) -> dict:
+    """
+    Times candidates against the first of them.
+
+    Each is called once to warm up (its time is `first_seconds`: with compilation), then all in turn until `seconds` are
+    over, `least` to `most` rounds. A ratio is the median of the rounds' ratios, so that what slows a whole round down
+    cancels out.
+
+    Returns:
+        `dict`: name -> `seconds` (median), `spread` (quartiles of the ratio), `ratio` to the first, `first_seconds`,
+        `rounds`.
+    """
+    first = {name: clock(call, device) for name, call in candidates.items()}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    started = time.perf_counter()
+    for rounds in range(most):
+        if rounds >= least and time.perf_counter() - started > seconds:
+            break
+        for name, call in candidates.items():
+            times[name].append(clock(call, device))
+    baseline = next(iter(times.values()))
+    results = {}
+    for name, taken in times.items():
+        ratios = [mine / other for mine, other in zip(taken, baseline, strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        results[name] = {
+            "seconds": statistics.median(taken),
+            "ratio": statistics.median(ratios),
+            "spread": [quartiles[0], quartiles[2]],
+            "first_seconds": first[name],
+            "rounds": len(taken),
+        }
+    return results
+
+
+def gemm_peak(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 3.0) -> float:
+    """Operations a second of the fastest of some matrix products: those of XL/2's layers at batch 2, and large squares."""
+    shapes = [(512, 1152, 4608), (512, 4608, 1152), (512, 1152, 1152), (2048, 1152, 4608), (4096, 4096, 4096)]
+    best = 0.0
+    for rows, inner, columns in shapes:
+        left = torch.randn(rows, inner, device=device, dtype=dtype)
+        right = torch.randn(inner, columns, device=device, dtype=dtype)
+        taken = compare({"product": lambda left=left, right=right: left @ right}, device, seconds / len(shapes))
+        best = max(best, 2 * rows * inner * columns / taken["product"]["seconds"])
+    return best
+
+
+def peak_memory(command: list, kinds: tuple[str, ...] = ("RssAnon",)) -> int:
+    """Largest memory of a command, bytes, read every 5 ms; private if not told otherwise. Linux only."""
+    peak = 0
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=errors)
+        while process.poll() is None:
+            peak = max(peak, _resident_bytes(process.pid, kinds))
+            time.sleep(0.005)
+        if process.returncode != 0:
+            errors.seek(0)
+            raise ValueError(f"The command failed: {errors.read().decode()[-500:]}")
+    return peak
+
+
+def _resident_bytes(pid, kinds):
+    """Memory of a process of the given kinds, 0 once it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(kinds))
