@@ -6,7 +6,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 STAMP := $(VENV)/installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-browser style quality
+.PHONY: demo test test-browser docs style quality
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -22,6 +22,9 @@ test: $(STAMP)  ## Runs the whole suite but the browser's.
 test-browser: $(STAMP)  ## Tries the Space's page in Debian's Chromium, which it installs if there is none.
 	command -v chromium > /dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y chromium fonts-dejavu-core > /dev/null; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+docs: $(STAMP)  ## Builds the site into site/, without a warning; open site/index.html.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 style: $(STAMP)  ## Formats and mends what can be mended.
 	$(BIN)/ruff format .

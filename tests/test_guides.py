@@ -14,7 +14,16 @@ SNIPPETS = [
     for guide in GUIDES
     for snippet in re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
 ]
-FLAGS = {flag for script in (ROOT / "examples").rglob("*.py") for flag in re.findall(r'"(--\w+)"', script.read_text())}
+FLAG = r'"(--\w+)"'
+SCRIPTS = [script for folder in ("examples", "conversion") for script in (ROOT / folder).rglob("*.py")]
+FLAGS = {flag for script in SCRIPTS for flag in re.findall(FLAG, script.read_text())}
+COMMANDS = [
+    (guide.name, line)
+    for guide in GUIDES
+    for block in re.findall(r"```bash\n(.*?)```", guide.read_text(), re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if re.search(r"(examples|conversion)/\S+\.py", line)
+]
 
 
 def test_snippets_run(tmp_path):
@@ -37,3 +46,14 @@ def test_links_and_flags_exist(guide):
             assert flag in FLAGS, flag
     for path in re.findall(r"`((?:examples|conversion|tests|docs)/[\w./]+)`", text):
         assert (ROOT / path).exists() or guide.name == "log.md", path
+
+
+def test_commands_name_scripts_and_flags_that_exist():
+    """Flags are those of the script or of a module beside it, which it takes them from."""
+    assert len(COMMANDS) >= 10
+    for guide, line in COMMANDS:
+        name, arguments = re.search(r"((?:examples|conversion)/\S+\.py)(.*)", line).groups()
+        assert (ROOT / name).exists(), (guide, name)
+        texts = [path.read_text() for path in (ROOT / name).parent.glob("*.py")]
+        known = {flag for text in texts for flag in re.findall(FLAG, text)} | {"--help"}
+        assert set(re.findall(r"--\w+", arguments)) <= known, (guide, line)

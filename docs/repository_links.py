@@ -1,0 +1,50 @@
+"""A hook of mkdocs: READMEs of the repository become pages, and links between them and the guides hold on the site too.
+
+In `docs/*.md` links are relative to the file, as GitHub wants them; those that leave `docs/` would point to nothing on the
+site.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("conversion", "pipelines/*", "examples/*", "src/dit_hf/bundled/*")
+# Path in the repository -> path on the site; the repository's README would take the front page's place.
+PAGES = {"README.md": "repository.md"} | {
+    name: name
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md")
+    + tuple(
+        path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}/README.md"))
+    )
+}
+SOURCES = {page: name for name, page in PAGES.items()}
+
+
+def on_files(files, config):
+    """Adds the READMEs to what lies in docs/."""
+    for name, page in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / name)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Mends a page's links to files of the repository; of a link to what is no page, such as a script, its text stays."""
+    here = page.file.src_uri
+    folder = posixpath.dirname(SOURCES.get(here, f"docs/{here}"))
+
+    def mend(match):
+        text, target = match.groups()
+        name = posixpath.normpath(posixpath.join(folder, target))
+        if not (ROOT / name).exists():
+            return match[0]  # an address, an anchor, or code; or wrong, which mkdocs says
+        if name.startswith("docs/"):
+            place = name.removeprefix("docs/")
+        else:
+            place = PAGES.get(name) or PAGES.get(f"{name}/README.md")
+        return f"{text}({posixpath.relpath(place, posixpath.dirname(here) or '.')})" if place else text[1:-1]
+
+    return re.sub(r"(\[[^\[\]]*\])\(([^()\s:#]+)\)", mend, markdown)
