@@ -3,17 +3,22 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+BASE := $(VENV)/base
 STAMP := $(VENV)/installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-browser docs style quality
+.PHONY: demo test test-browser bench docs style quality
 
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+$(BASE): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
+	$(INSTALL) --editable .
+	touch $@
+
+$(STAMP): $(BASE)
 	$(INSTALL) --editable ".[dev]"
 	touch $@
 
-demo: $(STAMP)  ## Draws outputs/demo.png with the bundled model.
+demo: $(BASE)  ## Draws outputs/demo.png with the bundled model.
 	$(BIN)/python examples/generate.py --output outputs/demo.png
 
 test: $(STAMP)  ## Runs the whole suite but the browser's.
@@ -22,6 +27,9 @@ test: $(STAMP)  ## Runs the whole suite but the browser's.
 test-browser: $(STAMP)  ## Tries the Space's page in Debian's Chromium, which it installs if there is none.
 	command -v chromium > /dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y chromium fonts-dejavu-core > /dev/null; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+bench: $(STAMP)  ## Measures the tables of benchmarks/README.md, in about an hour; quality needs outputs/emoji64.
+	$(BIN)/python benchmarks/bench.py
 
 docs: $(STAMP)  ## Builds the site into site/, without a warning; open site/index.html.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

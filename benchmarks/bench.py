@@ -31,7 +31,7 @@ def measure(part, args):
     device = torch.device(args.device)
     sizes = ["DiT-S/8"] if args.quick else list(PRESETS)
     largest = "DiT-S/8" if args.quick else "DiT-XL/2"
-    seconds = 0.2 if args.quick else 6.0
+    seconds = 0.2 if args.quick else 4.0
     if part == "forward":
         return networks.forward(sizes, device, seconds)
     if part == "compiled":

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel as StockDiT
-from timing import clock, compare, gemm_peak, peak_memory
+from timing import Product, clock, compare, peak_memory
 
 from dit_hf import DiTTransformer2DModel
 from dit_hf.complexity import count_macs
@@ -39,36 +39,36 @@ def inputs(batch, sample_size, device):
     return latents, torch.full((batch,), 500, device=device), torch.arange(batch, device=device)
 
 
-def eager_pass(models, batch, sample_size, device, seconds):
+def eager_pass(models, product, batch, sample_size, device, seconds):
     """A forward pass of the stock model and of ours."""
     stock, ours = models
     latents, timestep, labels = inputs(batch, sample_size, device)
     candidates = {
         "stock": partial(stock, latents, timestep, class_labels=labels),
         "ours": partial(ours, latents, timestep, labels),
+        "product": product,
     }
     with torch.no_grad():
-        return compare(candidates, device, seconds, least=3)
+        found = compare(candidates, device, seconds, least=3)
+    return {"share_of_peak": product.share(2 * batch * count_macs(ours.config), found)} | found
 
 
 def forward(presets, device, seconds):
     """Eager float32 forward passes: ours over stock, and the share of the GEMM peak."""
-    peak = gemm_peak(device)
-    rows = []
+    rows, product = [], Product(device)
     for preset in presets:
         for pixels, sample_size in LATENT_SIZES.items():
             models = both(preset, sample_size, device)
             for batch in BATCHES:
-                found = eager_pass(models, batch, sample_size, device, seconds)
-                share = 2 * batch * count_macs(models[1].config) / found["ours"]["seconds"] / peak
-                rows.append({"model": preset, "pixels": pixels, "batch": batch, "share_of_peak": share} | found)
+                found = eager_pass(models, product, batch, sample_size, device, seconds)
+                rows.append({"model": preset, "pixels": pixels, "batch": batch} | found)
                 print(_line(rows[-1]), file=sys.stderr, flush=True)
-    return {"gemm_peak_gflops": peak / 1e9, "rows": rows}
+    return {"rows": rows}
 
 
 def compiled(preset, device, seconds, batch=2):
     """Compiled forward passes with the modulation given, as in the pipeline; int8 with its relative output error."""
-    peak = gemm_peak(device)
+    product = Product(device)
     stock, ours = both(preset, 32, device)
     for parameter in ours.parameters():  # a fresh head and gates are zero, and so is every output
         if not parameter.any():
@@ -93,18 +93,19 @@ def compiled(preset, device, seconds, batch=2):
                 {
                     "stock": lambda: stock(latents, timestep, class_labels=labels),
                     "ours": lambda dtype=dtype: call(dtype),
+                    "product": product,
                 },
                 device,
                 seconds,
             )
             found["ours"]["first_seconds"] = first
-            share = 2 * batch * count_macs(ours.config) / found["ours"]["seconds"] / peak
-            rows[name] = {"share_of_float32_peak": share, "relative_error": error} | found
+            share = product.share(2 * batch * count_macs(ours.config), found)
+            rows[name] = {"share_of_peak": share, "relative_error": error} | found
             print(preset, name, _line(rows[name]), f"error {error:.1e}", file=sys.stderr, flush=True)
             for layer, weight in weights:
                 layer.weight = weight
             torch.compiler.reset()
-    return {"model": preset, "batch": batch, "gemm_peak_gflops": peak / 1e9, "rows": rows}
+    return {"model": preset, "batch": batch, "rows": rows}
 
 
 def training_step(model, latents, timestep, labels):

@@ -88,16 +88,22 @@ def compare(
     return results
 
 
-def gemm_peak(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 3.0) -> float:
-    """Operations a second of the fastest of some matrix products: those of XL/2's layers at batch 2, and large squares."""
-    shapes = [(512, 1152, 4608), (512, 4608, 1152), (512, 1152, 1152), (2048, 1152, 4608), (4096, 4096, 4096)]
-    best = 0.0
-    for rows, inner, columns in shapes:
-        left = torch.randn(rows, inner, device=device, dtype=dtype)
-        right = torch.randn(inner, columns, device=device, dtype=dtype)
-        taken = compare({"product": lambda left=left, right=right: left @ right}, device, seconds / len(shapes))
-        best = max(best, 2 * rows * inner * columns / taken["product"]["seconds"])
-    return best
+class Product:
+    """A product of large square matrices, timed among the candidates: what the machine can do at that moment."""
+
+    side = 4096
+    operations = 2 * side**3
+
+    def __init__(self, device: torch.device):
+        self.matrices = [torch.randn(self.side, self.side, device=device) for _ in range(2)]
+
+    def __call__(self):
+        return self.matrices[0] @ self.matrices[1]
+
+    def share(self, operations: float, found: dict) -> float:
+        """Operations a second of our model over the product's, from what `compare` has found of both."""
+        rate = self.operations / found["product"]["seconds"]
+        return operations / found["ours"]["seconds"] / rate
 
 
 def peak_memory(command: list, kinds: tuple[str, ...] = ("RssAnon",)) -> int:

@@ -21,6 +21,8 @@ ORDER = (
     "transformer_dit",
     "pipeline_dit_class_cond",
     "schedulers",
+    "mixing",
+    "optimization",
 )
 LAYERS = dict.fromkeys(ORDER, 0) | {"checkpoints": 1, "data": 1, "training": 2, "evaluation": 2, "hub": 3}
 SELF_CONTAINED = ("transformer_dit.py", "pipeline_dit_class_cond.py")

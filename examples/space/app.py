@@ -39,9 +39,12 @@ from studio import (  # noqa: E402
 )
 
 from dit_hf.command_line import run  # noqa: E402
+from dit_hf.optimization import SPEED_PRESETS  # noqa: E402
 
 
 QUEUE_SIZE = 64
+# The presets that set what the controls set; compiling is nothing for a page where every set has another size.
+FEW_STEPS = [name for name, preset in SPEED_PRESETS.items() if preset.solver]
 # The page's controls, in the order in which the handlers take them.
 CONTROLS = (
     "class_labels",
@@ -147,6 +150,10 @@ class Page:
             files.append((str(path), name.split(",")[0]))
         return files
 
+    def speed(self, name):
+        """The controls of a preset."""
+        return self.studio.speed_settings(name) if name in FEW_STEPS else [gr.skip()] * 4
+
     def cancel(self, request: gr.Request):
         """Ends what this visitor is having drawn."""
         if stop := self._running.get(request.session_hash or ""):
@@ -206,6 +213,8 @@ def build(page: Page) -> gr.Blocks:
             page.generate, inputs, [gallery, status, controls["seed"], snippet], api_name="generate"
         )
         cancel.click(page.cancel, None, status, cancels=[drawing], queue=False, api_name="cancel")
+        filled = [controls[name] for name in ("steps", "sampler", "guidance_start", "guidance_end")]
+        controls["speed"].input(page.speed, controls["speed"], filled, api_visibility="private", queue=False)
         gallery.select(_chosen, None, chosen, api_visibility="private", queue=False)
         reuse.click(page.reuse, chosen, inputs, api_visibility="private", queue=False)
     return blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
@@ -215,6 +224,9 @@ def first_controls(classes):
     """What everyone sets."""
     return {
         "class_labels": class_choice(classes),
+        "speed": gr.Dropdown(
+            [("as set below", ""), *FEW_STEPS], value="", label="Speed", info="Sets steps, sampler and guidance."
+        ),
         "images": gr.Slider(1, MAX_IMAGES, value=4, step=1, label="Images of each class"),
         "seed": gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED),
         "random_seed": gr.Checkbox(False, label="Random", info="A new seed for every set."),

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 
 from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
+from dit_hf.optimization import SPEED_PRESETS
 from dit_hf.seeds import seeded_generator
 
 
@@ -104,6 +105,12 @@ class Studio:
         if not self.pipe.transformer.config.learn_sigma:
             overrides["ddpm"]["variance_type"] = "fixed_large"
         return overrides
+
+    def speed_settings(self, name: str) -> tuple[int, str, float, float]:
+        """Steps, sampler and guidance interval of a preset of `dit_hf.optimize` that has them."""
+        preset = SPEED_PRESETS[name]
+        solver = f"flow_{preset.solver}" if self.pipe.is_flow_matching else preset.solver
+        return preset.num_inference_steps, solver, *preset.guidance_interval
 
     def check(self, settings: Settings) -> None:
         """`ValueError` if anything is out of its bounds: requests come from anywhere."""

@@ -31,7 +31,10 @@ def address(tmp_path_factory):
 
 @pytest.fixture(params=[(1400, "light"), (400, "dark")], ids=["wide", "phone"])
 def page(browser, address, request):
-    width, scheme = request.param
+    yield from opened(browser, address, *request.param)
+
+
+def opened(browser, address, width, scheme):
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()
     page.set_default_timeout(60_000)
@@ -81,6 +84,24 @@ def test_a_class_is_drawn_and_the_seed_decides(page):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
 
 
+@pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (1400, "dark")])
+def test_a_speed_preset_sets_the_controls_in_the_other_schemes(browser, address, width, scheme):
+    for page in opened(browser, address, width, scheme):
+        page.get_by_text("Guidance, sampler, mixing").click()
+        box = page.get_by_label("Speed", exact=True)
+        box.click()
+        page.get_by_role("option", name="fastest").click()
+        steps = page.get_by_label("number input for Steps").first
+        expect(steps).to_have_value("6")
+        expect(page.get_by_label("Sampler", exact=True)).to_have_value("flow_unipc")
+        expect(page.get_by_label("number input for Guidance until").first).to_have_value("0.5")
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        brightness = sum(int(part) for part in re.findall(r"\d+", colour)[:3]) / 3
+        assert (brightness < 100) == (scheme == "dark"), colour
+        draw(page, seed=4, steps=1)
+
+
 def test_settings_come_back_from_a_picture(page):
     draw(page, seed=11, steps=2)
     set_number(page, "Seed", 5)
@@ -111,7 +132,7 @@ def test_faults_are_messages(page):
 
 def test_every_control_has_a_label(page):
     page.get_by_text("Guidance, sampler, mixing").click()
-    for name in ("Class", "Seed", "Random", "Sampler", "Mix with"):
+    for name in ("Class", "Speed", "Seed", "Random", "Sampler", "Mix with"):
         expect(page.get_by_label(name, exact=False).first).to_be_visible()
     unnamed = page.evaluate(
         """[...document.querySelectorAll('input, textarea, select, button')]

@@ -1,0 +1,68 @@
+#!/usr/bin/env python
+"""Draws docs/speed.png, speed against quality, from bench.py's figures.
+
+python benchmarks/plot_frontier.py --results benchmarks/results.json --output docs/speed.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from dit_hf.command_line import run  # noqa: E402
+
+
+PRESETS = {
+    "DDIM, compiled (exact)": "exact",
+    "DDIM, int8 compiled (int8)": "int8",
+    "balanced": "balanced",
+    "fastest": "fastest",
+}
+
+
+def points(results: dict, batch: str = "8") -> dict[str, tuple[float, float]]:
+    """Times as fast as the stock pipeline, and Fréchet distance over 50-step DDIM's, of every setting that has both."""
+    times, quality = results["sampling"]["rows"][batch], results["quality"]["rows"]
+    # These round differently from DDIM and draw the same.
+    distances = {name: quality.get(name, quality["DDIM"])["fid_over_ddim"] for name in times}
+    return {name: (1 / row["ratio"], distances[name]) for name, row in times.items()}
+
+
+def draw(found, path):
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    axes.axhline(1.02, color="0.7", linewidth=1, linestyle="--")
+    axes.text(1, 1.023, "2 % above 50-step DDIM", color="0.4", fontsize=8)
+    for name, (speed, distance) in found.items():
+        label = PRESETS.get(name)
+        axes.scatter(speed, distance, color="tab:orange" if label else "tab:blue", zorder=3)
+        words = f"{label} (preset)" if label else name
+        axes.annotate(words, (speed, distance), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log")
+    ticks = [1, 2, 4, 8, 16, 32]
+    axes.set_xticks(ticks, [f"{tick}×" for tick in ticks])
+    axes.set_xlabel("times as fast as diffusers' DiTPipeline with 50 DDIM steps, 8 images a call")
+    axes.set_ylabel("Fréchet distance over DDIM's (less is better)")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default="benchmarks/results.json", help="Of bench.py.")
+    parser.add_argument("--output", type=Path, default="docs/speed.png", help="The picture.")
+    args = parser.parse_args()
+    results = json.loads(args.results.read_text())
+    if missing := {"sampling", "quality"} - set(results):
+        raise ValueError(f"{args.results} has no {' and no '.join(sorted(missing))}; bench.py measures them.")
+    draw(points(results), args.output)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,227 @@
+"""Work done once before the loop, presets that can be undone, int8 weights, and the benchmark suite in small."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DESIGNS, ROOT, tiny_design, tiny_inputs, tiny_transformer
+from diffusers import FasterCacheConfig, TorchAoConfig
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+import dit_hf
+from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, pipeline_dit_class_cond
+from dit_hf.optimization import SPEED_PRESETS, quantize_blocks
+
+
+INT8 = TorchAoConfig(Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=["time_embed", "proj_out"])
+ADAPTIVE = [name for name, design in DESIGNS.items() if design.get("conditioning", "adaln_zero").startswith("adaln")]
+
+
+def tiny_pipeline(scheduler="ddim", **overrides):
+    pipe = DiTClassCondPipeline(tiny_transformer(**overrides), make_scheduler(scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, labels=(1, 1, 4), **options):
+    options = {"num_inference_steps": 6, "output_type": "latent"} | options
+    return pipe(list(labels), generator=torch.Generator().manual_seed(0), **options).images
+
+
+def embedded_rows(pipe, **options):
+    """How many rows of time are embedded in each call of the time embedding during one call of the pipeline."""
+    rows = []
+    handle = pipe.transformer.time_embed.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    images = draw(pipe, **options)
+    handle.remove()
+    return rows, images
+
+
+def without_table(pipe, **options):
+    """The same call, time and class embedded at every step: the callback gives the labels back, which drops the table."""
+
+    def give_back(pipe, step, timestep, tensors):
+        return {"class_labels": tensors["class_labels"]}
+
+    names = {"callback_on_step_end_tensor_inputs": ["class_labels"]}
+    return embedded_rows(pipe, callback_on_step_end=give_back, **names, **options)
+
+
+@pytest.mark.parametrize("design", ADAPTIVE)
+def test_modulation_given_equals_modulation_computed(design):
+    model, inputs = tiny_design(design), tiny_inputs()
+    with torch.no_grad():
+        modulation = model.compute_modulation(inputs["timestep"], inputs["class_labels"])
+        given = model(**inputs, modulation=modulation).sample
+        torch.testing.assert_close(given, model(**inputs).sample, atol=1e-6, rtol=0)
+        other = model(**inputs, modulation=modulation.roll(1, dims=0)).sample
+    assert not torch.allclose(given, other, atol=1e-2)
+
+
+def test_modulation_is_refused_where_it_has_no_place():
+    context = tiny_design("in_context")
+    with pytest.raises(ValueError, match="in_context"):
+        context.compute_modulation(torch.zeros(3), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="modulation"):
+        context(**tiny_inputs(), modulation=torch.zeros(3, 48))
+    with pytest.raises(ValueError, match="dropped"):
+        tiny_transformer()(**tiny_inputs(), force_drop_ids=torch.ones(3), modulation=torch.zeros(3, 672))
+
+
+def test_time_and_class_are_embedded_once_for_all_steps():
+    """Six steps of two distinct labels and the null class are 18 rows, in one call; without the table 6 calls."""
+    pipe = tiny_pipeline()
+    rows, images = embedded_rows(pipe)
+    assert rows == [6 * 3]
+    rows, expected = without_table(pipe)
+    assert rows == [18, 6, 6, 6, 6, 6]
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("at_a_time", (3, 7, 2))
+def test_the_table_is_made_in_parts_when_it_is_large(at_a_time, monkeypatch):
+    pipe = tiny_pipeline("dpm++")
+    _, expected = embedded_rows(pipe, guidance_interval=(0.3, 0.8))
+    monkeypatch.setattr(pipeline_dit_class_cond, "MODULATION_ROWS", at_a_time)
+    rows, images = embedded_rows(pipe, guidance_interval=(0.3, 0.8))
+    assert max(rows) <= max(3, at_a_time) and sum(rows) == 18
+    torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
+
+
+def test_models_without_a_null_class_get_a_table_too():
+    pipe = tiny_pipeline(class_dropout_prob=0.0)
+    rows, images = embedded_rows(pipe, guidance_scale=1.0)
+    assert rows == [12]
+    torch.testing.assert_close(images, without_table(pipe, guidance_scale=1.0)[1], atol=1e-5, rtol=0)
+
+
+def test_labels_changed_on_the_way_are_used():
+    pipe = tiny_pipeline()
+
+    def change(pipe, step, timestep, tensors):
+        return {"class_labels": torch.full_like(tensors["class_labels"], 7)} if step == 2 else {}
+
+    changed = draw(pipe, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["class_labels"])
+    assert not torch.allclose(changed, draw(pipe), atol=1e-3)
+
+
+def test_where_there_can_be_no_table():
+    pipe = tiny_pipeline()
+    pipe.transformer.enable_cache(
+        FasterCacheConfig(
+            spatial_attention_block_identifiers=["transformer_blocks"],
+            _unconditional_conditional_input_kwargs_identifiers=["hidden_states", "timestep", "class_labels"],
+            current_timestep_callback=lambda: int(pipe.current_timestep),
+            tensor_format="BCHW",
+        )
+    )
+    assert len(embedded_rows(pipe)[0]) == 6
+    pipe.transformer.disable_cache()
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert len(embedded_rows(pipe)[0]) == 6
+    pipe = DiTClassCondPipeline(tiny_design("cross_attention"), make_scheduler("ddim"))
+    assert len(embedded_rows(pipe)[0]) == 6
+
+
+@pytest.mark.parametrize("preset", SPEED_PRESETS)
+def test_presets_are_undone_to_the_bit(preset):
+    pipe = tiny_pipeline("flow_euler")
+    weights = {name: (parameter, parameter.clone()) for name, parameter in pipe.transformer.named_parameters()}
+    scheduler, expected = pipe.scheduler, draw(pipe)
+    settings = dit_hf.optimize(pipe, preset=preset)
+    images = draw(pipe, **settings)
+    assert images.isfinite().all()
+    if preset == "exact":
+        assert settings == {}
+        torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
+    else:
+        assert type(pipe.transformer.transformer_blocks[0].attn.to_q.weight).__name__ == "Int8Tensor"
+        assert (images - expected).norm() / expected.norm() > 0
+    dit_hf.restore(pipe)
+    assert pipe.scheduler is scheduler and pipe.transformer._compiled_call_impl is None
+    for name, parameter in pipe.transformer.named_parameters():
+        assert parameter is weights[name][0] and torch.equal(parameter, weights[name][1]), name
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_a_preset_takes_the_place_of_another():
+    pipe = tiny_pipeline()
+    weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    dit_hf.optimize(pipe, "fastest")
+    assert type(pipe.scheduler).__name__ == "UniPCMultistepScheduler"
+    assert pipe.scheduler.config.beta_end == make_scheduler("ddim").config.beta_end
+    dit_hf.optimize(pipe, "exact", device="cpu")
+    assert pipe.transformer.transformer_blocks[0].attn.to_q.weight is weight
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+    dit_hf.restore(pipe)
+    dit_hf.restore(pipe)  # nothing left to undo
+
+
+def test_what_optimize_refuses():
+    pipe = tiny_pipeline()
+    with pytest.raises(ValueError, match="exact, int8, balanced, fastest"):
+        dit_hf.optimize(pipe, "turbo")
+    pipe.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match="offload"):
+        dit_hf.optimize(pipe, "exact")
+
+
+def test_int8_of_the_bundled_model_is_near_float32():
+    pipe = DiTClassCondPipeline.from_bundled("emoji64")
+    generator = torch.Generator().manual_seed(0)
+    latents, labels = torch.randn(8, 4, 16, 16, generator=generator), torch.arange(8)
+    with torch.no_grad():
+        for timestep in (50.0, 500.0, 950.0):
+            exact = pipe.transformer(latents, timestep, labels).sample
+            weights = quantize_blocks(pipe.transformer)
+            error = (pipe.transformer(latents, timestep, labels).sample - exact).norm() / exact.norm()
+            assert 0 < error < 0.02, timestep
+            for layer, weight in weights:
+                layer.weight = weight
+
+
+def test_int8_is_saved_and_loaded(tmp_path):
+    """The network and the pipeline, through diffusers' quantization config, with a file about a quarter as large."""
+    model = DiTTransformer2DModel.from_preset("DiT-S/8")
+    torch.nn.init.normal_(model.proj_out.weight)
+    model.save_pretrained(tmp_path / "float32")
+    load = DiTTransformer2DModel.from_pretrained
+    quantized = load(tmp_path / "float32", torch_dtype=torch.float32, quantization_config=INT8)
+    DiTClassCondPipeline(quantized, make_scheduler("ddim")).save_pretrained(tmp_path / "int8")
+    sizes = [next(tmp_path.glob(f"{name}/*.safetensors")).stat().st_size for name in ("float32", "int8/transformer")]
+    assert sizes[1] < 0.35 * sizes[0]
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "int8", torch_dtype=torch.float32)
+    again = load(tmp_path / "int8", subfolder="transformer", torch_dtype=torch.float32)
+    inputs = tiny_inputs(height=32, width=32)
+    with torch.no_grad():
+        outputs = [network(**inputs).sample for network in (quantized, again, pipe.transformer, model.eval())]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert 0 < (outputs[0] - outputs[3]).norm() / outputs[3].norm() < 0.02
+    assert draw(pipe, num_inference_steps=2).isfinite().all()
+
+
+def bench(*flags):
+    command = [sys.executable, ROOT / "benchmarks" / "bench.py", *flags]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_benchmarks_in_small(tmp_path):
+    output = tmp_path / "bench.json"
+    parts = ("forward", "training", "memory", "sampling", "growth")
+    result = bench("--quick", "--parts", *parts, "--output", output)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(output.read_text())
+    assert set(found) == set(parts)
+    assert found["sampling"]["largest_difference_of_pixels"] < 1e-4  # stock and ours draw the same
+    assert all(row["ours"]["ratio"] > 0 for row in found["forward"]["rows"])
+    assert all(f"## {part}" in result.stdout for part in parts)
+    assert found["forward"]["environment"]["versions"]["torch"] == torch.__version__
+
+
+def test_quality_without_held_out_images_is_refused(tmp_path):
+    result = bench("--parts", "quality", "--reference", tmp_path / "none", "--output", tmp_path / "bench.json")
+    assert result.returncode == 2
+    assert "held-out emoji" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "bench.json").exists()
