@@ -31,7 +31,7 @@ def measure(part, args):
     device = torch.device(args.device)
     sizes = ["DiT-S/8"] if args.quick else list(PRESETS)
     largest = "DiT-S/8" if args.quick else "DiT-XL/2"
-    seconds = 0.2 if args.quick else 4.0
+    seconds = 0.2 if args.quick else 3.0
     if part == "forward":
         return networks.forward(sizes, device, seconds)
     if part == "compiled":
@@ -42,7 +42,7 @@ def measure(part, args):
         training = ["DiT-S/8"] if args.quick else ["DiT-B/2", "DiT-XL/2"]
         return networks.measure_memory(largest) | {"training": networks.training_memory(training)}
     if part == "sampling":
-        return sampling.times(device, seconds, args.quick)
+        return sampling.times(device, seconds, args.settings, args.quick)
     if part == "growth":
         return sampling.growth(device, seconds, args.quick)
     if not (args.reference and args.reference.exists()):
@@ -50,7 +50,7 @@ def measure(part, args):
             f"--reference {args.reference} is not there: examples/train_autoencoder/README.md tells how to make the "
             "held-out emoji; or leave 'quality' out of --parts."
         )
-    return sampling.quality(device, args.reference, 16 if args.quick else args.num_samples, args.quick)
+    return sampling.quality(device, args.reference, 16 if args.quick else args.num_samples, args.settings)
 
 
 def main():
@@ -62,6 +62,13 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where.")
     parser.add_argument("--reference", type=Path, default="outputs/emoji64", help="Held-out images.")
     parser.add_argument("--num_samples", type=int, default=2000, help="Of every figure of quality.")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        choices=sampling.SETTINGS,
+        default=list(sampling.SETTINGS),
+        help="Of sampling, quality.",
+    )
     parser.add_argument("--quick", action="store_true", help="Tries everything in small; the figures mean nothing.")
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)

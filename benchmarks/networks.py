@@ -12,7 +12,7 @@ from timing import Product, clock, compare, peak_memory
 
 from dit_hf import DiTTransformer2DModel
 from dit_hf.complexity import count_macs
-from dit_hf.optimization import quantize_blocks
+from dit_hf.optimization import compile_network, quantize_blocks
 from dit_hf.presets import preset_config
 
 
@@ -49,7 +49,7 @@ def eager_pass(models, product, batch, sample_size, device, seconds):
         "product": product,
     }
     with torch.no_grad():
-        found = compare(candidates, device, seconds, least=3)
+        found = compare(candidates, device, seconds, least=2)
     return {"share_of_peak": product.share(2 * batch * count_macs(ours.config), found)} | found
 
 
@@ -79,20 +79,18 @@ def compiled(preset, device, seconds, batch=2):
         modulation = ours.compute_modulation(timestep, labels)
         exact = ours(latents, timestep, labels).sample
 
-        def call(dtype=torch.float32):
-            return ours(latents.to(dtype), timestep, labels, modulation=modulation.to(dtype)).sample.float()
+        def call():
+            return ours(latents, timestep, labels, modulation=modulation).sample.float()
 
         for name in ("float32", "int8", "bfloat16"):
-            dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
             weights = quantize_blocks(ours) if name == "int8" else []
-            ours.to(dtype)
-            ours.compile(dynamic=False, options={"freezing": device.type == "cpu"})
-            first = clock(lambda dtype=dtype: call(dtype), device)
-            error = ((call(dtype) - exact).norm() / exact.norm()).item()
+            compile_network(ours, device.type, name == "bfloat16")
+            first = clock(call, device)
+            error = ((call() - exact).norm() / exact.norm()).item()
             found = compare(
                 {
                     "stock": lambda: stock(latents, timestep, class_labels=labels),
-                    "ours": lambda dtype=dtype: call(dtype),
+                    "ours": call,
                     "product": product,
                 },
                 device,
@@ -125,7 +123,7 @@ def training(presets, device, seconds, batch=8):
             "stock": partial(training_step, stock.train(), *batch_inputs),
             "ours": partial(training_step, ours.train(), *batch_inputs),
         }
-        rows.append({"model": preset, "batch": batch} | compare(candidates, device, seconds, least=3))
+        rows.append({"model": preset, "batch": batch} | compare(candidates, device, seconds, least=2))
         print("training", _line(rows[-1]), file=sys.stderr, flush=True)
     return {"rows": rows}
 

@@ -12,9 +12,9 @@ import matplotlib
 
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from dit_hf.command_line import run  # noqa: E402
+from dit_hf.command_line import run
 
 
 PRESETS = {

@@ -5,19 +5,25 @@ import importlib.util
 from typing import NamedTuple
 
 import torch
+import torch._dynamo.config
+import torch._inductor.config
 from torch import nn
 
 from .pipeline_dit_class_cond import DiTClassCondPipeline
 from .schedulers import make_scheduler
 
 
+# Guided and unguided steps of some batch sizes each are a compilation of their own; torch's default is 8.
+RECOMPILE_LIMIT = 64
+
+
 class SpeedPreset(NamedTuple):
     """
-    What a preset switches on: compiled network and decoder, int8 weights and activations in the blocks, a solver
-    for few steps, how many, and a guidance interval. Measured on `emoji64` (docs/speed.md).
+    What a preset switches on: the precision of the compiled network and decoder, a solver for few steps, how many, and
+    a guidance interval. Measured on `emoji64` in docs/speed.md.
     """
 
-    int8: bool
+    precision: str
     solver: str | None
     num_inference_steps: int | None
     guidance_interval: tuple[float, float] | None
@@ -25,11 +31,11 @@ class SpeedPreset(NamedTuple):
 
 # fmt: off
 SPEED_PRESETS = {
-    #                       int8   solver   steps  guidance interval
-    "exact":    SpeedPreset(False, None,    None,  None),
-    "int8":     SpeedPreset(True,  None,    None,  None),
-    "balanced": SpeedPreset(True,  "unipc",    8,  (0.0, 0.5)),
-    "fastest":  SpeedPreset(True,  "unipc",    6,  (0.0, 0.5)),
+    #                       precision   solver   steps  guidance interval
+    "exact":    SpeedPreset("float32",  None,    None,  None),
+    "int8":     SpeedPreset("int8",     None,    None,  None),
+    "balanced": SpeedPreset("bfloat16", "unipc",    8,  (0.0, 0.5)),
+    "fastest":  SpeedPreset("bfloat16", "unipc",    6,  (0.0, 0.5)),
 }
 # fmt: on
 
@@ -42,7 +48,8 @@ def optimize(pipe: DiTClassCondPipeline, preset: str = "exact", device: str | to
         pipe (`DiTClassCondPipeline`): The pipeline; if it is optimized already, that is undone first.
         preset (`str`, defaults to `"exact"`):
             `"exact"` compiles and changes no pixel beyond rounding; `"int8"` computes the blocks in 8-bit integers too;
-            `"balanced"` and `"fastest"` take a solver for few steps as well, and guide in a part of them only.
+            `"balanced"` and `"fastest"` compute in bfloat16, which older processors are slow at, take a solver for few
+            steps, and guide in a part of them only.
         device (`str` or `torch.device`, *optional*): Where to move the pipeline.
 
     Returns:
@@ -63,7 +70,7 @@ def optimize(pipe: DiTClassCondPipeline, preset: str = "exact", device: str | to
     if preset not in SPEED_PRESETS:
         raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(SPEED_PRESETS)}.")
     settings = SPEED_PRESETS[preset]
-    if settings.int8 and importlib.util.find_spec("torchao") is None:
+    if settings.precision == "int8" and importlib.util.find_spec("torchao") is None:
         raise ImportError(f"The preset {preset!r} needs torchao: pip install 'dit_hf[quantize]'.")
     if any(hasattr(module, "_hf_hook") for module in pipe.transformer.modules()):
         raise ValueError("The pipeline is offloaded and can't be optimized; load it without offloading.")
@@ -75,13 +82,12 @@ def optimize(pipe: DiTClassCondPipeline, preset: str = "exact", device: str | to
     }
     if device is not None:
         pipe.to(device)
-    if settings.int8:
+    if settings.precision == "int8":
         pipe._before_optimization["weights"] = quantize_blocks(pipe.transformer)
     if settings.solver is not None:
         pipe.scheduler = few_step_scheduler(pipe, settings.solver)
     for network in compiled_networks(pipe):
-        # Freezing lays the weights out for the CPU's kernels once; with it, weights may not change any more.
-        network.compile(dynamic=False, options={"freezing": pipe.device.type == "cpu"})
+        compile_network(network, pipe.device.type, settings.precision == "bfloat16")
     call = {"num_inference_steps": settings.num_inference_steps, "guidance_interval": settings.guidance_interval}
     return {name: value for name, value in call.items() if value is not None}
 
@@ -108,6 +114,19 @@ def restore(pipe: DiTClassCondPipeline) -> None:
 def compiled_networks(pipe):
     """The parts of a pipeline that `optimize` compiles."""
     return [pipe.transformer] if pipe.vae is None else [pipe.transformer, pipe.vae.decoder]
+
+
+def compile_network(network, device_type, bfloat16):
+    """
+    As `network.compile()`, undone in the same way. On a CPU with the weights frozen, that is laid out for its kernels
+    once: they may not change any more.
+    """
+    compiled = torch.compile(network._call_impl, dynamic=False)
+    if bfloat16:
+        compiled = torch.autocast(device_type, torch.bfloat16)(compiled)
+    # Dynamo asks whether weights are frozen before `options` are read, so this one is set around the calls.
+    compiled = torch._inductor.config.patch(freezing=device_type == "cpu")(compiled)
+    network._compiled_call_impl = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)(compiled)
 
 
 def quantize_blocks(transformer):
