@@ -12,7 +12,7 @@ from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("conversion", "pipelines/*", "examples/*", "src/dit_hf/bundled/*")
+FOLDERS = ("benchmarks", "conversion", "pipelines/*", "examples/*", "src/dit_hf/bundled/*")
 # Path in the repository -> path on the site; the repository's README would take the front page's place.
 PAGES = {"README.md": "repository.md"} | {
     name: name
