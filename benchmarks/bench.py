@@ -29,7 +29,7 @@ PARTS = ("forward", "compiled", "training", "memory", "sampling", "growth", "qua
 def measure(part, args):
     """One part's figures."""
     device = torch.device(args.device)
-    sizes = ["DiT-S/8"] if args.quick else list(PRESETS)
+    sizes = ["DiT-S/8"] if args.quick else args.sizes
     largest = "DiT-S/8" if args.quick else "DiT-XL/2"
     seconds = 0.2 if args.quick else 3.0
     if part == "forward":
@@ -62,6 +62,9 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where.")
     parser.add_argument("--reference", type=Path, default="outputs/emoji64", help="Held-out images.")
     parser.add_argument("--num_samples", type=int, default=2000, help="Of every figure of quality.")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=PRESETS, default=list(PRESETS), help="Of forward passes and training."
+    )
     parser.add_argument(
         "--settings",
         nargs="+",
