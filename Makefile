@@ -29,7 +29,7 @@ test-browser: $(STAMP)  ## Tries the Space's page in Debian's Chromium, which it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 bench: $(STAMP)  ## Measures the tables of benchmarks/README.md, in about an hour; quality needs outputs/emoji64.
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/bench.py --output benchmarks/results.json
 
 docs: $(STAMP)  ## Builds the site into site/, without a warning; open site/index.html.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -136,7 +136,7 @@ def test_presets_are_undone_to_the_bit(preset):
     if preset == "exact":
         assert settings == {}
         torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
-    else:
+    if SPEED_PRESETS[preset].precision == "int8":
         assert type(pipe.transformer.transformer_blocks[0].attn.to_q.weight).__name__ == "Int8Tensor"
         assert (images - expected).norm() / expected.norm() > 0
     dit_hf.restore(pipe)
@@ -144,6 +144,18 @@ def test_presets_are_undone_to_the_bit(preset):
     for name, parameter in pipe.transformer.named_parameters():
         assert parameter is weights[name][0] and torch.equal(parameter, weights[name][1]), name
     assert torch.equal(draw(pipe), expected)
+
+
+def test_weights_changed_after_a_restore_are_used():
+    pipe = tiny_pipeline("flow_euler")
+    dit_hf.optimize(pipe, "exact")
+    first = draw(pipe)
+    dit_hf.restore(pipe)
+    pipe.transformer.load_state_dict(tiny_transformer(seed=1).state_dict())
+    expected = draw(pipe)
+    dit_hf.optimize(pipe, "exact")
+    torch.testing.assert_close(draw(pipe), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(first, expected, atol=1e-2)
 
 
 def test_a_preset_takes_the_place_of_another():
@@ -215,7 +227,7 @@ def test_the_benchmarks_in_small(tmp_path):
     found = json.loads(output.read_text())
     assert set(found) == set(parts)
     assert found["sampling"]["largest_difference_of_pixels"] < 1e-4  # stock and ours draw the same
-    assert all(row["ours"]["ratio"] > 0 for row in found["forward"]["rows"])
+    assert len(found["forward"]["rows"]) == 6
     assert all(f"## {part}" in result.stdout for part in parts)
     assert found["forward"]["environment"]["versions"]["torch"] == torch.__version__
 

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 import torch._dynamo.config
 import torch._inductor.config
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
+from torch._inductor.compile_fx import compile_fx
 
 from .pipeline_dit_class_cond import DiTClassCondPipeline
 from .schedulers import make_scheduler
@@ -72,22 +74,29 @@ def optimize(pipe: DiTClassCondPipeline, preset: str = "exact", device: str | to
     settings = SPEED_PRESETS[preset]
     if settings.precision == "int8" and importlib.util.find_spec("torchao") is None:
         raise ImportError(f"The preset {preset!r} needs torchao: pip install 'dit_hf[quantize]'.")
-    if any(hasattr(module, "_hf_hook") for module in pipe.transformer.modules()):
+    networks = compiled_networks(pipe)
+    hooked = any(hasattr(module, "_hf_hook") for network in networks for module in network.modules())
+    if hooked or any(map(_is_group_offload_enabled, networks)):
         raise ValueError("The pipeline is offloaded and can't be optimized; load it without offloading.")
     restore(pipe)
-    pipe._before_optimization = {
+    pipe._before_optimization = before = {
         "device": pipe.device,
-        "scheduler": pipe.scheduler,
+        "compiled": [(network, network._compiled_call_impl) for network in networks],
         "weights": [],
     }
-    if device is not None:
-        pipe.to(device)
-    if settings.precision == "int8":
-        pipe._before_optimization["weights"] = quantize_blocks(pipe.transformer)
-    if settings.solver is not None:
-        pipe.scheduler = few_step_scheduler(pipe, settings.solver)
-    for network in compiled_networks(pipe):
-        compile_network(network, pipe.device.type, settings.precision == "bfloat16")
+    try:
+        if device is not None:
+            pipe.to(device)
+        if settings.precision == "int8":
+            before["weights"] = quantize_blocks(pipe.transformer)
+        if settings.solver is not None:
+            before["scheduler"] = pipe.scheduler
+            pipe.scheduler = few_step_scheduler(pipe, settings.solver)
+        for network in networks:
+            compile_network(network, pipe.device.type, settings.precision == "bfloat16")
+    except BaseException:
+        restore(pipe)
+        raise
     call = {"num_inference_steps": settings.num_inference_steps, "guidance_interval": settings.guidance_interval}
     return {name: value for name, value in call.items() if value is not None}
 
@@ -102,12 +111,12 @@ def restore(pipe: DiTClassCondPipeline) -> None:
     before = pipe.__dict__.pop("_before_optimization", None)
     if before is None:
         return
-    for network in compiled_networks(pipe):
-        network._compiled_call_impl = None
+    for network, compiled in before["compiled"]:
+        network._compiled_call_impl = compiled
     for layer, weight in before["weights"]:
         layer.weight = weight
         vars(layer).pop("extra_repr", None)  # torchao's
-    pipe.scheduler = before["scheduler"]
+    pipe.scheduler = before.get("scheduler", pipe.scheduler)
     pipe.to(before["device"])
 
 
@@ -121,7 +130,12 @@ def compile_network(network, device_type, bfloat16):
     As `network.compile()`, undone in the same way. On a CPU with the weights frozen, that is laid out for its kernels
     once: they may not change any more.
     """
-    compiled = torch.compile(network._call_impl, dynamic=False)
+
+    def backend(graph, inputs):
+        """Inductor, under a name of its own: what an earlier call has compiled holds that call's weights."""
+        return compile_fx(graph, inputs)
+
+    compiled = torch.compile(network._call_impl, backend=backend, dynamic=False)
     if bfloat16:
         compiled = torch.autocast(device_type, torch.bfloat16)(compiled)
     # Dynamo asks whether weights are frozen before `options` are read, so this one is set around the calls.

@@ -494,12 +494,14 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
     def _prepare_modulation(self, schedule, class_ids):
         """A table, or None where the model has to embed time and class by itself."""
         transformer = self.transformer
-        if not getattr(transformer, "is_adaptive", False):
+        if not getattr(transformer, "is_adaptive", False) or not hasattr(transformer, "compute_modulation"):
             return None
         # Offloaded blocks have their weights only while they run; FasterCache cuts the batch but not these rows.
+        # So have sharded ones, whose parameters are tensors of another type.
+        sharded = any(type(parameter).__name__ == "DTensor" for parameter in transformer.parameters())
         hooked = hasattr(transformer, "_hf_hook") or hasattr(transformer.transformer_blocks[0], "_hf_hook")
         cuts_batch = isinstance(transformer._cache_config, FasterCacheConfig)
-        if hooked or cuts_batch or _is_group_offload_enabled(transformer):
+        if sharded or hooked or cuts_batch or _is_group_offload_enabled(transformer):
             return None
         return ModulationTable(transformer, schedule, class_ids)
 
@@ -675,8 +677,9 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
                     tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, index, timestep, tensors) or {}
                     latents = changed.pop("latents", latents)
-                    if "class_labels" in changed:
-                        class_labels, table = changed.pop("class_labels"), None
+                    class_labels = changed.pop("class_labels", class_labels)
+                    if "class_labels" in tensors:
+                        table = None  # they may have been changed, in place too
                 progress_bar.update()
         self._current_timestep = None
 

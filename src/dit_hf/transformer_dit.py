@@ -237,6 +237,8 @@ class DiTGELU(nn.Module):
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
             and not is_in_torch_dispatch_mode()
             and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.enabled
+            and not torch.jit.is_tracing()
         )
 
 
@@ -719,7 +721,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             raise ValueError(f"`conditioning` {self.config.conditioning!r} has no modulation.")
         condition = self._embed_condition(timestep, class_labels, None, len(class_labels))
         condition = F.silu(condition.to(self.pos_embed.proj.weight.dtype))
-        layers = [*(block.modulation for block in self.transformer_blocks), self.norm_out.linear]
+        layers: list[Any] = [*(block.modulation for block in self.transformer_blocks), self.norm_out.linear]
         return torch.cat([layer(condition) for layer in layers], dim=1)
 
     def _split_modulation(self, modulation):
@@ -748,6 +750,10 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             raise ValueError("`force_drop_ids` needs a null class, and a model with `class_dropout_prob=0` has none.")
         if modulation is not None and (force_drop_ids is not None or not self.is_adaptive):
             raise ValueError("`modulation` fits adaptive norms only, and its labels can't be dropped any more.")
+        if modulation is not None and modulation.shape[:1] != hidden_states.shape[:1]:
+            raise ValueError(
+                f"`modulation` has shape {tuple(modulation.shape)}; a batch of {hidden_states.shape[0]} needs as many rows."
+            )
 
     @apply_lora_scale("attention_kwargs")
     def forward(
