@@ -5,11 +5,8 @@ import importlib.util
 from typing import NamedTuple
 
 import torch
-import torch._dynamo.config
-import torch._inductor.config
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
-from torch._inductor.compile_fx import compile_fx
 
 from .pipeline_dit_class_cond import DiTClassCondPipeline
 from .schedulers import make_scheduler
@@ -130,6 +127,8 @@ def compile_network(network, device_type, bfloat16):
     As `network.compile()`, undone in the same way. On a CPU with the weights frozen, that is laid out for its kernels
     once: they may not change any more.
     """
+    import torch._inductor.config  # a second of imports, for those who compile
+    from torch._inductor.compile_fx import compile_fx
 
     def backend(graph, inputs):
         """Inductor, under a name of its own: what an earlier call has compiled holds that call's weights."""
