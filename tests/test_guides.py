@@ -15,7 +15,7 @@ SNIPPETS = [
     for snippet in re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
 ]
 FLAG = r'"(--\w+)"'
-SCRIPTS = [script for folder in ("examples", "conversion") for script in (ROOT / folder).rglob("*.py")]
+SCRIPTS = [script for folder in ("examples", "conversion", "benchmarks") for script in (ROOT / folder).rglob("*.py")]
 FLAGS = {flag for script in SCRIPTS for flag in re.findall(FLAG, script.read_text())}
 COMMANDS = [
     (guide.name, line)
