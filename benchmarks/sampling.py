@@ -67,8 +67,9 @@ def build(setting: Setting, device: torch.device) -> DiTClassCondPipeline:
     """The bundled pipeline under a setting."""
     pipe = DiTClassCondPipeline.from_bundled("emoji64").to(device)
     pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler(setting.solver, **setting.options)
     if setting.on in SPEED_PRESETS:
-        optimize(pipe, setting.on)
+        optimize(pipe, setting.on)  # with its own solver, if it has one
     elif setting.on == "int8 eager":
         quantize_blocks(pipe.transformer)
     elif setting.on == "no table":
@@ -77,7 +78,6 @@ def build(setting: Setting, device: torch.device) -> DiTClassCondPipeline:
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     elif setting.on == "taylorseer":
         pipe.transformer.enable_cache(TaylorSeerCacheConfig(cache_interval=4, disable_cache_before_step=3))
-    pipe.scheduler = make_scheduler(setting.solver, **setting.options)
     return pipe
 
 

@@ -60,6 +60,13 @@ def test_modulation_given_equals_modulation_computed(design):
     assert not torch.allclose(given, other, atol=1e-2)
 
 
+def test_modulation_drops_no_label_in_training():
+    model, labels = tiny_transformer().train(), torch.arange(10).repeat(30)
+    with torch.no_grad():
+        rows = model.compute_modulation(torch.full((300,), 5.0), labels)
+    torch.testing.assert_close(rows, rows[:10].repeat(30, 1), atol=1e-5, rtol=0)
+
+
 def test_modulation_is_refused_where_it_has_no_place():
     context = tiny_design("in_context")
     with pytest.raises(ValueError, match="in_context"):
@@ -171,10 +178,15 @@ def test_a_preset_takes_the_place_of_another():
     dit_hf.restore(pipe)  # nothing left to undo
 
 
-def test_what_optimize_refuses():
+def test_what_optimized_pipelines_refuse(tmp_path):
     pipe = tiny_pipeline()
     with pytest.raises(ValueError, match="exact, int8, balanced, fastest"):
         dit_hf.optimize(pipe, "turbo")
+    dit_hf.optimize(pipe, "int8")
+    with pytest.raises(ValueError, match="restore"):
+        pipe.save_pretrained(tmp_path / "pipe")
+    assert not (tmp_path / "pipe").exists()
+    dit_hf.restore(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
     with pytest.raises(ValueError, match="offload"):
         dit_hf.optimize(pipe, "exact")

@@ -210,6 +210,8 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
             card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
             kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
         """
+        if "_before_optimization" in vars(self):
+            raise ValueError("The pipeline is optimized for speed; call `dit_hf.restore(pipe)` before saving it.")
         hub = _package("hub") if push_to_hub or _is_installed() else None
         folder = Path(save_directory)
         own_card = folder / "transformer" / "README.md"
@@ -516,6 +518,8 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
             null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
             model_input = torch.cat([model_input, model_input])
             class_labels = torch.cat([null_labels, class_labels])
+        if timestep.is_floating_point():
+            timestep = timestep.float()  # some schedules are float64, which not every device has
         precomputed = {} if modulation is None else {"modulation": modulation}
         with self.transformer.cache_context("guided" if guided else "conditional", timestep=timestep, **position):
             output = self.transformer(
@@ -654,7 +658,7 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         step_options = {"eta": eta, "generator": generator}
         accepted = inspect.signature(self.scheduler.step).parameters
         step_options = {name: value for name, value in step_options.items() if name in accepted}
-        table = self._prepare_modulation(schedule.to(device), class_ids)
+        table = self._prepare_modulation(schedule.float().to(device), class_ids)
 
         # 3. Denoise
         with self._without_foreign_variance(), self.progress_bar(total=len(schedule)) as progress_bar:

@@ -719,7 +719,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         """
         if not self.is_adaptive:
             raise ValueError(f"`conditioning` {self.config.conditioning!r} has no modulation.")
-        condition = self._embed_condition(timestep, class_labels, None, len(class_labels))
+        keep_labels = torch.zeros_like(class_labels)
+        condition = self._embed_condition(timestep, class_labels, keep_labels, len(class_labels))
         condition = F.silu(condition.to(self.pos_embed.proj.weight.dtype))
         layers: list[Any] = [*(block.modulation for block in self.transformer_blocks), self.norm_out.linear]
         return torch.cat([layer(condition) for layer in layers], dim=1)
