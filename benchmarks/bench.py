@@ -11,6 +11,7 @@ quality needs the held-out emoji of examples/train_autoencoder (`--reference`). 
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import networks
@@ -26,8 +27,8 @@ from dit_hf.presets import PRESETS
 PARTS = ("forward", "compiled", "training", "memory", "sampling", "growth", "quality")
 
 
-def measure(part, args):
-    """One part's figures."""
+def measure(part, args, save):
+    """One part's figures; a part that takes long hands `save` what it has."""
     device = torch.device(args.device)
     sizes = ["DiT-S/8"] if args.quick else args.sizes
     largest = "DiT-S/8" if args.quick else "DiT-XL/2"
@@ -50,7 +51,7 @@ def measure(part, args):
             f"--reference {args.reference} is not there: examples/train_autoencoder/README.md tells how to make the "
             "held-out emoji; or leave 'quality' out of --parts."
         )
-    return sampling.quality(device, args.reference, 16 if args.quick else args.num_samples, args.settings)
+    return sampling.quality(device, args.reference, 16 if args.quick else args.num_samples, args.settings, save)
 
 
 def main():
@@ -76,12 +77,16 @@ def main():
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    for part in args.parts:
-        print(f"== {part}", file=sys.stderr, flush=True)
-        results[part] = {"environment": environment(torch.device(args.device))} | measure(part, args)
+
+    def save(part, found):
+        results[part] = {"environment": environment(torch.device(args.device))} | found
         whole = args.output.with_suffix(".part")
         whole.write_text(json.dumps(results, indent=1) + "\n")
         whole.replace(args.output)
+
+    for part in args.parts:
+        print(f"== {part}", file=sys.stderr, flush=True)
+        save(part, measure(part, args, partial(save, part)))
     print(markdown(results))
 
 

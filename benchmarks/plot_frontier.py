@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from sampling import ROUNDING
 
 from dit_hf.command_line import run
 
@@ -28,13 +29,12 @@ PRESETS = {
 def points(results: dict, batch: str = "8") -> dict[str, tuple[float, float]]:
     """Times as fast as the stock pipeline, and Fréchet distance over 50-step DDIM's, of every setting that has both."""
     times, quality = results["sampling"]["rows"][batch], results["quality"]["rows"]
-    # The stock pipeline and the baseline draw the same.
-    distances = {
-        name: quality["DDIM" if name == "stock" else name]["fid_over_ddim"]
-        for name in times
-        if name == "stock" or name in quality
+    same = {"stock": "DDIM"} | ROUNDING
+    return {
+        name: (1 / row["ratio"], quality[same.get(name, name)]["fid_over_ddim"])
+        for name, row in times.items()
+        if same.get(name, name) in quality
     }
-    return {name: (1 / row["ratio"], distances[name]) for name, row in times.items() if name in distances}
 
 
 def draw(found, path):
