@@ -209,8 +209,13 @@ def build(page: Page) -> gr.Blocks:
                 snippet = gr.Code(label="Python", language="python", interactive=False)
         chosen = gr.State("")
         inputs = [controls[name] for name in CONTROLS]
+        # A click while a set is drawn, or is just being cancelled, draws the next one; by default it would be lost.
         drawing = generate.click(
-            page.generate, inputs, [gallery, status, controls["seed"], snippet], api_name="generate"
+            page.generate,
+            inputs,
+            [gallery, status, controls["seed"], snippet],
+            api_name="generate",
+            trigger_mode="always_last",
         )
         cancel.click(page.cancel, None, status, cancels=[drawing], queue=False, api_name="cancel")
         filled = [controls[name] for name in ("steps", "sampler", "guidance_start", "guidance_end")]

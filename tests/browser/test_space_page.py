@@ -120,6 +120,15 @@ def test_drawing_is_cancelled(page):
     draw(page, seed=3, steps=1)
 
 
+def test_a_click_while_drawing_draws_the_next_set(page):
+    set_number(page, "number input for Steps", 100)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_label("Status")).to_have_value(re.compile("Step"), timeout=60_000)
+    set_number(page, "number input for Steps", 1)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_label("Status")).to_have_value(re.compile("steps: 1,"), timeout=120_000)
+
+
 def test_faults_are_messages(page):
     box = page.get_by_label("Class", exact=True)
     box.click()
