@@ -40,7 +40,29 @@ def test_other_classes_keep_the_rows_of_equal_names(workspace, tmp_path):
     command = train_command(workspace, tmp_path / "other", **start, objective="epsilon")
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "learn_sigma=False, where" in result.stderr
+    assert "predicts velocity, which --objective epsilon would spoil" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("learn_sigma", "scheduler", "objective"),
+    [(True, make_scheduler("flow_dpm++"), "velocity"), (False, make_scheduler("ddim"), "epsilon")],
+)
+def test_the_head_stays_as_it_is(workspace, tmp_path, learn_sigma, scheduler, objective):
+    """SiT's checkpoints have a half that nothing uses; DiTs without a learned variance have none."""
+    given = tiny_transformer(num_classes=3, learn_sigma=learn_sigma)
+    pipe = DiTClassCondPipeline(given, scheduler, tiny_vae(), {0: "night", 1: "dark", 2: "light"})
+    pipe.save_pretrained(tmp_path / "pretrained")
+    start = {"transformer_config": None, "vae": None, "pretrained_model_name_or_path": tmp_path / "pretrained"}
+    run(train_command(workspace, tmp_path / "run", **start, objective=objective, max_train_steps=2))
+    trained = DiTClassCondPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert trained.transformer.config.learn_sigma == learn_sigma
+    rows = [
+        model.proj_out.weight.unflatten(0, (4, -1)) for model in (given, trained.transformer)
+    ]  # 2x2 values a patch
+    assert not torch.equal(rows[0][:, :4], rows[1][:, :4])
+    assert torch.equal(rows[0][:, 4:], rows[1][:, 4:])
+    image = trained("dark", num_inference_steps=2, output_type="latent").images
+    assert image.isfinite().all()
 
 
 def test_adapters_are_trained_saved_and_loaded(workspace, tmp_path):

@@ -107,6 +107,23 @@ def test_device_map_splits_between_blocks_only(conditioning, tmp_path):
     assert_near(run_unfused(mapped), run_unfused(model))
 
 
+def test_forward_mode_derivatives_do_not_need_a_gradient():
+    """As in the likelihood of a flow or a consistency loss, whose teacher runs without one."""
+    model, inputs = tiny_transformer(), tiny_inputs()
+    model.set_attention_backend("_native_math")  # torch's other kernels have no forward mode
+    hidden_states = inputs.pop("hidden_states")
+    direction = torch.randn_like(hidden_states)
+
+    def output(hidden_states):
+        return model(hidden_states, **inputs, return_dict=False)[0]
+
+    expected = torch.func.jvp(output, (hidden_states,), (direction,))[1]
+    with torch.no_grad():
+        found = torch.func.jvp(output, (hidden_states,), (direction,))[1]
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found, expected)
+
+
 @every_conditioning
 @pytest.mark.parametrize(
     "options", ({"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}), ids=("leaf", "block")

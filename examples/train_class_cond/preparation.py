@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMScheduler
 
 from dit_hf import DiTTransformer2DModel
 from dit_hf.data.images import label_names, load_image_dataset, stack_images
@@ -106,12 +106,13 @@ def build_transformer(args, vae, names):
         "learn_sigma": args.objective == "epsilon",
     }
     if args.pretrained_model_name_or_path:
+        check_objective(args)
         model = load_for_classes(args.pretrained_model_name_or_path, names, args.class_dropout_prob)
-        for name in ("sample_size", "in_channels", "learn_sigma"):
+        for name in ("sample_size", "in_channels"):
             if model.config[name] != config[name]:
                 raise ValueError(
-                    f"{args.pretrained_model_name_or_path} has {name}={model.config[name]}, where the data, the VAE and "
-                    f"--objective {args.objective} need {config[name]}."
+                    f"{args.pretrained_model_name_or_path} has {name}={model.config[name]}, where the data and the VAE "
+                    f"need {config[name]}."
                 )
         if args.lora_rank is not None:
             add_lora(model, args.lora_rank, args.lora_alpha or args.lora_rank)
@@ -126,6 +127,18 @@ def build_transformer(args, vae, names):
         return DiTTransformer2DModel(**(config | given))
     except TypeError as error:
         raise ValueError(f"--transformer_config {args.transformer_config}: {error}") from error
+
+
+def check_objective(args):
+    """That given weights go on learning what their pipeline's scheduler takes them for."""
+    scheduler = DDPMScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")  # whichever it is
+    flow = scheduler["_class_name"].startswith("FlowMatch") or scheduler.get("use_flow_sigmas")
+    prediction = "velocity" if flow else scheduler.get("prediction_type", "epsilon")
+    if prediction != args.objective:
+        raise ValueError(
+            f"{args.pretrained_model_name_or_path} predicts {prediction}, which --objective {args.objective} would "
+            f"spoil; pass --objective {prediction} (or a --recipe that has it)."
+        )
 
 
 def open_latents(args, accelerator, vae, data, encoder):

@@ -37,6 +37,7 @@ from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale, logging
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
@@ -235,6 +236,7 @@ class DiTGELU(nn.Module):
             and (type(proj), type(weight)) == (nn.Linear, nn.Parameter)
             and not ("forward" in vars(proj) or proj._forward_hooks or proj._forward_pre_hooks)
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+            and forward_ad.unpack_dual(hidden_states).tangent is None  # the kernel has no forward-mode derivative
             and not is_in_torch_dispatch_mode()
             and torch.backends.mkldnn.is_available()
             and torch.backends.mkldnn.enabled

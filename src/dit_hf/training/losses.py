@@ -59,7 +59,8 @@ def velocity_loss(model_output: torch.Tensor, x_start: torch.Tensor, noise: torc
     Flow matching in diffusers' convention: x = (1 - sigma)·data + sigma·noise, and the target is noise - data.
 
     Args:
-        model_output (`torch.Tensor` of shape `(B, C, H, W)`): The predicted velocity.
+        model_output (`torch.Tensor` of shape `(B, C, H, W)`, or `(B, 2C, H, W)`):
+            The predicted velocity; what a head has beside, as SiT's has, is not trained.
         x_start (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents.
         noise (`torch.Tensor` of shape `(B, C, H, W)`): The noise that was mixed in.
 
@@ -67,9 +68,9 @@ def velocity_loss(model_output: torch.Tensor, x_start: torch.Tensor, noise: torc
         `dict`: `mse` and `loss`, equal, `(B,)` each, and `cosine`, one minus the cosine between the channels of the
         prediction and of the target, the mean over positions (LightningDiT's direction loss).
     """
-    target = noise - x_start
-    mse = _mean_over_values((model_output - target).square())
-    cosine = 1 - _mean_over_values(F.cosine_similarity(model_output, target, dim=1))
+    target, velocity = noise - x_start, model_output[:, : x_start.shape[1]]
+    mse = _mean_over_values((velocity - target).square())
+    cosine = 1 - _mean_over_values(F.cosine_similarity(velocity, target, dim=1))
     return {"mse": mse, "loss": mse, "cosine": cosine}
 
 
