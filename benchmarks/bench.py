@@ -51,7 +51,8 @@ def measure(part, args, save):
             f"--reference {args.reference} is not there: examples/train_autoencoder/README.md tells how to make the "
             "held-out emoji; or leave 'quality' out of --parts."
         )
-    return sampling.quality(device, args.reference, 16 if args.quick else args.num_samples, args.settings, save)
+    count = 16 if args.quick else args.num_samples
+    return sampling.quality(device, args.reference, count, args.settings, save, args.quick)
 
 
 def main():

@@ -4,6 +4,9 @@ import json
 import subprocess
 import sys
 
+import datasets
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import DESIGNS, ROOT, tiny_design, tiny_inputs, tiny_transformer
@@ -235,8 +238,16 @@ def bench(*flags):
 
 def test_the_benchmarks_in_small(tmp_path):
     output = tmp_path / "bench.json"
-    parts = ("forward", "training", "memory", "sampling", "growth")
-    result = bench("--quick", "--parts", *parts, "--output", output)
+    rows = [
+        {"image": PIL.Image.fromarray(pixels), "label": index % 2}
+        for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8))
+    ]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["flags", "food"])})
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data" / "test.parquet")
+    parts = ("forward", "training", "memory", "sampling", "growth", "quality")
+    flags = ("--settings", "DDIM", "UniPC, 5 steps", "--reference", tmp_path / "data", "--output", output)
+    result = bench("--quick", "--parts", *parts, *flags)
     assert result.returncode == 0, result.stderr
     found = json.loads(output.read_text())
     assert set(found) == set(parts)
@@ -244,6 +255,10 @@ def test_the_benchmarks_in_small(tmp_path):
     assert len(found["forward"]["rows"]) == 6
     assert all(f"## {part}" in result.stdout for part in parts)
     assert found["forward"]["environment"]["versions"]["torch"] == torch.__version__
+    assert found["quality"]["rows"]["DDIM"]["fid_over_ddim"] == 1 != found["quality"]["rows"]["UniPC, 5 steps"]["fid"]
+    command = [sys.executable, ROOT / "benchmarks" / "plot_frontier.py", "--results", output]
+    subprocess.run([*command, "--output", tmp_path / "speed.png"], check=True)
+    assert PIL.Image.open(tmp_path / "speed.png").width > 400
 
 
 def test_quality_without_held_out_images_is_refused(tmp_path):
