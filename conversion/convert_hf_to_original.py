@@ -30,15 +30,20 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_scheduler(folder, family):
+def check_scheduler(folder, family, timestep_scale):
     """That a pipeline folder's scheduler is for what the family's models are trained for."""
     file = folder / "scheduler" / "scheduler_config.json"
     if file.is_file():
-        name = json.loads(file.read_text()).get("_class_name", "")
-        if name.startswith("FlowMatch") and not family.flow_matching:
+        config = json.loads(file.read_text())
+        flow = config.get("_class_name", "").startswith("FlowMatch") or config.get("use_flow_sigmas")
+        if flow and timestep_scale == 1:
             raise ValueError(
-                f"{folder} has a {name}: it is a flow-matching model, and {family.name}'s code would sample it as a "
-                "diffusion model. Models with timestep_scale=1 have no original code base to go to."
+                f"{folder} is a flow-matching model with timestep_scale=1, as train_dit.py makes them; no original code "
+                "base computes those."
+            )
+        if flow and not family.flow_matching:
+            raise ValueError(
+                f"{folder} is a flow-matching model, and {family.name}'s code would sample it as a diffusion model."
             )
 
 
@@ -46,12 +51,13 @@ def main():
     args = parse_args()
     folder = Path(args.model_path)
     is_model = (folder / "config.json").is_file()
-    if folder.is_file() or (not folder.exists() and (folder.is_absolute() or str(folder).count("/") > 1)):
+    is_id = args.model_path.count("/") == 1 and not folder.is_absolute()
+    if folder.is_file() or not (folder.exists() or is_id):
         raise ValueError(f"--model_path {folder} must be the folder of a pipeline or a transformer, or a Hub id.")
     if folder.is_dir() and not is_model and not (folder / "transformer" / "config.json").is_file():
         raise ValueError(f"--model_path {folder} is neither a pipeline nor a transformer: there is no config.json.")
     model = DiTTransformer2DModel.from_pretrained(args.model_path, subfolder=None if is_model else "transformer")
-    check_scheduler(folder, FAMILIES[args.family])
+    check_scheduler(folder, FAMILIES[args.family], model.config.timestep_scale)
     aside = source_file(model, ASIDE_FILE) or source_file(model, f"transformer/{ASIDE_FILE}")
     save_original(model, FAMILIES[args.family], args.checkpoint_path, aside)
     if args.family == "diffusers":

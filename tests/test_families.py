@@ -279,14 +279,30 @@ def test_what_is_not_of_one_model_is_told(tmp_path):
         understand(file)
 
 
-def test_flow_matching_is_not_exported_as_diffusion(tmp_path):
-    pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("flow_euler"))
+@pytest.mark.parametrize(
+    ("scale", "sampler", "family", "message"),
+    [
+        (1.0, "flow_euler", "dit", "no original code base computes those"),
+        (1.0, "flow_dpm++", "sit", "no original code base computes those"),
+        (0.001, "flow_euler", "dit", "dit's code would sample it as a diffusion model"),
+    ],
+)
+def test_flow_matching_is_not_exported_as_diffusion(tmp_path, scale, sampler, family, message):
+    pipe = DiTClassCondPipeline(tiny_transformer(timestep_scale=scale), make_scheduler(sampler))
     pipe.save_pretrained(tmp_path / "out")
-    flags = {"model_path": tmp_path / "out", "family": "dit", "checkpoint_path": tmp_path / "out.pt"}
+    flags = {"model_path": tmp_path / "out", "family": family, "checkpoint_path": tmp_path / "out.pt"}
     result = run_script("convert_hf_to_original", **flags)
     assert result.returncode == 2
-    assert "flow-matching model" in result.stderr
+    assert message in result.stderr
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path):
+    result = run_script(
+        "convert_hf_to_original", model_path="nowhere", family="dit", checkpoint_path=tmp_path / "a.pt"
+    )
+    assert result.returncode == 2
+    assert "--model_path nowhere must be the folder" in result.stderr
 
 
 def test_dry_run_half_precision_and_no_verification(tmp_path):

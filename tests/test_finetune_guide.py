@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,20 @@ def test_adapters(checkout):
     snippet = re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL).group(1)
     subprocess.run([sys.executable, "-c", snippet], cwd=checkout, check=True)
     assert (checkout / "outputs" / "openmoji-animal.png").exists()
+
+
+def test_an_interrupted_preparation_leaves_nothing(checkout):
+    command = the_command("prepare_new_class.py").replace("python ", f"exec {sys.executable} ")
+    output = checkout / "outputs" / "emoji64-coins"
+    process = subprocess.Popen(command, shell=True, cwd=checkout, stderr=subprocess.PIPE, text=True)
+    while not list(output.parent.glob(".emoji64-coins-*/images/coins/*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1]
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "Stopped."
+    assert not list(output.parent.glob("*emoji64-coins*"))
 
 
 def test_a_new_class(checkout):

@@ -8,7 +8,7 @@ from copy import copy
 import pytest
 
 from dit_hf.training.guard import MIN_HISTORY, LossGuard, TrainingStopped
-from dit_hf.training.running import only_run
+from dit_hf.training.running import only_run, start_accelerator
 
 
 def settled(policy="skip", **options):
@@ -69,6 +69,13 @@ def test_state_survives_and_a_rewound_run_gets_other_batches():
 def test_unknown_policies_are_refused():
     with pytest.raises(ValueError, match="'ignore'.*skip, rewind, stop"):
         LossGuard("ignore")
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    """As from a configuration for GPUs where there are none."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="started 2 processes .*cpu.yaml"):
+        start_accelerator(cpu=False)
 
 
 HOLD = """

@@ -40,6 +40,20 @@ assert os.listdir(os.curdir) == [], os.listdir(os.curdir)
 """
 
 
+@pytest.mark.parametrize(
+    ("module", "missing", "extra"),
+    [
+        ("dit_hf.data.images", "datasets", "train"),
+        ("dit_hf.training.lora", "peft", "train"),
+        ("dit_hf.evaluation.extractors", "datasets", "evaluate"),
+    ],
+)
+def test_a_missing_extra_is_named(module, missing, extra):
+    code = f"import sys; sys.modules[{missing!r}] = None; import {module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1].endswith(f"needs {missing}: pip install 'dit_hf[{extra}]'.")
+
+
 def test_import_is_quick_and_leaves_nothing(tmp_path):
     seconds = []
     for index in range(3):

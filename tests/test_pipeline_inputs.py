@@ -313,8 +313,11 @@ def test_labels_and_suggestions():
     assert pipe.labels["goldfish"] == pipe.labels["Carassius auratus"] == 1 and "crane" in pipe.labels
     with pytest.raises(ValueError, match=re.escape("'carasius auratus'. Did you mean 'Carassius auratus'")):
         pipe.get_label_ids(["tench", "carasius auratus"])
-    with pytest.raises(ValueError, match=re.escape("There is no class 'qqqq'. See `pipe.labels`.")):
+    with pytest.raises(ValueError, match="There is no class 'qqqq'. There are 'tench, .*, 'crane'"):
         pipe.get_label_ids("qqqq")
+    many = tiny_pipeline(id2label=dict(enumerate("abcdefghijklmnopqrstuvwxyz")), num_classes=26)
+    with pytest.raises(ValueError, match=re.escape("There is no class 'qqqq'. See `pipe.labels`.")):
+        many.get_label_ids("qqqq")
     assert tiny_pipeline(id2label=None).labels == {}
 
 

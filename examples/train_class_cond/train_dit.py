@@ -132,8 +132,9 @@ class Trainer:
             check_same_settings(self.settings_file, settings, MAY_CHANGE)
         accelerator.print(json.dumps(vars(args), indent=2, default=str))
         accelerator.print(
-            f"{transformer.num_parameters() / 1e6:.2f} M parameters, {len(self.names)} classes, "
-            f"{accelerator.num_processes} processes"
+            f"{transformer.num_parameters() / 1e6:.2f} M parameters, "
+            f"{transformer.num_parameters(only_trainable=True) / 1e6:.2f} M of them trained, "
+            f"{len(self.names)} classes, {accelerator.num_processes} processes"
         )
         return settings
 

@@ -310,6 +310,8 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         spelling = {known.casefold(): known for known in self.labels}
         nearest = [spelling[known] for known in difflib.get_close_matches(name.casefold(), spelling, n=3, cutoff=0.5)]
         hint = f"Did you mean {' or '.join(map(repr, nearest))}?" if nearest else "See `pipe.labels`."
+        if not nearest and len(self.id2label) <= 20:
+            hint = f"There are {', '.join(map(repr, self.id2label.values()))}."
         raise ValueError(f"There is no class {name!r}. {hint}")
 
     @property

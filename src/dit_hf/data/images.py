@@ -49,7 +49,8 @@ def load_image_dataset(
     try:
         return load_dataset(**arguments, split=split, streaming=streaming)
     except Exception as error:
-        raise ValueError(f"Can't load split {split!r} of dataset {str(source)!r}: {error}") from error
+        hint = " Folders named by split, above the class folders, are splits." if Path(source).is_dir() else ""
+        raise ValueError(f"Can't load split {split!r} of dataset {str(source)!r}: {error}{hint}") from error
 
 
 def _folder_arguments(folder):

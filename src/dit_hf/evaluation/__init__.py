@@ -1,1 +1,6 @@
 """Metrics of generated images."""
+
+try:
+    import datasets  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"{__name__} needs {error.name}: pip install 'dit_hf[evaluate]'.") from error

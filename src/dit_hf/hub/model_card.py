@@ -125,7 +125,7 @@ def write_card(model, folder: str | Path, title: str | None = None, facts: CardF
     Args:
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What was saved.
         folder (`str` or `Path`): Where.
-        title (`str`, *optional*): The folder's name if not given.
+        title (`str`, *optional*): The folder's name if not given; its parent's where it is called `pipeline`.
         facts (`CardFacts`, *optional*): What the model can't tell of itself.
 
     Returns:
@@ -138,7 +138,9 @@ def write_card(model, folder: str | Path, title: str | None = None, facts: CardF
     file = folder / "README.md"
     source = file if file.is_file() else source_file(model, "README.md")
     known = read_card(source) if source is not None else None
-    card = build_card(model, title or folder.resolve().name, facts, known, [path.name for path in folder.iterdir()])
+    named = folder.resolve()
+    title = title or (named.parent.name if named.name == "pipeline" else named.name)
+    card = build_card(model, title, facts, known, [path.name for path in folder.iterdir()])
     card.save(file)
     return file
 

@@ -3,10 +3,15 @@
 from pathlib import Path
 
 from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig, get_peft_model_state_dict
 
 from ..pipeline_dit_class_cond import DiTClassCondPipeline
 from ..transformer_dit import DiTTransformer2DModel
+
+
+try:
+    from peft import LoraConfig, get_peft_model_state_dict
+except ImportError as error:
+    raise ImportError(f"{__name__} needs {error.name}: pip install 'dit_hf[train]'.") from error
 
 
 # Attention, feed-forward, modulation and the label table; a model has one kind of feed-forward.

@@ -112,10 +112,19 @@ def start_accelerator(**options) -> Accelerator:
 
     Returns:
         `Accelerator`
+
+    Raises:
+        ValueError: if accelerate has started several processes that do not know of each other.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return DeepSpeedAccelerator(**options)
     accelerator = Accelerator(**options)
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"`accelerate launch` has started {started} processes for accelerators that are not there; each would train "
+            "alone. On a CPU take accelerate_configs/cpu.yaml."
+        )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
         _set_distributed_type(accelerator, DistributedType.FSDP)
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
