@@ -28,8 +28,8 @@ test-browser: $(STAMP)  ## Tries the Space's page in Debian's Chromium, which it
 	command -v chromium > /dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y chromium fonts-dejavu-core > /dev/null; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
-bench: $(STAMP)  ## Measures the tables of benchmarks/README.md, in about an hour; quality needs outputs/emoji64.
-	$(BIN)/python benchmarks/bench.py --output benchmarks/results.json
+bench: $(STAMP)  ## Measures the tables of benchmarks/README.md, in two to three hours; quality needs outputs/emoji64.
+	$(BIN)/python benchmarks/bench.py --output outputs/bench.json
 
 docs: $(STAMP)  ## Builds the site into site/, without a warning; open site/index.html.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

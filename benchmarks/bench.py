@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """All figures of benchmarks/README.md, each a ratio against a baseline of the same run.
 
-    python benchmarks/bench.py --output benchmarks/results.json
+    python benchmarks/bench.py --output outputs/bench.json
 
-Expected: about an hour on 2 CPU cores; `--parts` picks some, `--quick` tries everything in small in two minutes. A part
-that is done is written at once and replaces what the file held of it; tables of it go to stdout at the end. Sampling's
-quality needs the held-out emoji of examples/train_autoencoder (`--reference`). Runs on a GPU as it is (`--device cuda`).
+Expected: two to three hours on 2 CPU cores, half of them `quality`; `--parts` picks some, `--quick` tries everything in small
+in two minutes. A part that is done (of `quality`, a setting) is written at once and replaces what the file held of it; tables
+of all parts go to stdout at the end. Quality needs the held-out emoji of examples/train_autoencoder (`--reference`). Runs on a
+GPU as it is (`--device cuda`).
 """
 
 import argparse

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draws docs/speed.png, speed against quality, from bench.py's figures.
 
-python benchmarks/plot_frontier.py --results benchmarks/results.json --output docs/speed.png
+python benchmarks/plot_frontier.py --results benchmarks/results/epyc.json --output docs/speed.png
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default="benchmarks/results.json", help="Of bench.py.")
+    parser.add_argument("--results", type=Path, default="benchmarks/results/epyc.json", help="Of bench.py.")
     parser.add_argument("--output", type=Path, default="docs/speed.png", help="The picture.")
     args = parser.parse_args()
     results = json.loads(args.results.read_text())

@@ -10,7 +10,7 @@ def markdown(results: dict) -> str:
 def _heading(name, part):
     where = part["environment"]
     versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
-    return f"## {name}\n\n{where['date']}, {where['hardware']}, Python {where['python']}, {versions}: `{where['command']}`"
+    return f"### {name}\n\n{where['date']}, {where['hardware']}, Python {where['python']}, {versions}: `{where['command']}`"
 
 
 def _rows(header, rows):
@@ -117,9 +117,8 @@ def sampling(part):
 
 
 def growth(part):
-    names = list(part["rows"])
-    rows = [[cell, *(f"{part['rows'][name][cell]['ratio']:.2f}" for name in names)] for cell in part["rows"][names[0]]]
-    return "Times the first row's.\n\n" + _rows(["call", *names], rows)
+    rows = [[cell, f"{row['seconds']:.3f}", f"{row['ratio']:.2f}"] for cell, row in part["rows"].items()]
+    return _rows(["call, with changes to the first", "s", "times the first"], rows)
 
 
 def quality(part):
