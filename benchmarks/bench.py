@@ -4,8 +4,8 @@
     python benchmarks/bench.py --output outputs/bench.json
 
 Expected: two to three hours on 2 CPU cores, half of them `quality`; `--parts` picks some, `--quick` tries everything in small
-in two minutes. A part that is done (of `quality`, a setting) is written at once and replaces what the file held of it; tables
-of all parts go to stdout at the end. Quality needs the held-out emoji of examples/train_autoencoder (`--reference`). Runs on a
+in two minutes. A part that is done is written at once and replaces what the file held of it, but settings of `quality` are kept
+and not drawn again. Tables of all parts go to stdout at the end. Quality needs the held-out emoji of examples/train_autoencoder (`--reference`). Runs on a
 GPU as it is (`--device cuda`).
 """
 
@@ -28,8 +28,8 @@ from dit_hf.presets import PRESETS
 PARTS = ("forward", "compiled", "training", "memory", "sampling", "growth", "quality")
 
 
-def measure(part, args, save):
-    """One part's figures; a part that takes long hands `save` what it has."""
+def measure(part, args, known, save):
+    """One part's figures; a part that takes long hands `save` what it has, and goes on from what is `known`."""
     device = torch.device(args.device)
     sizes = ["DiT-S/8"] if args.quick else args.sizes
     largest = "DiT-S/8" if args.quick else "DiT-XL/2"
@@ -53,7 +53,7 @@ def measure(part, args, save):
             "held-out emoji; or leave 'quality' out of --parts."
         )
     count = 16 if args.quick else args.num_samples
-    return sampling.quality(device, args.reference, count, args.settings, save, args.quick)
+    return sampling.quality(device, args.reference, count, args.settings, known, save, args.quick)
 
 
 def main():
@@ -88,7 +88,10 @@ def main():
 
     for part in args.parts:
         print(f"== {part}", file=sys.stderr, flush=True)
-        save(part, measure(part, args, partial(save, part)))
+        known = results.get(part, {})
+        now = environment(torch.device(args.device))
+        same = known.get("environment", {}).get("versions") == now["versions"]
+        save(part, measure(part, args, known if same else {}, partial(save, part)))
     print(markdown(results))
 
 

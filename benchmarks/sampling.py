@@ -183,10 +183,10 @@ def growth(device, seconds, quick=False):
     return {"rows": compare(candidates, device, seconds * len(candidates), least=3)}
 
 
-def quality(device, reference, num_samples, names, save, quick=False):
+def quality(device, reference, num_samples, names, known, save, quick=False):
     """
-    Fréchet distance and more of every setting's samples to held-out images with the same share of classes; `save` is
-    given what there is after each setting.
+    Fréchet distance and more of every setting's samples to held-out images with the same share of classes. `save` is
+    given what there is after each setting; settings that `known`, an earlier run, has are not drawn again.
     """
     source = ImageSource(reference)
     extractor = load_extractor("efficientnet-lite0")
@@ -197,10 +197,14 @@ def quality(device, reference, num_samples, names, save, quick=False):
     labels = torch.tensor(classes).repeat(1 + num_samples // len(classes))[:num_samples][order]
     # The baseline's pictures are drawn compiled, which only rounds differently.
     chosen = {"DDIM": SETTINGS["DDIM" if quick else "DDIM, compiled (exact)"]}
-    chosen |= {name: SETTINGS[name] for name in names if name != "DDIM" and name not in ROUNDING}
-    found = {"num_samples": num_samples, "extractor": "efficientnet-lite0", "seed": 0, "rows": {}}
-    rows = found["rows"]
+    stand_ins = [ROUNDING.get(name, name) for name in names]
+    chosen |= {name: SETTINGS[name] for name in stand_ins if name != "DDIM"}
+    found = {"num_samples": num_samples, "extractor": "efficientnet-lite0", "seed": 0}
+    same = all(known.get(key) == value for key, value in found.items())
+    rows = found["rows"] = dict(known["rows"]) if same else {}
     for name, setting in chosen.items():
+        if name in rows:
+            continue
         images = sample_images(build(setting, device), labels, 0, min(100, num_samples), **call(setting))
         figures = compute_metrics(extract(images, extractor), held_out, ["fid", "kid", "precision", "recall"])
         rows[name] = {metric: figures[metric]["value"] for metric in ("fid", "kid", "precision", "recall")}

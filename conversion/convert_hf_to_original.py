@@ -8,14 +8,16 @@ folder for diffusers' own `DiTTransformer2DModel`.
 """
 
 import argparse
-import json
 from pathlib import Path
+
+from diffusers import DDPMScheduler
 
 from dit_hf import DiTTransformer2DModel
 from dit_hf.checkpoints import FAMILIES
 from dit_hf.checkpoints.saving import ASIDE_FILE, STOCK_DIFFERS, save_original
 from dit_hf.command_line import run
 from dit_hf.hub import source_file
+from dit_hf.schedulers import trained_prediction
 
 
 def parse_args():
@@ -30,34 +32,37 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_scheduler(folder, family, timestep_scale):
-    """That a pipeline folder's scheduler is for what the family's models are trained for."""
-    file = folder / "scheduler" / "scheduler_config.json"
-    if file.is_file():
-        config = json.loads(file.read_text())
-        flow = config.get("_class_name", "").startswith("FlowMatch") or config.get("use_flow_sigmas")
-        if flow and timestep_scale == 1:
-            raise ValueError(
-                f"{folder} is a flow-matching model with timestep_scale=1, as train_dit.py makes them; no original code "
-                "base computes those."
-            )
-        if flow and not family.flow_matching:
-            raise ValueError(
-                f"{folder} is a flow-matching model, and {family.name}'s code would sample it as a diffusion model."
-            )
+def check_scheduler(model_path, family, timestep_scale):
+    """That a pipeline's scheduler is for what the family's models are trained for."""
+    try:
+        config = DDPMScheduler.load_config(model_path, subfolder="scheduler")  # whichever it is
+    except OSError:  # a pipeline without a scheduler
+        return
+    if trained_prediction(config) != "velocity":
+        return
+    if timestep_scale == 1:
+        raise ValueError(
+            f"{model_path} is a flow-matching model with timestep_scale=1, as train_dit.py makes them; no original code "
+            "base computes those."
+        )
+    if not family.flow_matching:
+        raise ValueError(
+            f"{model_path} is a flow-matching model, and {family.name}'s code would sample it as a diffusion model."
+        )
 
 
 def main():
     args = parse_args()
     folder = Path(args.model_path)
     is_model = (folder / "config.json").is_file()
-    is_id = args.model_path.count("/") == 1 and not folder.is_absolute()
+    is_id = args.model_path.count("/") == 1 and not folder.parent.is_dir()
     if folder.is_file() or not (folder.exists() or is_id):
         raise ValueError(f"--model_path {folder} must be the folder of a pipeline or a transformer, or a Hub id.")
     if folder.is_dir() and not is_model and not (folder / "transformer" / "config.json").is_file():
         raise ValueError(f"--model_path {folder} is neither a pipeline nor a transformer: there is no config.json.")
     model = DiTTransformer2DModel.from_pretrained(args.model_path, subfolder=None if is_model else "transformer")
-    check_scheduler(folder, FAMILIES[args.family], model.config.timestep_scale)
+    if not is_model:
+        check_scheduler(args.model_path, FAMILIES[args.family], model.config.timestep_scale)
     aside = source_file(model, ASIDE_FILE) or source_file(model, f"transformer/{ASIDE_FILE}")
     save_original(model, FAMILIES[args.family], args.checkpoint_path, aside)
     if args.family == "diffusers":

@@ -40,7 +40,7 @@ def load(name, **options):
 def run_script(name, **flags):
     arguments = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value) if part is not True]
     command = [sys.executable, ROOT / "conversion" / f"{name}.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def forward(model):
@@ -297,12 +297,11 @@ def test_flow_matching_is_not_exported_as_diffusion(tmp_path, scale, sampler, fa
     assert not (tmp_path / "out.pt").exists()
 
 
-def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path):
-    result = run_script(
-        "convert_hf_to_original", model_path="nowhere", family="dit", checkpoint_path=tmp_path / "a.pt"
-    )
+@pytest.mark.parametrize("name", ["nowhere", "tests/nowhere"])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(name, tmp_path):
+    result = run_script("convert_hf_to_original", model_path=name, family="dit", checkpoint_path=tmp_path / "a.pt")
     assert result.returncode == 2
-    assert "--model_path nowhere must be the folder" in result.stderr
+    assert f"--model_path {name} must be the folder" in result.stderr
 
 
 def test_dry_run_half_precision_and_no_verification(tmp_path):

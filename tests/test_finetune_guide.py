@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +80,11 @@ def test_adapters(checkout):
     assert (checkout / "outputs" / "openmoji-animal.png").exists()
 
 
-def test_an_interrupted_preparation_leaves_nothing(checkout):
+def test_a_stopped_preparation_leaves_nothing(checkout):
     command = the_command("prepare_new_class.py").replace("python ", f"exec {sys.executable} ")
     output = checkout / "outputs" / "emoji64-coins"
-    process = subprocess.Popen(command, shell=True, cwd=checkout, stderr=subprocess.PIPE, text=True)
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a job in the background would not
+    process = subprocess.Popen(command, shell=True, cwd=checkout, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     while not list(output.parent.glob(".emoji64-coins-*/images/coins/*")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)

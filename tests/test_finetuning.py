@@ -1,14 +1,17 @@
 """Fine-tuning: given weights, other classes, frozen parts, a rate for each layer, low-rank adapters."""
 
+import json
 import subprocess
 
 import pytest
 import torch
 from conftest import tiny_inputs, tiny_transformer, tiny_vae
+from diffusers import EDMEulerScheduler
 from safetensors.torch import load_file
 from testing_utils.training_runs import run, train_command
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.schedulers import RECIPES, trained_prediction
 from dit_hf.training.finetuning import freeze, match_names, parameter_groups, remap_classes
 
 
@@ -41,6 +44,19 @@ def test_other_classes_keep_the_rows_of_equal_names(workspace, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert "predicts velocity, which --objective epsilon would spoil" in result.stderr
+
+
+def test_the_scheduler_tells_what_is_predicted():
+    def told(scheduler):
+        return trained_prediction(json.loads(scheduler.to_json_string()))
+
+    names = {name: told(make_scheduler(name)) for name in RECIPES}
+    assert {name for name, prediction in names.items() if prediction == "velocity"} == {
+        name for name in RECIPES if name.startswith("flow_")
+    }
+    assert names["ddpm"] == names["unipc"] == "epsilon"
+    assert told(EDMEulerScheduler()) == "edm"
+    assert told(make_scheduler("ddim", prediction_type="v_prediction")) == "v_prediction"
 
 
 @pytest.mark.parametrize(

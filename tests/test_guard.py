@@ -74,7 +74,7 @@ def test_unknown_policies_are_refused():
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     """As from a configuration for GPUs where there are none."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="started 2 processes .*cpu.yaml"):
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, .*cpu.yaml"):
         start_accelerator(cpu=False)
 
 

@@ -261,6 +261,18 @@ def test_the_benchmarks_in_small(tmp_path):
     assert PIL.Image.open(tmp_path / "speed.png").width > 400
 
 
+def test_guided_halves_in_two_calls_draw_the_same(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import sampling
+
+    names = ("DDIM", "DDIM, guided halves in two calls")
+    settings = [sampling.SETTINGS[name]._replace(steps=2) for name in names]
+    pipes = [sampling.build(setting, torch.device("cpu")) for setting in settings]
+    images = [draw(pipe, (0, 3), **sampling.call(setting)) for pipe, setting in zip(pipes, settings, strict=True)]
+    assert "forward" in vars(pipes[1].transformer)
+    torch.testing.assert_close(*images)
+
+
 def test_quality_without_held_out_images_is_refused(tmp_path):
     result = bench("--parts", "quality", "--reference", tmp_path / "none", "--output", tmp_path / "bench.json")
     assert result.returncode == 2

@@ -4,7 +4,7 @@
     python examples/finetune/prepare_new_class.py --dataset_name outputs/coins --num_images 24 --class_name coins \
         --pretrained_model_name_or_path src/dit_hf/bundled/emoji64 --output_dir outputs/emoji64-coins
 
-Expected: one to three minutes on 2 cores; an interrupted run leaves nothing. The result has one folder a class; `train_dit.py --train_data_dir` reads it, and old classes
+Expected: one to three minutes on 2 cores; Ctrl-C leaves nothing. The result has one folder a class; `train_dit.py --train_data_dir` reads it, and old classes
 keep their labels by their names.
 """
 

@@ -18,6 +18,7 @@ import threading
 import uuid
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 
 # Before gradio is imported: nothing is reported to anyone, and all that is written lies in one folder that goes at the end.
@@ -76,12 +77,19 @@ def parse_args():
     return parser.parse_args()
 
 
+class Drawing(NamedTuple):
+    """One that is under way: to be ended, and whether it has."""
+
+    stop: threading.Event
+    ended: threading.Event
+
+
 class Page:
     """The page's handlers; one a server."""
 
     def __init__(self, studio: Studio):
         self.studio = studio
-        self._running: dict[str, threading.Event] = {}
+        self._running: dict[str, Drawing] = {}
 
     def generate(
         self,
@@ -117,16 +125,17 @@ class Page:
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         session = request.session_hash or ""
-        stop = self._running[session] = threading.Event()
+        drawing = self._running[session] = Drawing(threading.Event(), threading.Event())
         try:
-            yield from self._draw(settings, stop)
+            yield from self._draw(settings, drawing.stop)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         except Exception as error:
             raise gr.Error("This set could not be drawn; try fewer images or other settings.") from error
         finally:
-            stop.set()
-            if self._running.get(session) is stop:
+            drawing.stop.set()
+            drawing.ended.set()
+            if self._running.get(session) is drawing:
                 del self._running[session]
 
     def _draw(self, settings, stop):
@@ -155,15 +164,16 @@ class Page:
         return self.studio.speed_settings(name) if name in FEW_STEPS else [gr.skip()] * 4
 
     def cancel(self, request: gr.Request):
-        """Ends what this visitor is having drawn."""
-        if stop := self._running.get(request.session_hash or ""):
-            stop.set()
+        """Ends what this visitor is having drawn; until it has ended, the browser ignores another click on Generate."""
+        if drawing := self._running.get(request.session_hash or ""):
+            drawing.stop.set()
+            drawing.ended.wait(timeout=10)
         return "Cancelled."
 
     def end(self):
         """Stops whatever is being drawn, and waits for it."""
-        for stop in list(self._running.values()):
-            stop.set()
+        for drawing in list(self._running.values()):
+            drawing.stop.set()
         self.studio.wait()
 
     def reuse(self, chosen):
@@ -209,13 +219,8 @@ def build(page: Page) -> gr.Blocks:
                 snippet = gr.Code(label="Python", language="python", interactive=False)
         chosen = gr.State("")
         inputs = [controls[name] for name in CONTROLS]
-        # A click while a set is drawn, or is just being cancelled, draws the next one; by default it would be lost.
         drawing = generate.click(
-            page.generate,
-            inputs,
-            [gallery, status, controls["seed"], snippet],
-            api_name="generate",
-            trigger_mode="always_last",
+            page.generate, inputs, [gallery, status, controls["seed"], snippet], api_name="generate"
         )
         cancel.click(page.cancel, None, status, cancels=[drawing], queue=False, api_name="cancel")
         filled = [controls[name] for name in ("steps", "sampler", "guidance_start", "guidance_end")]

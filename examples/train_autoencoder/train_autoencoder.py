@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
@@ -34,6 +33,7 @@ from dit_hf.training.checkpointing import (
     save_checkpoint,
     truncate_log,
 )
+from dit_hf.training.running import start_accelerator
 
 
 # What a resumed run may change; all else would make it another run.
@@ -119,7 +119,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    accelerator = Accelerator()
+    accelerator = start_accelerator()
     if accelerator.num_processes > 1:
         raise ValueError(f"This script trains in one process; it was started in {accelerator.num_processes}.")
     print(json.dumps(vars(args), indent=2, default=str))

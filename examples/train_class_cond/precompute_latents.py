@@ -11,13 +11,12 @@ is written is kept. At the end every shard is held against its count and checksu
 import argparse
 from pathlib import Path
 
-from accelerate import Accelerator
 from preparation import add_data_arguments, find_data, load_vae, make_cache
 
 from dit_hf.command_line import run
 from dit_hf.data.latents import verify_latents
 from dit_hf.training.alignment import load_encoder
-from dit_hf.training.running import only_run
+from dit_hf.training.running import only_run, start_accelerator
 
 
 def parse_args():
@@ -36,7 +35,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    accelerator = Accelerator()
+    accelerator = start_accelerator()
     vae = load_vae(args, accelerator.device)
     data = find_data(args)
     encoder = load_encoder(args.alignment_encoder).to(accelerator.device) if args.features else None

@@ -21,6 +21,7 @@ from dit_hf.data.latents import (
     read_index,
     vae_statistics,
 )
+from dit_hf.schedulers import trained_prediction
 from dit_hf.training.finetuning import class_names, freeze, load_for_classes, match_names
 from dit_hf.training.lora import add_lora
 
@@ -132,8 +133,9 @@ def build_transformer(args, vae, names):
 def check_objective(args):
     """That given weights go on learning what their pipeline's scheduler takes them for."""
     scheduler = DDPMScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")  # whichever it is
-    flow = scheduler["_class_name"].startswith("FlowMatch") or scheduler.get("use_flow_sigmas")
-    prediction = "velocity" if flow else scheduler.get("prediction_type", "epsilon")
+    prediction = trained_prediction(scheduler)
+    if prediction not in ("epsilon", "velocity"):
+        raise ValueError(f"{args.pretrained_model_name_or_path} predicts {prediction}, which is not trained here.")
     if prediction != args.objective:
         raise ValueError(
             f"{args.pretrained_model_name_or_path} predicts {prediction}, which --objective {args.objective} would "

@@ -1,5 +1,7 @@
 """Named sampling recipes: diffusers schedulers configured for DiT's training diffusion and for flow matching."""
 
+from collections.abc import Mapping
+
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -60,3 +62,20 @@ def make_scheduler(name: str, **overrides) -> SchedulerMixin:
         raise ValueError(f"There is no scheduler recipe {name!r}; choose one of {', '.join(RECIPES)}.")
     scheduler_class, config = RECIPES[name]
     return scheduler_class(**(config | overrides))
+
+
+def trained_prediction(config: Mapping) -> str:
+    """
+    What a pipeline's model predicts, as its scheduler's config tells.
+
+    Args:
+        config (`Mapping`): Of the scheduler, with its `_class_name`.
+
+    Returns:
+        `str`: `"velocity"` for flow matching, `"edm"` for EDM's preconditioned output, else the `prediction_type`.
+    """
+    name, prediction = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
+    if name.startswith("EDM"):
+        return "edm"
+    flow = name.startswith("FlowMatch") or config.get("use_flow_sigmas") or prediction == "flow_prediction"
+    return "velocity" if flow else prediction

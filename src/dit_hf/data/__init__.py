@@ -2,5 +2,5 @@
 
 try:
     import datasets  # noqa: F401
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise ImportError(f"{__name__} needs {error.name}: pip install 'dit_hf[train]'.") from error

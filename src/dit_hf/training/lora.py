@@ -10,7 +10,7 @@ from ..transformer_dit import DiTTransformer2DModel
 
 try:
     from peft import LoraConfig, get_peft_model_state_dict
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise ImportError(f"{__name__} needs {error.name}: pip install 'dit_hf[train]'.") from error
 
 

@@ -39,12 +39,7 @@ def diffusion_loss(
         ValueError: if the channels of the output are neither those of `x_start` nor twice as many.
     """
     channels = x_start.shape[1]
-    if model_output.shape[1] not in (channels, 2 * channels):
-        raise ValueError(
-            f"`model_output` has {model_output.shape[1]} channels; {channels} or, with a learned variance, "
-            f"{2 * channels} fit an `x_start` of {channels}."
-        )
-    epsilon = model_output[:, :channels]
+    epsilon = _prediction(model_output, channels)
     terms = {"mse": _mean_over_values((noise - epsilon).square())}
     terms["loss"] = terms["mse"]
     if model_output.shape[1] == 2 * channels:
@@ -67,8 +62,11 @@ def velocity_loss(model_output: torch.Tensor, x_start: torch.Tensor, noise: torc
     Returns:
         `dict`: `mse` and `loss`, equal, `(B,)` each, and `cosine`, one minus the cosine between the channels of the
         prediction and of the target, the mean over positions (LightningDiT's direction loss).
+
+    Raises:
+        ValueError: if the channels of the output are neither those of `x_start` nor twice as many.
     """
-    target, velocity = noise - x_start, model_output[:, : x_start.shape[1]]
+    target, velocity = noise - x_start, _prediction(model_output, x_start.shape[1])
     mse = _mean_over_values((velocity - target).square())
     cosine = 1 - _mean_over_values(F.cosine_similarity(velocity, target, dim=1))
     return {"mse": mse, "loss": mse, "cosine": cosine}
@@ -90,6 +88,16 @@ def min_snr_weight(timestep: torch.Tensor, scheduler, gamma: float = 5.0) -> tor
     signal = scheduler.alphas_cumprod.to(timestep.device)[timestep]
     ratio = signal / (1 - signal)
     return ratio.clamp(max=gamma) / ratio
+
+
+def _prediction(model_output, channels):
+    """The half of the output that is no variance."""
+    if model_output.shape[1] not in (channels, 2 * channels):
+        raise ValueError(
+            f"`model_output` has {model_output.shape[1]} channels; {channels} or, with a learned variance, "
+            f"{2 * channels} fit an `x_start` of {channels}."
+        )
+    return model_output[:, :channels]
 
 
 def _mean_over_values(values):

@@ -116,14 +116,14 @@ def start_accelerator(**options) -> Accelerator:
     Raises:
         ValueError: if accelerate has started several processes that do not know of each other.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        return DeepSpeedAccelerator(**options)
-    accelerator = Accelerator(**options)
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != accelerator.num_processes:
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    accelerator = (DeepSpeedAccelerator if deepspeed else Accelerator)(**options)
+    world_size = os.environ.get("WORLD_SIZE") or "1"
+    if world_size != str(accelerator.num_processes):
         raise ValueError(
-            f"`accelerate launch` has started {started} processes for accelerators that are not there; each would train "
-            "alone. On a CPU take accelerate_configs/cpu.yaml."
+            f"WORLD_SIZE is {world_size}, but accelerate runs {accelerator.num_processes} process: there are no such "
+            "accelerators, and each process would train alone. For CPUs take accelerate_configs/cpu.yaml, or set "
+            "ACCELERATE_USE_CPU=true."
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
         _set_distributed_type(accelerator, DistributedType.FSDP)
