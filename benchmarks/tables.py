@@ -85,7 +85,7 @@ def training(part):
 def memory(part):
     rows = [
         [name, f"{part[name]['parameters'] / 1e6:.1f} M", f"{part[name]['load_over_file']:.2f}"]
-        + [f"{part[name]['load_seconds']:.1f} s"]
+        + [f"{part[name]['load_seconds']:.2f} s"]
         for name in ("our", "stock")
     ]
     int8 = part["int8"]
