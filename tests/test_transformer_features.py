@@ -17,7 +17,7 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import LayerSkipConfig, SeaCacheConfig, apply_layer_skip
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
@@ -110,17 +110,16 @@ def test_device_map_splits_between_blocks_only(conditioning, tmp_path):
 def test_forward_mode_derivatives_do_not_need_a_gradient():
     """As in the likelihood of a flow or a consistency loss, whose teacher runs without one."""
     model, inputs = tiny_transformer(), tiny_inputs()
-    model.set_attention_backend("_native_math")  # torch's other kernels have no forward mode
     hidden_states = inputs.pop("hidden_states")
     direction = torch.randn_like(hidden_states)
 
     def output(hidden_states):
         return model(hidden_states, **inputs, return_dict=False)[0]
 
-    expected = torch.func.jvp(output, (hidden_states,), (direction,))[1]
-    with torch.no_grad():
-        found = torch.func.jvp(output, (hidden_states,), (direction,))[1]
-    model.reset_attention_backend()  # diffusers keeps it for all models
+    with attention_backend("_native_math"):  # torch's other kernels have no forward mode
+        expected = torch.func.jvp(output, (hidden_states,), (direction,))[1]
+        with torch.no_grad():
+            found = torch.func.jvp(output, (hidden_states,), (direction,))[1]
     assert expected.abs().max() > 0
     torch.testing.assert_close(found, expected)
 
