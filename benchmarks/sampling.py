@@ -199,7 +199,12 @@ def quality(device, reference, num_samples, names, known, save, quick=False):
     chosen = {"DDIM": SETTINGS["DDIM" if quick else "DDIM, compiled (exact)"]}
     stand_ins = [ROUNDING.get(name, name) for name in names]
     chosen |= {name: SETTINGS[name] for name in stand_ins if name != "DDIM"}
-    found = {"num_samples": num_samples, "extractor": "efficientnet-lite0", "seed": 0}
+    found = {
+        "num_samples": num_samples,
+        "extractor": "efficientnet-lite0",
+        "seed": 0,
+        "held_out": len(held_out.features),
+    }
     same = all(known.get(key) == value for key, value in found.items())
     rows = found["rows"] = dict(known["rows"]) if same else {}
     for name, setting in chosen.items():

@@ -82,6 +82,8 @@ def test_losses_refuse_other_channels():
 def test_velocity_loss_is_zero_for_noise_minus_data():
     data, noise = torch.randn(2, 3, 4, 8, 8).unbind(0)
     assert velocity_loss(noise - data, data, noise)["loss"].abs().max() == 0
+    with pytest.raises(ValueError, match="9 channels; 4 or, with a learned variance, 8"):
+        velocity_loss(torch.zeros(3, 9, 8, 8), data, noise)
     shifted = velocity_loss(noise - data + 0.5, data, noise)
     torch.testing.assert_close(shifted["loss"], torch.full((3,), 0.25))
     assert shifted.keys() == {"mse", "loss", "cosine"}
