@@ -19,7 +19,7 @@ import networks
 import sampling
 import torch
 from tables import markdown
-from timing import environment
+from timing import Product, environment
 
 from dit_hf.command_line import run
 from dit_hf.presets import PRESETS
@@ -34,10 +34,11 @@ def measure(part, args, known, save):
     sizes = ["DiT-S/8"] if args.quick else args.sizes
     largest = "DiT-S/8" if args.quick else "DiT-XL/2"
     seconds = 0.2 if args.quick else 3.0
+    product = Product(device, 512 if args.quick else 4096)
     if part == "forward":
-        return networks.forward(sizes, device, seconds)
+        return networks.forward(sizes, product, device, seconds)
     if part == "compiled":
-        return networks.compiled(largest, device, seconds)
+        return networks.compiled(largest, product, device, seconds)
     if part == "training":
         return networks.training(sizes, device, seconds)
     if part == "memory":
@@ -66,11 +67,17 @@ def main():
     parser.add_argument("--reference", type=Path, default="outputs/emoji64", help="Held-out images.")
     parser.add_argument("--num_samples", type=int, default=2000, help="Of every figure of quality.")
     parser.add_argument(
-        "--sizes", nargs="+", choices=PRESETS, default=list(PRESETS), help="Of forward passes and training."
+        "--sizes",
+        nargs="+",
+        metavar="SIZE",
+        choices=PRESETS,
+        default=list(PRESETS),
+        help="Of forward passes and training.",
     )
     parser.add_argument(
         "--settings",
         nargs="+",
+        metavar="SETTING",
         choices=sampling.SETTINGS,
         default=list(sampling.SETTINGS),
         help="Of sampling, quality.",

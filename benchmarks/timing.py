@@ -91,11 +91,9 @@ def compare(
 class Product:
     """A product of large square matrices, timed among the candidates: what the machine can do at that moment."""
 
-    side = 4096
-    operations = 2 * side**3
-
-    def __init__(self, device: torch.device):
-        self.matrices = [torch.randn(self.side, self.side, device=device) for _ in range(2)]
+    def __init__(self, device: torch.device, side: int = 4096):
+        self.operations = 2 * side**3
+        self.matrices = [torch.randn(side, side, device=device) for _ in range(2)]
 
     def __call__(self):
         return self.matrices[0] @ self.matrices[1]

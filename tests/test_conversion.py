@@ -4,7 +4,6 @@ import argparse
 import json
 import pickle
 import re
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from conftest import FIXTURES, ROOT, load_golden, tiny_inputs
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
+from testing_utils.scripts import run_forked
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel
 from dit_hf.transformer_dit import sincos_positions
@@ -38,7 +38,7 @@ def tiny_vae():
 
 def convert(*arguments):
     command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_forked(command)
 
 
 def original_weights(name="dit_p2"):

@@ -1,12 +1,12 @@
 """Features and probe on real emoji pictures, and the rasteriser that makes them."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from testing_utils.scripts import run_forked
 
 from dit_hf.data.images import load_image_dataset, stack_images
 from dit_hf.evaluation.extractors import extract, load_extractor
@@ -53,7 +53,7 @@ def dataset_folder(tmp_path_factory):
         (folder / "icons" / icon_set / "metadata.json").write_text(json.dumps(metadata))
     script = ROOT / "examples" / "train_autoencoder" / "prepare_emoji.py"
     command = [sys.executable, script, "--icons_dir", folder / "icons", "--output_dir", folder / "data"]
-    subprocess.run([*command, "--held_out", "0.3"], check=True, capture_output=True)
+    run_forked([*command, "--held_out", "0.3"], check=True)
     return folder
 
 
@@ -74,7 +74,7 @@ def test_rasterised_dataset(dataset_folder):
 def test_missing_icon_sets_are_named(tmp_path):
     script = ROOT / "examples" / "train_autoencoder" / "prepare_emoji.py"
     command = [sys.executable, script, "--icons_dir", tmp_path, "--output_dir", tmp_path / "data"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_forked(command)
     assert result.returncode == 2
     assert "noto, noto-v1" in result.stderr
 

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import json
-import subprocess
 import sys
 
 import diffusers
@@ -11,6 +10,7 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT, load_golden, tiny_inputs, tiny_transformer
 from safetensors.torch import load_file, save_file
+from testing_utils.scripts import run_forked
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.checkpoints import DIT, FAMILIES
@@ -40,7 +40,7 @@ def load(name, **options):
 def run_script(name, **flags):
     arguments = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value) if part is not True]
     command = [sys.executable, ROOT / "conversion" / f"{name}.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return run_forked(command, ROOT)
 
 
 def forward(model):
@@ -447,9 +447,7 @@ def test_older_stock_folders_are_read(custom_pipeline, tmp_path):
 
 def test_memory_of_a_conversion():
     command = [sys.executable, ROOT / "benchmarks" / "conversion_memory.py", "--preset", "DiT-S/8"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["ratio"] < 1.3
+    assert json.loads(run_forked(command, check=True).stdout)["ratio"] < 1.3
 
 
 def test_sharded_and_half_stock_folders(tmp_path):

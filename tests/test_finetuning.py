@@ -1,13 +1,13 @@
 """Fine-tuning: given weights, other classes, frozen parts, a rate for each layer, low-rank adapters."""
 
 import json
-import subprocess
 
 import pytest
 import torch
 from conftest import tiny_inputs, tiny_transformer, tiny_vae
 from diffusers import EDMEulerScheduler
 from safetensors.torch import load_file
+from testing_utils.scripts import run_forked
 from testing_utils.training_runs import run, train_command
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
@@ -41,7 +41,7 @@ def test_other_classes_keep_the_rows_of_equal_names(workspace, tmp_path):
     torch.testing.assert_close(pipe.transformer.class_embed.weight, torch.stack([old[:3].mean(0), old[1]]))
     assert (pipe.transformer.config.num_classes, pipe.transformer.config.class_dropout_prob) == (2, 0.0)
     command = train_command(workspace, tmp_path / "other", **start, objective="epsilon")
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_forked(command)
     assert result.returncode == 2
     assert "predicts velocity, which --objective epsilon would spoil" in result.stderr
 

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 from testing_utils.hub_server import HubServer
+from testing_utils.scripts import run_forked
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.evaluation.extractors import Features, load_extractor
@@ -324,7 +325,10 @@ def test_bad_sources_are_named(pictures):
 
 
 def run_script(*arguments, env=None):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, env=env)
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    if env is None:
+        return run_forked(command)
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def test_the_command_and_its_cache(pictures):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_transformer, tiny_vae
 from PIL import Image
+from testing_utils.scripts import run_forked
 from testing_utils.training_runs import kill_after, run
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
@@ -66,7 +66,7 @@ def test_processes_batches_and_kills_do_not_change_the_set(pipeline, tmp_path):
     assert recipe["classes"] == {"0": "dark", "1": "light", "2": "grey"}
     assert np.load(tmp_path / "one" / "samples.npz")["arr_1"].tolist() == [index % 3 for index in range(14)]
     assert "14 images, 0 of them new" in run(command(pipeline, tmp_path / "one")).stdout
-    result = subprocess.run(command(pipeline, tmp_path / "one", seed=1), capture_output=True, text=True)
+    result = run_forked(command(pipeline, tmp_path / "one", seed=1))
     assert result.returncode == 2
     assert "seed was 0 and is 1" in result.stderr
 
@@ -88,7 +88,7 @@ def test_figures_of_samples_with_the_classes_of_a_dataset(pipeline, tmp_path, wo
     assert found["training images"]["count"] == 12
     assert found["training images"]["fid"]["value"] < found["fid"]["value"]
     assert found["recipe"]["sampling"]["num_inference_steps"] == 1
-    result = subprocess.run(command(pipeline, tmp_path / "no", labels=data / "none"), capture_output=True, text=True)
+    result = run_forked(command(pipeline, tmp_path / "no", labels=data / "none"))
     assert result.returncode == 2
     assert "none" in result.stderr
     assert not (tmp_path / "no" / "recipe.json").exists()

@@ -3,11 +3,11 @@
 import csv
 import json
 import math
-import subprocess
 import sys
 
 from conftest import FIXTURES, ROOT
 from PIL import Image
+from testing_utils.scripts import run_forked
 from testing_utils.training_runs import run
 
 from dit_hf import DiTClassCondPipeline
@@ -75,6 +75,6 @@ def test_the_fit_is_that_of_the_results(tmp_path):
     assert found["sampling"] == {"XL-2-adaln_zero": 400}
     for name in ("scaling", "conditioning", "sampling", "guidance"):
         assert (tmp_path / "docs" / f"{name}.png").stat().st_size > 5000
-    bad = subprocess.run([*plot, tmp_path / "none.csv"], capture_output=True, text=True)
+    bad = run_forked([*plot, tmp_path / "none.csv"])
     assert bad.returncode == 2
     assert "none.csv" in bad.stderr

@@ -1,7 +1,6 @@
 """The Space: a real server on loopback, asked by many at once; its snippet; classes mixed."""
 
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ from conftest import tiny_transformer, tiny_vae
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
+from testing_utils.scripts import run_forked
 from testing_utils.space_server import APP, serve
 
 from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
@@ -167,7 +167,7 @@ def test_any_model_is_served(tmp_path, monkeypatch):
 
 
 def test_help_starts_no_server():
-    result = subprocess.run([sys.executable, APP, "--help"], capture_output=True, text=True, timeout=120, check=True)
+    result = run_forked([sys.executable, APP, "--help"], check=True)
     assert "--model" in result.stdout
     assert "http" not in result.stdout.split("options")[1]
 

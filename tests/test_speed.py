@@ -1,7 +1,6 @@
 """Work done once before the loop, presets that can be undone, int8 weights, and the benchmark suite in small."""
 
 import json
-import subprocess
 import sys
 
 import datasets
@@ -11,6 +10,7 @@ import pytest
 import torch
 from conftest import DESIGNS, ROOT, tiny_design, tiny_inputs, tiny_transformer
 from diffusers import FasterCacheConfig, TorchAoConfig
+from testing_utils.scripts import run_forked
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
 import dit_hf
@@ -232,8 +232,7 @@ def test_int8_is_saved_and_loaded(tmp_path):
 
 
 def bench(*flags):
-    command = [sys.executable, ROOT / "benchmarks" / "bench.py", *flags]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT)
+    return run_forked([sys.executable, ROOT / "benchmarks" / "bench.py", *flags], ROOT)
 
 
 def test_the_benchmarks_in_small(tmp_path):
@@ -257,7 +256,7 @@ def test_the_benchmarks_in_small(tmp_path):
     assert found["forward"]["environment"]["versions"]["torch"] == torch.__version__
     assert found["quality"]["rows"]["DDIM"]["fid_over_ddim"] == 1 != found["quality"]["rows"]["UniPC, 5 steps"]["fid"]
     command = [sys.executable, ROOT / "benchmarks" / "plot_frontier.py", "--results", output]
-    subprocess.run([*command, "--output", tmp_path / "speed.png"], check=True)
+    run_forked([*command, "--output", tmp_path / "speed.png"], check=True)
     assert PIL.Image.open(tmp_path / "speed.png").width > 400
 
 

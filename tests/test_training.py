@@ -14,6 +14,7 @@ from conftest import FIXTURES, ROOT, tiny_transformer, tiny_vae
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from testing_utils.hub_server import HubServer
+from testing_utils.scripts import run_forked
 from testing_utils.training_runs import kill_after, losses, read_log, run, train_command
 
 from dit_hf import DiTClassCondPipeline
@@ -108,7 +109,7 @@ def test_a_finished_run_changes_nothing_and_a_batch_must_divide(workspace, tmp_p
     assert (tmp_path / "pipeline/transformer/diffusion_pytorch_model.safetensors").read_bytes() == weights
     assert (tmp_path / "train_log.jsonl").read_text() == log
     command = train_command(workspace, tmp_path / "other", gradient_accumulation_steps=3)
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_forked(command)
     assert result.returncode == 2
     assert "--train_batch_size 4 can't be shared" in result.stderr
 
@@ -143,13 +144,13 @@ def test_resume_with_other_settings_is_refused(workspace, tmp_path_factory, tmp_
     run(train_command(workspace, tmp_path, max_train_steps=2))
     settings = (tmp_path / "training_config.json").read_text()
     command = train_command(workspace, tmp_path, max_train_steps=4, learning_rate=0.5)
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_forked(command)
     assert result.returncode == 2
     assert "learning_rate was 0.001 and is 0.5" in result.stderr
     assert (tmp_path / "training_config.json").read_text() == settings
     run(train_command(workspace, tmp_path, max_train_steps=3, validation_steps=1))
     load_image_dataset(str(workspace / "data")).select(range(12)).to_parquet(workspace / "data" / "train.parquet")
-    result = subprocess.run(train_command(workspace, tmp_path, max_train_steps=4), capture_output=True, text=True)
+    result = run_forked(train_command(workspace, tmp_path, max_train_steps=4))
     assert result.returncode == 2
     assert "latents was" in result.stderr
 
@@ -171,7 +172,7 @@ def test_no_label_dropout_and_a_shifted_autoencoder(workspace, tmp_path):
 def test_a_configuration_that_contradicts_the_flags_is_refused(workspace, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"learn_sigma": True, "num_layers": 1}))
     command = train_command(workspace, tmp_path / "run", transformer_config=tmp_path / "config.json")
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_forked(command)
     assert result.returncode == 2
     assert "learn_sigma" in result.stderr
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
+from testing_utils.scripts import run_forked
 
 
 TRAIN_DIT = ROOT / "examples" / "train_class_cond" / "train_dit.py"
@@ -38,6 +39,9 @@ def train_command(workspace, output_dir, **flags):
 
 
 def run(command, **options):
+    """A command that succeeds; one with options, as an environment, in a fresh interpreter."""
+    if not options:
+        return run_forked(command, check=True)
     return subprocess.run(command, check=True, capture_output=True, text=True, **options)
 
 
