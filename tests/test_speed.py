@@ -90,6 +90,16 @@ def test_time_and_class_are_embedded_once_for_all_steps():
     assert (images - expected).norm() / expected.norm() < 1e-5
 
 
+def test_no_timestep_is_taken_to_the_device_on_the_way():
+    """The model gets views of one tensor, which is there before the first step: a copy would wait for a GPU."""
+    pipe, seen = tiny_pipeline("dpm++"), []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, inputs, options: seen.append(options["timestep"].untyped_storage().data_ptr()), with_kwargs=True
+    )
+    draw(pipe, guidance_interval=(0.0, 0.5))
+    assert len(seen) == 6 and len(set(seen)) == 1
+
+
 @pytest.mark.parametrize("at_a_time", (3, 7, 2))
 def test_the_table_is_made_in_parts_when_it_is_large(at_a_time, monkeypatch):
     pipe = tiny_pipeline("dpm++")

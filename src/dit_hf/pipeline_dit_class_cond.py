@@ -89,7 +89,8 @@ class ModulationTable:
         self.transformer, self.schedule = transformer, schedule
         self.classes = torch.tensor(classes, device=schedule.device)
         self.conditional_rows = torch.tensor([classes.index(label) for label in class_ids], device=schedule.device)
-        self.null_rows = torch.full_like(self.conditional_rows, len(classes) - 1)
+        null_rows = torch.full_like(self.conditional_rows, len(classes) - 1)
+        self.guided_rows = torch.cat([null_rows, self.conditional_rows])
         self.steps_at_a_time = max(1, MODULATION_ROWS // len(classes))
         self.first, self.vectors = 0, None
 
@@ -102,8 +103,7 @@ class ModulationTable:
             timesteps, classes = steps.repeat_interleave(len(self.classes)), self.classes.repeat(len(steps))
             self.vectors = self.transformer.compute_modulation(timesteps, classes).unflatten(0, (len(steps), -1))
             self.first = first
-        rows = torch.cat([self.null_rows, self.conditional_rows]) if guided else self.conditional_rows
-        return self.vectors[index - first].index_select(0, rows)
+        return self.vectors[index - first].index_select(0, self.guided_rows if guided else self.conditional_rows)
 
 
 class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
@@ -509,29 +509,24 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
             return None
         return ModulationTable(transformer, schedule, class_ids)
 
-    def _predict(self, latents, timestep, class_labels, guidance_channels, guided, modulation=None, **position):
+    def _predict(self, model_input, timestep, class_labels, guidance_channels, guided, modulation=None, **position):
         """One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32."""
-        model_input = latents
-        if hasattr(self.scheduler, "scale_model_input"):
-            model_input = self.scheduler.scale_model_input(model_input, timestep)
+        channels = model_input.shape[1]
         model_input = model_input.to(self.transformer.dtype)
         if guided:
             # Unconditional first: the order diffusers' caches expect.
             null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
             model_input = torch.cat([model_input, model_input])
             class_labels = torch.cat([null_labels, class_labels])
-        if timestep.is_floating_point():
-            timestep = timestep.float()  # some schedules are float64, which not every device has
         precomputed = {} if modulation is None else {"modulation": modulation}
         with self.transformer.cache_context("guided" if guided else "conditional", timestep=timestep, **position):
             output = self.transformer(
                 hidden_states=model_input,
-                timestep=timestep.expand(len(model_input)).to(model_input.device),
+                timestep=timestep.expand(len(model_input)),
                 class_labels=class_labels,
                 return_dict=False,
                 **precomputed,
             )[0].float()
-        channels = latents.shape[1]
         if guided:
             unconditional, conditional = output.chunk(2)
             count = guidance_channels or channels
@@ -652,15 +647,17 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
 
         # 2. Prepare schedule, labels and noise
         device = self._execution_device
-        # The scheduler's part stays on the CPU, where its tables are: looking up a GPU's timestep waits for the GPU.
+        # The scheduler's part stays on the CPU, where its tables are, and the model's goes to the device at once: looking
+        # up a GPU's timestep waits for the GPU, and so does taking one there. Some are float64, which not every device has.
         schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, "cpu")
+        model_schedule = schedule.float().to(device)
         self._num_timesteps = len(schedule)
         class_labels = torch.tensor(class_ids, device=device)
         latents = self._prepare_latents(shape, latents, generator, device)
         step_options = {"eta": eta, "generator": generator}
         accepted = inspect.signature(self.scheduler.step).parameters
         step_options = {name: value for name, value in step_options.items() if name in accepted}
-        table = self._prepare_modulation(schedule.float().to(device), class_ids)
+        table = self._prepare_modulation(model_schedule, class_ids)
 
         # 3. Denoise
         with self._without_foreign_variance(), self.progress_bar(total=len(schedule)) as progress_bar:
@@ -674,8 +671,11 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
                 if hasattr(self.scheduler, "sigmas"):
                     position["sigma"] = float(self.scheduler.sigmas[index])
                 modulation = None if table is None else table.rows(index, guided)
+                model_input = latents
+                if hasattr(self.scheduler, "scale_model_input"):
+                    model_input = self.scheduler.scale_model_input(latents, timestep)
                 output = self._predict(
-                    latents, timestep, class_labels, guidance_channels, guided, modulation, **position
+                    model_input, model_schedule[index], class_labels, guidance_channels, guided, modulation, **position
                 )
                 latents = self.scheduler.step(output, timestep, latents, **step_options, return_dict=False)[0]
                 if callback_on_step_end is not None:
