@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ def eager_pass(models, product, batch, sample_size, device, seconds):
         "product": product,
     }
     with torch.no_grad():
-        found = compare(candidates, device, seconds, least=2)
+        found = compare(candidates, device, seconds)
     return {"share_of_peak": product.share(2 * batch * count_macs(ours.config), found)} | found
 
 
@@ -67,27 +67,29 @@ def forward(presets, product, device, seconds):
     return {"rows": rows}
 
 
-def compiled(preset, product, device, seconds, batch=2):
-    """Compiled forward passes with the modulation given, as in the pipeline; int8 with its relative output error."""
+def compiled(preset, precisions, product, device, seconds, batch=2):
+    """
+    Compiled forward passes with the modulation given, as in the pipeline, beside the eager one; relative errors of the
+    output. Weights are random, and the modulation's gates of order 1, so that every block counts.
+    """
     stock, ours = both(preset, 32, device)
-    for parameter in ours.parameters():  # a fresh head and gates are zero, and so is every output
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
+    torch.nn.init.normal_(ours.proj_out.weight, std=0.02)  # a fresh head is zero, and so is every output
     latents, timestep, labels = inputs(batch, 32, device)
     rows = {}
     with torch.no_grad():
-        modulation = ours.compute_modulation(timestep, labels)
+        modulation = torch.randn_like(ours.compute_modulation(timestep, labels))
         exact = ours(latents, timestep, labels).sample
 
         def call():
             return ours(latents, timestep, labels, modulation=modulation).sample.float()
 
         graphs = ("bfloat16, CUDA graphs",) if device.type == "cuda" else ()
-        for name in ("float32", "int8", "bfloat16", *graphs):
+        for name in (*precisions, *graphs):
             weights = quantize_blocks(ours) if name == "int8" else []
             compile_network(ours, device.type, name.startswith("bfloat16"))
             candidates = {
                 "stock": partial(stock, latents, timestep, class_labels=labels),
+                "eager": partial(ours.forward, latents, timestep, labels, modulation=modulation),
                 "ours": call,
                 "product": product,
             }
@@ -112,18 +114,23 @@ def training_step(model, latents, timestep, labels):
     model.zero_grad()
 
 
-def training(presets, device, seconds, batch=8):
+def training(presets, product, device, seconds):
     """Training steps without the optimizer, which is torch's for both; float32, 256×256."""
     rows = []
     for preset in presets:
         stock, ours = both(preset, 32, device)
-        batch_inputs = inputs(batch, 32, device)
-        candidates = {
-            "stock": partial(training_step, stock.train(), *batch_inputs),
-            "ours": partial(training_step, ours.train(), *batch_inputs),
-        }
-        rows.append({"model": preset, "batch": batch} | compare(candidates, device, seconds, least=2))
-        print("training", _line(rows[-1]), file=sys.stderr, flush=True)
+        for batch in BATCHES:
+            batch_inputs = inputs(batch, 32, device)
+            candidates = {
+                "stock": partial(training_step, stock.train(), *batch_inputs),
+                "ours": partial(training_step, ours.train(), *batch_inputs),
+                "product": product,
+            }
+            found = compare(candidates, device, seconds)
+            # The backward pass is two products for each of the forward's.
+            share = product.share(3 * 2 * batch * count_macs(ours.config), found)
+            rows.append({"model": preset, "batch": batch, "share_of_peak": share} | found)
+            print("training", _line(rows[-1]), file=sys.stderr, flush=True)
     return {"rows": rows}
 
 
@@ -131,7 +138,7 @@ def training(presets, device, seconds, batch=8):
 ACTIONS = """
 import sys, torch
 from diffusers import DiTTransformer2DModel as StockDiT, TorchAoConfig
-from dit_hf import DiTTransformer2DModel
+from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, optimize
 action, what, option = sys.argv[1:]
 if action == "load":
     model = {"our": DiTTransformer2DModel, "stock": StockDiT}[option].from_pretrained(what, torch_dtype=torch.float32)
@@ -142,28 +149,31 @@ elif action == "train":
     if option == "checkpointing":
         model.enable_gradient_checkpointing()
     model(torch.randn(8, 4, 32, 32), torch.full((8,), 500), torch.arange(8)).sample.square().mean().backward()
+elif action == "draw":
+    pipe = DiTClassCondPipeline(DiTTransformer2DModel.from_preset(what).eval(), make_scheduler("ddim"))
+    if option != "plain":
+        optimize(pipe, option)
+    pipe([1], num_inference_steps=1, output_type="latent")
 """
 
 
 def memory(preset, folder):
     """Peak of resident memory beyond the imports, the mapped file included, of loading and a first forward pass."""
     resident = ("RssAnon", "RssFile")
-    imports = peak_memory([sys.executable, "-c", ACTIONS, "nothing", "", ""], resident)
+    imports = imported(resident)
     measured = {}
     for name, model in (("our", DiTTransformer2DModel.from_preset(preset)), ("stock", stock_dit(preset))):
         model.save_pretrained(folder / name, max_shard_size="100GB")
         parameters = model.num_parameters()
         del model
         size = next((folder / name).glob("*.safetensors")).stat().st_size
-        load = peak_memory([sys.executable, "-c", ACTIONS, "load", folder / name, name], resident) - imports
-        seconds = compare(
-            {"load": lambda name=name: load_model(folder / name, name)}, torch.device("cpu"), 30, least=3
-        )
+        load = run_action("load", folder / name, name, resident) - imports
+        seconds = compare({"load": partial(first_pass, folder / name, name)}, torch.device("cpu"), 30)
         measured[name] = {"parameters": parameters, "file_bytes": size, "load_over_file": load / size}
         measured[name]["load_seconds"] = seconds["load"]["seconds"]
     full = measured["our"]["file_bytes"]
     save_int8(folder / "our", folder / "int8")
-    load = peak_memory([sys.executable, "-c", ACTIONS, "load", folder / "int8", "our"], resident) - imports
+    load = run_action("load", folder / "int8", "our", resident) - imports
     measured["int8"] = {
         "file_over_float32_file": folder_size(folder / "int8") / full,
         "load_over_float32_file": load / full,
@@ -171,20 +181,33 @@ def memory(preset, folder):
     return {"model": preset} | measured
 
 
-def training_memory(presets):
-    """Peak of private memory of a training step of 8, beyond the imports, in GB; with gradients, without an optimizer."""
-    imports = peak_memory([sys.executable, "-c", ACTIONS, "nothing", "", ""])
+def private_memory(action, presets, options):
+    """
+    Peak of private memory beyond the imports, in GB: of a training step of 8 with gradients, without an optimizer, or of
+    the first picture under a speed preset, guided, its compilation included.
+    """
     return {
-        preset: {
-            option: (peak_memory([sys.executable, "-c", ACTIONS, "train", preset, option]) - imports) / 1e9
-            for option in ("plain", "checkpointing")
-        }
+        preset: {option: (run_action(action, preset, option) - imported()) / 1e9 for option in options}
         for preset in presets
     }
 
 
-def load_model(folder, name):
-    return CLASS[name].from_pretrained(folder, torch_dtype=torch.float32)
+def run_action(action, what="", option="", kinds=("RssAnon",)):
+    """Peak of memory of one of `ACTIONS` in an interpreter of its own."""
+    return peak_memory([sys.executable, "-c", ACTIONS, action, what, option], kinds)
+
+
+@cache
+def imported(kinds=("RssAnon",)):
+    """What the imports take."""
+    return run_action("nothing", kinds=kinds)
+
+
+def first_pass(folder, name):
+    """Loads a model and calls it once: weights are mapped from the file, and read when they are used."""
+    model = CLASS[name].from_pretrained(folder, torch_dtype=torch.float32)
+    with torch.no_grad():
+        model(torch.randn(1, 4, 32, 32), torch.tensor([500]), class_labels=torch.tensor([1]))
 
 
 def save_int8(source, target):

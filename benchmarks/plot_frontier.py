@@ -36,7 +36,7 @@ def points(results: dict) -> dict[str, tuple[float, float]]:
     # Of those that only round differently, the presets are shown.
     shown = {name: ROUNDING.get(name, name) for name in times if name in PRESETS or name not in ROUNDING}
     return {
-        name: (1 / times[name]["ratio"], quality[measured]["fid_over_ddim"])
+        name: (1 / times[name]["ratio"], quality[measured]["fid"] / quality["DDIM"]["fid"])
         for name, measured in shown.items()
         if measured in quality
     }

@@ -6,6 +6,7 @@ latents' statistics inside the decoder, so that it draws the same pictures.
 """
 
 import copy
+import hashlib
 import sys
 from functools import partial
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from dit_hf.optimization import SPEED_PRESETS, quantize_blocks
 
 
 GUIDANCE = 5.0
+METRICS = ["fid", "kid", "precision", "recall"]
 DDIM = {"solver_order": 1}
 ALL = (0.0, 1.0)
 
@@ -157,7 +159,7 @@ def times(device, seconds, names, quick=False, batches=(1, 8)):
         candidates = {"stock": partial(draw_stock, stock, labels)}
         for name, setting in chosen.items():
             candidates[name] = partial(pipes[name], labels, **call(setting), output_type="np")
-        found[str(batch)] = compare(candidates, device, seconds * len(candidates), least=3)
+        found[str(batch)] = compare(candidates, device, seconds * len(candidates))
         for name, row in found[str(batch)].items():
             print(f"batch {batch}, {name}: {1 / row['ratio']:.2f} times as fast", file=sys.stderr, flush=True)
     seeds = [torch.Generator(device).manual_seed(0) for _ in range(2)]
@@ -180,13 +182,13 @@ def growth(device, seconds, quick=False):
         cell: partial(pipe, **(small | change), guidance_scale=GUIDANCE, output_type="np")
         for cell, change in changes.items()
     }
-    return {"rows": compare(candidates, device, seconds * len(candidates), least=3)}
+    return {"rows": compare(candidates, device, seconds * len(candidates))}
 
 
 def quality(device, reference, num_samples, names, known, save, quick=False):
     """
     Fréchet distance and more of every setting's samples to held-out images with the same share of classes. `save` is
-    given what there is after each setting; settings that `known`, an earlier run, has are not drawn again.
+    given what there is after each setting; what `known`, an earlier run, has of the same setting is not drawn again.
     """
     source = ImageSource(reference)
     extractor = load_extractor("efficientnet-lite0")
@@ -204,16 +206,17 @@ def quality(device, reference, num_samples, names, known, save, quick=False):
         "extractor": "efficientnet-lite0",
         "seed": 0,
         "held_out": len(held_out.features),
+        "weights": hashlib.sha256(pipe.transformer.proj_out.weight.numpy(force=True).tobytes()).hexdigest()[:12],
     }
     same = all(known.get(key) == value for key, value in found.items())
     rows = found["rows"] = dict(known["rows"]) if same else {}
     for name, setting in chosen.items():
-        if name in rows:
+        recipe = setting._asdict() | {"interval": list(setting.interval)}
+        if rows.get(name, {}).get("setting") == recipe:
             continue
         images = sample_images(build(setting, device), labels, 0, min(100, num_samples), **call(setting))
-        figures = compute_metrics(extract(images, extractor), held_out, ["fid", "kid", "precision", "recall"])
-        rows[name] = {metric: figures[metric]["value"] for metric in ("fid", "kid", "precision", "recall")}
-        rows[name]["fid_over_ddim"] = rows[name]["fid"] / rows["DDIM"]["fid"]
-        print(name, rows[name], file=sys.stderr, flush=True)
+        figures = compute_metrics(extract(images, extractor), held_out, METRICS)
+        rows[name] = {"setting": recipe} | {metric: figures[metric]["value"] for metric in METRICS}
+        print(name, {metric: rows[name][metric] for metric in METRICS}, file=sys.stderr, flush=True)
         save(found)
     return found

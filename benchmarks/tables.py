@@ -1,5 +1,7 @@
 """The figures of bench.py as Markdown."""
 
+import statistics
+
 
 def markdown(results: dict) -> str:
     """Every part that was measured, under its date, hardware, versions and command."""
@@ -18,22 +20,20 @@ def _rows(header, rows):
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _geometric_mean(values):
-    product = 1.0
-    for value in values:
-        product *= value
-    return product ** (1 / len(values))
-
-
 def _ratio(row):
     low, high = row["spread"]
     return f"{row['ratio']:.3f} ({low:.3f}–{high:.3f})"
 
 
+def _times_as_fast(row):
+    low, high = row["spread"]
+    return f"{1 / row['ratio']:.2f} ({1 / high:.2f}–{1 / low:.2f})"
+
+
 def forward(part):
     ratios = [row["ours"]["ratio"] for row in part["rows"]]
     text = (
-        f"Ratio to the stock model's time: geometric mean {_geometric_mean(ratios):.3f}, largest {max(ratios):.3f}. "
+        f"Ratio to the stock model's time: geometric mean {statistics.geometric_mean(ratios):.3f}, largest {max(ratios):.3f}. "
         "The peak is a product of 4096×4096 float32 matrices timed in the same rounds.\n\n"
     )
     rows = [
@@ -52,19 +52,21 @@ def forward(part):
 
 
 def compiled(part):
-    text = f"{part['model']}, batch {part['batch']}, modulation given; the peak is float32's.\n\n"
+    text = f"{part['model']}, batch {part['batch']}, random weights, modulation given, of order 1; the peak is float32's.\n\n"
     rows = [
         [
             name,
             f"{row['ours']['seconds'] * 1000:.0f}",
-            f"{1 / row['ours']['ratio']:.2f}",
+            _times_as_fast(row["ours"]),
+            f"{row['ours']['ratio'] / row['eager']['ratio']:.2f}",
             f"{row['share_of_peak']:.0%}",
             f"{row['relative_error']:.1e}",
             f"{row['ours']['first_seconds']:.0f}",
         ]
         for name, row in part["rows"].items()
     ]
-    header = ["compiled", "ms", "times as fast as stock eager", "of float32 peak", "relative error", "first call s"]
+    header = ["compiled", "ms", "times as fast as stock (quartiles)", "of the time of ours, eager", "of float32 peak"]
+    header += ["relative error", "first call s"]
     return text + _rows(header, rows)
 
 
@@ -76,26 +78,37 @@ def training(part):
             f"{row['stock']['seconds']:.2f}",
             f"{row['ours']['seconds']:.2f}",
             _ratio(row["ours"]),
+            f"{row['share_of_peak']:.0%}",
         ]
         for row in part["rows"]
     ]
-    return _rows(["model", "batch", "stock s", "ours s", "ratio (quartiles)"], rows)
+    return _rows(["model", "batch", "stock s", "ours s", "ratio (quartiles)", "of peak"], rows)
 
 
 def memory(part):
-    rows = [
-        [name, f"{part[name]['parameters'] / 1e6:.1f} M", f"{part[name]['load_over_file']:.2f}"]
-        + [f"{part[name]['load_seconds']:.2f} s"]
+    full, int8 = part["our"]["file_bytes"], part["int8"]
+    loading = [
+        [
+            name,
+            f"{part[name]['parameters'] / 1e6:.1f} M",
+            f"{part[name]['file_bytes'] / full:.2f}",
+            f"{part[name]['load_over_file'] * part[name]['file_bytes'] / full:.2f}",
+            f"{part[name]['load_seconds']:.1f}",
+        ]
         for name in ("our", "stock")
     ]
-    int8 = part["int8"]
-    rows.append(["int8", f"file {int8['file_over_float32_file']:.2f}", f"{int8['load_over_float32_file']:.2f}", ""])
-    steps = [
-        [f"{preset}, step of 8", name, f"{gigabytes:.1f} GB", ""]
-        for preset, pair in part["training"].items()
-        for name, gigabytes in pair.items()
+    loading.append(
+        ["our, int8", "", f"{int8['file_over_float32_file']:.2f}", f"{int8['load_over_float32_file']:.2f}", ""]
+    )
+    header = [part["model"], "parameters", "file", "peak of loading and a first pass", "s of both"]
+    text = "File and memory as shares of our float32 file.\n\n" + _rows(header, loading)
+    private = [
+        [f"{name} of {preset}", option, f"{gigabytes:.1f}"]
+        for key, name in (("training", "training step of 8"), ("drawing", "first picture"))
+        for preset, options in part[key].items()
+        for option, gigabytes in options.items()
     ]
-    return _rows([part["model"], "", "peak over the float32 file", "time"], rows + steps)
+    return text + "\n\n" + _rows(["peak of private memory", "", "GB"], private)
 
 
 def sampling(part):
@@ -107,28 +120,32 @@ def sampling(part):
         rows.append(
             [name]
             + [f"{row['seconds'] / int(batch):.3f}" for row, batch in zip(cells, batches, strict=True)]
-            + [f"{1 / row['ratio']:.1f}" for row in cells]
-            + [f"{cells[-1]['first_seconds']:.0f}"]
+            + [_times_as_fast(row) for row in cells]
+            + [f"{cells[0]['first_seconds']:.0f}"]
         )
     header = ["setting", *(f"s/image, batch {batch}" for batch in batches)]
-    header += [*(f"times as fast, batch {batch}" for batch in batches), "first call s"]
+    header += [*(f"times as fast (quartiles), batch {batch}" for batch in batches), "first call s"]
     note = f"Largest difference of a pixel between stock and ours: {part['largest_difference_of_pixels']:.1e}.\n\n"
     return note + _rows(header, rows)
 
 
 def growth(part):
-    rows = [[cell, f"{row['seconds']:.3f}", f"{row['ratio']:.2f}"] for cell, row in part["rows"].items()]
-    return _rows(["call, with changes to the first", "s", "times the first"], rows)
+    rows = [[cell, f"{row['seconds']:.3f}", _ratio(row)] for cell, row in part["rows"].items()]
+    return _rows(["call, with changes to the first", "s", "times the first (quartiles)"], rows)
 
 
 def quality(part):
-    metrics = ("fid", "fid_over_ddim", "kid", "precision", "recall")
-    digits = (0, 3, 3, 3, 3)
+    baseline = part["rows"]["DDIM"]["fid"]
     rows = [
-        [name, *(f"{row[metric]:.{places}f}" for metric, places in zip(metrics, digits, strict=True))]
+        [name, f"{row['fid']:.0f}", f"{row['fid'] / baseline:.3f}"]
+        + [f"{row[metric]:.3f}" for metric in ("kid", "precision", "recall")]
         for name, row in part["rows"].items()
     ]
-    return f"{part['num_samples']} samples, {part['extractor']}.\n\n" + _rows(["setting", *metrics], rows)
+    text = (
+        f"{part['num_samples']} samples, {part['held_out']} held-out images, {part['extractor']}. Rows are kept from one run "
+        "to the next: the command is that of the last, and `--settings` with a row's name draws that row.\n\n"
+    )
+    return text + _rows(["setting", "fid", "over DDIM's", "kid", "precision", "recall"], rows)
 
 
 TABLES = {

@@ -1,6 +1,7 @@
 """Times that can be compared: candidates in turn, in one process, medians with their spread."""
 
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def environment(device: torch.device) -> dict:
         "hardware": hardware,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
     }
 
 
@@ -52,7 +53,7 @@ def clock(call: Callable[[], object], device: torch.device) -> float:
 
 
 def compare(
-    candidates: dict[str, Callable[[], object]], device: torch.device, seconds: float, least: int = 5, most: int = 25
+    candidates: dict[str, Callable[[], object]], device: torch.device, seconds: float, least: int = 3, most: int = 25
 ) -> dict:
     """
     Times candidates against the first of them.
@@ -62,8 +63,8 @@ def compare(
     cancels out.
 
     Returns:
-        `dict`: name -> `seconds` (median), `spread` (quartiles of the ratio), `ratio` to the first, `first_seconds`,
-        `rounds`.
+        `dict`: name -> `seconds` (median), `ratio` to the first, its `spread` (quartiles), `first_seconds`, `times` of
+        the rounds.
     """
     first = {name: clock(call, device) for name, call in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -77,13 +78,13 @@ def compare(
     results = {}
     for name, taken in times.items():
         ratios = [mine / other for mine, other in zip(taken, baseline, strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
         results[name] = {
             "seconds": statistics.median(taken),
-            "ratio": statistics.median(ratios),
-            "spread": [quartiles[0], quartiles[2]],
+            "ratio": middle,
+            "spread": [lower, upper],
             "first_seconds": first[name],
-            "rounds": len(taken),
+            "times": taken,
         }
     return results
 
@@ -99,9 +100,9 @@ class Product:
         return self.matrices[0] @ self.matrices[1]
 
     def share(self, operations: float, found: dict) -> float:
-        """Operations a second of our model over the product's, from what `compare` has found of both."""
-        rate = self.operations / found["product"]["seconds"]
-        return operations / found["ours"]["seconds"] / rate
+        """Operations a second of our model over the product's, the median of the rounds that `compare` has found."""
+        rounds = zip(found["product"]["times"], found["ours"]["times"], strict=True)
+        return operations / self.operations * statistics.median(product / ours for product, ours in rounds)
 
 
 def peak_memory(command: list, kinds: tuple[str, ...] = ("RssAnon",)) -> int:

@@ -180,10 +180,12 @@ def test_weights_changed_after_a_restore_are_used():
 
 def test_a_preset_takes_the_place_of_another():
     pipe = tiny_pipeline()
+    pipe.scheduler = make_scheduler("ddim", beta_end=0.018, prediction_type="v_prediction")
     weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
     dit_hf.optimize(pipe, "fastest")
     assert type(pipe.scheduler).__name__ == "UniPCMultistepScheduler"
-    assert pipe.scheduler.config.beta_end == make_scheduler("ddim").config.beta_end
+    assert (pipe.scheduler.config.beta_end, pipe.scheduler.config.prediction_type) == (0.018, "v_prediction")
+    assert draw(pipe).isfinite().all()
     dit_hf.optimize(pipe, "exact", device="cpu")
     assert pipe.transformer.transformer_blocks[0].attn.to_q.weight is weight
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
@@ -254,7 +256,7 @@ def test_the_benchmarks_in_small(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["flags", "food"])})
     (tmp_path / "data").mkdir()
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data" / "test.parquet")
-    parts = ("forward", "training", "memory", "sampling", "growth", "quality")
+    parts = ("forward", "compiled", "training", "memory", "sampling", "growth", "quality")
     flags = ("--settings", "DDIM", "UniPC, 5 steps", "--reference", tmp_path / "data", "--output", output)
     result = bench("--quick", "--parts", *parts, *flags)
     assert result.returncode == 0, result.stderr
@@ -264,7 +266,10 @@ def test_the_benchmarks_in_small(tmp_path):
     assert len(found["forward"]["rows"]) == 6
     assert all(f"## {part}" in result.stdout for part in parts)
     assert found["forward"]["environment"]["versions"]["torch"] == torch.__version__
-    assert found["quality"]["rows"]["DDIM"]["fid_over_ddim"] == 1 != found["quality"]["rows"]["UniPC, 5 steps"]["fid"]
+    assert found["quality"]["rows"]["DDIM"]["fid"] != found["quality"]["rows"]["UniPC, 5 steps"]["fid"]
+    assert 1e-4 < found["compiled"]["rows"]["int8"]["relative_error"] < 0.03
+    again = bench("--quick", "--parts", "quality", *flags)
+    assert again.returncode == 0 and "UniPC, 5 steps {" in result.stderr and "UniPC, 5 steps {" not in again.stderr
     command = [sys.executable, ROOT / "benchmarks" / "plot_frontier.py", "--results", output]
     run_forked([*command, "--output", tmp_path / "speed.png"], check=True)
     assert PIL.Image.open(tmp_path / "speed.png").width > 400

@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import requires
+from importlib.metadata import distribution, files, metadata, requires
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
@@ -17,14 +19,14 @@ PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder with nothing but what the wheel holds."""
+    """A folder with nothing but what the wheel holds, which is made from the source distribution."""
     folder = tmp_path_factory.mktemp("wheel")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / "source" / name)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder / "source"]
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, folder / "source"]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = folder.glob("dit_hf-*.whl")
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", folder / "site", wheel]
@@ -32,11 +34,27 @@ def installed(tmp_path_factory):
     return folder / "site"
 
 
+def required(name):
+    """What is installed with a distribution without extras."""
+    found = set()
+    for requirement in map(Requirement, requires(name) or []):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            found |= {requirement.name} | required(requirement.name)
+    return found
+
+
 def test_the_readme_example_runs_from_the_wheel(installed, tmp_path):
+    """With what the wheel requires, and nothing else."""
+    (tmp_path / "required").mkdir()
+    parts = {distribution(name).locate_file(file.parts[0]) for name in required("dit_hf") for file in files(name)}
+    for part in map(Path, parts):
+        if part.name != "..":
+            (tmp_path / "required" / part.name).symlink_to(part)
+    assert not (tmp_path / "required" / "transformers").exists()
     snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     where = "\nimport dit_hf\nprint(dit_hf.__file__, dit_hf.__version__)\n"
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    command = [sys.executable, "-c", snippet.replace("=30", "=2") + where]
+    environment = os.environ | {"PYTHONPATH": f"{installed}:{tmp_path / 'required'}"}
+    command = [sys.executable, "-S", "-c", snippet.replace("=30", "=2") + where]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     file, version = result.stdout.split()
@@ -49,6 +67,12 @@ def test_the_wheel_holds_types_weights_and_no_tests(installed):
     assert "dit_hf/py.typed" in names
     assert "dit_hf/bundled/emoji64/transformer/diffusion_pytorch_model.safetensors" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"dit_hf"}
+
+
+def test_the_oldest_python_runs_what_is_required():
+    (oldest,) = SpecifierSet(metadata("dit_hf")["Requires-Python"])
+    for name in required("dit_hf"):
+        assert SpecifierSet(metadata(name)["Requires-Python"] or "").contains(oldest.version), name
 
 
 @pytest.mark.parametrize("requirement", map(Requirement, requires("dit_hf")), ids=str)

@@ -9,7 +9,7 @@ from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
 
 from .pipeline_dit_class_cond import DiTClassCondPipeline
-from .schedulers import make_scheduler
+from .schedulers import make_scheduler, trained_diffusion
 
 
 # Guided and unguided steps of some batch sizes each are a compilation of their own; torch's default is 8.
@@ -164,4 +164,4 @@ def few_step_scheduler(pipe, solver):
     config = pipe.scheduler.config
     if pipe.is_flow_matching:
         return make_scheduler(f"flow_{solver}", flow_shift=config.get("shift", config.get("flow_shift", 1.0)))
-    return type(make_scheduler(solver)).from_config(config, timestep_spacing="linspace", lower_order_final=True)
+    return make_scheduler(solver, **trained_diffusion(config))

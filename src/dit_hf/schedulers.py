@@ -16,6 +16,7 @@ from diffusers import (
 
 # The training diffusion: linear betas over 1000 steps (DiT §4, ADM's hyperparameters).
 TRAINING_DIFFUSION = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+DIFFUSION = (*TRAINING_DIFFUSION, "trained_betas", "rescale_betas_zero_snr", "prediction_type")
 # The original's respaced sampling: 250 DDPM steps with learned variance make the paper's figures.
 DDPM = {"variance_type": "learned_range", "clip_sample": False, "timestep_spacing": "linspace"}
 DDIM = {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "leading"}
@@ -62,6 +63,19 @@ def make_scheduler(name: str, **overrides) -> SchedulerMixin:
         raise ValueError(f"There is no scheduler recipe {name!r}; choose one of {', '.join(RECIPES)}.")
     scheduler_class, config = RECIPES[name]
     return scheduler_class(**(config | overrides))
+
+
+def trained_diffusion(config: Mapping) -> dict:
+    """
+    What a scheduler's config says of the diffusion its model was trained with, for `make_scheduler`.
+
+    Args:
+        config (`Mapping`): Of a scheduler, not of flow matching.
+
+    Returns:
+        `dict`: the betas, the number of training timesteps, the `prediction_type`.
+    """
+    return {name: config[name] for name in DIFFUSION if config.get(name) is not None}
 
 
 def trained_prediction(config: Mapping) -> str:
