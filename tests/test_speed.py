@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import DESIGNS, ROOT, tiny_design, tiny_inputs, tiny_transformer
+from conftest import DESIGNS, ROOT, tiny_design, tiny_inputs, tiny_transformer, tiny_vae
 from diffusers import FasterCacheConfig, TorchAoConfig
 from testing_utils.scripts import run_forked
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
@@ -164,6 +164,18 @@ def test_presets_are_undone_to_the_bit(preset):
     for name, parameter in pipe.transformer.named_parameters():
         assert parameter is weights[name][0] and torch.equal(parameter, weights[name][1]), name
     assert torch.equal(draw(pipe), expected)
+
+
+def test_the_decoder_is_compiled_and_restored_too():
+    """Drawing with it takes a minute to compile, so the guide's snippet does it once."""
+    pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"), tiny_vae())
+    options = {"output_type": "pt", "num_inference_steps": 1}
+    expected = draw(pipe, **options)
+    dit_hf.optimize(pipe, "exact")
+    assert pipe.vae.decoder._compiled_call_impl is not None
+    dit_hf.restore(pipe)
+    assert pipe.vae.decoder._compiled_call_impl is None
+    assert torch.equal(draw(pipe, **options), expected)
 
 
 def test_weights_changed_after_a_restore_are_used():
