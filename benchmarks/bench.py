@@ -24,7 +24,6 @@ from tables import markdown
 from timing import Product, environment
 
 from dit_hf.command_line import run
-from dit_hf.optimization import SPEED_PRESETS
 from dit_hf.presets import PRESETS
 
 
@@ -46,7 +45,7 @@ def measure(part, args, known, save):
     if part == "training":
         return networks.training(sizes, product, device, seconds)
     if part == "memory":
-        trained, presets = ["DiT-B/2", largest][args.quick :], ["plain", *([] if args.quick else SPEED_PRESETS)]
+        trained, presets = ["DiT-B/2", largest][args.quick :], ["plain", "exact", "int8", "fastest"][: 1 if args.quick else 4]
         return networks.measure_memory(largest) | {
             "training": networks.private_memory("train", trained, ["plain", "checkpointing"]),
             "drawing": networks.private_memory("draw", [largest], presets),

@@ -78,7 +78,7 @@ def compiled(preset, precisions, product, device, seconds, batch=2):
     rows = {}
     with torch.no_grad():
         modulation = torch.randn_like(ours.compute_modulation(timestep, labels))
-        exact = ours(latents, timestep, labels).sample
+        exact = ours(latents, timestep, labels, modulation=modulation).sample
 
         def call():
             return ours(latents, timestep, labels, modulation=modulation).sample.float()
