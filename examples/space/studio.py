@@ -24,7 +24,8 @@ from dit_hf.seeds import seeded_generator
 MAX_STEPS, MAX_IMAGES, MAX_SCALE, MAX_SEED = 250, 32, 20.0, 2**31 - 1
 MAX_WORK = 2000  # images times steps of a set: the next visitor waits for it
 PREVIEWS, PREVIEWED_IMAGES = 8, 8
-FLOW_SAMPLERS = ("flow_euler", "flow_heun", "flow_dpm++", "flow_unipc")
+# What each calls the shift of the noise levels that a model was trained with.
+FLOW_SAMPLERS = {"flow_euler": "shift", "flow_heun": "shift", "flow_dpm++": "flow_shift", "flow_unipc": "flow_shift"}
 DIFFUSION_SAMPLERS = ("dpm++", "unipc", "ddim", "ddpm")
 OWN_SAMPLER = "default"
 METADATA = "dit_hf"
@@ -96,10 +97,11 @@ class Studio:
         self._colours = self._fit_colours()
 
     def _sampler_overrides(self):
-        """Samplers that fit the model, and what its own scheduler says of its diffusion."""
-        if self.pipe.is_flow_matching:
-            return {name: {} for name in FLOW_SAMPLERS}
+        """Samplers that fit the model, and what its own scheduler says of its diffusion or flow."""
         own = self.pipe.scheduler.config
+        if self.pipe.is_flow_matching:
+            shift = own.get("shift", own.get("flow_shift", 1.0))
+            return {name: {option: shift} for name, option in FLOW_SAMPLERS.items()}
         known = {name: own[name] for name in DIFFUSION if own.get(name) is not None}
         overrides = {name: dict(known) for name in DIFFUSION_SAMPLERS}
         if not self.pipe.transformer.config.learn_sigma:
