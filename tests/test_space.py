@@ -196,6 +196,7 @@ def test_cancel_ends_a_drawing(address, tmp_path):
 
 def test_a_full_queue_says_so(small, tmp_path):
     first, second, third = (connect(small, tmp_path) for _ in range(3))
+    assert first.config["run_history"] is False
     long = {"class_labels": "shark", "images": 8, "steps": 250, "api_name": "/generate"}
     drawing = first.submit(**long)
     while not any("Step" in (output[1] or "") for output in drawing.outputs()):
