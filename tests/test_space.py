@@ -1,22 +1,28 @@
 """The Space: a real server on loopback, asked by many at once; its snippet; classes mixed."""
 
 import json
+import re
+import shutil
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
 
+import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_transformer, tiny_vae
+from conftest import ROOT, tiny_transformer, tiny_vae
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from gradio_client.utils import QueueError
 from PIL import Image
 from testing_utils.scripts import run_forked
 from testing_utils.space_server import APP, serve
 
-from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
+from dit_hf import DiTClassCondPipeline, __version__, make_scheduler, mix_classes
 from dit_hf.seeds import seeded_generator
 
 
@@ -25,7 +31,8 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
     names = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "shark"}
     transformer = tiny_transformer(num_classes=3, learn_sigma=False, num_layers=24)  # slow enough to be cancelled
-    DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae(), names).save_pretrained(folder)
+    scheduler = make_scheduler("flow_euler", shift=3.0)
+    DiTClassCondPipeline(transformer, scheduler, tiny_vae(), names).save_pretrained(folder)
     return folder
 
 
@@ -37,19 +44,41 @@ def address(model, tmp_path_factory):
     assert list(folder.iterdir()) == []  # all that the server wrote is gone
 
 
+@pytest.fixture
+def small(model, tmp_path):
+    """A copy of the app, with a home of its own and one place to wait; it leaves both folders as they were."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for name in ("home", "temporary"):
+        (folder / name).mkdir()
+    copy = shutil.copytree(APP.parent, folder / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    before = sorted(folder.rglob("*"))
+    home = {"HOME": str(folder / "home")}
+    with serve(model, folder / "temporary", "--queue_size", "1", app=copy / APP.name, **home) as address:
+        yield address
+    assert sorted(folder.rglob("*")) == before
+
+
 def connect(address, folder):
     return Client(address, verbose=False, download_files=str(folder))
+
+
+def direct(address, route, session="mine"):
+    """Asked past the queue, as the page asks for what may not wait; gradio_client has all wait."""
+    return httpx.post(f"{address}/gradio_api/{route}", json={"data": [], "session_hash": session})
 
 
 def pixels(pictures):
     return np.stack([np.asarray(Image.open(picture["image"])) for picture in pictures])
 
 
-def test_the_same_settings_give_the_same_pictures_here_and_by_the_snippet(address, tmp_path):
+def test_the_same_settings_give_the_same_pictures_here_and_by_the_snippet(address, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(model.parent)  # the snippet tells the folder's name only
     client = connect(address, tmp_path)
     options = {"class_labels": ["goldfish, Carassius auratus", "shark"], "images": 2, "steps": 3}
     options |= {"guidance_end": 0.5, "sampler": "flow_heun", "mix_with": "tench, Tinca tinca", "mix_share": 0.5}
-    pictures, status, seed, snippet = client.predict(**options, seed=5, api_name="/generate")
+    pictures, status, seed, snippet = answer = client.predict(**options, seed=5, api_name="/generate")
+    assert str(model.parent) not in repr(answer)
     assert status == "Pictures: 4, steps: 3, seed: 5."
     assert [picture["caption"] for picture in pictures] == ["goldfish", "goldfish", "shark", "shark"]
     again = client.predict(**options, seed=5, api_name="/generate")[0]
@@ -62,13 +91,49 @@ def test_the_same_settings_give_the_same_pictures_here_and_by_the_snippet(addres
     settings = json.loads(Image.open(pictures[0]["image"]).text["dit_hf"])
     assert settings | options == settings
     assert settings["seed"] == seed == 5
+    assert (settings["model"], settings["version"]) == ("tiny", __version__)
     random = client.predict(**options, seed=5, random_seed=True, api_name="/generate")
     assert random[2] != 5
 
 
-def test_twenty_at_once_each_get_their_own(address, tmp_path):
+def test_a_picture_is_drawn_again_from_its_own_settings(address, model, tmp_path):
+    options = {"class_labels": ["goldfish, Carassius auratus", "shark"], "images": 2, "steps": 3, "seed": 5}
+    pictures = connect(address, tmp_path).predict(**options, api_name="/generate")[0]
+    pipe = DiTClassCondPipeline.from_pretrained(model)
+    for index, picture in enumerate(pictures):
+        picture = Image.open(picture["image"])
+        known = json.loads(picture.text["dit_hf"])
+        assert known["index"] == index
+        again = pipe(
+            known["class_labels"][known["index"] // known["images"]],
+            num_inference_steps=known["steps"],
+            guidance_scale=known["guidance_scale"],
+            guidance_interval=(known["guidance_start"], known["guidance_end"]),
+            generator=[seeded_generator(known["seed"], known["index"])],
+        ).images[0]
+        assert np.abs(np.asarray(again, int) - np.asarray(picture, int)).max() <= 1  # another batch rounds otherwise
+
+
+def test_every_sampler_goes_by_the_shift_of_the_model(address, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(model.parent)
+    client, drawn = connect(address, tmp_path), {}
+    for sampler in ("default", "flow_euler", "flow_heun", "flow_dpm++", "flow_unipc"):
+        options = {"class_labels": "shark", "images": 1, "steps": 4, "seed": 3, "sampler": sampler}
+        pictures, _, _, snippet = client.predict(**options, api_name="/generate")
+        found = {}
+        exec(snippet, found)
+        config = found["pipe"].scheduler.config
+        assert config.get("shift", config.get("flow_shift")) == 3
+        drawn[sampler] = pixels(pictures)
+        assert np.array_equal(drawn[sampler], np.stack([np.asarray(image) for image in found["images"]]))
+    assert np.array_equal(drawn["default"], drawn["flow_euler"])
+
+
+def test_twenty_at_once_each_get_their_own(address, model, tmp_path):
+    names = ["tench, Tinca tinca", "goldfish, Carassius auratus", "shark"]
+
     def ask(index):
-        name = ["tench, Tinca tinca", "goldfish, Carassius auratus", "shark"][index % 3]
+        name = names[index % 3]
         folder = tmp_path / str(index)
         folder.mkdir()
         found = connect(address, folder).predict(
@@ -80,26 +145,35 @@ def test_twenty_at_once_each_get_their_own(address, tmp_path):
 
     with ThreadPoolExecutor(20) as pool:
         together = list(pool.map(ask, range(20)))
-    assert len({picture.tobytes() for picture in together}) == 20
-    again = tmp_path / "again"
-    again.mkdir()
-    client = connect(address, again)
-    alone = client.predict(class_labels="goldfish, Carassius auratus", images=1, seed=7, steps=2, api_name="/generate")
-    assert np.array_equal(together[7], pixels(alone[0]))
+    pipe = DiTClassCondPipeline.from_pretrained(model)
+    options = {"num_inference_steps": 2, "guidance_scale": 4}
+    for index, pictures in enumerate(together):
+        alone = pipe(names[index % 3], generator=[seeded_generator(index, 0)], **options).images
+        assert np.array_equal(pictures, np.stack([np.asarray(image) for image in alone]))
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"steps": 10**9}, "250"),
-        ({"steps": 2.5}, "whole number from 1 to 250"),
-        ({"seed": -1}, "minimum"),
+        ({"steps": 10**9}, "Steps must be a whole number from 1 to 250"),
+        ({"steps": 2.5}, "Steps must be a whole number"),
+        ({"steps": None}, "Steps must be a whole number"),
+        ({"seed": -1}, "Seed must be a whole number from 0"),
+        ({"seed": "x"}, "Seed must be a whole number"),
+        ({"seed": 2.5}, "Seed must be a whole number"),
+        ({"images": True}, "Images of each class must be a whole number"),
         ({"images": 20, "class_labels": ["shark", "tench, Tinca tinca"]}, "at most 32"),
-        ({"class_labels": "/etc/passwd"}, "no class '/etc/passwd'"),
+        ({"class_labels": "/etc/passwd"}, "Class: there is no class '/etc/passwd'"),
         ({"class_labels": ["shark"] * 33}, "32"),
-        ({"images": 32, "steps": 100}, "at most 2000"),
         ({"class_labels": []}, "at least one class"),
-        ({"sampler": "ddim"}, "not in the list"),
+        ({"class_labels": 5}, "Class must be a name or a list of names"),
+        ({"class_labels": [["shark"]]}, "Class: there is no class"),
+        ({"mix_with": 3}, "Mix with: there is no class '3'"),
+        ({"mix_share": "x"}, "Share of the mixed class must be a number from 0 to 1"),
+        ({"guidance_scale": None}, "Guidance scale must be a number from 0 to 20"),
+        ({"random_seed": 1}, "Random must be true or false"),
+        ({"sampler": "ddim"}, "no sampler 'ddim'"),
+        ({"sampler": None}, "no sampler 'None'"),
         ({"guidance_start": 0.5, "guidance_end": 0.5}, "start before it ends"),
     ],
 )
@@ -111,18 +185,87 @@ def test_requests_out_of_bounds_are_refused(address, tmp_path, bad, message):
 def test_cancel_ends_a_drawing(address, tmp_path):
     client = connect(address, tmp_path)
     job = client.submit(class_labels="shark", images=8, steps=250, sampler="flow_heun", api_name="/generate")
-    while not any("Step" in (output[1] or "") for output in job.outputs()):
+    while not any("Call" in (output[1] or "") for output in job.outputs()):  # Heun's steps take two
         assert not job.done()
         time.sleep(0.05)
     assert client.predict(api_name="/cancel") == "Cancelled."
     assert job.result(timeout=60)[1] == "Cancelled."
     assert client.predict(class_labels="shark", images=1, steps=1, api_name="/generate")[1].startswith("Pictures: 1,")
+    assert client.predict(api_name="/cancel") == "Nothing is being drawn."
+
+
+def test_a_full_queue_says_so(small, tmp_path):
+    first, second, third = (connect(small, tmp_path) for _ in range(3))
+    assert first.config["run_history"] is False
+    long = {"class_labels": "shark", "images": 8, "steps": 250, "api_name": "/generate"}
+    drawing = first.submit(**long)
+    while not any("Step" in (output[1] or "") for output in drawing.outputs()):
+        assert not drawing.done()
+        time.sleep(0.05)
+    quick = {"class_labels": "shark", "images": 1, "steps": 1, "api_name": "/generate"}
+    waiting = second.submit(**quick)
+    while waiting.status().code.name != "IN_QUEUE":
+        assert not waiting.done()
+        time.sleep(0.05)
+    with pytest.raises(QueueError, match="Queue is full"):
+        third.predict(**quick)
+    assert direct(small, "run/cancel", session=first.session_hash).json()["data"] == ["Cancelled."]
+    assert waiting.result(timeout=60)[1].startswith("Pictures: 1,")
+    # The server has to end with one under way and another waiting, as well.
+    drawing, waiting = (client.submit(**long) for client in (first, second))
+    while not any("Step" in (output[1] or "") for output in [*drawing.outputs(), *waiting.outputs()]):
+        time.sleep(0.05)
+
+
+def test_the_queue_is_the_only_way_to_a_drawing(address):
+    for route in ("run/generate", "api/generate"):
+        answer = direct(address, route)
+        assert answer.status_code == 404
+        assert "join the queue" in answer.text
+    assert direct(address, "run/cancel").json()["data"] == ["Nothing is being drawn."]
+
+
+def test_a_set_that_would_take_too_long_is_refused(model, monkeypatch):
+    monkeypatch.syspath_prepend(APP.parent)
+    from settings import Settings
+    from studio import Studio
+
+    studio = Studio(str(model))
+    plain = Settings(["shark"], images=4, steps=20, guidance_scale=1.0)
+    started = time.perf_counter()
+    assert list(studio.draw(plain, threading.Event()))[-1].finished
+    taken = time.perf_counter() - started
+    assert taken / 10 < studio.estimate(plain) < taken * 10
+
+    def ten_steps(**changes):
+        changed = replace(plain, **changes)
+        return studio.estimate(replace(changed, steps=30)) - studio.estimate(changed)
+
+    once = ten_steps()
+    for times, changes in (
+        (2, {"images": 8}),
+        (2, {"guidance_scale": 2.0}),
+        (1.5, {"guidance_scale": 2.0, "guidance_start": 0.5}),
+        (4, {"guidance_scale": 2.0, "sampler": "flow_heun"}),
+    ):
+        assert ten_steps(**changes) == pytest.approx(times * once)
+    studio.max_minutes = 2 * studio.estimate(plain) / 60
+    studio.check(plain)
+    with pytest.raises(ValueError, match=r"would take about \d+ minutes; choose fewer images or steps"):
+        studio.check(replace(plain, images=12))
+
+
+def test_the_space_asks_for_the_gradio_that_is_tested():
+    asked = re.search(r"sdk_version: (\S+)", (APP.parent / "README.md").read_text())[1]
+    assert asked == version("gradio")
+    assert f"gradio=={asked}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
 def test_any_model_is_served(tmp_path, monkeypatch):
     """A diffusion model with its own schedule, equal names, no learned variance, no null class; one visitor stops."""
     monkeypatch.syspath_prepend(APP.parent)
-    from studio import Settings, Studio
+    from settings import Settings
+    from studio import Studio
 
     scheduler = make_scheduler("ddim", beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     transformer = tiny_transformer(num_classes=2, learn_sigma=False, class_dropout_prob=0)
@@ -137,7 +280,7 @@ def test_any_model_is_served(tmp_path, monkeypatch):
         assert drawn[-1].finished
         config = studio.pipe.scheduler.config
         assert (config["beta_schedule"], config["prediction_type"]) == ("squaredcos_cap_v2", "v_prediction")
-    with pytest.raises(ValueError, match="from 0 to 1"):
+    with pytest.raises(ValueError, match="number from 0 to 1"):
         studio.check(Settings(["crane (1)"]))
     settings = Settings(["crane (0)"], images=8, steps=200, guidance_scale=1.0)
     calls = []
@@ -162,7 +305,7 @@ def test_any_model_is_served(tmp_path, monkeypatch):
     before = len(calls)
     cancelled.join(60)
     time.sleep(0.5)
-    studio.wait()
+    studio.close()
     assert len(calls) == before
 
 

@@ -3,58 +3,37 @@
 Shapes: `B` images, `C` channels, `h w` latent size.
 """
 
-import json
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image
+from settings import OWN_SAMPLER, Settings
 
 from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
 from dit_hf.optimization import SPEED_PRESETS
 from dit_hf.seeds import seeded_generator
 
 
-MAX_STEPS, MAX_IMAGES, MAX_SCALE, MAX_SEED = 250, 32, 20.0, 2**31 - 1
-MAX_WORK = 2000  # images times steps of a set: the next visitor waits for it
+MAX_SCALE = 20.0
+MAX_MINUTES = 5.0  # of a set: the next visitor waits for it
 PREVIEWS, PREVIEWED_IMAGES = 8, 8
-FLOW_SAMPLERS = ("flow_euler", "flow_heun", "flow_dpm++", "flow_unipc")
+# What each calls the shift of the noise levels that a model was trained with.
+FLOW_SAMPLERS = {"flow_euler": "shift", "flow_heun": "shift", "flow_dpm++": "flow_shift", "flow_unipc": "flow_shift"}
 DIFFUSION_SAMPLERS = ("dpm++", "unipc", "ddim", "ddpm")
-OWN_SAMPLER = "default"
-METADATA = "dit_hf"
 # What a sampler must know of the diffusion that a model was trained with.
 DIFFUSION = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
 class Cancelled(Exception):
     """The visitor wants no more."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that a set of pictures depends on, but the model."""
-
-    class_labels: list[str]
-    images: int = 1
-    seed: int = 0
-    steps: int = 30
-    guidance_scale: float = 3.0
-    guidance_start: float = 0.0
-    guidance_end: float = 1.0
-    sampler: str = OWN_SAMPLER
-    mix_with: str = ""
-    mix_share: float = 0.0
-
-    @property
-    def labels(self) -> list[str]:
-        """The class of each picture."""
-        return [name for name in self.class_labels for _ in range(self.images)]
 
 
 class Drawn(NamedTuple):
@@ -72,11 +51,14 @@ class Studio:
 
     Args:
         model (`str`): Name of a bundled pipeline, folder, or Hub id.
+        max_minutes (`float`): A set that would take longer is refused.
     """
 
-    def __init__(self, model: str):
-        self.model = model
-        bundled = "/" not in model and not Path(model).exists()
+    def __init__(self, model: str, max_minutes: float = MAX_MINUTES):
+        self.max_minutes = max_minutes
+        self.is_folder = Path(model).exists()
+        self.model = Path(model).resolve().name if self.is_folder else model  # where a folder lies is not published
+        bundled = "/" not in model and not self.is_folder
         self.loader = "from_bundled" if bundled else "from_pretrained"
         self.pipe = getattr(DiTClassCondPipeline, self.loader)(model)
         self.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,13 +75,14 @@ class Studio:
         self._schedulers |= {name: make_scheduler(name, **options) for name, options in self._overrides.items()}
         self.samplers = list(self._schedulers)
         self._lock = threading.Lock()
-        self._colours = self._fit_colours()
+        self._try_out()
 
     def _sampler_overrides(self):
-        """Samplers that fit the model, and what its own scheduler says of its diffusion."""
-        if self.pipe.is_flow_matching:
-            return {name: {} for name in FLOW_SAMPLERS}
+        """Samplers that fit the model, and what its own scheduler says of its diffusion or flow."""
         own = self.pipe.scheduler.config
+        if self.pipe.is_flow_matching:
+            shift = own.get("shift", own.get("flow_shift", 1.0))
+            return {name: {option: shift} for name, option in FLOW_SAMPLERS.items()}
         known = {name: own[name] for name in DIFFUSION if own.get(name) is not None}
         overrides = {name: dict(known) for name in DIFFUSION_SAMPLERS}
         if not self.pipe.transformer.config.learn_sigma:
@@ -113,34 +96,18 @@ class Studio:
         return preset.num_inference_steps, solver, *preset.guidance_interval
 
     def check(self, settings: Settings) -> None:
-        """`ValueError` if anything is out of its bounds: requests come from anywhere."""
-        if not settings.class_labels:
-            raise ValueError("Choose at least one class.")
-        if len(settings.class_labels) > MAX_IMAGES:
-            raise ValueError(f"Choose at most {MAX_IMAGES} classes.")
-        others = [settings.mix_with] if settings.mix_with else []
-        for name in [*settings.class_labels, *others]:
-            if name not in self.classes:
-                raise ValueError(f"There is no class {str(name)[:60]!r}.")
-        if settings.sampler not in self.samplers:
-            raise ValueError(
-                f"There is no sampler {str(settings.sampler)[:60]!r}; choose of {', '.join(self.samplers)}."
-            )
-        bounds = {"images": (1, MAX_IMAGES), "seed": (0, MAX_SEED), "steps": (1, MAX_STEPS)}
-        for name, (low, high) in bounds.items():
-            value = getattr(settings, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(f"{name.capitalize()} must be a whole number from {low} to {high}.")
-        if len(settings.class_labels) * settings.images > MAX_IMAGES:
-            raise ValueError(f"Classes times images are at most {MAX_IMAGES}.")
-        if len(settings.labels) * settings.steps > MAX_WORK:
-            raise ValueError(f"Images times steps are at most {MAX_WORK}.")
-        shares = {"guidance_scale": self.max_scale, "guidance_start": 1.0, "guidance_end": 1.0, "mix_share": 1.0}
-        for name, high in shares.items():
-            if not 0 <= getattr(settings, name) <= high:
-                raise ValueError(f"{name.replace('_', ' ').capitalize()} must be from 0 to {high:g}.")
-        if settings.guidance_start >= settings.guidance_end:
-            raise ValueError("Guidance must start before it ends.")
+        """`ValueError` if anything is out of its bounds, or the set would take too long."""
+        settings.check(self.classes, self.samplers, self.max_scale)
+        seconds = self.estimate(settings)
+        if seconds > 60 * self.max_minutes:
+            raise ValueError(f"This set would take about {seconds / 60:.0f} minutes; choose fewer images or steps.")
+
+    def estimate(self, settings: Settings) -> float:
+        """Seconds that a set takes, by the time that the first pictures took."""
+        calls = settings.steps * self._schedulers[settings.sampler].order
+        if settings.guidance_scale > 1:
+            calls *= 1 + settings.guidance_end - settings.guidance_start
+        return len(settings.labels) * (calls * self._seconds_per_call + self._seconds_per_decoding)
 
     def draw(self, settings: Settings, stop: threading.Event) -> Iterator[Drawn]:
         """
@@ -189,10 +156,9 @@ class Studio:
         except Exception as error:  # the visitor's thread raises it
             events.put(error)
 
-    def wait(self) -> None:
-        """Returns once nothing is being drawn."""
-        with self._lock:
-            pass
+    def close(self) -> None:
+        """Returns once nothing is being drawn, and lets nothing be drawn any more."""
+        self._lock.acquire()
 
     def _call(self, settings, on_step):
         labels = [self.classes.index(name) for name in settings.class_labels]
@@ -221,25 +187,28 @@ class Studio:
         pictures = [Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]) for image in pixels]
         return [picture.resize((picture.width * factor, picture.height * factor)) for picture in pictures]
 
-    def _fit_colours(self):
-        """The linear map `(C + 1, 3)` from latents to colours that fits some decoded pictures best; None without a VAE."""
-        if self.pipe.vae is None:
-            return None
+    def _try_out(self):
+        """Draws some pictures, and keeps what previews and estimates go by."""
         labels = list(range(min(4, len(self.classes))))
-        generators = [seeded_generator(0, index) for index in labels]
-        options = {"num_inference_steps": 4, "guidance_scale": 1.0}
-        kept = {}
+        latents, clock = [], [time.perf_counter()]
+
+        def on_step(pipe, index, timestep, tensors):
+            latents[:] = [tensors["latents"].float().cpu()]  # so that a GPU is waited for
+            clock.append(time.perf_counter())
+            return {}
+
         images = self.pipe(
             labels,
-            generator=generators,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            generator=[seeded_generator(0, index) for index in labels],
             output_type="pt",
-            callback_on_step_end=lambda pipe, index, timestep, tensors: kept.update(tensors) or {},
-            **options,
-        ).images
-        latents = kept["latents"].float().cpu()
-        colours = F.adaptive_avg_pool2d(images.float().cpu() * 2 - 1, latents.shape[-2:])
-        rows = F.pad(latents, (0, 0, 0, 0, 0, 1), value=1.0).movedim(1, -1).flatten(0, -2)
-        return torch.linalg.lstsq(rows, colours.movedim(1, -1).flatten(0, -2)).solution
+            callback_on_step_end=on_step,
+        ).images.cpu()
+        clock.append(time.perf_counter())
+        *calls, decoding = [(after - before) / len(labels) for before, after in pairwise(clock)]
+        self._seconds_per_call, self._seconds_per_decoding = min(calls), decoding
+        self._colours = None if self.pipe.vae is None else fit_colours(latents[0], images.float())
 
     def snippet(self, settings: Settings) -> str:
         """Python that draws the same pictures."""
@@ -262,28 +231,16 @@ class Studio:
         options = [f"{name}={value!r}" for name, value in self._overrides.get(settings.sampler, {}).items()]
         recipe = ", ".join([repr(settings.sampler), *options])
         sampler = "" if own else f"pipe.scheduler = make_scheduler({recipe})\n"
+        remark = "  # a folder of the server" if self.is_folder else ""
         return f"""from dit_hf import {imported}
 from dit_hf.seeds import seeded_generator
 
-pipe = DiTClassCondPipeline.{self.loader}({self.model!r})
+pipe = DiTClassCondPipeline.{self.loader}({self.model!r}){remark}
 {sampler}{call}"""
 
 
-def save_picture(image: Image.Image, settings: Settings, model: str, path: Path) -> None:
-    """Writes a PNG that knows how it was drawn."""
-    metadata = PngImagePlugin.PngInfo()
-    metadata.add_text(METADATA, json.dumps(asdict(settings) | {"model": model}))
-    image.save(path, pnginfo=metadata)
-
-
-def read_settings(path: str | Path) -> Settings:
-    """Settings of a PNG of [`save_picture`]; `ValueError` if it has none."""
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get(METADATA)
-    if text is None:
-        raise ValueError("This picture has no settings in it.")
-    values = json.loads(text)
-    names = [field.name for field in fields(Settings)]
-    if not isinstance(values, dict) or any(name not in values for name in names):
-        raise ValueError("This picture was not drawn by this page.")
-    return Settings(**{name: values[name] for name in names})
+def fit_colours(latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The linear map `(C + 1, 3)` from latents `(B, C, h, w)` to colours that fits their pictures in [0, 1] best."""
+    colours = F.adaptive_avg_pool2d(images * 2 - 1, latents.shape[-2:])
+    rows = F.pad(latents, (0, 0, 0, 0, 0, 1), value=1.0).movedim(1, -1).flatten(0, -2)
+    return torch.linalg.lstsq(rows, colours.movedim(1, -1).flatten(0, -2)).solution

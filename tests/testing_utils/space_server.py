@@ -13,25 +13,35 @@ from conftest import ROOT
 APP = ROOT / "examples" / "space" / "app.py"
 
 
+# What would hide that the app writes where it should not.
+HIDING = ("TORCHINDUCTOR", "PYTHONDONTWRITEBYTECODE", "XDG_", "HF_HOME")
+
+
 @contextmanager
-def serve(model, folder):
-    """The app as a user starts it, with all temporary files in a folder of ours; yields its address."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
-    environment |= {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, APP, "--model", str(model)]
+def serve(model, folder, *flags, app=APP, **variables):
+    """
+    The app as a user starts it, with all temporary files in a folder of ours; yields its address. It may log no
+    traceback.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(HIDING)}
+    environment |= {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | variables
+    command = [sys.executable, app, "--model", str(model), *flags]
+    lines = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
-    ) as app:
+    ) as server:
+        reader = threading.Thread(target=lambda: lines.extend(server.stdout), daemon=True)  # or it would wait for one
         try:
-            lines = []
-            for line in app.stdout:
+            for line in server.stdout:
                 lines.append(line)
                 if found := re.search(r"http://[\d.]+:\d+", line):
-                    threading.Thread(target=app.stdout.read, daemon=True).start()  # or it would wait for a reader
+                    reader.start()
                     yield found[0]
                     break
             else:
                 raise AssertionError("".join(lines))
         finally:
-            app.terminate()
-            assert app.wait(60) == 0
+            server.terminate()
+            assert server.wait(60) == 0
+    reader.join()
+    assert "Traceback" not in (log := "".join(lines)), log

@@ -1,0 +1,104 @@
+"""The settings of a set of pictures: the controls they come from, their bounds, and the PNGs that know them."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from dit_hf import __version__
+
+
+MAX_STEPS, MAX_IMAGES, MAX_SEED = 250, 32, 2**31 - 1
+OWN_SAMPLER = "default"
+METADATA = "dit_hf"
+# The controls by their names in the API, in the order in which the handlers take them, as the page calls them.
+LABELS = {
+    "class_labels": "Class",
+    "images": "Images of each class",
+    "seed": "Seed",
+    "random_seed": "Random",
+    "steps": "Steps",
+    "guidance_scale": "Guidance scale",
+    "guidance_start": "Guidance from",
+    "guidance_end": "Guidance until",
+    "sampler": "Sampler",
+    "mix_with": "Mix with",
+    "mix_share": "Share of the mixed class",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a set of pictures depends on, but the model; anything can be in it until it is checked."""
+
+    class_labels: list[str]
+    images: int = 1
+    seed: int = 0
+    steps: int = 30
+    guidance_scale: float = 3.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    sampler: str = OWN_SAMPLER
+    mix_with: str = ""
+    mix_share: float = 0.0
+
+    @property
+    def labels(self) -> list[str]:
+        """The class of each picture."""
+        return [name for name in self.class_labels for _ in range(self.images)]
+
+    def check(self, classes: list[str], samplers: list[str], max_scale: float) -> None:
+        """`ValueError`, which names the control, if anything is of no use: requests come from anywhere."""
+        self._check_names(classes, samplers)
+        bounds = {"images": (1, MAX_IMAGES), "seed": (0, MAX_SEED), "steps": (1, MAX_STEPS)}
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{LABELS[name]} must be a whole number from {low} to {high}.")
+        shares = {"guidance_scale": max_scale, "guidance_start": 1.0, "guidance_end": 1.0, "mix_share": 1.0}
+        for name, high in shares.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
+                raise ValueError(f"{LABELS[name]} must be a number from 0 to {high:g}.")
+        if self.guidance_start >= self.guidance_end:
+            raise ValueError("Guidance must start before it ends.")
+        if len(self.labels) > MAX_IMAGES:
+            raise ValueError(f"Classes times images are at most {MAX_IMAGES}.")
+
+    def _check_names(self, classes, samplers):
+        if not isinstance(self.class_labels, list):
+            raise ValueError(f"{LABELS['class_labels']} must be a name or a list of names.")
+        if not self.class_labels:
+            raise ValueError("Choose at least one class.")
+        if len(self.class_labels) > MAX_IMAGES:
+            raise ValueError(f"Choose at most {MAX_IMAGES} classes.")
+        others = [] if self.mix_with == "" else [self.mix_with]
+        for control, names in (("class_labels", self.class_labels), ("mix_with", others)):
+            for name in names:
+                if name not in classes:
+                    raise ValueError(f"{LABELS[control]}: there is no class {str(name)[:60]!r}.")
+        if self.sampler not in samplers:
+            raise ValueError(f"There is no sampler {str(self.sampler)[:60]!r}; choose of {', '.join(samplers)}.")
+
+
+def read_controls(*values) -> Settings:
+    """The controls' values in their order, as they come from a page or a program."""
+    controls = dict(zip(LABELS, values, strict=True))
+    if not isinstance(controls.pop("random_seed"), bool):
+        raise ValueError(f"{LABELS['random_seed']} must be true or false.")
+    names, other = controls["class_labels"], controls["mix_with"]
+    controls["class_labels"] = [names] if isinstance(names, str) else names
+    controls["mix_with"] = "" if other is None else other
+    for name in ("images", "seed", "steps"):
+        value = controls[name]  # 3.0 is whole too
+        controls[name] = int(value) if isinstance(value, float) and value.is_integer() else value
+    return Settings(**controls)
+
+
+def save_picture(image: Image.Image, settings: Settings, index: int, model: str, path: Path) -> None:
+    """Writes a PNG that knows how it was drawn; `index` is its number in the set, which its noise depends on."""
+    metadata = PngImagePlugin.PngInfo()
+    known = asdict(settings) | {"index": index, "model": model, "version": __version__}
+    metadata.add_text(METADATA, json.dumps(known))
+    image.save(path, pnginfo=metadata)
