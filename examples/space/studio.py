@@ -19,6 +19,7 @@ from settings import OWN_SAMPLER, Settings
 
 from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
 from dit_hf.optimization import SPEED_PRESETS
+from dit_hf.schedulers import trained_diffusion
 from dit_hf.seeds import seeded_generator
 
 
@@ -28,8 +29,6 @@ PREVIEWS, PREVIEWED_IMAGES = 8, 8
 # What each calls the shift of the noise levels that a model was trained with.
 FLOW_SAMPLERS = {"flow_euler": "shift", "flow_heun": "shift", "flow_dpm++": "flow_shift", "flow_unipc": "flow_shift"}
 DIFFUSION_SAMPLERS = ("dpm++", "unipc", "ddim", "ddpm")
-# What a sampler must know of the diffusion that a model was trained with.
-DIFFUSION = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
 class Cancelled(Exception):
@@ -83,8 +82,7 @@ class Studio:
         if self.pipe.is_flow_matching:
             shift = own.get("shift", own.get("flow_shift", 1.0))
             return {name: {option: shift} for name, option in FLOW_SAMPLERS.items()}
-        known = {name: own[name] for name in DIFFUSION if own.get(name) is not None}
-        overrides = {name: dict(known) for name in DIFFUSION_SAMPLERS}
+        overrides = {name: trained_diffusion(own) for name in DIFFUSION_SAMPLERS}
         if not self.pipe.transformer.config.learn_sigma:
             overrides["ddpm"]["variance_type"] = "fixed_large"
         return overrides
