@@ -46,7 +46,8 @@ def measure(part, args, known, save):
     if part == "training":
         return networks.training(sizes, product, device, seconds)
     if part == "memory":
-        trained, presets = ["DiT-B/2", largest][args.quick :], ["plain", "exact", "int8", "fastest"][: 1 if args.quick else 4]
+        trained = [largest] if args.quick else ["DiT-B/2", largest]
+        presets = ["plain"] if args.quick else ["plain", "exact", "int8", "fastest"]
         return networks.measure_memory(largest) | {
             "training": networks.private_memory("train", trained, ["plain", "checkpointing"]),
             "drawing": networks.private_memory("draw", [largest], presets),
