@@ -1,5 +1,6 @@
 """The guides' snippets run and print what they say; their links and flags exist."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -29,11 +30,17 @@ COMMANDS = [
 
 
 def test_snippets_run(tmp_path):
-    """All in one process, for the time that imports take, but without the names of those before."""
+    """
+    All in one process, for the time that imports take, but without the names of those before; nothing is compiled, which
+    takes minutes: tests/test_speed.py does so with small networks.
+    """
     assert len(SNIPPETS) >= 5
     promised = [re.findall(r"^print.*# (.*)$", snippet, re.MULTILINE) for _, snippet in SNIPPETS]
     code = f"for snippet in {[snippet for _, snippet in SNIPPETS]!r}: exec(snippet, {{'__name__': '__main__'}})"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | {"TORCH_COMPILE_DISABLE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [line for lines in promised for line in lines]
 
