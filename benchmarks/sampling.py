@@ -159,7 +159,7 @@ def times(device, seconds, names, quick=False, batches=(1, 8)):
         candidates = {"stock": partial(draw_stock, stock, labels)}
         for name, setting in chosen.items():
             candidates[name] = partial(pipes[name], labels, **call(setting), output_type="np")
-        found[str(batch)] = compare(candidates, device, seconds * len(candidates))
+        found[str(batch)] = compare(candidates, device, seconds * len(candidates), least=3)
         for name, row in found[str(batch)].items():
             print(f"batch {batch}, {name}: {1 / row['ratio']:.2f} times as fast", file=sys.stderr, flush=True)
     seeds = [torch.Generator(device).manual_seed(0) for _ in range(2)]
@@ -182,7 +182,7 @@ def growth(device, seconds, quick=False):
         cell: partial(pipe, **(small | change), guidance_scale=GUIDANCE, output_type="np")
         for cell, change in changes.items()
     }
-    return {"rows": compare(candidates, device, seconds * len(candidates))}
+    return {"rows": compare(candidates, device, seconds * len(candidates), least=3)}
 
 
 def quality(device, reference, num_samples, names, known, save, quick=False):
@@ -211,7 +211,7 @@ def quality(device, reference, num_samples, names, known, save, quick=False):
     same = all(known.get(key) == value for key, value in found.items())
     rows = found["rows"] = dict(known["rows"]) if same else {}
     for name, setting in chosen.items():
-        recipe = setting._asdict() | {"interval": list(setting.interval)}
+        recipe = setting._asdict() | {"interval": list(setting.interval)}  # as JSON gives it back
         if rows.get(name, {}).get("setting") == recipe:
             continue
         images = sample_images(build(setting, device), labels, 0, min(100, num_samples), **call(setting))

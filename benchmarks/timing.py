@@ -53,7 +53,7 @@ def clock(call: Callable[[], object], device: torch.device) -> float:
 
 
 def compare(
-    candidates: dict[str, Callable[[], object]], device: torch.device, seconds: float, least: int = 3, most: int = 25
+    candidates: dict[str, Callable[[], object]], device: torch.device, seconds: float, least: int = 5, most: int = 25
 ) -> dict:
     """
     Times candidates against the first of them.

@@ -167,15 +167,16 @@ def test_presets_are_undone_to_the_bit(preset):
 
 
 def test_the_decoder_is_compiled_and_restored_too():
-    """Drawing with it takes a minute to compile, so the guide's snippet does it once."""
     pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"), tiny_vae())
-    options = {"output_type": "pt", "num_inference_steps": 1}
-    expected = draw(pipe, **options)
-    dit_hf.optimize(pipe, "exact")
-    assert pipe.vae.decoder._compiled_call_impl is not None
-    dit_hf.restore(pipe)
-    assert pipe.vae.decoder._compiled_call_impl is None
-    assert torch.equal(draw(pipe, **options), expected)
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pipe._decode(latents)
+        dit_hf.optimize(pipe, "exact")
+        assert pipe.vae.decoder._compiled_call_impl is not None
+        torch.testing.assert_close(pipe._decode(latents), expected, atol=1e-5, rtol=1e-5)
+        dit_hf.restore(pipe)
+        assert pipe.vae.decoder._compiled_call_impl is None
+        assert torch.equal(pipe._decode(latents), expected)
 
 
 def test_weights_changed_after_a_restore_are_used():
@@ -279,7 +280,7 @@ def test_the_benchmarks_in_small(tmp_path):
     assert all(f"## {part}" in result.stdout for part in parts)
     assert found["forward"]["environment"]["versions"]["torch"] == torch.__version__
     assert found["quality"]["rows"]["DDIM"]["fid"] != found["quality"]["rows"]["UniPC, 5 steps"]["fid"]
-    assert 1e-4 < found["compiled"]["rows"]["int8"]["relative_error"] < 0.03
+    assert 1e-4 < found["compiled"]["rows"]["int8"]["relative_error"] < 0.02
     again = bench("--quick", "--parts", "quality", *flags)
     assert again.returncode == 0 and "UniPC, 5 steps {" in result.stderr and "UniPC, 5 steps {" not in again.stderr
     command = [sys.executable, ROOT / "benchmarks" / "plot_frontier.py", "--results", output]

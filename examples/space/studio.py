@@ -19,15 +19,14 @@ from settings import OWN_SAMPLER, Settings
 
 from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
 from dit_hf.optimization import SPEED_PRESETS
-from dit_hf.schedulers import trained_diffusion
+from dit_hf.schedulers import trained_options
 from dit_hf.seeds import seeded_generator
 
 
 MAX_SCALE = 20.0
 MAX_MINUTES = 5.0  # of a set: the next visitor waits for it
 PREVIEWS, PREVIEWED_IMAGES = 8, 8
-# What each calls the shift of the noise levels that a model was trained with.
-FLOW_SAMPLERS = {"flow_euler": "shift", "flow_heun": "shift", "flow_dpm++": "flow_shift", "flow_unipc": "flow_shift"}
+FLOW_SAMPLERS = ("flow_euler", "flow_heun", "flow_dpm++", "flow_unipc")
 DIFFUSION_SAMPLERS = ("dpm++", "unipc", "ddim", "ddpm")
 
 
@@ -78,12 +77,9 @@ class Studio:
 
     def _sampler_overrides(self):
         """Samplers that fit the model, and what its own scheduler says of its diffusion or flow."""
-        own = self.pipe.scheduler.config
-        if self.pipe.is_flow_matching:
-            shift = own.get("shift", own.get("flow_shift", 1.0))
-            return {name: {option: shift} for name, option in FLOW_SAMPLERS.items()}
-        overrides = {name: trained_diffusion(own) for name in DIFFUSION_SAMPLERS}
-        if not self.pipe.transformer.config.learn_sigma:
+        samplers = FLOW_SAMPLERS if self.pipe.is_flow_matching else DIFFUSION_SAMPLERS
+        overrides = {name: trained_options(name, self.pipe.scheduler.config) for name in samplers}
+        if "ddpm" in overrides and not self.pipe.transformer.config.learn_sigma:
             overrides["ddpm"]["variance_type"] = "fixed_large"
         return overrides
 

@@ -9,7 +9,7 @@ from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import nn
 
 from .pipeline_dit_class_cond import DiTClassCondPipeline
-from .schedulers import make_scheduler, trained_diffusion
+from .schedulers import make_scheduler, trained_options
 
 
 # Guided and unguided steps of some batch sizes each are a compilation of their own; torch's default is 8.
@@ -161,7 +161,5 @@ def quantize_blocks(transformer):
 
 def few_step_scheduler(pipe, solver):
     """A multistep solver of the pipeline's own diffusion or flow."""
-    config = pipe.scheduler.config
-    if pipe.is_flow_matching:
-        return make_scheduler(f"flow_{solver}", flow_shift=config.get("shift", config.get("flow_shift", 1.0)))
-    return make_scheduler(solver, **trained_diffusion(config))
+    name = f"flow_{solver}" if pipe.is_flow_matching else solver
+    return make_scheduler(name, **trained_options(name, pipe.scheduler.config))

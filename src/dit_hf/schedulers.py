@@ -16,6 +16,7 @@ from diffusers import (
 
 # The training diffusion: linear betas over 1000 steps (DiT §4, ADM's hyperparameters).
 TRAINING_DIFFUSION = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+# What a scheduler's config says of the diffusion that its model was trained with.
 DIFFUSION = (*TRAINING_DIFFUSION, "trained_betas", "rescale_betas_zero_snr", "prediction_type")
 # The original's respaced sampling: 250 DDPM steps with learned variance make the paper's figures.
 DDPM = {"variance_type": "learned_range", "clip_sample": False, "timestep_spacing": "linspace"}
@@ -65,17 +66,21 @@ def make_scheduler(name: str, **overrides) -> SchedulerMixin:
     return scheduler_class(**(config | overrides))
 
 
-def trained_diffusion(config: Mapping) -> dict:
+def trained_options(name: str, config: Mapping) -> dict:
     """
-    What a scheduler's config says of the diffusion its model was trained with, for `make_scheduler`.
+    What `make_scheduler` has to be told to build another sampler of the same model.
 
     Args:
-        config (`Mapping`): Of a scheduler, not of flow matching.
+        name (`str`): The sampler's recipe, of flow matching if the model is.
+        config (`Mapping`): Of the model's own scheduler.
 
     Returns:
-        `dict`: the betas, the number of training timesteps, the `prediction_type`.
+        `dict`: a flow's shift, or the diffusion: betas, number of training timesteps, `prediction_type`.
     """
-    return {name: config[name] for name in DIFFUSION if config.get(name) is not None}
+    if name.startswith("flow_"):
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        return {"flow_shift" if "flow_shift" in RECIPES[name][1] else "shift": shift}
+    return {option: config[option] for option in DIFFUSION if config.get(option) is not None}
 
 
 def trained_prediction(config: Mapping) -> str:

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 
+TIMEOUT = 600  # seconds
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["accelerate", "datasets", "dit_hf.evaluation.metrics", "dit_hf.training.lora", "dit_hf.training.validation"]
@@ -25,7 +26,10 @@ def run_forked(command, folder=".", check=False):
         streams = [Path(captured, name) for name in ("output", "errors")]
         process = SERVER.Process(target=_execute, args=(command, Path(folder).resolve(), dict(os.environ), streams))
         process.start()
-        process.join()
+        process.join(TIMEOUT)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired(command, TIMEOUT)
         output, errors = (stream.read_text() for stream in streams)
     result = subprocess.CompletedProcess(command, process.exitcode, output, errors)
     if check:
