@@ -22,7 +22,7 @@ from dit_hf.evaluation.extractors import Features, extract, load_extractor
 from dit_hf.evaluation.metrics import compute_metrics
 from dit_hf.evaluation.samples import sample_images
 from dit_hf.evaluation.sources import ImageSource
-from dit_hf.optimization import SPEED_PRESETS, quantize_blocks
+from dit_hf.optimization import SPEED_PRESETS, compile_network, compiled_networks, quantize_blocks
 
 
 GUIDANCE = 5.0
@@ -48,6 +48,7 @@ SETTINGS = {
     "DDIM, compiled (exact)": Setting(on="exact"),
     "DDIM, int8": Setting(on="int8 eager"),
     "DDIM, int8 compiled (int8)": Setting(on="int8"),
+    "DDIM, bfloat16 compiled": Setting(on="bfloat16"),
     "DDIM, guided halves in two calls": Setting(on="two calls"),
     "DDIM, guided in (0, 0.5)": Setting(interval=(0.0, 0.5)),
     "DDIM, first-block cache 0.1": Setting(on="first block"),
@@ -65,6 +66,7 @@ SETTINGS = {
     "balanced": Setting("flow_unipc", {}, _BALANCED.num_inference_steps, _BALANCED.guidance_interval, "balanced"),
     "fastest, eager float32": Setting("flow_unipc", {}, _FASTEST.num_inference_steps, _FASTEST.guidance_interval),
     "fastest": Setting("flow_unipc", {}, _FASTEST.num_inference_steps, _FASTEST.guidance_interval, "fastest"),
+    "fastest, int8": Setting("flow_unipc", {}, _FASTEST.num_inference_steps, _FASTEST.guidance_interval, "int8"),
 }
 # Those that only round differently from another row have its figures of quality.
 ROUNDING = {
@@ -82,6 +84,9 @@ def build(setting: Setting, device: torch.device) -> DiTClassCondPipeline:
     pipe.scheduler = make_scheduler(setting.solver, **setting.options)
     if setting.on in SPEED_PRESETS:
         optimize(pipe, setting.on)  # with its own solver, if it has one
+    elif setting.on == "bfloat16":
+        for network in compiled_networks(pipe):
+            compile_network(network, device.type, bfloat16=True)
     elif setting.on == "int8 eager":
         quantize_blocks(pipe.transformer)
     elif setting.on == "no table":

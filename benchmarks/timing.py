@@ -59,8 +59,8 @@ def compare(
     Times candidates against the first of them.
 
     Each is called once to warm up (its time is `first_seconds`: with compilation), then all in turn until `seconds` are
-    over, `least` to `most` rounds. A ratio is the median of the rounds' ratios, so that what slows a whole round down
-    cancels out.
+    over, `least` to `most` rounds, every other one backwards, so that nobody always comes after the same. A ratio is the
+    median of the rounds' ratios, so that what slows a whole round down cancels out.
 
     Returns:
         `dict`: name -> `seconds` (median), `ratio` to the first, its `spread` (quartiles), `first_seconds`, `times` of
@@ -72,7 +72,7 @@ def compare(
     for rounds in range(most):
         if rounds >= least and time.perf_counter() - started > seconds:
             break
-        for name, call in candidates.items():
+        for name, call in list(candidates.items())[:: -1 if rounds % 2 else 1]:
             times[name].append(clock(call, device))
     baseline = next(iter(times.values()))
     results = {}
