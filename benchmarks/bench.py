@@ -47,9 +47,10 @@ def measure(part, args, known, save):
         return networks.training(sizes, product, device, seconds)
     if part == "memory":
         trained = [largest] if args.quick else ["DiT-B/2", largest]
+        ways = ["plain"] if args.quick else ["plain", "checkpointing"]
         presets = ["plain"] if args.quick else ["plain", "exact", "int8", "fastest"]
         return networks.measure_memory(largest) | {
-            "training": networks.private_memory("train", trained, ["plain", "checkpointing"]),
+            "training": networks.private_memory("train", trained, ways),
             "drawing": networks.private_memory("draw", [largest], presets),
         }
     if part == "sampling":

@@ -31,10 +31,14 @@ def stock_dit(preset: str, sample_size: int = 32, **options) -> StockDiT:
 
 
 def both(preset, sample_size, device):
-    """The stock model and ours, freshly initialised; times do not depend on the weights."""
+    """The stock model and ours with random weights, ours also where fresh ones are zero, and gradients would be."""
     torch.manual_seed(0)
     stock = stock_dit(preset, sample_size).eval().to(device)
-    return stock, DiTTransformer2DModel.from_preset(preset, sample_size=sample_size).eval().to(device)
+    ours = DiTTransformer2DModel.from_preset(preset, sample_size=sample_size).eval().to(device)
+    for parameter in ours.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return stock, ours
 
 
 def inputs(batch, sample_size, device):
@@ -75,7 +79,6 @@ def compiled(preset, precisions, product, device, seconds, batch=2):
     output. Weights are random, and the modulation's gates of order 1, so that every block counts.
     """
     stock, ours = both(preset, 32, device)
-    torch.nn.init.normal_(ours.proj_out.weight, std=0.02)  # a fresh head is zero, and so is every output
     latents, timestep, labels = inputs(batch, 32, device)
     rows = {}
     with torch.no_grad():

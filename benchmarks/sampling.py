@@ -6,7 +6,6 @@ latents' statistics inside the decoder, so that it draws the same pictures.
 """
 
 import copy
-import hashlib
 import sys
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from timing import compare
 
 from dit_hf import DiTClassCondPipeline, make_scheduler, optimize
 from dit_hf.checkpoints.diffusers_dit import DIFFUSERS, give_embedders, stock_config
+from dit_hf.data.latents import checksum
 from dit_hf.evaluation.extractors import Features, extract, load_extractor
 from dit_hf.evaluation.metrics import compute_metrics
 from dit_hf.evaluation.samples import sample_images
@@ -211,12 +211,16 @@ def quality(device, reference, num_samples, names, known, save, quick=False):
         "extractor": "efficientnet-lite0",
         "seed": 0,
         "held_out": len(held_out.features),
-        "weights": hashlib.sha256(pipe.transformer.proj_out.weight.numpy(force=True).tobytes()).hexdigest()[:12],
+        "images": source.digest()[:12],
+        "weights": [checksum(network)[:12] for network in (pipe.transformer, pipe.vae)],
     }
     same = all(known.get(key) == value for key, value in found.items())
     rows = found["rows"] = dict(known["rows"]) if same else {}
     for name, setting in chosen.items():
         recipe = setting._asdict() | {"interval": list(setting.interval)}  # as JSON gives it back
+        if setting.on in SPEED_PRESETS:
+            preset = SPEED_PRESETS[setting.on]
+            recipe["on"] = f"{setting.on}: {preset.precision}, {preset.solver}"
         if rows.get(name, {}).get("setting") == recipe:
             continue
         images = sample_images(build(setting, device), labels, 0, min(100, num_samples), **call(setting))

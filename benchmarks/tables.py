@@ -65,7 +65,7 @@ def compiled(part):
         ]
         for name, row in part["rows"].items()
     ]
-    header = ["compiled", "ms", "times as fast as stock (quartiles)", "of the time of ours, eager", "of float32 peak"]
+    header = ["compiled", "ms", "times as fast as stock (quartiles)", "of the same, uncompiled", "of float32 peak"]
     header += ["relative error", "first call s"]
     return text + _rows(header, rows)
 
