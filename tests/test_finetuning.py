@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from testing_utils.scripts import run_forked
 from testing_utils.training_runs import run, train_command
 
-from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
 from dit_hf.schedulers import RECIPES, trained_prediction
 from dit_hf.training.finetuning import freeze, match_names, parameter_groups, remap_classes
 
@@ -18,6 +18,7 @@ from dit_hf.training.finetuning import freeze, match_names, parameter_groups, re
 def test_training_starts_from_given_weights(workspace, tmp_path):
     run(train_command(workspace, tmp_path / "first", max_train_steps=1))
     start = {"transformer_config": None, "vae": None, "pretrained_model_name_or_path": tmp_path / "first" / "pipeline"}
+    start["resolution"] = None  # that of the weights
     command = train_command(workspace, tmp_path / "second", **start, learning_rate=0, max_train_steps=1)
     run([*command, "--balance_classes"])
     file = "pipeline/transformer/diffusion_pytorch_model.safetensors"
@@ -37,6 +38,9 @@ def test_other_classes_keep_the_rows_of_equal_names(workspace, tmp_path):
     new = DiTClassCondPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.class_embed.weight
     assert torch.equal(new, old[[0, 2, 3]])  # dark, light, null
     assert match_names(["dark", "noon"], names) == [0, None]
+    assert match_names(["maillot"], {0: "maillot", 1: "maillot, tank suit"}) == [0]  # as the pipeline finds them
+    with pytest.raises(ValueError, match="'crane' is the name of classes 0, 1"):
+        match_names(["crane"], {0: "crane", 1: "crane"})
     remap_classes(pipe.transformer, [None, 1], 0.0)
     torch.testing.assert_close(pipe.transformer.class_embed.weight, torch.stack([old[:3].mean(0), old[1]]))
     assert (pipe.transformer.config.num_classes, pipe.transformer.config.class_dropout_prob) == (2, 0.0)
@@ -61,9 +65,12 @@ def test_the_scheduler_tells_what_is_predicted():
 
 @pytest.mark.parametrize(
     ("learn_sigma", "scheduler", "objective"),
-    [(True, make_scheduler("flow_dpm++"), "velocity"), (False, make_scheduler("ddim"), "epsilon")],
+    [
+        (True, make_scheduler("flow_dpm++", flow_shift=3.0), "velocity"),
+        (False, make_scheduler("ddim", beta_schedule="squaredcos_cap_v2"), "epsilon"),
+    ],
 )
-def test_the_head_stays_as_it_is(workspace, tmp_path, learn_sigma, scheduler, objective):
+def test_head_and_schedule_stay_as_they_are(workspace, tmp_path, learn_sigma, scheduler, objective):
     """SiT's checkpoints have a half that nothing uses; DiTs without a learned variance have none."""
     given = tiny_transformer(num_classes=3, learn_sigma=learn_sigma)
     pipe = DiTClassCondPipeline(given, scheduler, tiny_vae(), {0: "night", 1: "dark", 2: "light"})
@@ -72,6 +79,8 @@ def test_the_head_stays_as_it_is(workspace, tmp_path, learn_sigma, scheduler, ob
     run(train_command(workspace, tmp_path / "run", **start, objective=objective, max_train_steps=2))
     trained = DiTClassCondPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert trained.transformer.config.learn_sigma == learn_sigma
+    kept = {"velocity": ("shift", 3.0), "epsilon": ("beta_schedule", "squaredcos_cap_v2")}[objective]
+    assert trained.scheduler.config[kept[0]] == kept[1]
     rows = [
         model.proj_out.weight.unflatten(0, (4, -1)) for model in (given, trained.transformer)
     ]  # 2x2 values a patch
@@ -88,7 +97,7 @@ def test_adapters_are_trained_saved_and_loaded(workspace, tmp_path):
         tmp_path / "base"
     )
     start = {"transformer_config": None, "vae": None, "pretrained_model_name_or_path": tmp_path / "base"}
-    flags = {"max_train_steps": 3, "lora_rank": 3, "lora_alpha": 9, "learning_rate": 0.01}
+    flags = {"max_train_steps": 3, "lora_rank": 3, "lora_alpha": 9, "learning_rate": 0.01, "class_dropout_prob": 0}
     run(train_command(workspace, tmp_path / "run", **start, **flags))
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "base")
     inputs = tiny_inputs() | {"class_labels": torch.tensor([1, 2, 3])}
@@ -104,6 +113,9 @@ def test_adapters_are_trained_saved_and_loaded(workspace, tmp_path):
     assert "class_embed" in config.target_modules
     adapted = output()
     assert (adapted - before).abs().max() > 1e-4
+    other = pipe.transformer(**(inputs | {"class_labels": torch.tensor([2, 2, 3])})).sample
+    with mix_classes(pipe.transformer, 2, 1.0):
+        torch.testing.assert_close(output(), other)  # with its adapter
     moved = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
     assert next(value for key, value in moved.items() if "class_embed" in key and "_A" in key).shape[-1] == 4
     pipe.load_lora_weights(tmp_path / "run", adapter_name="again")
@@ -119,6 +131,21 @@ def test_adapters_are_trained_saved_and_loaded(workspace, tmp_path):
     torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
     pipe.unfuse_lora()
     torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "fused")
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "fused")
+    torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_need_the_null_class_that_they_drop_to(workspace, tmp_path):
+    transformer = tiny_transformer(num_classes=2, learn_sigma=False, class_dropout_prob=0.0)
+    pipe = DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae(), {0: "dark", 1: "light"})
+    pipe.save_pretrained(tmp_path / "base")
+    start = {"transformer_config": None, "vae": None, "pretrained_model_name_or_path": tmp_path / "base"}
+    result = run_forked(train_command(workspace, tmp_path / "run", **start, lora_rank=2))
+    assert result.returncode == 2
+    assert "no null class, and adapters can't add one; pass --class_dropout_prob 0" in result.stderr
 
 
 def test_frozen_parts_keep_their_weights(workspace, tmp_path):

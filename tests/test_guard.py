@@ -67,6 +67,25 @@ def test_state_survives_and_a_rewound_run_gets_other_batches():
     assert again.bound == guard.bound
 
 
+def test_going_back_without_end_stops_with_a_diagnosis():
+    """A rate that is too high leaps again some hundred good steps after each return."""
+    guard = settled("rewind", max_in_a_row=2)
+
+    def go_back(to_step):
+        nonlocal guard
+        state = guard.state_dict()
+        assert guard.judge(90, 9.0, 1.0) == "rewind"
+        before = copy(guard)
+        guard.load_state_dict(state)
+        guard.rewound(90, to_step, before)
+        assert guard.judge(to_step + 1, 1.0, 1.0) == "step"
+
+    for to_step in (40, 40, 60, 60):
+        go_back(to_step)
+    with pytest.raises(TrainingStopped, match="step 90, after 2 returns to step 60"):
+        go_back(60)
+
+
 def test_unknown_policies_are_refused():
     with pytest.raises(ValueError, match="'ignore'.*skip, rewind, stop"):
         LossGuard("ignore")

@@ -57,12 +57,15 @@ def python(code, environment, **extra):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def draw(load, environment, installed=True, **extra):
-    """(hash of the image, module of the pipeline's class, whether the package was imported) of a fresh process."""
-    result = python(("" if installed else WITHOUT_PACKAGE) + load + DRAW, environment, **extra)
+def draw(load, places, environment, installed=True, **extra):
+    """
+    (hash of the image, module of the pipeline's class, whether the package was imported) of each place, in a fresh
+    process.
+    """
+    code = "".join(load.format(repr(str(place))) + DRAW for place in places)
+    result = python(("" if installed else WITHOUT_PACKAGE) + code, environment, **extra)
     assert result.returncode == 0, result.stderr[-3000:]
-    line = next(line for line in result.stdout.splitlines() if line.startswith("IMAGE"))
-    return line.split()[1:]
+    return [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("IMAGE")]
 
 
 @pytest.fixture(scope="module")
@@ -86,30 +89,32 @@ def published(tmp_path_factory):
 def test_the_five_ways_give_one_image(published):
     hub, environment, home = published
     one_line = (
-        "from diffusers import DiffusionPipeline; pipe = DiffusionPipeline.from_pretrained({}, trust_remote_code=True)"
+        "from diffusers import DiffusionPipeline; "
+        "pipe = DiffusionPipeline.from_pretrained({0}, trust_remote_code=True)"
     )
-    ours = "from dit_hf import DiTClassCondPipeline; pipe = DiTClassCondPipeline.from_pretrained({})"
+    ours = "from dit_hf import DiTClassCondPipeline; pipe = DiTClassCondPipeline.from_pretrained({0})"
     auto = one_line + (
         "; from diffusers import AutoModel; pipe.register_modules("
-        "transformer=AutoModel.from_pretrained({}, subfolder='transformer', trust_remote_code=True))"
+        "transformer=AutoModel.from_pretrained({0}, subfolder='transformer', trust_remote_code=True))"
     )
-    images = {}
-    for where, place in (("hub", "'user/tiny'"), ("folder", repr(str(home / "folder")))):
-        for name, load, installed in (
-            ("without the package", one_line, False),
-            ("installed class", ours, True),
-            ("with the package, remote code", one_line, True),
-            ("auto model", auto, False),
-        ):
-            images[where, name] = draw(load.format(place, place), environment, installed)
-    assert len({image for image, *_ in images.values()}) == 1, images
-    for (_, name), (_, module, imported) in images.items():
-        assert (imported == "True") == (name == "installed class"), name
-        assert module.startswith("dit_hf" if name == "installed class" else "diffusers_modules"), name
+    places = ("user/tiny", home / "folder")
+    ways = {
+        "without the package": (one_line, False),
+        "installed class": (ours, True),
+        "with the package, remote code": (one_line, True),
+        "auto model": (auto, False),
+    }
+    images = {name: draw(load, places, environment, installed) for name, (load, installed) in ways.items()}
+    assert all(len(drawn) == len(places) for drawn in images.values())
+    assert len({image for drawn in images.values() for image, *_ in drawn}) == 1, images
+    for name, drawn in images.items():
+        for _, module, imported in drawn:
+            assert (imported == "True") == (name == "installed class"), name
+            assert module.startswith("dit_hf" if name == "installed class" else "diffusers_modules"), name
     # From the cache, without a server to ask.
     before = len(hub.requests)
-    offline = draw(ours.format("'user/tiny'"), environment, HF_HUB_OFFLINE="1")
-    assert offline[0] == images["hub", "installed class"][0]
+    (offline,) = draw(ours, places[:1], environment, HF_HUB_OFFLINE="1")
+    assert offline[0] == images["installed class"][0][0]
     assert len(hub.requests) == before
 
 
@@ -170,14 +175,13 @@ def test_arguments_are_forwarded(published):
 
 def test_saving_what_was_loaded_loses_nothing(published, tmp_path):
     _, environment, home = published
-    load = "from diffusers import DiffusionPipeline; pipe = DiffusionPipeline.from_pretrained({!r}, trust_remote_code=True)"
-    folder = str(home / "folder")
-    first = draw(
-        load.format(folder) + f"; pipe.save_pretrained({str(tmp_path / 'remote')!r})", environment, installed=False
-    )
-    ours = f"from dit_hf import DiTClassCondPipeline; pipe = DiTClassCondPipeline.from_pretrained({str(tmp_path / 'remote')!r}); pipe.save_pretrained({str(tmp_path / 'ours')!r})"
-    second = draw(ours, environment)
-    third = draw(load.format(str(tmp_path / "ours")), environment, installed=False)
+    load = "from diffusers import DiffusionPipeline; pipe = DiffusionPipeline.from_pretrained({0}, trust_remote_code=True)"
+    ours = "from dit_hf import DiTClassCondPipeline; pipe = DiTClassCondPipeline.from_pretrained({0})"
+    folders = [home / "folder", tmp_path / "remote", tmp_path / "ours"]
+    saves = [f"; pipe.save_pretrained({str(folder)!r})" for folder in folders[1:]]
+    (first,) = draw(load + saves[0], folders[:1], environment, installed=False)
+    (second,) = draw(ours + saves[1], folders[1:2], environment)
+    (third,) = draw(load, folders[2:], environment, installed=False)
     assert first[0] == second[0] == third[0]
 
     def content(place):

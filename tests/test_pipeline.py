@@ -17,9 +17,11 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     FirstBlockCacheConfig,
     PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
 )
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf.data.latents import normalise_latents, vae_statistics
 
 
 ID2LABEL = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "hen", 10: "crane"}
@@ -199,6 +201,7 @@ def test_latent_statistics_come_from_the_autoencoder(statistics):
     images = pipe([1, 2], generator=seeded(0), output_type="pt", **options).images
     torch.testing.assert_close(images, expected)
     assert images.std() > 0.01
+    torch.testing.assert_close(normalise_latents(decoded, *vae_statistics(pipe.vae)), latents)  # as training does
 
 
 def test_slicing_and_tiling():
@@ -414,6 +417,22 @@ def test_caches_skip_work_in_the_pipeline():
         pipe.transformer.disable_cache()
         assert torch.equal(draw()[0], plain)
     assert pipe.current_timestep is None
+
+
+def test_a_broken_off_call_leaves_nothing_to_the_next():
+    pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"))
+    pipe.transformer.enable_cache(TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1))
+    options = {"num_inference_steps": 6, "output_type": "latent"}
+    expected = pipe(3, generator=seeded(0), **options).images
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe(5, generator=seeded(1), **options, callback_on_step_end=stop)
+    assert pipe.current_timestep is None
+    assert torch.equal(pipe(3, generator=seeded(0), **options).images, expected)
 
 
 def test_own_folders_code_goes_before_a_custom_pipeline(tmp_path):

@@ -18,7 +18,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
-from dit_hf.schedulers import RECIPES
+from dit_hf.schedulers import RECIPES, trained_options
 
 
 ID2LABEL = {
@@ -253,6 +253,15 @@ def test_callback_sees_and_changes_tensors():
     torch.testing.assert_close(output, expected)
 
 
+def test_labels_that_a_callback_gives_unasked_count():
+    def draw(label, callback):
+        options = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.manual_seed(0)}
+        return tiny_pipeline()(label, **options, callback_on_step_end=callback).images
+
+    unasked = draw(1, lambda *args: {"class_labels": torch.tensor([5])})
+    assert not torch.allclose(unasked, draw(1, None))
+
+
 class Cutoff(PipelineCallback):
     """Ends guidance at a step, as diffusers' own cutoff callbacks do."""
 
@@ -348,6 +357,18 @@ def test_recipe_overrides_and_errors():
     assert all(name in str(error.value) for name in RECIPES)
     with pytest.raises(TypeError, match="shiftt"):
         make_scheduler("flow_euler", shiftt=3.0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_sampler_can_be_told_what_was_trained(name):
+    trained = (
+        make_scheduler("flow_euler", shift=3.0) if name.startswith("flow_") else make_scheduler("ddpm", beta_end=0.01)
+    )
+    config = make_scheduler(name, **trained_options(name, trained.config)).config
+    if name.startswith("flow_"):
+        assert config.get("shift", config.get("flow_shift")) == 3.0
+    else:
+        assert config.beta_end == 0.01
 
 
 def test_recipes_log_nothing(caplog):

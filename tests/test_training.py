@@ -185,6 +185,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(workspace, tmp_path):
     assert plan["hours"] == pytest.approx(plan["seconds a step, forward and backward"] / 3.6, abs=0.01)
     assert plan["parameters (M)"] == plan["trained (M)"] > 0
     assert not (tmp_path / "run").exists()
+    run(train_command(workspace, tmp_path / "run", max_train_steps=1))
+    before = sorted((tmp_path / "run").rglob("*"))
+    run([*train_command(workspace, tmp_path / "run", max_train_steps=1000), "--dry_run"])  # what going on would take
+    assert sorted((tmp_path / "run").rglob("*")) == before
 
 
 def test_recipes_set_what_is_not_given(workspace, tmp_path):

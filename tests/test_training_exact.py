@@ -121,7 +121,7 @@ def test_sharded_training_is_the_same_and_saves_an_ordinary_pipeline(workspace, 
 
 def curve_command(output_dir, latents, **flags):
     """A small model on 126 cached emoji latents."""
-    flags = {"dataset_name": None, "latents_dir": latents, "resolution": 64, "train_batch_size": 2} | flags
+    flags = {"dataset_name": None, "latents_dir": latents, "resolution": None, "train_batch_size": 2} | flags
     flags |= {"vae": ROOT / "src/dit_hf/bundled/emoji64/vae", "validation_classes": 1, "validation_steps": 1000}
     return train_command(output_dir.parent, output_dir, **flags)
 

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, tiny_transformer, tiny_vae
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
-from testing_utils.training_runs import losses, read_log, refused, run, train_command
+from testing_utils.training_runs import TRAIN_DIT, losses, read_log, refused, run, train_command
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.data.images import load_image_dataset
@@ -77,9 +78,11 @@ def one_class(workspace, folder):
         ({"vae": "{tmp}/none"}, "{tmp}/none"),
         ({"transformer_config": None, "pretrained_model_name_or_path": "{tmp}/vae"}, "{tmp}/vae"),
         ({"dataset_name": None, "latents_dir": "{tmp}/none"}, "no cache of latents"),
-        ({"latents_dir": "{tmp}/none"}, "leave out --dataset_name"),
-        ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "vae": BUNDLED_VAE}, "holds latents (4, 16, 16)"),
-        ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "resolution": 64, "vae": BUNDLED_VAE,
+        ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "vae": BUNDLED_VAE, "dry_run": ""},
+         "emoji_latents is of 64 pixels; leave out --resolution 32"),
+        ({"transformer_config": None, "vae": None, "pretrained_model_name_or_path": "{tmp}/base", "resolution": 64},
+         "{tmp}/base is of 32 pixels; leave out --resolution 64"),
+        ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "resolution": None, "vae": BUNDLED_VAE,
           "proj_coeff": 0.5}, "precompute it with --features"),
         ({"proj_coeff": 0.5, "alignment_depth": 9}, "blocks 1 to 2"),
         ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "resolution": 64, "vae": "{tmp}/wide"},
@@ -123,6 +126,7 @@ def test_bad_input_is_named_before_the_first_step(workspace, tmp_path, flags, me
         ({"lora_alpha": 4}, "--lora_alpha has no effect without --lora_rank"),
         ({"freeze": "time_embed"}, "--freeze has no effect without --pretrained"),
         ({"lora_rank": 4}, "--lora_rank has no effect without --pretrained"),
+        ({"latents_dir": "here"}, "--dataset_name has no effect with --latents_dir"),
         ({"alignment_depth": 1}, "--alignment_depth has no effect without --proj_coeff"),
         ({"checkpointing_steps": 0}, "invalid positive value: '0'"),
         ({"max_train_steps": -1}, "invalid positive value: '-1'"),
@@ -151,3 +155,21 @@ def test_a_checkpoint_of_another_model_is_refused(workspace, tmp_path, monkeypat
     error = refused(command, monkeypatch, capsys)
     assert "holds a run with other settings" in error
     assert "'num_layers': 2" in error
+
+
+def test_a_vae_whose_config_leaves_a_default_out_is_the_same(tmp_path, monkeypatch):
+    """Configurations older than an option do not name it."""
+    monkeypatch.syspath_prepend(str(TRAIN_DIT.parent))
+    from preparation import check_statistics
+
+    DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"), tiny_vae()).save_pretrained(tmp_path)
+    file = tmp_path / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("scaling_factor") == 0.18215
+    file.write_text(json.dumps(config))
+    args = SimpleNamespace(pretrained_model_name_or_path=tmp_path, vae="given")
+    check_statistics(args, tiny_vae())
+    scaled = tiny_vae()
+    scaled.register_to_config(scaling_factor=0.5)
+    with pytest.raises(ValueError, match="scaling_factor 0.5, the weights were trained with 0.18215"):
+        check_statistics(args, scaled)

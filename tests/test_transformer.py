@@ -156,6 +156,8 @@ def test_tokens_keep_their_place():
         ({"hidden_states": torch.zeros(4, 8, 8)}, r"\(4, 8, 8\)"),
         ({"hidden_states": torch.zeros(8, 8)}, r"\(8, 8\)"),
         ({"class_labels": torch.tensor([1, 2])}, r"\(2,\).*batch of 3"),
+        ({"force_drop_ids": torch.zeros(3, 1)}, r"`force_drop_ids` has shape \(3, 1\).*\(3,\)"),
+        ({"timestep": torch.zeros(2)}, r"`timestep` has shape \(2,\).*\(3,\)"),
     ],
 )
 def test_wrong_inputs_are_named(transformer, change, message):

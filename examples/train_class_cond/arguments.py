@@ -15,7 +15,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_wit
 # What a resumed run may change; all else would make it another run.
 MAY_CHANGE = (
     *("max_train_steps", "output_dir", "checkpointing_steps", "checkpoints_total_limit", "guidance_scale"),
-    *("push_to_hub", "hub_model_id", "on_spike", "gradient_checkpointing", "report_to"),
+    *("push_to_hub", "hub_model_id", "dry_run", "on_spike", "gradient_checkpointing", "report_to"),
     *("validation_steps", "validation_classes", "validation_images_per_class", "validation_inference_steps"),
     *("validation_split", "validation_images"),
 )
@@ -52,6 +52,8 @@ IGNORED = (
     ("ema_profiles", lambda args: args.lora_rank is not None, "with --lora_rank"),
     ("freeze", lambda args: args.pretrained_model_name_or_path is None, "without --pretrained_model_name_or_path"),
     ("lora_rank", lambda args: args.pretrained_model_name_or_path is None, "without --pretrained_model_name_or_path"),
+    ("dataset_name", lambda args: args.latents_dir is not None, "with --latents_dir, which stands for a dataset"),
+    ("train_data_dir", lambda args: args.latents_dir is not None, "with --latents_dir, which stands for a dataset"),
     ("streaming", lambda args: args.latents_dir is not None, "with --latents_dir"),
     ("cache_latents", lambda args: args.latents_dir is not None, "with --latents_dir"),
     ("validation_split", lambda args: args.latents_dir is not None, "with --latents_dir, which leaves out the images"),

@@ -11,7 +11,7 @@ is written is kept. At the end every shard is held against its count and checksu
 import argparse
 from pathlib import Path
 
-from preparation import add_data_arguments, find_data, load_vae, make_cache
+from preparation import add_data_arguments, find_data, image_resolution, load_vae, make_cache
 
 from dit_hf.command_line import run
 from dit_hf.data.latents import verify_latents
@@ -37,6 +37,7 @@ def main():
     args = parse_args()
     accelerator = start_accelerator()
     vae = load_vae(args, accelerator.device)
+    args.resolution = image_resolution(args, vae)
     data = find_data(args)
     encoder = load_encoder(args.alignment_encoder).to(accelerator.device) if args.features else None
     if accelerator.is_main_process:

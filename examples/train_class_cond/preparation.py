@@ -1,5 +1,6 @@
 """What `train_dit.py` and `precompute_latents.py` need before the first step; all bad input is found here."""
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
-from dit_hf import DiTTransformer2DModel
+from dit_hf import DiTTransformer2DModel, make_scheduler
 from dit_hf.data.images import label_names, load_image_dataset, stack_images
 from dit_hf.data.latents import (
     DECODER,
@@ -21,9 +22,12 @@ from dit_hf.data.latents import (
     read_index,
     vae_statistics,
 )
-from dit_hf.schedulers import trained_prediction
+from dit_hf.schedulers import trained_options, trained_prediction
 from dit_hf.training.finetuning import class_names, freeze, load_for_classes, match_names
 from dit_hf.training.lora import add_lora
+
+
+DEFAULT_RESOLUTION = 64
 
 
 @dataclass
@@ -39,8 +43,6 @@ class Data:
 def find_data(args):
     """The dataset that the flags name, checked as far as can be without reading its images."""
     if args.latents_dir:
-        if args.dataset_name or args.train_data_dir:
-            raise ValueError("--latents_dir stands for a dataset; leave out --dataset_name and --train_data_dir.")
         found = read_index(args.latents_dir)["classes"]
         return Data(*model_classes(args, found), found)
     dataset = load_image_dataset(args.dataset_name, args.split, args.train_data_dir, args.streaming)
@@ -81,17 +83,38 @@ def check_statistics(args, vae):
         own = AutoencoderKL.load_config(args.pretrained_model_name_or_path, subfolder="vae")
     except OSError:  # a model without VAE
         return
+    defaults = inspect.signature(AutoencoderKL.__init__).parameters
     for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
-        if own.get(name) != vae.config.get(name):
+        trained_with = own.get(name, defaults[name].default)
+        if trained_with != vae.config[name]:
             raise ValueError(
-                f"--vae {args.vae} normalises latents by {name} {vae.config.get(name)}, the weights were trained with "
-                f"{own.get(name)}; leave out --vae."
+                f"--vae {args.vae} normalises latents by {name} {vae.config[name]}, the weights were trained with "
+                f"{trained_with}; leave out --vae."
             )
+
+
+def vae_factor(vae):
+    """Pixels a side of one latent value."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def image_resolution(args, vae):
+    """Pixels a side: what the latents or the pretrained weights are of; where there are neither, what is asked for."""
+    if args.latents_dir:
+        source, size = args.latents_dir, CachedLatents(args.latents_dir).shape[-1]
+    elif args.pretrained_model_name_or_path:
+        source = args.pretrained_model_name_or_path
+        size = DiTTransformer2DModel.load_config(source, subfolder="transformer")["sample_size"]
+    else:
+        return args.resolution or DEFAULT_RESOLUTION
+    if args.resolution not in (None, size * vae_factor(vae)):
+        raise ValueError(f"{source} is of {size * vae_factor(vae)} pixels; leave out --resolution {args.resolution}.")
+    return size * vae_factor(vae)
 
 
 def latent_size(vae, resolution):
     """Side of the latents of images of this resolution."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = vae_factor(vae)
     if resolution < factor or resolution % factor:
         raise ValueError(f"--resolution {resolution} is not divisible by {factor}, the VAE's factor.")
     return resolution // factor
@@ -108,7 +131,7 @@ def build_transformer(args, vae, names):
     }
     if args.pretrained_model_name_or_path:
         check_objective(args)
-        model = load_for_classes(args.pretrained_model_name_or_path, names, args.class_dropout_prob)
+        model = load_base(args, names)
         for name in ("sample_size", "in_channels"):
             if model.config[name] != config[name]:
                 raise ValueError(
@@ -130,10 +153,35 @@ def build_transformer(args, vae, names):
         raise ValueError(f"--transformer_config {args.transformer_config}: {error}") from error
 
 
+def load_base(args, names):
+    """Given weights, with a label table for the dataset's classes; adapters are for the base's own table."""
+    if args.lora_rank is None:
+        return load_for_classes(args.pretrained_model_name_or_path, names, args.class_dropout_prob)
+    model = DiTTransformer2DModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="transformer", dtype=torch.float32
+    )
+    if args.class_dropout_prob > 0 and model.config.class_dropout_prob == 0:
+        raise ValueError(
+            f"{args.pretrained_model_name_or_path} has no null class, and adapters can't add one; pass "
+            "--class_dropout_prob 0."
+        )
+    return model
+
+
+def trained_scheduler(args, name, **overrides):
+    """A sampler of what is trained here: given weights keep their pipeline's diffusion, or the shift of its flow."""
+    kept = trained_options(name, scheduler_config(args)) if args.pretrained_model_name_or_path else {}
+    return make_scheduler(name, **(kept | overrides))
+
+
+def scheduler_config(args):
+    """Of the pretrained pipeline's scheduler, whichever it is."""
+    return DDPMScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
+
+
 def check_objective(args):
     """That given weights go on learning what their pipeline's scheduler takes them for."""
-    scheduler = DDPMScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")  # whichever it is
-    prediction = trained_prediction(scheduler)
+    prediction = trained_prediction(scheduler_config(args))
     if prediction not in ("epsilon", "velocity"):
         raise ValueError(f"{args.pretrained_model_name_or_path} predicts {prediction}, which is not trained here.")
     if prediction != args.objective:
@@ -219,7 +267,11 @@ def add_data_arguments(parser):
     data.add_argument("--split", default="train", help="Split to train on.")
     data.add_argument("--image_column", default="image", help="Column with images.")
     data.add_argument("--label_column", default="label", help="Column with class ids or names.")
-    data.add_argument("--resolution", type=positive, default=64, help="Pixels a side.")
+    data.add_argument(
+        "--resolution",
+        type=positive,
+        help=f"Pixels a side; that of the latents or weights that are given, {DEFAULT_RESOLUTION} without any.",
+    )
     data.add_argument("--vae", help="Folder or Hub id of an AutoencoderKL; by default the pretrained pipeline's.")
     data.add_argument("--shard_size", type=positive, default=2048, help="Images in one file of the cache of latents.")
     data.add_argument(

@@ -20,10 +20,18 @@ from accelerate.utils import DistributedType, set_seed
 from arguments import MAY_CHANGE, RECIPE_ON_CARD, parse_args
 from diffusers.optimization import get_scheduler
 from huggingface_hub import EvalResult
-from preparation import build_transformer, find_data, load_vae, open_latents, validation_images
+from preparation import (
+    build_transformer,
+    find_data,
+    image_resolution,
+    load_vae,
+    open_latents,
+    trained_scheduler,
+    validation_images,
+)
 from tqdm import tqdm
 
-from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel
 from dit_hf.command_line import run
 from dit_hf.evaluation.extractors import extract, load_extractor
 from dit_hf.evaluation.frechet import frechet_distance
@@ -57,11 +65,13 @@ class Trainer:
         self.args, self.accelerator = args, accelerator
         set_seed(args.seed)
         self.vae = load_vae(args, accelerator.device)
+        args.resolution = image_resolution(args, self.vae)
         data = find_data(args)
         self.names, self.ids = data.names, data.ids
         transformer = build_transformer(args, self.vae, data.names).to(accelerator.device).train()
         settings = self.check_settings(transformer)
-        self.objective = Objective(args.objective, args.time_sampling, args.snr_gamma, args.cosine_loss)
+        diffusion = {"diffusion": trained_scheduler(args, "ddpm")} if args.objective == "epsilon" else {}
+        self.objective = Objective(args.objective, args.time_sampling, args.snr_gamma, args.cosine_loss, **diffusion)
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.head = None
@@ -75,7 +85,7 @@ class Trainer:
             self.head = AlignmentHead(transformer, args.alignment_depth, self.latents.feature_dim)
             self.head.to(accelerator.device)
         self.prepare(transformer)
-        self.pipe = build_pipeline(self.unwrapped, self.vae, self.names, args.objective)
+        self.pipe = build_pipeline(args, self.unwrapped, self.vae, self.names)
         publishes = args.push_to_hub and accelerator.is_main_process
         self.uploads = BackgroundUploads(args.hub_model_id) if publishes else None
         self.metrics: dict[str, float] = {}
@@ -278,7 +288,7 @@ class Trainer:
             return None
         model = DiTTransformer2DModel.from_config(self.unwrapped.config)
         model.load_state_dict(weights)
-        return build_pipeline(model, self.vae, self.names, self.args.objective)
+        return build_pipeline(self.args, model, self.vae, self.names)
 
     def save_result(self):
         """The pipeline folder with its card, and if asked its copy on the Hub; or the adapters."""
@@ -357,11 +367,11 @@ def build_optimizer(args, transformer, head):
     return AdamW8bit(groups, **options)
 
 
-def build_pipeline(transformer, vae, names, objective):
+def build_pipeline(args, transformer, vae, names):
     """The pipeline that is sampled while training and saved at the end."""
-    scheduler = make_scheduler("flow_euler" if objective == "velocity" else "ddpm")
-    if objective == "epsilon" and not transformer.config.learn_sigma:
-        scheduler = make_scheduler("ddpm", variance_type="fixed_large")
+    scheduler = trained_scheduler(args, "flow_euler" if args.objective == "velocity" else "ddpm")
+    if args.objective == "epsilon" and not transformer.config.learn_sigma:
+        scheduler = trained_scheduler(args, "ddpm", variance_type="fixed_large")
     pipe = DiTClassCondPipeline(transformer, scheduler, vae, id2label=dict(enumerate(names)))
     pipe.set_progress_bar_config(disable=True)
     return pipe

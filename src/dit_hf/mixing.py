@@ -15,7 +15,7 @@ def mix_classes(transformer, label: int, share: float) -> Iterator[None]:
         share (`float`): From 0, the asked class alone, to 1, the other alone.
 
     Raises:
-        ValueError: if there is no such class, or the share is out of range.
+        ValueError: if there is no such class, the share is out of range, or the model is compiled with its label table.
 
     Example:
 
@@ -29,10 +29,15 @@ def mix_classes(transformer, label: int, share: float) -> Iterator[None]:
         raise ValueError(f"`label` is {label!r}; the model's classes are 0 to {num_classes - 1}.")
     if not 0 <= share <= 1:
         raise ValueError(f"`share` is {share!r}; it must be from 0 to 1.")
+    if transformer._compiled_call_impl is not None and not transformer.is_adaptive:
+        raise ValueError(
+            "The transformer is compiled and its classes can't be mixed; call `dit_hf.restore(pipe)` first."
+        )
 
     def mix(table, inputs, embedding):
         asked = (inputs[0] != num_classes).unsqueeze(-1)
-        return embedding.lerp(table.weight[label].to(embedding.dtype), share).where(asked, embedding)
+        other = table.forward(inputs[0].new_full((1,), label))  # not its weight, which adapters and offloading change
+        return embedding.lerp(other.to(embedding.dtype), share).where(asked, embedding)
 
     handle = transformer.class_embed.register_forward_hook(mix)
     try:

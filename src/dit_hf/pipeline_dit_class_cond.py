@@ -80,6 +80,36 @@ def _is_installed():
     return __name__.startswith("dit_hf.")
 
 
+def find_class(id2label: dict[int, str], name: str) -> int | None:
+    """
+    The class of a name.
+
+    Args:
+        id2label (`dict[int, str]`): Class names; synonyms are separated by commas.
+        name (`str`): A whole entry or a synonym, in any case.
+
+    Returns:
+        `int`: its id, or None.
+
+    Raises:
+        ValueError: if several classes have the name.
+    """
+    # The whole entry goes before a synonym and the spelling as written before another case: ImageNet has a
+    # "Cardigan" that is a dog and a "cardigan" that is not.
+    for fold in (str.strip, lambda text: text.strip().casefold()):
+        for whole in (True, False):
+            ids = [
+                key
+                for key, names in id2label.items()
+                if fold(name) in [fold(part) for part in ([names] if whole else names.split(","))]
+            ]
+            if len(ids) > 1:
+                raise ValueError(f"{name!r} is the name of classes {', '.join(map(str, ids))}; give the id.")
+            if ids:
+                return ids[0]
+    return None
+
+
 class ModulationTable:
     """What the adaptive norms get at each step, once a step and class: computed ahead, shared by images of a class."""
 
@@ -292,19 +322,9 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         return [self._get_label_id(name) for name in ([label] if isinstance(label, str) else label)]
 
     def _get_label_id(self, name):
-        # The whole entry goes before a synonym and the spelling as written before another case: ImageNet has a
-        # "Cardigan" that is a dog and a "cardigan" that is not.
-        for fold in (str.strip, lambda text: text.strip().casefold()):
-            for whole in (True, False):
-                ids = [
-                    key
-                    for key, names in self.id2label.items()
-                    if fold(name) in [fold(part) for part in ([names] if whole else names.split(","))]
-                ]
-                if len(ids) > 1:
-                    raise ValueError(f"{name!r} is the name of classes {', '.join(map(str, ids))}; give the id.")
-                if ids:
-                    return ids[0]
+        known_id = find_class(self.id2label, name)
+        if known_id is not None:
+            return known_id
         if not self.id2label:
             raise ValueError(f"There is no class {name!r}: this pipeline has no `id2label`; use ids.")
         spelling = {known.casefold(): known for known in self.labels}
@@ -464,6 +484,15 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         finally:
             if foreign:
                 self.scheduler.register_to_config(variance_type=variance_type)
+
+    @contextmanager
+    def _trajectory(self):
+        """Nothing of a trajectory outlives it, not even of one that a callback breaks off: neither timestep nor caches."""
+        try:
+            yield
+        finally:
+            self._current_timestep = None
+            self.transformer._reset_stateful_cache()
 
     def _set_timesteps(self, num_inference_steps, timesteps, sigmas, device):
         """The scheduler's own spacing, the caller's, or for flow matching N equal steps from noise to data."""
@@ -660,7 +689,8 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         table = self._prepare_modulation(model_schedule, class_ids)
 
         # 3. Denoise
-        with self._without_foreign_variance(), self.progress_bar(total=len(schedule)) as progress_bar:
+        steps = self.progress_bar(total=len(schedule))
+        with self._trajectory(), self._without_foreign_variance(), steps as progress_bar:
             for index, timestep in enumerate(schedule):
                 if self._interrupt:
                     break
@@ -682,12 +712,11 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
                     available = {"latents": latents, "class_labels": class_labels}
                     tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, index, timestep, tensors) or {}
-                    latents = changed.pop("latents", latents)
-                    class_labels = changed.pop("class_labels", class_labels)
-                    if "class_labels" in tensors:
+                    latents = changed.get("latents", latents)
+                    class_labels = changed.get("class_labels", class_labels)
+                    if "class_labels" in (*tensors, *changed):
                         table = None  # they may have been changed, in place too
                 progress_bar.update()
-        self._current_timestep = None
 
         # 4. Decode
         if output_type == "latent":

@@ -1,5 +1,6 @@
 """Named sampling recipes: diffusers schedulers configured for DiT's training diffusion and for flow matching."""
 
+import inspect
 from collections.abc import Mapping
 
 from diffusers import (
@@ -80,7 +81,8 @@ def trained_options(name: str, config: Mapping) -> dict:
     if name.startswith("flow_"):
         shift = config.get("shift", config.get("flow_shift", 1.0))
         return {"flow_shift" if "flow_shift" in RECIPES[name][1] else "shift": shift}
-    return {option: config[option] for option in DIFFUSION if config.get(option) is not None}
+    accepted = inspect.signature(RECIPES[name][0].__init__).parameters
+    return {option: config[option] for option in DIFFUSION if option in accepted and config.get(option) is not None}
 
 
 def trained_prediction(config: Mapping) -> str:

@@ -733,7 +733,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         block_size = 2 * (1 + (self.config.conditioning == "adaln_zero") + self.config.modulation_shift) * dim
         return modulation.split([block_size] * len(self.transformer_blocks) + [2 * dim], dim=1)
 
-    def _check_inputs(self, hidden_states, class_labels, force_drop_ids, modulation):
+    def _check_inputs(self, hidden_states, timestep, class_labels, force_drop_ids, modulation):
         """Everything that can be told from shapes alone."""
         patch_size = self.config.patch_size
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
@@ -748,6 +748,16 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             raise ValueError(
                 f"`class_labels` has shape {tuple(class_labels.shape)}; a batch of {hidden_states.shape[0]} needs "
                 f"({hidden_states.shape[0]},)."
+            )
+        if isinstance(timestep, torch.Tensor) and timestep.shape not in ((), (1,), class_labels.shape):
+            raise ValueError(
+                f"`timestep` has shape {tuple(timestep.shape)}; it must be a number or that of `class_labels`, "
+                f"{tuple(class_labels.shape)}."
+            )
+        if force_drop_ids is not None and force_drop_ids.shape != class_labels.shape:
+            raise ValueError(
+                f"`force_drop_ids` has shape {tuple(force_drop_ids.shape)}; it must be that of `class_labels`, "
+                f"{tuple(class_labels.shape)}."
             )
         if force_drop_ids is not None and self.config.class_dropout_prob == 0:
             raise ValueError("`force_drop_ids` needs a null class, and a model with `class_dropout_prob=0` has none.")
@@ -789,7 +799,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         Raises:
             ValueError: if shapes do not fit.
         """
-        self._check_inputs(hidden_states, class_labels, force_drop_ids, modulation)
+        self._check_inputs(hidden_states, timestep, class_labels, force_drop_ids, modulation)
         batch_size, _, height, width = hidden_states.shape
         patch_size = self.config.patch_size
         grid = (height // patch_size, width // patch_size)

@@ -40,7 +40,8 @@ def run_forked(command, folder=".", check=False):
 def _execute(command, folder, environment, streams):
     for number, stream in enumerate(streams, 1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
-    os.environ |= environment
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(folder)
     script, tests = Path(command[0]), str(Path(__file__).parents[1])
     sys.path[:] = [str(script.resolve().parent), *(path for path in sys.path if path != tests)]

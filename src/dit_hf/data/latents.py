@@ -386,9 +386,9 @@ def vae_statistics(vae) -> tuple[list[float], list[float]]:
         `tuple[list[float], list[float]]`: mean and standard deviation, a value a channel or one for all.
     """
     config = vae.config
-    if config.latents_mean is None:
-        return [config.shift_factor or 0.0], [1 / config.scaling_factor]
-    return config.latents_mean, config.latents_std
+    mean, std = ([0.0], [1.0]) if config.latents_mean is None else (config.latents_mean, config.latents_std)
+    shift, scale = config.shift_factor or 0.0, config.scaling_factor or 1.0
+    return [value + shift for value in mean], [value / scale for value in std]
 
 
 def normalise_latents(latents: torch.Tensor, latents_mean: list[float], latents_std: list[float]) -> torch.Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
-from ..pipeline_dit_class_cond import DiTClassCondPipeline
+from ..pipeline_dit_class_cond import DiTClassCondPipeline, find_class
 from ..transformer_dit import DiTTransformer2DModel
 
 
@@ -58,7 +58,7 @@ def class_names(pretrained_model_name_or_path: str | Path) -> dict[int, str]:
 
 def match_names(names: list[str], known: dict[int, str]) -> list[int | None]:
     """
-    For each new class the old one of the same name, whatever its case; any synonym of an old name counts.
+    For each new class the old one of the same name, as the pipeline finds it.
 
     Args:
         names (`list[str]`): New class names, by id.
@@ -66,9 +66,11 @@ def match_names(names: list[str], known: dict[int, str]) -> list[int | None]:
 
     Returns:
         `list[int | None]`: old ids, None where there is none.
+
+    Raises:
+        ValueError: if several old classes have the name.
     """
-    old = {part.strip().casefold(): key for key, entry in known.items() for part in (entry, *entry.split(","))}
-    return [old.get(name.strip().casefold()) for name in names]
+    return [find_class(known, name) for name in names]
 
 
 @torch.no_grad()

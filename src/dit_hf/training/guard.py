@@ -10,6 +10,8 @@ POLICIES = ("skip", "rewind", "stop")
 SPIKE_DEVIATIONS = 8.0
 MIN_HISTORY = 50
 WINDOW = 200
+# What a guard keeps beside the recent losses.
+COUNTS = ("in_a_row", "skipped", "draw_offset", "rewound_to", "rewinds")
 
 
 class TrainingStopped(ValueError):
@@ -36,6 +38,7 @@ class LossGuard:
         self.policy, self.max_in_a_row = policy, max_in_a_row
         self.recent: deque[float] = deque(maxlen=WINDOW)
         self.in_a_row = self.skipped = self.draw_offset = 0
+        self.rewound_to, self.rewinds = -1, 0
 
     @property
     def bound(self) -> float:
@@ -84,18 +87,25 @@ class LossGuard:
             from_step (`int`): The step that leapt.
             to_step (`int`): The checkpoint's.
             before (`LossGuard`): This guard's counts as they were at the leap.
+
+        Raises:
+            TrainingStopped: if that has not helped `max_in_a_row` times.
         """
+        self.rewound_to, self.rewinds = to_step, before.rewinds + 1 if to_step == before.rewound_to else 1
+        if self.rewinds > self.max_in_a_row:
+            raise TrainingStopped(
+                f"The loss leapt again at step {from_step}, after {before.rewinds} returns to step {to_step} with other "
+                "batches; a lower learning rate or longer warm-up may help."
+            )
         self.draw_offset = before.draw_offset + from_step - to_step
         self.skipped, self.in_a_row = before.skipped, before.in_a_row
 
     def state_dict(self) -> dict:
         """Everything a resumed run needs."""
-        counts = {"in_a_row": self.in_a_row, "skipped": self.skipped, "draw_offset": self.draw_offset}
-        return counts | {"recent": list(self.recent)}
+        return {name: getattr(self, name) for name in COUNTS} | {"recent": list(self.recent)}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes up where a checkpoint left off."""
         self.recent = deque(state["recent"], maxlen=WINDOW)
-        self.in_a_row, self.skipped, self.draw_offset = (
-            state[name] for name in ("in_a_row", "skipped", "draw_offset")
-        )
+        for name in COUNTS:
+            setattr(self, name, state[name])

@@ -13,6 +13,7 @@ from ..schedulers import make_scheduler
 from .losses import diffusion_loss, min_snr_weight, velocity_loss
 
 
+# Of flow matching: sigma 1 is this timestep.
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -26,6 +27,7 @@ class Objective:
         time_sampling (`str`, defaults to `"logit_normal"`): Of flow matching's sigma; or `"uniform"`.
         snr_gamma (`float`, *optional*): Bound of min-SNR weights for epsilon.
         cosine_loss (`bool`, defaults to `False`): Whether velocity's direction counts as well.
+        diffusion (`SchedulerMixin`, defaults to the paper's): That adds epsilon's noise.
     """
 
     prediction: str = "velocity"
@@ -43,10 +45,10 @@ class Objective:
             generator (`torch.Generator`): On the CPU.
 
         Returns:
-            `torch.Tensor` of shape `(B,)`: timesteps 0 … 999 (int64) for epsilon, sigma in [0, 1] for velocity.
+            `torch.Tensor` of shape `(B,)`: timesteps of the diffusion (int64) for epsilon, sigma in [0, 1] for velocity.
         """
         if self.prediction == "epsilon":
-            return torch.randint(0, NUM_TRAIN_TIMESTEPS, (count,), generator=generator)
+            return torch.randint(0, self.diffusion.config.num_train_timesteps, (count,), generator=generator)
         if self.time_sampling == "uniform":
             return torch.rand(count, generator=generator)
         return torch.randn(count, generator=generator).sigmoid()
