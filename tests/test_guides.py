@@ -19,7 +19,7 @@ SNIPPETS = [
 ]
 FLAG = r'"(--\w+)"'
 SCRIPTS = [script for folder in ("examples", "conversion", "benchmarks") for script in (ROOT / folder).rglob("*.py")]
-FLAGS = {flag for script in SCRIPTS for flag in re.findall(FLAG, script.read_text())}
+FLAGS = {"--help", *(flag for script in SCRIPTS for flag in re.findall(FLAG, script.read_text()))}
 COMMANDS = [
     (guide.name, line)
     for guide in GUIDES

@@ -17,6 +17,7 @@ from testing_utils.hub_server import HubServer
 from testing_utils.scripts import run_forked
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.data.images import center_crop, to_tensor
 from dit_hf.evaluation.extractors import Features, load_extractor
 from dit_hf.evaluation.frechet import frechet_distance
 from dit_hf.evaluation.metrics import compute_metrics, gaussian
@@ -316,8 +317,11 @@ def test_bad_sources_are_named(pictures):
     with pytest.warns(UserWarning, match="reference"):  # the rank of a covariance tells of how few images it is
         frechet_distance(gaussian(draw(50)), few)
     PILImage.new("RGB", (8, 8)).save(folder / "folder" / "999.png")
-    with pytest.raises(ValueError, match="999.png.*another size"):
+    with pytest.raises(ValueError, match="999.png.*another size: pass --resolution"):
         list(ImageSource(folder / "folder").batches())
+    cropped = torch.cat(list(ImageSource(folder / "folder", resolution=8).batches()))
+    assert cropped.shape == (13, 3, 8, 8)
+    assert torch.equal(cropped[0], to_tensor(center_crop(PILImage.fromarray(pixels[0]), 8)))
     save_file({"features": draw(4)}, folder / "words.safetensors", metadata={"extractor": "{"})
     for name in ("images.npz", "words.safetensors"):
         with pytest.raises(ValueError, match=f"{name} can't be read as features"):

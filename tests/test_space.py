@@ -335,6 +335,10 @@ def test_classes_are_mixed():
         raise RuntimeError
     assert not torch.allclose(half, draw(1))
     assert not torch.allclose(half, draw(2))
+    tokens = tiny_transformer(num_classes=3, conditioning="in_context")
+    tokens.compile()  # its label table, which the adaptive norms' sampler calls by itself, with it
+    with pytest.raises(ValueError, match="compiled"), mix_classes(tokens, 1, 0.5):
+        pass
     for label, share, message in ((3, 0.5, "0 to 2"), (1, 1.5, "from 0 to 1")):
         with pytest.raises(ValueError, match=message), mix_classes(pipe.transformer, label, share):
             pass

@@ -116,11 +116,12 @@ def test_a_finished_run_changes_nothing_and_a_batch_must_divide(workspace, tmp_p
 
 def test_training_publishes_its_model(workspace, tmp_path):
     with HubServer() as hub:
-        flags = {"max_train_steps": 1, "hub_model_id": "user/trained"}
+        flags = {"max_train_steps": 1, "hub_model_id": "user/trained", "license": "apache-2.0"}
         environment = os.environ | hub.environment(tmp_path / "home")
         run([*train_command(workspace, tmp_path / "run", **flags), "--push_to_hub"], env=environment)
         files = hub.files("user/trained")
         card = files["README.md"].decode()
+        assert "license: apache-2.0" in card
         assert "| learning_rate | 0.001 |" in card
         assert "(samples.png)" in card
         assert "samples.png" in files

@@ -51,6 +51,9 @@ def parse_args():
     parser.add_argument("--split", default="test", help="Of a dataset that is samples or reference.")
     parser.add_argument("--image_column", default="image", help="Of a dataset.")
     parser.add_argument(
+        "--resolution", type=int, help="Pixels a side to crop pictures of folders and datasets to, as training does."
+    )
+    parser.add_argument(
         "--feature_extractor", default="efficientnet-lite0", help="Or inception, a vision model, precomputed."
     )
     parser.add_argument("--extractor_weights", type=Path, help="TensorFlow-ported weights for inception.")
@@ -67,6 +70,8 @@ def parse_args():
     parser.add_argument("--push_to_hub", action="store_true", help="Publish that folder.")
     parser.add_argument("--hub_model_id", help="Repository; the folder's name if not given.")
     args = parser.parse_args()
+    if args.resolution is not None and args.resolution < 1:
+        parser.error(f"--resolution {args.resolution} is no number of pixels")
     if args.push_to_hub and args.update_card is None:
         parser.error("--push_to_hub publishes the folder of --update_card")
     if "accuracy" in args.metrics and args.training is None:
@@ -78,7 +83,7 @@ def features_of(source, split, extractor, args):
     """Features of an image source, from the cache where its images have been seen by the same extractor."""
     if extractor is None:
         return Features.load(source)
-    images = ImageSource(source, split, args.image_column)
+    images = ImageSource(source, split, args.image_column, args.resolution)
     path = args.cache_dir / f"{images.digest()[:24]}-{extractor.description['weights']}.safetensors"
     if not path.exists() or (features := Features.load(path)).extractor != extractor.description:
         batches = tqdm(images.batches(args.batch_size), desc=f"features of {source}", mininterval=5)
@@ -198,6 +203,7 @@ def measure(args, metrics):
         "num_reference": "statistics" if reference is None else len(reference.features),
         "training": args.training,
         "split": args.split,
+        "resolution": args.resolution,
         "extractor": samples.extractor,
         "bootstrap": args.bootstrap,
         "seed": args.seed,

@@ -15,7 +15,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_wit
 # What a resumed run may change; all else would make it another run.
 MAY_CHANGE = (
     *("max_train_steps", "output_dir", "checkpointing_steps", "checkpoints_total_limit", "guidance_scale"),
-    *("push_to_hub", "hub_model_id", "dry_run", "on_spike", "gradient_checkpointing", "report_to"),
+    *("push_to_hub", "hub_model_id", "license", "dry_run", "on_spike", "gradient_checkpointing", "report_to"),
     *("validation_steps", "validation_classes", "validation_images_per_class", "validation_inference_steps"),
     *("validation_split", "validation_images"),
 )
@@ -135,6 +135,7 @@ def parse_args(description):
         "--push_to_hub", action="store_true", help="Publish samples on the way, the pipeline at the end."
     )
     output.add_argument("--hub_model_id", help="Repository; the output folder's name if not given.")
+    output.add_argument("--license", help="On the model card; the Hub's identifier, such as apache-2.0.")
     recipe = parser.parse_known_args()[0].recipe
     parser.set_defaults(**RECIPES.get(recipe, {}))
     args = parser.parse_args()

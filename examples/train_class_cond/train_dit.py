@@ -326,7 +326,7 @@ class Trainer:
             result = EvalResult("unconditional-image-generation", "images", "held out", "fd", round(distance, 1))
             result.metric_name = "Fréchet distance (EfficientNet-Lite0, 112 px)"
             results.append(result)
-        return CardFacts(recipe=recipe, results=results)
+        return CardFacts(license=self.args.license, recipe=recipe, results=results)
 
     def print_plan(self):
         """What the run would take."""

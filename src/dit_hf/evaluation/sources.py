@@ -15,7 +15,7 @@ import torch
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from ..data.images import check_column, load_image_dataset, to_rgb
+from ..data.images import center_crop, check_column, load_image_dataset, to_rgb, to_tensor
 from .extractors import Features
 from .metrics import gaussian
 from .statistics import GaussianStatistics
@@ -26,6 +26,7 @@ SAMPLES = "samples.npz"
 # Parts of `Features`, and how ADM's reference files call their statistics.
 STATISTICS = {"features": "", "spatial": "_s"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MEND = "pass --resolution to crop them as training does"
 
 
 class ImageSource:
@@ -36,13 +37,17 @@ class ImageSource:
         source (`str` or `Path`): An `.npz` with `arr_0` (uint8, NHWC), a folder of pictures, or a dataset.
         split (`str`, defaults to `"test"`): Of a dataset.
         image_column (`str`, defaults to `"image"`): Of a dataset.
+        resolution (`int`, *optional*):
+            Pixels a side that pictures of folders and datasets are cropped to, as training does; none are if not given.
 
     Raises:
         ValueError: naming the file, if there are no images, or what is there is something else.
     """
 
-    def __init__(self, source: str | Path, split: str = "test", image_column: str = "image"):
-        self.source = Path(source)
+    def __init__(
+        self, source: str | Path, split: str = "test", image_column: str = "image", resolution: int | None = None
+    ):
+        self.source, self.resolution = Path(source), resolution
         if self.source.suffix == ".npz":
             self._read = self._npz
         elif files := pictures(self.source):
@@ -69,7 +74,8 @@ class ImageSource:
         try:
             for batch in self._read(size):
                 if shape is not None and batch.shape[1:] != shape:
-                    raise ValueError(f"its images are of different sizes: {tuple(shape)} and {tuple(batch.shape[1:])}")
+                    sizes = f"{tuple(shape)} and {tuple(batch.shape[1:])}"
+                    raise ValueError(f"its images are of different sizes, {sizes}: {MEND}")
                 shape = batch.shape[1:]
                 yield batch
         except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
@@ -135,12 +141,12 @@ class ImageSource:
             try:
                 if image is None:
                     raise OSError("there is none")
-                pixels = np.asarray(to_rgb(image))
+                image = to_rgb(image) if self.resolution is None else center_crop(image, self.resolution)
             except OSError as error:
                 raise ValueError(f"{name} of {self.source} can't be read: {error}") from error
-            tensors.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+            tensors.append(to_tensor(image))
             if tensors[-1].shape != tensors[0].shape:
-                raise ValueError(f"{name} of {self.source} is {image.size}; others are of another size.")
+                raise ValueError(f"{name} of {self.source} is {image.size}; others are of another size: {MEND}.")
         return torch.stack(tensors)
 
 
