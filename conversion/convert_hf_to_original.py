@@ -38,7 +38,10 @@ def check_scheduler(model_path, family, timestep_scale):
         config = DDPMScheduler.load_config(model_path, subfolder="scheduler")  # whichever it is
     except OSError:  # a pipeline without a scheduler
         return
-    if trained_prediction(config) != "velocity":
+    prediction = trained_prediction(config)
+    if prediction not in ("epsilon", "velocity"):
+        raise ValueError(f"{model_path} predicts {prediction}; {family.name}'s code would take it for something else.")
+    if prediction != "velocity":
         return
     if timestep_scale == 1:
         raise ValueError(

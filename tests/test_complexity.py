@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_hf import DiTTransformer2DModel
+from dit_hf.checkpoints.loading import KNOWN_HEADS
 from dit_hf.complexity import count_macs
 from dit_hf.presets import PRESETS
 
@@ -22,6 +23,16 @@ def test_presets_match_the_paper(name):
     assert count_macs(model.config) / 1e9 == pytest.approx(PRESETS[name].gflops, rel=0.01)
     positions = model.pos_embed.positions.numel()  # the original keeps them among its parameters
     assert (model.num_parameters() + positions) / 1e6 == pytest.approx(PRESETS[name].parameters_m, rel=0.01)
+
+
+def test_heads_are_the_papers():
+    """They change neither parameters nor operations, and conversion reads them off the width."""
+    heads = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
+    for name, preset in PRESETS.items():
+        size, patch = name.removeprefix("DiT-").split("/")
+        shape = (preset.num_layers, preset.num_attention_heads, preset.attention_head_dim)
+        assert (*shape, preset.patch_size) == (*heads[size], int(patch))
+    assert KNOWN_HEADS == {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
 
 
 def test_measured_parameters():

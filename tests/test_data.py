@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -186,6 +187,11 @@ def test_damage_is_found(workspace, tmp_path):
     save_file(tensors, shard)
     with pytest.raises(ValueError, match="shard-00001.*not what was written"):
         verify_latents(tmp_path)
+    shard.write_bytes(b"")  # as a power cut may leave it
+    with pytest.raises(ValueError, match="shard-00001.*missing"):
+        CachedLatents(tmp_path)
+    cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
+    verify_latents(tmp_path)
     shard.unlink()
     with pytest.raises(ValueError, match="shard-00001.*missing"):
         CachedLatents(tmp_path)
@@ -240,6 +246,20 @@ def test_damaged_images_are_left_out_and_named(workspace, tmp_path, caplog):
         cache(tmp_path / "more", tiny_vae(), damaged(workspace, 3))
 
 
+def test_an_image_that_a_server_does_not_give_is_not_left_out(workspace):
+    """It would be missing for good, as what is encoded is kept."""
+    file = io.BytesIO()
+    PILImage.new("RGB", (40, 40), "white").save(file, "PNG")
+    fsspec.filesystem("memory").pipe("/white.png", file.getvalue())
+    reader = ImageReader(load_image_dataset(str(workspace / "data")), ["dark", "light"], 32)
+    row = {"image": {"path": "memory://white.png", "bytes": None}, "label": 1}
+    image, label = reader.read(row, 0)
+    assert (image.min(), label) == (255, 1)
+    row["image"]["path"] = "memory://none.png"
+    with pytest.raises(ValueError, match="Image 7 .*none.png.* was not to be had"):
+        reader.read(row, 7)
+
+
 def test_latents_as_images_are_drawn(workspace, caplog):
     vae, dataset = tiny_vae(), damaged(workspace, 1)
     vae.register_to_config(scaling_factor=0.5, shift_factor=0.1)
@@ -262,13 +282,14 @@ def test_precompute_with_two_processes_goes_on_after_a_kill(workspace, tmp_path)
                 "--shard_size", "3", "--output_dir", output_dir]  # fmt: skip
 
     kill_after([sys.executable, *command(tmp_path / "a")], tmp_path / "a" / "shard-00001.safetensors")
-    (tmp_path / "a" / "shard-00000.safetensors").touch()
+    written = (tmp_path / "a" / "shard-00000.safetensors").stat().st_mtime_ns
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*launch, *command(tmp_path / "a"), "--streaming"], env=environment, capture_output=True, text=True, check=True
     )
     assert "20 images, 7 shards, verified" in result.stdout
+    assert (tmp_path / "a" / "shard-00000.safetensors").stat().st_mtime_ns == written  # kept, not encoded again
     assert not list((tmp_path / "a").glob("partial-*"))
     config = json.loads((tmp_path / "a" / "vae" / "config.json").read_text())
     assert config["latents_mean"] == json.loads((tmp_path / "a" / "index.json").read_text())["latents_mean"]
@@ -280,6 +301,14 @@ def test_centre_crop_takes_the_middle():
     crop = np.asarray(center_crop(PILImage.fromarray(pixels), 20))
     assert crop.shape == (20, 20, 3)
     assert crop.min() == 255
+
+
+def test_resizing_interpolates():
+    """A ramp stays a ramp, at the middles of the new pixels."""
+    ramp = np.broadcast_to((8 * np.arange(30, dtype=np.uint8))[None, :, None], (30, 30, 3))
+    crop = np.asarray(center_crop(PILImage.fromarray(ramp.copy()), 20)).astype(float)
+    expected = 8 * (1.5 * (np.arange(20) + 0.5) - 0.5)
+    assert np.abs(crop[:, 2:-2] - expected[None, 2:-2, None]).max() <= 1
 
 
 def test_transparency_becomes_white():

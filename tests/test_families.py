@@ -282,13 +282,14 @@ def test_what_is_not_of_one_model_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("scale", "sampler", "family", "message"),
     [
-        (1.0, "flow_euler", "dit", "no original code base computes those"),
-        (1.0, "flow_dpm++", "sit", "no original code base computes those"),
-        (0.001, "flow_euler", "dit", "dit's code would sample it as a diffusion model"),
+        (1.0, make_scheduler("flow_euler"), "dit", "no original code base computes those"),
+        (1.0, make_scheduler("flow_dpm++"), "sit", "no original code base computes those"),
+        (0.001, make_scheduler("flow_euler"), "dit", "dit's code would sample it as a diffusion model"),
+        (1.0, make_scheduler("ddim", prediction_type="v_prediction"), "dit", "predicts v_prediction"),
     ],
 )
-def test_flow_matching_is_not_exported_as_diffusion(tmp_path, scale, sampler, family, message):
-    pipe = DiTClassCondPipeline(tiny_transformer(timestep_scale=scale), make_scheduler(sampler))
+def test_what_a_family_does_not_predict_is_not_exported_to_it(tmp_path, scale, sampler, family, message):
+    pipe = DiTClassCondPipeline(tiny_transformer(timestep_scale=scale), sampler)
     pipe.save_pretrained(tmp_path / "out")
     flags = {"model_path": tmp_path / "out", "family": family, "checkpoint_path": tmp_path / "out.pt"}
     result = run_script("convert_hf_to_original", **flags)

@@ -8,7 +8,7 @@ from conftest import tiny_inputs, tiny_transformer, tiny_vae
 from diffusers import EDMEulerScheduler
 from safetensors.torch import load_file
 from testing_utils.scripts import run_forked
-from testing_utils.training_runs import run, train_command
+from testing_utils.training_runs import read_log, run, train_command
 
 from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
 from dit_hf.schedulers import RECIPES, trained_prediction
@@ -41,6 +41,7 @@ def test_other_classes_keep_the_rows_of_equal_names(workspace, tmp_path):
     assert match_names(["maillot"], {0: "maillot", 1: "maillot, tank suit"}) == [0]  # as the pipeline finds them
     with pytest.raises(ValueError, match="'crane' is the name of classes 0, 1"):
         match_names(["crane"], {0: "crane", 1: "crane"})
+    assert match_names(["crane", "kite", "crane"], {0: "crane", 1: "crane", 2: "kite"}) == [0, 2, 1]
     remap_classes(pipe.transformer, [None, 1], 0.0)
     torch.testing.assert_close(pipe.transformer.class_embed.weight, torch.stack([old[:3].mean(0), old[1]]))
     assert (pipe.transformer.config.num_classes, pipe.transformer.config.class_dropout_prob) == (2, 0.0)
@@ -88,6 +89,11 @@ def test_head_and_schedule_stay_as_they_are(workspace, tmp_path, learn_sigma, sc
     assert torch.equal(rows[0][:, 4:], rows[1][:, 4:])
     image = trained("dark", num_inference_steps=2, output_type="latent").images
     assert image.isfinite().all()
+    if objective == "epsilon":  # it is trained on as well
+        pipe.scheduler = make_scheduler("ddim")
+        pipe.save_pretrained(tmp_path / "pretrained")
+        run(train_command(workspace, tmp_path / "linear", **start, objective=objective, max_train_steps=1))
+        assert read_log(tmp_path / "linear")[0]["loss"] != read_log(tmp_path / "run")[0]["loss"]
 
 
 def test_adapters_are_trained_saved_and_loaded(workspace, tmp_path):
@@ -99,6 +105,16 @@ def test_adapters_are_trained_saved_and_loaded(workspace, tmp_path):
     start = {"transformer_config": None, "vae": None, "pretrained_model_name_or_path": tmp_path / "base"}
     flags = {"max_train_steps": 3, "lora_rank": 3, "lora_alpha": 9, "learning_rate": 0.01, "class_dropout_prob": 0}
     run(train_command(workspace, tmp_path / "run", **start, **flags))
+    table = transformer.class_embed.weight.data  # the same classes under other ids learn the same
+    table.copy_(table[[2, 0, 1, 3]])
+    names = {0: "dark", 1: "night", 2: "light"}
+    DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae(), names).save_pretrained(
+        tmp_path / "other"
+    )
+    start["pretrained_model_name_or_path"] = tmp_path / "other"
+    run(train_command(workspace, tmp_path / "again", **start, **flags))
+    assert read_log(tmp_path / "again")[0]["loss"] == pytest.approx(read_log(tmp_path / "run")[0]["loss"])
+
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "base")
     inputs = tiny_inputs() | {"class_labels": torch.tensor([1, 2, 3])}
 

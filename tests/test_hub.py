@@ -80,6 +80,8 @@ def published(tmp_path_factory):
         pipe = DiTClassCondPipeline.from_pretrained({str(home / "folder")!r})
         pipe.push_to_hub("user/tiny")
         pipe.push_to_hub("user/tiny", variant="fp16")
+        pipe.push_to_hub("user/mine", private=True)
+        pipe.push_to_hub("user/mine", variant="fp16", create_pr=True)
         """
         result = python(publish, environment)
         assert result.returncode == 0, result.stderr[-3000:]
@@ -116,6 +118,15 @@ def test_the_five_ways_give_one_image(published):
     (offline,) = draw(ours, places[:1], environment, HF_HUB_OFFLINE="1")
     assert offline[0] == images["installed class"][0][0]
     assert len(hub.requests) == before
+
+
+def test_private_is_private_and_a_proposal_changes_nothing(published):
+    hub, _, _ = published
+    assert hub.repos["models", "user/mine"].private and not hub.repos["models", "user/tiny"].private
+    weights = "transformer/diffusion_pytorch_model.fp16.safetensors"
+    assert weights not in hub.files("user/mine")
+    assert weights in hub.files("user/mine", "refs/pr/1")
+    assert weights in hub.files("user/tiny")
 
 
 def test_what_is_published(published):
@@ -390,6 +401,7 @@ def snapshot(folder):
         ("user/fault-500", ("POST", r"/commit/", 500)),
         ("user/fault-drop", ("PUT", r"/lfs/", "drop")),
         ("user/fault-create", ("POST", r"/repos/create", 500)),
+        ("user/fault-card", ("HEAD", r"/README\.md", 500)),  # or an owner's card would be replaced
     ],
 )
 def test_a_failed_upload_costs_only_another_try(published, tmp_path, repo, fault):
@@ -405,7 +417,7 @@ def test_a_failed_upload_costs_only_another_try(published, tmp_path, repo, fault
     assert failed.returncode != 0
     last = failed.stderr.strip().splitlines()[-1]
     assert "Publishing to" in last
-    assert "try again" in last
+    assert "do the same again" in last
     assert TOKEN not in failed.stderr + failed.stdout
     after = snapshot(tmp_path)
     assert after == before

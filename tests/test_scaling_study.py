@@ -60,6 +60,8 @@ def test_the_fit_is_that_of_the_results(tmp_path):
             0.5,
         ]
         lines.append(",".join(map(str, row)))
+    lines.append("conditioning,S-2-adaln_zero,32,1.0,1,32,900,0.5,0.5")  # begun with a smaller size
+    lines.append("guidance,S-2-adaln_zero,32,6.0,1,32,100,0.5,0.5")
     for name, distance in (("adaln_zero", 300), ("in_context", 340)):
         lines.append(f"conditioning,XL-2-{name},32,1.0,1,32,{distance},0.5,0.5")
     for steps, distance in ((4, 500), (8, 400)):

@@ -33,6 +33,7 @@ def test_resume_after_sigkill_is_exact(workspace, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run(train_command(workspace, straight))
     kill_after(train_command(workspace, killed), killed / "checkpoint-4")
+    assert list_checkpoints(killed)[-1].name == "checkpoint-4"
     run(train_command(workspace, killed))
 
     for part in ("transformer", "vae"):
@@ -133,7 +134,7 @@ def test_training_publishes_its_model(workspace, tmp_path):
             text=True,
         )
         assert result.returncode == 2
-        assert "hf upload user/trained" in result.stderr
+        assert "do the same again" in result.stderr
         assert "step-000001.png was not sent to user/trained" in result.stderr
         assert (tmp_path / "down" / "pipeline" / "model_index.json").exists()
 

@@ -10,7 +10,14 @@ from conftest import ROOT, tiny_inputs, tiny_transformer
 from safetensors.torch import load_file
 from testing_utils.hub_server import HubServer
 from testing_utils.training_runs import run, train_command
-from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    ViTImageProcessor,
+)
 
 from dit_hf import DiTClassCondPipeline
 from dit_hf.evaluation.extractors import extract, load_extractor
@@ -116,6 +123,15 @@ def test_a_vision_model_of_transformers_measures_images(dino):
     with torch.no_grad():
         expected = model((resized.clamp(-1, 1) / 2 + 0.5 - mean) / std).last_hidden_state[:, 0]
     torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_vision_model_with_buffers_of_its_own_measures_images(tmp_path):
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=28, patch_size=7)).save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    found = extract(torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8), load_extractor(str(tmp_path)))
+    assert found.features.shape == (3, 24)
+    assert "mean [0.4815, 0.4578, 0.4082]" in found.extractor["resize"]
 
 
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "in_context"])

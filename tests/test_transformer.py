@@ -68,8 +68,8 @@ def test_force_drop_ids_take_the_place_of_dropout(transformer):
     for mode in (False, True):
         transformer.train(mode)
         assert torch.equal(transformer(**inputs, force_drop_ids=torch.tensor([1, 0, 0])).sample, null)
-    transformer.eval()
-    assert torch.equal(transformer(**inputs).sample, transformer(**inputs).sample)
+    forgetful = tiny_transformer(class_dropout_prob=0.9)  # in training only
+    assert torch.equal(forgetful(**inputs).sample, transformer(**inputs).sample)
 
 
 def test_model_without_null_class():
@@ -117,6 +117,14 @@ def test_other_sizes(transformer, size):
     inputs = tiny_inputs(height=size[0], width=size[1])
     output = transformer(**inputs).sample
     assert output.shape == (3, 8, *size)
+    embedded = transformer.pos_embed(inputs["hidden_states"])
+    patches = transformer.pos_embed.proj(inputs["hidden_states"]).flatten(2).transpose(1, 2)
+    positions = transformer.pos_embed.positions_for(size[0] // 2, size[1] // 2)
+    torch.testing.assert_close(embedded, patches + positions)
+    turned, seen = tiny_transformer(position_embedding="sincos+rope"), []
+    turned.rotary_embed.register_forward_hook(lambda module, grid, angles: seen.append(grid[:2]))
+    turned(**inputs)
+    assert seen == [(size[0] // 2, size[1] // 2)]
     model = tiny_transformer(sample_size=max(size))  # built for the larger square: the same positions, cut out
     grid = sincos_positions(max(size) // 2, max(size) // 2, 48).unflatten(1, (max(size) // 2,) * 2)
     expected = grid[:, : size[0] // 2, : size[1] // 2].flatten(1, 2)

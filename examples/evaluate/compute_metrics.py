@@ -151,7 +151,10 @@ def public(recipe):
     """A recipe without the folders of this machine, and without what the model itself tells."""
     if isinstance(recipe, dict):
         return {name: public(value) for name, value in recipe.items() if name not in ("scheduler_config", "classes")}
-    return Path(recipe).name if isinstance(recipe, str) and recipe and Path(recipe).exists() else recipe
+    if not isinstance(recipe, str):
+        return recipe
+    is_path = Path(recipe).is_absolute() or recipe.count("/") > 1 or Path(recipe).exists()
+    return Path(recipe).name if recipe and is_path else recipe
 
 
 def update_card(args, figures, recipe):
@@ -161,7 +164,8 @@ def update_card(args, figures, recipe):
     for name, figure in figures.items():
         if "value" in figure:
             result = EvalResult(PIPELINE_TAG, "images", args.dataset_title, name, float(f"{figure['value']:.6g}"))
-            result.metric_name = f"{NAMES.get(name, name)} ({recipe['extractor'].get('name')})"
+            result.dataset_config = args.dataset_title  # or figures of two references would be one
+            result.metric_name = f"{NAMES.get(name, name)} ({public(recipe['extractor'].get('name'))})"
             result.metric_args = public(recipe)
             results.append(result)
     facts = CardFacts(results=results)

@@ -26,6 +26,7 @@ from dit_hf.data.images import check_column, load_image_dataset
 from dit_hf.data.latents import checksum
 from dit_hf.evaluation.samples import SAMPLING_RECIPES, draw_missing, missing_samples, sample_labels, write_npz
 from dit_hf.evaluation.sources import SAMPLES
+from dit_hf.schedulers import trained_options
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.checkpointing import check_same_settings, record_settings
 from dit_hf.training.running import only_run, start_accelerator
@@ -78,7 +79,7 @@ def load_pipeline(args, device):
     if args.vae:
         pipe.register_modules(vae=AutoencoderKL.from_pretrained(args.vae))
     if args.scheduler:
-        pipe.scheduler = make_scheduler(args.scheduler)
+        pipe.scheduler = make_scheduler(args.scheduler, **trained_options(args.scheduler, pipe.scheduler.config))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -115,13 +116,16 @@ def print_cost(args, pipe, num_processes):
     """Compute and hours, by two timed steps."""
     first, last = args.guidance_interval
     halves = 1 + (last - first if args.guidance_scale > 1 else 0)
-    gflops = count_macs(pipe.transformer.config) / 1e9 * args.num_inference_steps * halves
     labels = asked_labels(args, pipe, args.batch_size)
     options = pipeline_options(args) | {"num_inference_steps": 2, "output_type": "latent"}
-    started = time.perf_counter()
-    pipe(labels.tolist(), **options)
-    step = (time.perf_counter() - started) / 2 / args.batch_size
-    hours = step * args.num_inference_steps * args.num_samples / num_processes / 3600
+    for _ in range(2):  # the first warms up
+        started = time.perf_counter()
+        pipe(labels.tolist(), **options).images.sum().item()  # waits for a GPU
+        call = (time.perf_counter() - started) / pipe.num_timesteps / args.batch_size
+    pipe.scheduler.set_timesteps(args.num_inference_steps)
+    calls = len(pipe.scheduler.timesteps)  # two a step for Heun's
+    gflops = count_macs(pipe.transformer.config) / 1e9 * calls * halves
+    hours = call * calls * args.num_samples / num_processes / 3600
     print(
         json.dumps(
             {"Gflops an image": round(gflops, 2), "images": args.num_samples, "hours": round(hours, 2)}, indent=2

@@ -20,6 +20,7 @@ from dit_hf import DiTClassCondPipeline
 from dit_hf.command_line import run
 from dit_hf.data.images import center_crop, check_column, load_image_dataset
 from dit_hf.evaluation.sources import pictures
+from dit_hf.pipeline_dit_class_cond import find_class
 from dit_hf.seeds import seeded_generator
 
 
@@ -47,7 +48,7 @@ def main():
         raise ValueError(f"{args.output_dir} exists; choose another folder.")
     images = new_images(args)
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
-    if args.class_name in pipe.labels:  # among the synonyms too
+    if find_class(pipe.id2label, args.class_name) is not None:  # among the synonyms, and in any case, too
         raise ValueError(f"The model has a class {args.class_name!r} already; choose another --class_name.")
     names = [args.class_name, *pipe.id2label.values()]
     check_names(names)
@@ -95,7 +96,7 @@ def save(folder, images):
 def new_images(args):
     """The new class's images, spread over the folder or dataset."""
     if args.train_data_dir is not None:
-        images = [Image.open(path) for path in pictures(args.train_data_dir)]
+        images = pictures(args.train_data_dir)
     else:
         dataset = load_image_dataset(args.dataset_name)
         check_column(dataset, args.image_column, "--image_column")
@@ -103,7 +104,8 @@ def new_images(args):
     if not len(images) or args.num_images < 1:
         raise ValueError(f"There are no images of the new class in {args.train_data_dir or args.dataset_name}.")
     count = min(args.num_images, len(images))
-    return [images[index] for index in torch.linspace(0, len(images) - 1, count).long().tolist()]
+    chosen = [images[index] for index in torch.linspace(0, len(images) - 1, count).long().tolist()]
+    return [Image.open(image) if isinstance(image, Path) else image for image in chosen]
 
 
 if __name__ == "__main__":

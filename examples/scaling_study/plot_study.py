@@ -86,6 +86,9 @@ def main():
     found = {}
     for name, plot in PLOTS.items():
         rows = results[results.study == name]
+        if name in ("conditioning", "guidance"):  # of one size; a folder may have been begun with a smaller one
+            shape = rows.model.str.rsplit("-", n=1).str[0]
+            rows = rows[shape == shape.iloc[-1]] if len(rows) else rows
         if len(rows) < 2:
             continue
         axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()

@@ -96,7 +96,7 @@ def load(folder, dtype):
     pipe = DiTClassCondPipeline.from_pretrained(folder, torch_dtype={"transformer": dtype, "default": torch.float32})
     pipe.transformer.compile_repeated_blocks()
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def measure(args, pipe, steps, scale, extractor, reference):

@@ -146,7 +146,7 @@ class Studio:
                 images = self._call(settings, on_step)
             events.put(Drawn(1, 1, images, finished=True))
         except Cancelled:
-            self.pipe.maybe_free_model_hooks()
+            pass
         except Exception as error:  # the visitor's thread raises it
             events.put(error)
 

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from dit_hf.training.checkpointing import (
     save_checkpoint,
     truncate_log,
 )
+from dit_hf.training.ema import WeightAverage
 from dit_hf.training.running import start_accelerator
 
 
@@ -134,7 +134,7 @@ def main():
     features.to(accelerator.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
-    ema = EMAModel(vae.parameters(), decay=args.ema_decay)
+    ema = WeightAverage(vae.parameters(), decay=args.ema_decay)
     vae, optimizer, schedule = accelerator.prepare(vae, optimizer, schedule)
     accelerator.register_for_checkpointing(ema)
     step = resume_from(accelerator, args.output_dir)

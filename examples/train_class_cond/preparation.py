@@ -230,7 +230,9 @@ def make_cache(args, accelerator, vae, data, encoder, folder):
     settings |= {"columns": [args.image_column, args.label_column], "shard_size": args.shard_size}
     made_by = checksums(vae, encoder)
     fingerprint = cache_fingerprint(data.reader.dataset, source, **settings, **made_by)
-    if (folder / "index.json").exists() and read_index(folder)["fingerprint"] == fingerprint:
+    is_there = (folder / "index.json").exists() and read_index(folder)["fingerprint"] == fingerprint
+    accelerator.wait_for_everyone()  # before the main process takes an index away
+    if is_there:
         return
     rank, size = accelerator.process_index, accelerator.num_processes
     num_shards = cache_latents(vae, data.reader, folder, fingerprint, rank, size, encoder, shard_size=args.shard_size)

@@ -324,6 +324,7 @@ class Trainer:
         results = []
         if distance is not None:
             result = EvalResult("unconditional-image-generation", "images", "held out", "fd", round(distance, 1))
+            result.dataset_config = "held out"
             result.metric_name = "Fréchet distance (EfficientNet-Lite0, 112 px)"
             results.append(result)
         return CardFacts(license=self.args.license, recipe=recipe, results=results)

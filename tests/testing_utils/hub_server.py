@@ -159,7 +159,9 @@ class HubHandler(BaseHTTPRequestHandler):
         kind = f"{request.get('type') or 'model'}s"
         known = (kind, repo_id) in self.server.repos
         if not known:
-            repo = self.server.repos[kind, repo_id] = Repo(private=bool(request.get("private")))
+            repo = self.server.repos[kind, repo_id] = Repo(
+                private="private" in (request.get("visibility"), request.get("private") and "private")
+            )
             repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
         url = f"{self.server.endpoint}/{'' if kind == 'models' else kind + '/'}{repo_id}"
         self.reply_json({"url": url, "id": repo_id, "name": repo_id}, 409 if known else 200)
@@ -217,9 +219,12 @@ class HubHandler(BaseHTTPRequestHandler):
                 files.pop(value["path"], None)
             elif entry["key"] == "deletedFolder":
                 files = {path: content for path, content in files.items() if not path.startswith(value["path"])}
-        sha = self.server.repos[kind, repo_id].commit(revision, files)
-        url = f"{self.server.endpoint}/{repo_id}/commit/{sha}"
-        self.reply_json({"commitUrl": url, "commitOid": sha, "hookOutput": ""})
+        proposal = "create_pr=1" in urlsplit(self.path).query
+        sha = self.server.repos[kind, repo_id].commit("refs/pr/1" if proposal else revision, files)
+        answer = {"commitUrl": f"{self.server.endpoint}/{repo_id}/commit/{sha}", "commitOid": sha, "hookOutput": ""}
+        if proposal:
+            answer["pullRequestUrl"] = f"{self.server.endpoint}/{repo_id}/discussions/1"
+        self.reply_json(answer)
 
     def info(self, kind, repo_id, revision="main"):
         sha, files = self.tree(kind, repo_id, revision)

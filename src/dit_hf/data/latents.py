@@ -17,7 +17,7 @@ import torch
 from datasets import IterableDataset
 from diffusers.utils import logging
 from huggingface_hub import HfApi
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -408,11 +408,12 @@ def normalise_latents(latents: torch.Tensor, latents_mean: list[float], latents_
 
 
 def _facts(path):
-    """What a shard says of itself; nothing if there is no such file."""
-    if not path.exists():
+    """What a shard says of itself; nothing if there is no such file, or a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get(FACTS, "{}"))
+    except (FileNotFoundError, SafetensorError):
         return {}
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get(FACTS, "{}"))
 
 
 def _count(path):

@@ -6,6 +6,7 @@ Shapes: `S` pixels a side.
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from itertools import islice
+from pathlib import Path
 
 import torch
 from datasets import Image as ImageFeature
@@ -14,6 +15,18 @@ from datasets.utils.file_utils import xopen
 from PIL import Image
 
 from .images import center_crop, check_column, to_tensor
+
+
+class Unreachable(Exception):
+    """A server did not give a file."""
+
+
+def _fetch(address):
+    try:
+        with xopen(address, "rb") as file:
+            return file.read()
+    except Exception as error:  # of whichever library fetches
+        raise Unreachable(error) from error
 
 
 class ImageReader:
@@ -55,13 +68,19 @@ class ImageReader:
 
         Raises:
             OSError: if the image can't be read; the message names it.
-            ValueError: if the label is none of the classes.
+            ValueError: if the label is none of the classes, or a server does not give the image.
         """
         label = self.label_id(row[self.label_column], position)
         stored = row[self.image_column] or {"path": None, "bytes": None}
         try:
-            with xopen(stored["path"], "rb") if stored["bytes"] is None else BytesIO(stored["bytes"]) as file:
-                return to_tensor(center_crop(Image.open(file), self.resolution)), label
+            content = stored["bytes"]
+            if content is None:
+                content = _fetch(stored["path"]) if "://" in str(stored["path"]) else Path(stored["path"]).read_bytes()
+            return to_tensor(center_crop(Image.open(BytesIO(content)), self.resolution)), label
+        except Unreachable as error:  # it may come another time, so it must not be left out for good
+            raise ValueError(
+                f"Image {position} ({stored['path']}) was not to be had: {error}. Do the same again."
+            ) from error
         except Exception as error:  # decoders raise all kinds
             raise OSError(f"image {position} ({stored['path'] or 'in the dataset'}): {error}") from error
 

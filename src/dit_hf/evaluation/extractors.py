@@ -145,7 +145,9 @@ class TransformersExtractor(nn.Module):
         self.network = VisionModel(name)
         last_words = {parameter.split(".")[-1] for parameter, _ in self.network.named_parameters()}
         self.has_class_token = not last_words.isdisjoint(("cls_token", "class_embedding"))
-        mean, std = ([round(value, 4) for value in part.flatten().tolist()] for part in self.network.buffers())
+        mean, std = (
+            [round(value, 4) for value in part.flatten().tolist()] for part in (self.network.mean, self.network.std)
+        )
         rule = f"{self.network.side}×{self.network.side}, bicubic, antialias, clamped, mean {mean}, std {std}"
         self.description = {"name": str(name), "weights": checksum(self)[:16], "resize": rule}
 

@@ -11,7 +11,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-FEATURE_DIM = 1280
 # Indices of the blocks that end a resolution of the network: strides 2, 4, 8, 16.
 STAGE_BLOCKS = (0, 2, 4, 10)
 

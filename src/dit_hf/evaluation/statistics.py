@@ -78,24 +78,6 @@ class GaussianStatistics:
         statistics._scatter = covariance.double() * (statistics.count - 1)
         return statistics
 
-    def merge(self, other: "GaussianStatistics") -> "GaussianStatistics":
-        """
-        Takes in what another process has gathered.
-
-        Args:
-            other (`GaussianStatistics`): Of the same D.
-
-        Returns:
-            `GaussianStatistics`: itself.
-        """
-        total = self.count + other.count
-        if total:
-            shift = other._mean - self._mean
-            self._scatter += other._scatter + torch.outer(shift, shift) * (self.count * other.count / total)
-            self._mean = self._mean + shift * (other.count / total)
-            self.count = total
-        return self
-
     def root(self) -> torch.Tensor:
         """The covariance's square root, shape `(D, D)`, float64; computed once."""
         if self._root is None or self._root[0] != self.count:

@@ -53,9 +53,7 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         model.save_pretrained(folder, **options)
-        return publish_folder(
-            folder, repo_id, model, card, commit_message, private, token, create_pr, subfolder, kept=False
-        )
+        return publish_folder(folder, repo_id, model, card, commit_message, private, token, create_pr, subfolder)
 
 
 def publish_folder(
@@ -68,7 +66,6 @@ def publish_folder(
     token: str | None = None,
     create_pr: bool = False,
     subfolder: str | None = None,
-    kept: bool = True,
 ) -> str:
     """
     Uploads a folder that `save_pretrained` wrote; a card on the Hub is updated, not overwritten.
@@ -79,7 +76,6 @@ def publish_folder(
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What is in the folder.
         card (`CardFacts`, *optional*): What the model can't tell of itself.
         commit_message, private, token, create_pr, subfolder: As with every diffusers model.
-        kept (`bool`, defaults to `True`): Whether the folder is still there after a failure, for the error's advice.
 
     Returns:
         `str`: address of the commit.
@@ -116,10 +112,9 @@ def publish_folder(
             create_pr=create_pr,
         )
     except UPLOAD_ERRORS as error:
-        again = f"`hf upload {repo_id} {folder}`" if kept else "the same call"
         raise OSError(
-            f"Publishing to {repo_id} failed: {_reason(error)}. Nothing is lost; try again with {again}. Files that "
-            "have arrived are not sent twice."
+            f"Publishing to {repo_id} failed: {_reason(error)}. Nothing is lost; do the same again. Files that have "
+            "arrived are not sent twice."
         ) from None
     return str(commit)
 
@@ -178,8 +173,10 @@ def _reason(error):
 
 
 def _card_of(repo_id, token):
-    """A card on the Hub, if there is one."""
+    """A card on the Hub, if there is one, as it is there now."""
     try:
-        return read_card(hf_hub_download(repo_id, "README.md", token=token))
+        return read_card(hf_hub_download(repo_id, "README.md", token=token, force_download=True))
     except (EntryNotFoundError, RepositoryNotFoundError):
         return None
+    except ValueError as error:  # it could not be asked for, which does not mean that there is none
+        raise OSError(f"its card can't be read: {error.__cause__ or error}") from error

@@ -30,10 +30,8 @@ def load_for_classes(
     model = DiTTransformer2DModel.from_pretrained(
         pretrained_model_name_or_path, subfolder="transformer", dtype=torch.float32
     )
-    if [known.get(key) for key in range(model.config.num_classes)] == names:
-        mapped: list[int | None] = [*range(len(names))]
-    else:
-        mapped = match_names(names, known)
+    mapped = match_names(names, known)
+    if mapped != [*range(model.config.num_classes)]:
         logger.warning(
             f"The label table is remapped: {len(names) - mapped.count(None)} of {len(names)} classes keep their row by "
             "name, the others start from the mean."
@@ -58,7 +56,7 @@ def class_names(pretrained_model_name_or_path: str | Path) -> dict[int, str]:
 
 def match_names(names: list[str], known: dict[int, str]) -> list[int | None]:
     """
-    For each new class the old one of the same name, as the pipeline finds it.
+    For each new class the old one of the same name, as the pipeline finds it; several of one name go in order.
 
     Args:
         names (`list[str]`): New class names, by id.
@@ -70,7 +68,9 @@ def match_names(names: list[str], known: dict[int, str]) -> list[int | None]:
     Raises:
         ValueError: if several old classes have the name.
     """
-    return [find_class(known, name) for name in names]
+    shared = {name for name in names if 1 < names.count(name) == list(known.values()).count(name)}
+    places = {name: iter(key for key in sorted(known) if known[key] == name) for name in shared}
+    return [next(places[name]) if name in shared else find_class(known, name) for name in names]
 
 
 @torch.no_grad()
