@@ -36,15 +36,16 @@ def measure(part, args, known, save):
     device = torch.device(args.device)
     sizes = ["DiT-S/8"] if args.quick else args.sizes
     largest = "DiT-S/8" if args.quick else "DiT-XL/2"
+    overrides = {"num_layers": 2} if args.quick else {}
     seconds = 0.2 if args.quick else 3.0
     product = Product(device, 512 if args.quick else 4096)
     if part == "forward":
-        return networks.forward(sizes, product, device, seconds)
+        return networks.forward(sizes, product, device, seconds, **overrides)
     if part == "compiled":
         precisions = ("int8",) if args.quick else ("float32", "int8", "bfloat16")
-        return networks.compiled(largest, precisions, product, device, seconds)
+        return networks.compiled(largest, precisions, product, device, seconds, **overrides)
     if part == "training":
-        return networks.training(sizes, product, device, seconds)
+        return networks.training(sizes, product, device, seconds, **overrides)
     if part == "memory":
         trained = [largest] if args.quick else ["DiT-B/2", largest]
         ways = ["plain"] if args.quick else ["plain", "checkpointing"]

@@ -27,14 +27,15 @@ CLASS = {"our": DiTTransformer2DModel, "stock": StockDiT}
 def stock_dit(preset: str, sample_size: int = 32, **options) -> StockDiT:
     """diffusers' DiT of a size of the paper."""
     options = {"num_embeds_ada_norm": 1000, "norm_type": "ada_norm_zero", "out_channels": 8} | options
-    return StockDiT(**preset_config(preset), sample_size=sample_size, activation_fn="gelu-approximate", **options)
+    config = preset_config(preset) | options
+    return StockDiT(**config, sample_size=sample_size, activation_fn="gelu-approximate")
 
 
-def both(preset, sample_size, device):
+def both(preset, sample_size, device, **overrides):
     """The stock model and ours with random weights, ours also where fresh ones are zero, and gradients would be."""
     torch.manual_seed(0)
-    stock = stock_dit(preset, sample_size).eval().to(device)
-    ours = DiTTransformer2DModel.from_preset(preset, sample_size=sample_size).eval().to(device)
+    stock = stock_dit(preset, sample_size, **overrides).eval().to(device)
+    ours = DiTTransformer2DModel.from_preset(preset, sample_size=sample_size, **overrides).eval().to(device)
     for parameter in ours.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -60,12 +61,12 @@ def eager_pass(models, product, batch, sample_size, device, seconds):
     return {"share_of_peak": product.share(2 * batch * count_macs(ours.config), found)} | found
 
 
-def forward(presets, product, device, seconds):
+def forward(presets, product, device, seconds, **overrides):
     """Eager float32 forward passes: ours over stock, and the share of the GEMM peak."""
     rows = []
     for preset in presets:
         for pixels, sample_size in LATENT_SIZES.items():
-            models = both(preset, sample_size, device)
+            models = both(preset, sample_size, device, **overrides)
             for batch in BATCHES:
                 found = eager_pass(models, product, batch, sample_size, device, seconds)
                 rows.append({"model": preset, "pixels": pixels, "batch": batch} | found)
@@ -73,12 +74,12 @@ def forward(presets, product, device, seconds):
     return {"rows": rows}
 
 
-def compiled(preset, precisions, product, device, seconds, batch=2):
+def compiled(preset, precisions, product, device, seconds, batch=2, **overrides):
     """
     Compiled forward passes with the modulation given, as in the pipeline, beside the eager one; relative errors of the
     output. Weights are random, and the modulation's gates of order 1, so that every block counts.
     """
-    stock, ours = both(preset, 32, device)
+    stock, ours = both(preset, 32, device, **overrides)
     latents, timestep, labels = inputs(batch, 32, device)
     rows = {}
     with torch.no_grad():
@@ -119,12 +120,12 @@ def training_step(model, latents, timestep, labels):
     model.zero_grad()
 
 
-def training(presets, product, device, seconds):
+def training(presets, product, device, seconds, **overrides):
     """Training steps without the optimizer, which is torch's for both; float32."""
     rows = []
     for preset in presets:
         for pixels, sample_size in LATENT_SIZES.items():
-            stock, ours = both(preset, sample_size, device)
+            stock, ours = both(preset, sample_size, device, **overrides)
             for batch in BATCHES:
                 macs = batch * count_macs(ours.config)
                 if pixels == 512 and macs > MOST_MACS_AT_512:
