@@ -79,7 +79,7 @@ def training(part):
     rows = [
         [
             row["model"],
-            f"{row['pixels']}²",
+            f"{row.get('pixels', 256)}²",
             row["batch"],
             f"{row['stock']['seconds']:.2f}",
             f"{row['ours']['seconds']:.2f}",

@@ -255,8 +255,11 @@ def test_an_image_that_a_server_does_not_give_is_not_left_out(workspace):
     row = {"image": {"path": "memory://white.png", "bytes": None}, "label": 1}
     image, label = reader.read(row, 0)
     assert (image.min(), label) == (255, 1)
-    row["image"]["path"] = "memory://none.png"
-    with pytest.raises(ValueError, match="Image 7 .*none.png.* was not to be had"):
+    row["image"]["path"] = "memory://none.png"  # there is none, and never will be
+    with pytest.raises(OSError, match="image 6 .*none.png"):
+        reader.read(row, 6)
+    row["image"]["path"] = "http://127.0.0.1:9/none.png"
+    with pytest.raises(ValueError, match="image 7 .*none.png.* was not to be had"):
         reader.read(row, 7)
 
 

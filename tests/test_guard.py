@@ -64,6 +64,9 @@ def test_state_survives_and_a_rewound_run_gets_other_batches():
     again = LossGuard("rewind")
     again.load_state_dict(guard.state_dict())
     assert again.state_dict() == guard.state_dict()
+    older = {name: value for name, value in guard.state_dict().items() if not name.startswith("rew")}
+    again.load_state_dict(older)
+    assert (again.draw_offset, again.bound) == (11, guard.bound)
     assert again.bound == guard.bound
 
 

@@ -107,6 +107,7 @@ def test_another_sampler_and_interval_are_the_models(pipeline, tmp_path):
     flags = {"num_samples": 2, "scheduler": "flow_dpm++", "guidance_scale": 4}
     run(command(pipeline, tmp_path / "all", **flags))
     assert json.loads((tmp_path / "all" / "recipe.json").read_text())["scheduler_config"]["flow_shift"] == 2.0
+    assert "2 images, 0 of them new" in run(command(pipeline, tmp_path / "all", **flags), env=os.environ).stdout
     run([*command(pipeline, tmp_path / "half", **flags), "--guidance_interval", "0", "0.5"])
     assert not np.array_equal(images(tmp_path / "half"), images(tmp_path / "all"))
 

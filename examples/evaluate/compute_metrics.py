@@ -164,7 +164,6 @@ def update_card(args, figures, recipe):
     for name, figure in figures.items():
         if "value" in figure:
             result = EvalResult(PIPELINE_TAG, "images", args.dataset_title, name, float(f"{figure['value']:.6g}"))
-            result.dataset_config = args.dataset_title  # or figures of two references would be one
             result.metric_name = f"{NAMES.get(name, name)} ({public(recipe['extractor'].get('name'))})"
             result.metric_args = public(recipe)
             results.append(result)

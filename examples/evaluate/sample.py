@@ -151,7 +151,8 @@ def main():
 def sample(args, accelerator, pipe, labels):
     """All images that are not there yet, each process its part; then the npz."""
     recipe = {name: value for name, value in vars(args).items() if name not in ("dry_run", "output_dir")}
-    recipe |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_config": dict(pipe.scheduler.config)}
+    config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    recipe |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_config": config}
     recipe |= {"dtype": str(pipe.transformer.dtype), "weights": checksum(pipe.transformer)[:16]}
     recipe["vae_weights"] = checksum(pipe.vae)[:16] if pipe.vae is not None else None
     recipe["classes"] = {str(label): name for label, name in pipe.id2label.items()}

@@ -3,6 +3,7 @@
 import inspect
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -170,18 +171,20 @@ def load_base(args, names):
 
 def trained_scheduler(args, name, **overrides):
     """A sampler of what is trained here: given weights keep their pipeline's diffusion, or the shift of its flow."""
-    kept = trained_options(name, scheduler_config(args)) if args.pretrained_model_name_or_path else {}
+    base = args.pretrained_model_name_or_path
+    kept = trained_options(name, scheduler_config(base)) if base else {}
     return make_scheduler(name, **(kept | overrides))
 
 
-def scheduler_config(args):
-    """Of the pretrained pipeline's scheduler, whichever it is."""
-    return DDPMScheduler.load_config(args.pretrained_model_name_or_path, subfolder="scheduler")
+@cache
+def scheduler_config(pretrained_model_name_or_path):
+    """Of a pipeline's scheduler, whichever it is."""
+    return DDPMScheduler.load_config(pretrained_model_name_or_path, subfolder="scheduler")
 
 
 def check_objective(args):
     """That given weights go on learning what their pipeline's scheduler takes them for."""
-    prediction = trained_prediction(scheduler_config(args))
+    prediction = trained_prediction(scheduler_config(args.pretrained_model_name_or_path))
     if prediction not in ("epsilon", "velocity"):
         raise ValueError(f"{args.pretrained_model_name_or_path} predicts {prediction}, which is not trained here.")
     if prediction != args.objective:
@@ -272,7 +275,7 @@ def add_data_arguments(parser):
     data.add_argument(
         "--resolution",
         type=positive,
-        help=f"Pixels a side; that of the latents or weights that are given, {DEFAULT_RESOLUTION} without any.",
+        help=f"Pixels a side; {DEFAULT_RESOLUTION}, or those of given latents or weights.",
     )
     data.add_argument("--vae", help="Folder or Hub id of an AutoencoderKL; by default the pretrained pipeline's.")
     data.add_argument("--shard_size", type=positive, default=2048, help="Images in one file of the cache of latents.")

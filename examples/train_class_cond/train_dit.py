@@ -159,6 +159,8 @@ class Trainer:
         indices, generator = self.batches.indices(draw), self.batches.generator(draw)
         probabilities = (args.flip_probability, args.class_dropout_prob)
         batch = draw_batch(self.latents, self.objective, indices, generator, self.share(), *probabilities)
+        if "drop" not in batch and self.unwrapped.config.class_dropout_prob > 0:  # or the model would draw by itself
+            batch["drop"] = torch.zeros_like(batch["label"], dtype=torch.bool)
         return batch | {"label": self.ids[batch["label"]]}
 
     def backward(self, batch):
@@ -324,7 +326,6 @@ class Trainer:
         results = []
         if distance is not None:
             result = EvalResult("unconditional-image-generation", "images", "held out", "fd", round(distance, 1))
-            result.dataset_config = "held out"
             result.metric_name = "Fréchet distance (EfficientNet-Lite0, 112 px)"
             results.append(result)
         return CardFacts(license=self.args.license, recipe=recipe, results=results)
@@ -370,9 +371,9 @@ def build_optimizer(args, transformer, head):
 
 def build_pipeline(args, transformer, vae, names):
     """The pipeline that is sampled while training and saved at the end."""
-    scheduler = trained_scheduler(args, "flow_euler" if args.objective == "velocity" else "ddpm")
-    if args.objective == "epsilon" and not transformer.config.learn_sigma:
-        scheduler = trained_scheduler(args, "ddpm", variance_type="fixed_large")
+    name = "flow_euler" if args.objective == "velocity" else "ddpm"
+    fixed = {"variance_type": "fixed_large"} if name == "ddpm" and not transformer.config.learn_sigma else {}
+    scheduler = trained_scheduler(args, name, **fixed)
     pipe = DiTClassCondPipeline(transformer, scheduler, vae, id2label=dict(enumerate(names)))
     pipe.set_progress_bar_config(disable=True)
     return pipe

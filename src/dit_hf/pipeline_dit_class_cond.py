@@ -104,7 +104,7 @@ def find_class(id2label: dict[int, str], name: str) -> int | None:
                 if fold(name) in [fold(part) for part in ([names] if whole else names.split(","))]
             ]
             if len(ids) > 1:
-                raise ValueError(f"{name!r} is the name of classes {', '.join(map(str, ids))}; give the id.")
+                raise ValueError(f"{name!r} is the name of classes {', '.join(map(str, ids))}")
             if ids:
                 return ids[0]
     return None
@@ -322,7 +322,10 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         return [self._get_label_id(name) for name in ([label] if isinstance(label, str) else label)]
 
     def _get_label_id(self, name):
-        known_id = find_class(self.id2label, name)
+        try:
+            known_id = find_class(self.id2label, name)
+        except ValueError as error:
+            raise ValueError(f"{error}; give the id.") from None
         if known_id is not None:
             return known_id
         if not self.id2label:

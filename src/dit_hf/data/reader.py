@@ -17,16 +17,15 @@ from PIL import Image
 from .images import center_crop, check_column, to_tensor
 
 
-class Unreachable(Exception):
-    """A server did not give a file."""
-
-
-def _fetch(address):
+def fetch(address: str, name: str) -> bytes:
+    """What a server or archive holds; `OSError` if there is no such file, `ValueError` if it was not to be had."""
     try:
         with xopen(address, "rb") as file:
             return file.read()
-    except Exception as error:  # of whichever library fetches
-        raise Unreachable(error) from error
+    except FileNotFoundError as error:
+        raise OSError(f"{name}: {error}") from error
+    except Exception as error:  # of whichever library fetches; it may come another time, and is not left out for good
+        raise ValueError(f"{name} was not to be had: {error}. Do the same again.") from error
 
 
 class ImageReader:
@@ -72,17 +71,15 @@ class ImageReader:
         """
         label = self.label_id(row[self.label_column], position)
         stored = row[self.image_column] or {"path": None, "bytes": None}
+        path, content = stored["path"], stored["bytes"]
+        name = f"image {position} ({path or 'in the dataset'})"
+        if content is None and "://" in str(path):
+            content = fetch(path, name)
         try:
-            content = stored["bytes"]
-            if content is None:
-                content = _fetch(stored["path"]) if "://" in str(stored["path"]) else Path(stored["path"]).read_bytes()
+            content = Path(path).read_bytes() if content is None else content
             return to_tensor(center_crop(Image.open(BytesIO(content)), self.resolution)), label
-        except Unreachable as error:  # it may come another time, so it must not be left out for good
-            raise ValueError(
-                f"Image {position} ({stored['path']}) was not to be had: {error}. Do the same again."
-            ) from error
         except Exception as error:  # decoders raise all kinds
-            raise OSError(f"image {position} ({stored['path'] or 'in the dataset'}): {error}") from error
+            raise OSError(f"{name}: {error}") from error
 
     def label_id(self, label: int | str, position: int) -> int:
         """The id of a class given by id or name; `ValueError` names the image whose label is neither."""

@@ -258,6 +258,7 @@ def _join_results(old, new):
     """A new figure takes the place of the old one of the same metric on the same data."""
     joined = {}
     for result in (*old, *new):
+        result.dataset_config = result.dataset_config or result.dataset_name  # or all data of a type were the same
         details = (result.metric_type, result.metric_name, str(result.metric_config))
         joined[result.unique_identifier + details] = result
     return list(joined.values())

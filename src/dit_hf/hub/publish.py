@@ -175,8 +175,9 @@ def _reason(error):
 def _card_of(repo_id, token):
     """A card on the Hub, if there is one, as it is there now."""
     try:
-        return read_card(hf_hub_download(repo_id, "README.md", token=token, force_download=True))
+        file = hf_hub_download(repo_id, "README.md", token=token, force_download=True)
     except (EntryNotFoundError, RepositoryNotFoundError):
         return None
     except ValueError as error:  # it could not be asked for, which does not mean that there is none
-        raise OSError(f"its card can't be read: {error.__cause__ or error}") from error
+        raise (error.__cause__ if isinstance(error.__cause__, UPLOAD_ERRORS) else OSError(str(error))) from None
+    return read_card(file)

@@ -70,7 +70,10 @@ def match_names(names: list[str], known: dict[int, str]) -> list[int | None]:
     """
     shared = {name for name in names if 1 < names.count(name) == list(known.values()).count(name)}
     places = {name: iter(key for key in sorted(known) if known[key] == name) for name in shared}
-    return [next(places[name]) if name in shared else find_class(known, name) for name in names]
+    try:
+        return [next(places[name]) if name in shared else find_class(known, name) for name in names]
+    except ValueError as error:
+        raise ValueError(f"{error} of the pretrained model; take a synonym that is one's alone.") from None
 
 
 @torch.no_grad()

@@ -108,4 +108,4 @@ class LossGuard:
         """Takes up where a checkpoint left off."""
         self.recent = deque(state["recent"], maxlen=WINDOW)
         for name in COUNTS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # an older checkpoint has fewer
