@@ -28,7 +28,7 @@ test-browser: $(STAMP)  ## Tries the Space's page in Debian's Chromium, which it
 	command -v chromium > /dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y chromium fonts-dejavu-core > /dev/null; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
-bench: $(STAMP)  ## Measures the tables of benchmarks/README.md, in two to three hours; quality needs outputs/emoji64.
+bench: $(STAMP)  ## Measures the tables of benchmarks/README.md, in some four hours; quality needs outputs/emoji64.
 	$(BIN)/python benchmarks/bench.py --output outputs/bench.json
 
 docs: $(STAMP)  ## Builds the site into site/, without a warning; open site/index.html.

@@ -3,8 +3,8 @@
 
     python benchmarks/bench.py --output outputs/bench.json
 
-Expected: two to three hours on 2 CPU cores, half of them `quality`; `--parts` picks some, `--quick` tries everything in small
-in some minutes. A part that is done is written at once and replaces what the file held of it, but rows of `quality` are kept
+Expected: two hours on 2 CPU cores, and as long again for `quality`; `--parts` picks some, `--quick` tries everything in
+small in some minutes. A part that is done is written at once and replaces what the file held of it, but rows of `quality` are kept
 and not drawn again, if setting, weights, versions, samples and held-out images are the same. Tables of all parts go to stdout at the end. Quality
 needs the held-out emoji of examples/train_autoencoder (`--reference`). Runs on a GPU as it is (`--device cuda`).
 """

@@ -96,8 +96,8 @@ def test_the_average_takes_the_models_place_for_a_while():
 
 def test_every_flag_reaches_the_loss_or_the_weights(workspace, tmp_path):
     def train(name, **flags):
-        """The third step's record: before the first, heads and gates are zero, and labels mean nothing."""
-        run(train_command(workspace, tmp_path / name, max_train_steps=3, learning_rate=0.05, **flags))
+        """The fifth step's record: at first, head and modulation are zero, and labels mean nothing."""
+        run(train_command(workspace, tmp_path / name, max_train_steps=5, learning_rate=0.05, **flags))
         return read_log(tmp_path / name)[-1]
 
     plain, epsilon = train("plain"), train("epsilon", objective="epsilon")
