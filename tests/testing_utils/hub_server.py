@@ -159,9 +159,7 @@ class HubHandler(BaseHTTPRequestHandler):
         kind = f"{request.get('type') or 'model'}s"
         known = (kind, repo_id) in self.server.repos
         if not known:
-            repo = self.server.repos[kind, repo_id] = Repo(
-                private="private" in (request.get("visibility"), request.get("private") and "private")
-            )
+            repo = self.server.repos[kind, repo_id] = Repo(private=request.get("visibility") == "private")
             repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
         url = f"{self.server.endpoint}/{'' if kind == 'models' else kind + '/'}{repo_id}"
         self.reply_json({"url": url, "id": repo_id, "name": repo_id}, 409 if known else 200)
