@@ -1,0 +1,25 @@
+"""The small trained pipelines that come with the package."""
+
+from pathlib import Path
+
+
+FOLDER = Path(__file__).parent
+
+
+def bundled_names() -> list[str]:
+    """Names of the bundled pipelines."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/model_index.json"))
+
+
+def resolve_pipeline(pretrained_model_name_or_path: str | Path) -> str:
+    """
+    Where a pipeline is loaded from. Every command and function that takes the name of a pipeline calls this first.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`): A folder, a Hub id, or the name of a bundled pipeline.
+
+    Returns:
+        `str`: the folder of a bundled pipeline if there is no such folder here; any other name as it is.
+    """
+    name = str(pretrained_model_name_or_path)
+    return str(FOLDER / name) if name in bundled_names() and not Path(name).exists() else name
