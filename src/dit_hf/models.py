@@ -3,6 +3,7 @@
 Shapes: `B` batch, `C` channels, `H W` latent size.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -182,8 +183,14 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
     def save_pretrained(
         self,
         save_directory: str | Path,
-        *,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
         push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        *,
         card: hub.CardFacts | None = None,
         **kwargs: Any,
     ) -> None:
@@ -192,22 +199,24 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
 
         Args:
             save_directory (`str` or `Path`): Created if it does not exist.
+            is_main_process, save_function, safe_serialization, variant, max_shard_size, use_flashpack: As with every
+                model.
             push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
             card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
-            kwargs: `variant`, `max_shard_size` … as with every model; `repo_id`, `commit_message`, `private`, `token`,
-                `create_pr` for `push_to_hub`.
+            kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
 
         Raises:
             ValueError: if the model was changed in place so that the saved weights would not load.
         """
         hub.check_loads_again({"model": self})
-        publishing = {name: kwargs.pop(name) for name in hub.PUBLISHING_ARGUMENTS if name in kwargs}
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
+        options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        options |= {"use_flashpack": use_flashpack}
+        super().save_pretrained(save_directory, is_main_process, save_function, **options)
+        if is_main_process:
             hub.carry_over(self, save_directory, TRAINING_ONLY_FILE)
             hub.write_card(self, save_directory, facts=card)
             if push_to_hub:
-                hub.publish_folder(save_directory, model=self, card=card, **publishing)
+                hub.publish_folder(save_directory, model=self, card=card, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """As every `ModelMixin`'s, with a model card; see `DiTClassCondPipeline.push_to_hub`."""
