@@ -58,6 +58,8 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
 
     if TYPE_CHECKING:
 
+        def __init__(self, **config: Any) -> None: ...
+
         @overload
         def __call__(
             self,
@@ -84,6 +86,8 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         ) -> tuple[torch.Tensor]: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        forward = __call__
 
     @classmethod
     def from_preset(cls, name: PresetName, **overrides: Any) -> Self:

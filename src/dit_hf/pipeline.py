@@ -3,7 +3,7 @@
 Shapes: `B` images, `C` channels, `H W` latent size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -49,10 +49,10 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
 
     if TYPE_CHECKING:
 
-        @overload
+        @overload  # type: ignore[override]
         def __call__(
             self,
-            class_labels: int | str | None | list[int | str | None] | list[int] | list[str] | torch.Tensor,
+            class_labels: int | str | None | Sequence[int | str | None] | torch.Tensor,
             guidance_scale: float | None = None,
             guidance_channels: int | None = None,
             guidance_interval: tuple[float, float] | None = None,
