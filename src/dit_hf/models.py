@@ -12,7 +12,6 @@ import torch
 from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import logging
-from packaging.version import Version
 
 from . import hub, transformer_dit
 from .checkpoints import diffusers_dit
@@ -24,7 +23,7 @@ from .presets import PresetName, preset_config
 logger = logging.get_logger(__name__)
 
 # Before diffusers 0.40 it was `torch_dtype`, which is deprecated since.
-DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40.0.dev0") else "torch_dtype"
+DTYPE_ARGUMENT = "torch_dtype" if diffusers.__version__.startswith(("0.38.", "0.39.")) else "dtype"
 # Arguments of `from_pretrained` that say where a config lies.
 CONFIG_ARGUMENTS = (*("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies"),)
 
