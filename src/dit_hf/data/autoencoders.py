@@ -32,7 +32,7 @@ def load_autoencoder(
     config = AutoencoderKL.load_config(source, subfolder=subfolder)
     name = config.get("_class_name", "a model without a class name")
     model_class = getattr(diffusers, name, None)
-    if not hasattr(model_class, "encode"):
+    if model_class is None or not hasattr(model_class, "encode"):
         raise ValueError(f"{source} holds {name}; pass an autoencoder of diffusers, such as AutoencoderKL.")
     vae = model_class.from_pretrained(source, subfolder=subfolder, dtype=dtype)
     try:
@@ -54,7 +54,9 @@ def check_autoencoder(vae) -> None:
     """
     channels = vae.config.get("in_channels", 3)
     if channels != 3:
-        raise ValueError(f"{type(vae).__name__} encodes images of {channels} channels; images are read as RGB, with 3.")
+        raise ValueError(
+            f"{type(vae).__name__} encodes images of {channels} channels; images are read as RGB, with 3."
+        )
     if any(isinstance(module, torch.nn.Conv3d) for module in vae.modules()):
         raise ValueError(f"{type(vae).__name__} encodes videos; pass an autoencoder of images.")
     spatial_factor(vae)

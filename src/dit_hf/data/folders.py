@@ -196,7 +196,7 @@ def find_image_folders(folder: str | Path) -> ImageFolders:
 def read_tree(folder: str | Path) -> tuple[Folder, dict[str, list[str]]]:
     """The tree below a folder, and by reason the files in it that are not read."""
     root = Folder(str(folder))
-    known, skipped = {root.path: root}, {}
+    known, skipped = {root.path: root}, dict[str, list[str]]()
     for path, folders, files in walk(folder):
         if path not in known:
             continue
@@ -222,7 +222,9 @@ def read_split(folder: Folder, skipped: dict[str, list[str]]) -> Split:
     classes: dict[str, list[str]] = {}
     for name, inner in folder.folders.items():
         if (normalized := normalize_name(name)) in classes:
-            logger.warning(f"{inner.path!r} is read as class {normalized!r}: the names differ by space or Unicode form.")
+            logger.warning(
+                f"{inner.path!r} is read as class {normalized!r}: the names differ by space or Unicode form."
+            )
         classes.setdefault(normalized, []).extend(inner.all_images)
     if folder.images:
         note(skipped, "images beside the class folders", [os.path.join(folder.path, name) for name in folder.images])
@@ -240,10 +242,10 @@ def drop_foreign_classes(found: ImageFolders) -> None:
 
 def split_folders(folder: Folder) -> dict[str, Folder]:
     """The folders that are splits, by name; none if they are classes."""
-    parsed = {name: found for name in folder.folders if (found := split_name(name))}
-    partners = Counter(rest for _, rest in set(parsed.values()))
+    words = {name: found for name in folder.folders if (found := split_name(name))}
+    partners = Counter(rest for _, rest in set(words.values()))
     # `test-drive` is a split beside `train-drive` only.
-    parsed = {name: split for name, (split, rest) in parsed.items() if not rest or partners[rest] > 1}
+    parsed = {name: split for name, (split, rest) in words.items() if not rest or partners[rest] > 1}
     others = [name for name in folder.folders if name not in parsed]
     splits: dict[str, Folder] = {}
     for name, split in parsed.items():
@@ -276,10 +278,10 @@ def split_name(name: str) -> tuple[str, tuple[str, ...]] | None:
         are neither of a split nor usual beside one. None if it names none, or two.
     """
     words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold())
-    splits = [word for word in words if word_split(word)]
+    splits = [split for word in words if (split := word_split(word))]
     if len(splits) != 1:
         return None
-    return word_split(splits[0]), tuple(word for word in words if word not in AFFIXES and not word_split(word))
+    return splits[0], tuple(word for word in words if word not in AFFIXES and not word_split(word))
 
 
 def word_split(word: str) -> str | None:

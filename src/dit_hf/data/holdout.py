@@ -69,4 +69,6 @@ def image_column(dataset) -> str:
         return found[0]
     if "image" in features:
         return "image"
-    raise ValueError(f"--holdout needs one column of images; the dataset has {', '.join(features) or 'unknown columns'}.")
+    raise ValueError(
+        f"--holdout needs one column of images; the dataset has {', '.join(features) or 'unknown columns'}."
+    )

@@ -70,8 +70,8 @@ class ImageReader:
         name = f"image {position} ({(stored or {}).get('path') or 'in the dataset'})"
         content = image_bytes(stored, name)
         try:
-            image = Image.open(BytesIO(content))
-            image = to_rgb(image) if self.resolution is None else center_crop(image, self.resolution)
+            stored_image = Image.open(BytesIO(content))
+            image = to_rgb(stored_image) if self.resolution is None else center_crop(stored_image, self.resolution)
         except Exception as error:  # decoders raise all kinds
             raise OSError(f"{name}: {error}") from error
         return to_tensor(image), label
@@ -102,7 +102,7 @@ class ImageReader:
         if self._holds_ids and isinstance(label, int):
             key = label if 0 <= label < len(self.names) else None
         else:
-            key = self._ids.get(normalize_name(str(label)))
+            key = None if label is None else self._ids.get(normalize_name(str(label)))
         if key is None:
             classes = f"0 to {len(self.names) - 1}" if self._holds_ids else listed(self.names)
             raise ValueError(
