@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from datasets.utils.file_utils import xopen
+from .library import datasets
 
 
 def image_bytes(stored: dict | None, name: str) -> bytes:
@@ -36,7 +36,7 @@ def image_bytes(stored: dict | None, name: str) -> bytes:
 def fetch(address: str, name: str) -> bytes:
     """What a server or archive holds; `OSError` if there is no such file, `ValueError` if it can't be read now."""
     try:
-        with xopen(address, "rb") as file:
+        with datasets.utils.file_utils.xopen(address, "rb") as file:
             return file.read()
     except FileNotFoundError as error:
         raise OSError(f"{name}: {error}") from error

@@ -58,8 +58,7 @@ def cache_fingerprint(dataset, source: str | Path, **settings: Any) -> str:
         data = [str(source), dataset._fingerprint]
     else:
         data = [str(source), HfApi().dataset_info(str(source)).sha]
-    length = len(dataset) if hasattr(dataset, "__len__") else None
-    settings |= {"preprocessing": PREPROCESSING, "data": data, "length": length}
+    settings |= {"preprocessing": PREPROCESSING, "data": data}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 

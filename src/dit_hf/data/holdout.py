@@ -2,11 +2,10 @@
 
 import hashlib
 
-from datasets import Dataset
-from datasets import Image as ImageFeature
 from tqdm import tqdm
 
 from .encoded import image_bytes
+from .library import datasets
 
 
 def is_held_out(content: bytes, holdout: float) -> bool:
@@ -39,7 +38,7 @@ def hold_out(dataset, split: str, holdout: float):
         ValueError: if no column of images is found, or the part is empty.
     """
     column = image_column(dataset)
-    encoded = dataset.select_columns(column).cast_column(column, ImageFeature(decode=False))
+    encoded = dataset.select_columns(column).cast_column(column, datasets.Image(decode=False))
 
     def belongs(stored):
         try:
@@ -47,9 +46,9 @@ def hold_out(dataset, split: str, holdout: float):
         except OSError:
             return split == "train"
 
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, datasets.Dataset):
         decoded = dataset.features[column]
-        part = dataset.cast_column(column, ImageFeature(decode=False)).filter(lambda row: belongs(row[column]))
+        part = dataset.cast_column(column, datasets.Image(decode=False)).filter(lambda row: belongs(row[column]))
         return part.cast_column(column, decoded)
     rows = tqdm(encoded, desc="hold out", mininterval=5)
     indices = [index for index, row in enumerate(rows) if belongs(row[column])]
@@ -64,7 +63,7 @@ def hold_out(dataset, split: str, holdout: float):
 def image_column(dataset) -> str:
     """The column of images; `ValueError` if it is not clear which."""
     features = dataset.features or {}
-    found = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if len(found) == 1:
         return found[0]
     if "image" in features:

@@ -11,13 +11,8 @@ from diffusers.utils import logging
 
 from .folders import SPLIT_WORDS, find_image_folders, listed, normalize_name, read_tree, split_name, walk
 from .holdout import hold_out
+from .library import datasets
 from .pixels import center_crop, to_tensor
-
-
-try:
-    import datasets
-except ModuleNotFoundError as error:
-    raise ImportError(f"{__name__} needs {error.name}: pip install 'dit_hf[train]'.") from error
 
 
 logger = logging.get_logger(__name__)
@@ -104,8 +99,8 @@ def _load_folders(folder, split, streaming):
         features["label"] = datasets.ClassLabel(names=names)
         columns = {"image": [path for name in names for path in part.classes.get(name, ())]}
         columns["label"] = [label for label, name in enumerate(names) for _ in part.classes.get(name, ())]
-    info = datasets.DatasetInfo(description=str(found))
-    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features), info=info)
+    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    dataset.info.description = str(found)
     return dataset.to_iterable_dataset() if streaming else dataset
 
 

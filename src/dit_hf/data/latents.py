@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import IterableDataset
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from .autoencoders import encode_posterior, vae_statistics
 from .folders import listed
+from .library import datasets
 from .pixels import normalize_pixels
 from .reader import ImageReader
 
@@ -107,7 +107,7 @@ def cache_latents(
             continue
         rows = list(rows)
         parts: list[dict[str, torch.Tensor]] = []
-        labels: list[int] = []
+        labels: list[int | None] = []
         skipped: list[tuple[str, int | None]] = []
         for start in tqdm(range(0, len(rows), batch_size), desc=f"latents, shard {number}", mininterval=5):
             batch = rows[start : start + batch_size]
@@ -325,7 +325,7 @@ class EncodedImages:
     """
 
     def __init__(self, vae, reader: ImageReader, encoder=None):
-        if isinstance(reader.dataset, IterableDataset):
+        if isinstance(reader.dataset, datasets.IterableDataset):
             raise ValueError("A streamed dataset can't be read at random positions; omit --no-cache_latents.")
         self.vae, self.reader, self.encoder = vae, reader, encoder
         self.labels = torch.tensor(reader.label_ids())

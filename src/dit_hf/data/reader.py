@@ -9,13 +9,12 @@ from io import BytesIO
 from itertools import islice
 
 import torch
-from datasets import Image as ImageFeature
-from datasets import IterableDataset
 from PIL import Image
 
 from .encoded import image_bytes
 from .folders import listed, normalize_name
 from .images import check_column
+from .library import datasets
 from .pixels import center_crop, to_rgb, to_tensor
 
 
@@ -43,7 +42,7 @@ class ImageReader:
             feature = check_column(dataset, label_column, "--label_column")
             columns.append(label_column)
         # Undecoded, so that one damaged image does not end the run.
-        self.dataset = dataset.select_columns(columns).cast_column(image_column, ImageFeature(decode=False))
+        self.dataset = dataset.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
         self.names, self.resolution = names, resolution
         self.image_column, self.label_column = image_column, label_column
         self._holds_ids = hasattr(feature, "names")
@@ -123,7 +122,7 @@ class ImageReader:
             `str`: a few lines: the images per class, and of a folder its splits and its skipped files.
         """
         description = self.dataset.info.description
-        if isinstance(self.dataset, IterableDataset):
+        if isinstance(self.dataset, datasets.IterableDataset):
             classes = "" if self.names is None else f" in {len(self.names)} classes: {listed(self.names)}"
             lines = [f"a stream of images{classes}"]
         elif self.names is None:
@@ -139,7 +138,7 @@ class ImageReader:
 
     def shards(self, size: int) -> Iterator[Iterable[dict]]:
         """Successive slices of the rows, in the dataset's order; those of a stream are read in advance."""
-        if isinstance(self.dataset, IterableDataset):
+        if isinstance(self.dataset, datasets.IterableDataset):
             rows = iter(self.dataset)
             while shard := list(islice(rows, size)):
                 yield shard
