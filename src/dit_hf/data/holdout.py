@@ -32,7 +32,8 @@ def hold_out(dataset, split: str, holdout: float):
         holdout (`float`): Fraction of images in `"test"`.
 
     Returns:
-        The same type as `dataset`. An image that can't be read belongs to `"train"`, which reports it.
+        The same type as `dataset`; the images of a stream stay encoded, as [`~dit_hf.data.reader.ImageReader`] reads
+        them. An image that can't be read belongs to `"train"`, which reports it.
 
     Raises:
         ValueError: if no column of images is found, or the part is empty.
@@ -47,9 +48,7 @@ def hold_out(dataset, split: str, holdout: float):
             return split == "train"
 
     if not isinstance(dataset, datasets.Dataset):
-        decoded = dataset.features[column]
-        part = dataset.cast_column(column, datasets.Image(decode=False)).filter(lambda row: belongs(row[column]))
-        return part.cast_column(column, decoded)
+        return dataset.cast_column(column, datasets.Image(decode=False)).filter(lambda row: belongs(row[column]))
     rows = tqdm(encoded, desc="hold out", mininterval=5)
     indices = [index for index, row in enumerate(rows) if belongs(row[column])]
     if not indices:

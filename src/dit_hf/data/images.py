@@ -41,7 +41,8 @@ def load_image_dataset(
         streaming (`bool`, defaults to `False`): Whether to read during training, without a copy on this machine.
         holdout (`float`, defaults to 0.0):
             Fraction of the images to hold out, for data with one split: split `"train"` is without them, split `"test"`
-            consists of them. A hash of each image's bytes decides, so they are the same in any order or format.
+            consists of them. A hash of each image's bytes decides, so they are the same in any order or format. A stream's
+            images then stay encoded, as [`~dit_hf.data.reader.ImageReader`] reads them.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` if streaming. Images without class folders have no column
