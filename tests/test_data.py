@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from testing_utils.training_runs import kill_after
 
 from dit_hf.data.fingerprints import cache_fingerprint, checksum
-from dit_hf.data.images import label_names, load_image_dataset, stack_images
+from dit_hf.data.images import label_names, load_image_dataset
 from dit_hf.data.latents import (
     DECODER,
     CachedLatents,
@@ -126,7 +126,8 @@ def test_cache_holds_the_posteriors_whatever_the_number_of_processes(workspace, 
     assert [shard["count"] for shard in indices[0]["shards"]] == [4] * 5
     assert verify_latents(tmp_path / "3") == indices[1]
     latents = CachedLatents(tmp_path / "3")
-    images = stack_images(dataset, 32)
+    images, labels = ImageReader(dataset, ["dark", "light"], 32).stack()
+    assert labels == dataset["label"]
     flipped = torch.tensor([True, False])
     read = latents.read(torch.tensor([5, 19]), flipped)
     for row, view in enumerate((images[5].flip(-1), images[19])):
@@ -310,7 +311,7 @@ def test_latents_as_images_are_drawn(workspace, caplog):
     assert latents.statistics == ([0.1], [2.0])
     read = latents.read(torch.tensor([0, 4]), torch.tensor([False, True]))  # 0 is damaged; 1 takes its place
     assert read["label"].tolist() == [1, 0]
-    image = stack_images(load_image_dataset(str(workspace / "data")), 32)[4]
+    image = ImageReader(load_image_dataset(str(workspace / "data")), resolution=32).stack()[0][4]
     with torch.no_grad():
         posterior = vae.encode(normalize_pixels(image.flip(-1)[None])).latent_dist
     torch.testing.assert_close(read["mean"][1], posterior.mean[0], rtol=0, atol=1e-5)
@@ -370,7 +371,7 @@ def test_bad_data_is_named(workspace, tmp_path):
         load_image_dataset(str(workspace / "data"), "validation")
     dataset = load_image_dataset(str(workspace / "data"))
     with pytest.raises(ValueError, match="'photo'.*image, label.*--image_column"):
-        stack_images(dataset, 32, "photo")
+        ImageReader(dataset, resolution=32, image_column="photo")
     with pytest.raises(ValueError, match="'class'.*image, label.*--label_column"):
         label_names(dataset, "class")
     with pytest.raises(ValueError, match="a class's id, from 0, or its name"):

@@ -1,18 +1,22 @@
-"""Datasets of class-labelled images: from the Hub, from shards, from folders.
-
-Shapes: `N` images, `S` pixels per side.
-"""
+"""Datasets of class-labelled images: from the Hub, from shards, from folders."""
 
 from collections import Counter
 from pathlib import Path
 
-import torch
 from diffusers.utils import logging
 
-from .folders import SPLIT_WORDS, find_image_folders, listed, normalize_name, read_tree, split_name, walk
+from .folders import (
+    IMAGE_SUFFIXES,
+    SPLIT_WORDS,
+    find_image_folders,
+    listed,
+    normalize_name,
+    read_tree,
+    split_name,
+    walk,
+)
 from .holdout import hold_out
 from .library import datasets
-from .pixels import center_crop, to_tensor
 
 
 logger = logging.get_logger(__name__)
@@ -88,6 +92,28 @@ def _load_local(folder, split, streaming):
             split = SPLIT_WORDS.get(split, split)
             return _load_library(str(folder), split, streaming, path=builder, data_files=files)
     return _load_folders(folder, split, streaming)
+
+
+def load_unlabelled_folder(folder: str | Path):
+    """
+    All images below a folder, in the order of their paths, whatever its folders mean.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+
+    Returns:
+        `datasets.Dataset`: with the column `image`.
+
+    Raises:
+        ValueError: if there is no such folder, or no image in it.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"There is no folder {str(folder)!r}.")
+    root, _ = read_tree(folder)
+    if not root.all_images:
+        raise ValueError(f"{str(folder)!r} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+    features = datasets.Features({"image": datasets.Image()})
+    return datasets.Dataset.from_dict({"image": root.all_images}, features=features)
 
 
 def _load_folders(folder, split, streaming):
@@ -227,25 +253,3 @@ def check_column(dataset, column: str, flag: str):
             f"There is no column {column!r}; the dataset has {', '.join(columns)}.{unlabelled} Pass {flag}."
         )
     return (dataset.features or {}).get(column)
-
-
-def stack_images(dataset, resolution: int, image_column: str = "image") -> torch.Tensor:
-    """
-    Decodes a dataset that fits in memory.
-
-    Args:
-        dataset (`datasets.Dataset`): The dataset.
-        resolution (`int`): Pixels per side.
-        image_column (`str`, defaults to `"image"`): Column with an `Image` feature.
-
-    Returns:
-        `torch.Tensor` of shape `(N, 3, S, S)`, uint8.
-
-    Raises:
-        ValueError: if there is no such column.
-    """
-    check_column(dataset, image_column, "--image_column")
-    images = torch.empty(len(dataset), 3, resolution, resolution, dtype=torch.uint8)
-    for index, image in enumerate(dataset[image_column]):
-        images[index] = to_tensor(center_crop(image, resolution))
-    return images

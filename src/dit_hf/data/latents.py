@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .autoencoders import encode_posterior, vae_statistics
-from .folders import listed
 from .library import datasets
 from .pixels import normalize_pixels
-from .reader import ImageReader
+from .reader import ImageReader, check_classes, check_skipped
 
 
 logger = logging.get_logger(__name__)
@@ -35,10 +33,6 @@ FACTS = "dit_hf"
 SHARD_SIZE = 2048
 # Prefixes of a VAE's weights that have no part in encoding.
 DECODER = ("decoder.", "post_quant_conv.")
-# More undecodable images than this fraction are no accident.
-MAX_UNREADABLE = 0.1
-# Undecodable images that a warning names.
-MAX_NAMED = 20
 
 
 @torch.no_grad()
@@ -169,16 +163,7 @@ def index_latents(
             moments.append(facts["moments"])
         shards.append({"file": path.name, "count": len(_labels(path)), "sha256": _checksum(path)})
     count = sum(shard["count"] for shard in shards)
-    if unreadable:
-        logger.warning(f"{len(unreadable)} of {count + len(unreadable)} images can't be read and are skipped:")
-        for line in unreadable[:MAX_NAMED]:
-            logger.warning(line)
-    if len(unreadable) > MAX_UNREADABLE * (count + len(unreadable)):
-        raise ValueError(
-            f"{len(unreadable)} of {count + len(unreadable)} images can't be read, such as {unreadable[0]}"
-        )
-    if count == 0:
-        raise ValueError("The dataset has no images.")
+    check_skipped(unreadable, count)
     check_classes(names, labels, zip(unreadable, unreadable_labels, strict=False))
     mean, std = _statistics(moments)
     index = {"fingerprint": fingerprint, "count": count, "unreadable": unreadable, "classes": names} | made_by
@@ -187,29 +172,6 @@ def index_latents(
     partial.write_text(json.dumps(index, indent=2) + "\n")
     os.replace(partial, cache_dir / INDEX)
     return index
-
-
-def check_classes(names: list[str], labels: Iterable[int], skipped: Iterable[tuple[str, int | None]]) -> None:
-    """
-    Warns of classes without images, as in a subset of a larger dataset.
-
-    Args:
-        names (`list[str]`): Class names by id.
-        labels (`Iterable[int]`): Classes of the images that can be read.
-        skipped (`Iterable[tuple[str, int or None]]`): Message and class of each other image.
-
-    Raises:
-        ValueError: if a class has images, but none that can be read.
-    """
-    missing = set(range(len(names))) - set(labels)
-    for message, label in skipped:
-        if label in missing:
-            raise ValueError(f"No image of the class {names[label]!r} can be read, such as {message}")
-    if missing:
-        logger.warning(
-            f"{len(missing)} of {len(names)} classes have no images and keep their ids: "
-            f"{listed(names[label] for label in sorted(missing))}"
-        )
 
 
 def verify_latents(cache_dir: str | Path) -> dict:

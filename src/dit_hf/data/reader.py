@@ -1,6 +1,6 @@
 """A dataset's rows as tensors, one at a time; images that can't be decoded are skipped and named.
 
-Shapes: `S` pixels per side, `H W` pixels.
+Shapes: `N` images, `S` pixels per side, `H W` pixels.
 """
 
 from collections import Counter
@@ -9,6 +9,7 @@ from io import BytesIO
 from itertools import islice
 
 import torch
+from diffusers.utils import logging
 from PIL import Image
 
 from .encoded import image_bytes
@@ -16,6 +17,14 @@ from .folders import listed, normalize_name
 from .images import check_column
 from .library import datasets
 from .pixels import center_crop, to_rgb, to_tensor
+
+
+logger = logging.get_logger(__name__)
+
+# More undecodable images than this fraction are no accident.
+MAX_UNREADABLE = 0.1
+# Undecodable images that a warning names.
+MAX_NAMED = 20
 
 
 class ImageReader:
@@ -96,6 +105,25 @@ class ImageReader:
                 label = None if self.names is None else self.label_id(row[self.label_column], position)
                 skipped.append((str(error), label))
 
+    def stack(self) -> tuple[torch.Tensor, list[int | None]]:
+        """
+        All images that can be decoded, of a dataset that fits in memory; a warning names the others.
+
+        Returns:
+            `tuple[torch.Tensor, list[int or None]]`: `(N, 3, S, S)`, uint8, and the N classes' ids.
+
+        Raises:
+            ValueError: if there are no images, or more than a tenth can't be decoded.
+        """
+        skipped: list[tuple[str, int | None]] = []
+        images = torch.empty(len(self.dataset), 3, self.resolution, self.resolution, dtype=torch.uint8)
+        labels: list[int | None] = []
+        for image, label in self.readable(self.dataset, skipped):
+            images[len(labels)] = image
+            labels.append(label)
+        check_skipped([message for message, _ in skipped], len(labels))
+        return images[: len(labels)], labels
+
     def label_id(self, label: int | str | None, position: int) -> int:
         """The id of a class given by id or name; `ValueError` names the image whose label is neither."""
         if self._holds_ids and isinstance(label, int):
@@ -145,3 +173,48 @@ class ImageReader:
         else:
             for start in range(0, len(self.dataset), size):
                 yield self.dataset.select(range(start, min(start + size, len(self.dataset))))
+
+
+def check_skipped(messages: list[str], count: int) -> None:
+    """
+    Warns of images that can't be decoded.
+
+    Args:
+        messages (`list[str]`): What [`ImageReader.read`] said of each.
+        count (`int`): Number of images that can be decoded.
+
+    Raises:
+        ValueError: if they are more than a tenth of all images, or there are no images.
+    """
+    total = count + len(messages)
+    if messages:
+        logger.warning(f"{len(messages)} of {total} images can't be read and are skipped:")
+        for message in messages[:MAX_NAMED]:
+            logger.warning(message)
+    if len(messages) > MAX_UNREADABLE * total:
+        raise ValueError(f"{len(messages)} of {total} images can't be read, such as {messages[0]}")
+    if count == 0:
+        raise ValueError("The dataset has no images.")
+
+
+def check_classes(names: list[str], labels: Iterable[int], skipped: Iterable[tuple[str, int | None]]) -> None:
+    """
+    Warns of classes without images, as in a subset of a larger dataset.
+
+    Args:
+        names (`list[str]`): Class names by id.
+        labels (`Iterable[int]`): Classes of the images that can be read.
+        skipped (`Iterable[tuple[str, int or None]]`): Message and class of each other image.
+
+    Raises:
+        ValueError: if a class has images, but none that can be read.
+    """
+    missing = set(range(len(names))) - set(labels)
+    for message, label in skipped:
+        if label in missing:
+            raise ValueError(f"No image of the class {names[label]!r} can be read, such as {message}")
+    if missing:
+        logger.warning(
+            f"{len(missing)} of {len(names)} classes have no images and keep their ids: "
+            f"{listed(names[label] for label in sorted(missing))}"
+        )
