@@ -136,7 +136,7 @@ def start_checkpoint(args):
     path = None if asked == "never" else Path(asked)
     if asked == "latest":
         path = found[-1] if found else None
-    if path is not None and path not in found and not list_checkpoints(path.parent).count(path):
+    if path is not None and path not in list_checkpoints(path.parent):
         raise ValueError(
             f"--resume_from_checkpoint {asked} is no checkpoint; pass `latest`, `never` or a checkpoint-N."
         )
