@@ -60,6 +60,10 @@ def test_any_autoencoder_makes_a_cache(workspace, tmp_path, name, factor, channe
     latents = CachedLatents(tmp_path / "latents")
     assert latents.shape == encoded["mean"].shape[1:]
     assert all(0 < value < float("inf") for value in latents.statistics[1])
+    mean, std = latents.statistics
+    vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+    vae.save_pretrained(tmp_path / "normalized")
+    assert vae_statistics(load_autoencoder(tmp_path / "normalized")) == latents.statistics
 
 
 def test_statistics_of_configs_that_lack_some():

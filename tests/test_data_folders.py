@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from dit_hf.data.fingerprints import folder_state
 from dit_hf.data.folders import check_output_outside_data, find_image_folders, split_name
-from dit_hf.data.images import label_names, load_image_dataset
+from dit_hf.data.images import label_names, load_image_dataset, load_unlabelled_folder
 from dit_hf.data.reader import ImageReader
 
 
@@ -217,6 +217,34 @@ def test_metadata_beside_images_name_their_classes(tmp_path):
     rows = [json.dumps({"file_name": f"{index}.png", "label": name}) for index, name in enumerate(("cat", "dog"))]
     (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(rows))
     assert label_names(load_image_dataset(train_data_dir=tmp_path)) == ["cat", "dog"]
+
+
+def test_tables_are_left_to_datasets(tmp_path):
+    rows = [json.dumps({"image": f"{index}.png", "label": name}) for index, name in enumerate(("cat", "dog"))]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    assert label_names(load_image_dataset(str(tmp_path))) == ["cat", "dog"]
+
+
+def test_all_images_below_a_folder(tmp_path):
+    write_images(tmp_path / "images", "1.png", "sub/0.JPG", "sub/.hidden.png", "__MACOSX/0.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"not an image")
+    dataset = load_unlabelled_folder(tmp_path / "images")
+    files = [os.path.relpath(row["path"], tmp_path / "images") for row in ImageReader(dataset).dataset["image"]]
+    assert files == ["1.png", "broken.png", "sub/0.JPG"]
+    skipped = []
+    images = [image for image, _ in ImageReader(dataset).readable(ImageReader(dataset).dataset, skipped)]
+    assert [tuple(image.shape) for image in images] == [(3, 8, 8)] * 2
+    assert "broken.png" in skipped[0][0]
+    for folder, message in ((tmp_path / "none", "There is no folder"), (tmp_path / "empty", "holds no images")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=message):
+            load_unlabelled_folder(folder)
+
+
+def test_splits_that_number_their_classes_differently():
+    features = Features({"image": Image(), "label": ClassLabel(names=["b", "a"])})
+    dataset = Dataset.from_dict({"image": [None] * 2, "label": [0, 1]}, features=features)
+    assert ImageReader(dataset, ["a", "b"], 8).label_ids() == [1, 0]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

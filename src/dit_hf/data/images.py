@@ -22,6 +22,8 @@ from .library import datasets
 logger = logging.get_logger(__name__)
 
 SHARDS = {".tar": "webdataset", ".parquet": "parquet"}
+# Other formats that `datasets` reads.
+TABLES = (".arrow", ".csv", ".json", ".jsonl", ".zip")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -91,6 +93,10 @@ def _load_local(folder, split, streaming):
             files = _shards_by_split(folder, shards)
             split = SPLIT_WORDS.get(split, split)
             return _load_library(str(folder), split, streaming, path=builder, data_files=files)
+    if not read_tree(folder)[0].all_images and any(
+        file.name.endswith(TABLES) for _, _, files in walk(folder) for file in files
+    ):
+        return _load_library(str(folder), split, streaming, path=str(folder))
     return _load_folders(folder, split, streaming)
 
 

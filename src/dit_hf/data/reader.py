@@ -54,7 +54,7 @@ class ImageReader:
         self.dataset = dataset.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
         self.names, self.resolution = names, resolution
         self.image_column, self.label_column = image_column, label_column
-        self._holds_ids = hasattr(feature, "names")
+        self._feature_names = getattr(feature, "names", None)
         self._ids = {name: key for key, name in enumerate(names or ())}
 
     def read(self, row: dict, position: int) -> tuple[torch.Tensor, int | None]:
@@ -126,12 +126,14 @@ class ImageReader:
 
     def label_id(self, label: int | str | None, position: int) -> int:
         """The id of a class given by id or name; `ValueError` names the image whose label is neither."""
-        if self._holds_ids and isinstance(label, int):
-            key = label if 0 <= label < len(self.names) else None
-        else:
-            key = None if label is None else self._ids.get(normalize_name(str(label)))
+        known, name = self._feature_names, label
+        if known is not None and isinstance(
+            label, int
+        ):  # by name, as the splits of a dataset may number them differently
+            name = known[label] if 0 <= label < len(known) else None
+        key = None if name is None else self._ids.get(normalize_name(str(name)))
         if key is None:
-            classes = f"0 to {len(self.names) - 1}" if self._holds_ids else listed(self.names)
+            classes = listed(self.names) if known is None else f"0 to {len(self.names) - 1}"
             raise ValueError(
                 f"Image {position} has the label {label!r}; the classes are {classes}. Remove such images, or pass "
                 "another --label_column."
