@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes a training set of a few images of a new class and generated images of a model's own classes (prior preservation).
+"""Makes a training set of a new class and of generated images of a model's own classes (prior preservation).
 
     python examples/finetune/prepare_new_class.py --dataset_name outputs/coins --num_images 24 --class_name coins \
         --pretrained_model_name_or_path emoji64 --output_dir outputs/emoji64-coins

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Trains a small `AutoencoderKL` for 64×64 images (latents 16×16×4): L1 + KL + EfficientNet-Lite0 perceptual loss.
 
-    python examples/train_autoencoder/train_autoencoder.py --dataset_name outputs/emoji64 --output_dir outputs/autoencoder
+    python examples/train_autoencoder/train_autoencoder.py --dataset_name outputs/emoji64 \
+        --output_dir outputs/autoencoder
 
 Expected: 0.73 s per step of 32 images on 2 cores. Re-run the same command to resume; Ctrl-C ends with exit code 130.
 
@@ -143,7 +144,8 @@ def start_checkpoint(args):
     step = 0 if path is None else checkpoint_step(path)
     if later := [other.name for other in found if checkpoint_step(other) > step]:
         raise ValueError(
-            f"{args.output_dir} has {later[-1]}, later than --resume_from_checkpoint {asked}; choose a new --output_dir."
+            f"{args.output_dir} has {later[-1]}, later than --resume_from_checkpoint {asked}; choose a new "
+            "--output_dir."
         )
     return path, step
 

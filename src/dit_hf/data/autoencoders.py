@@ -129,7 +129,8 @@ def encode_posterior(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         pixels (`torch.Tensor` of shape `(N, 3, H, W)`): In [-1, 1], on the model's device and of its type.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: both `(N, C, h, w)`; the standard deviation of a deterministic encoder is 0.
+        `tuple[torch.Tensor, torch.Tensor]`: both `(N, C, h, w)`. The standard deviation of a deterministic encoder
+        is 0.
     """
     output = vae.encode(pixels)
     if "latent_dist" in output:

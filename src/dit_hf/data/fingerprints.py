@@ -43,8 +43,8 @@ def cache_fingerprint(dataset, source: str | Path, **settings: Any) -> str:
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): The data.
         source (`str` or `Path`):
-            Where they come from. The files of a local folder, also behind links, count by path in it, size and date; where
-            the folder itself lies does not count.
+            Where they come from. The files of a local folder, also behind links, count by path in it, size and date.
+            The path of the folder itself does not count.
         settings: Whatever else the latents depend on, as JSON, such as the split, the held-out fraction, and the
             checksums of autoencoder and encoder.
 

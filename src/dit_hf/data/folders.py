@@ -254,8 +254,8 @@ def split_folders(folder: Folder) -> dict[str, Folder]:
             return {}  # a class that is called like a split
         if others:
             raise ValueError(
-                f"{folder.path!r} has the splits {', '.join(parsed)} and beside them {listed(map(repr, others))}: move "
-                "it away; if these folders are classes, rename those called like a split."
+                f"{folder.path!r} has the splits {', '.join(parsed)} and beside them {listed(map(repr, others))}: "
+                "move it away; if these folders are classes, rename those called like a split."
             )
         if split in splits:
             raise ValueError(
@@ -274,8 +274,8 @@ def split_name(name: str) -> tuple[str, tuple[str, ...]] | None:
         name (`str`): Such as `training_set`, `TestImages`, `val2017`.
 
     Returns:
-        `tuple[str, tuple[str, ...]]`: `"train"`, `"validation"`, `"test"` or `"predict"`, and the words of the name that
-        are neither of a split nor usual beside one. None if it names none, or two.
+        `tuple[str, tuple[str, ...]]`: `"train"`, `"validation"`, `"test"` or `"predict"`, and the words of the name
+        that are neither of a split nor usual beside one. None if it names none, or two.
     """
     words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold())
     splits = [split for word in words if (split := word_split(word))]

@@ -46,9 +46,9 @@ def load_image_dataset(
             [`find_image_folders`], with WebDataset (`.tar`) or Parquet shards, or written by `save_to_disk`.
         streaming (`bool`, defaults to `False`): Whether to read during training, without a copy on this machine.
         holdout (`float`, defaults to 0.0):
-            Fraction of the images to hold out, for data with one split: split `"train"` is without them, split `"test"`
-            consists of them. A hash of each image's bytes decides, so they are the same in any order or format. A stream's
-            images then stay encoded, as [`~dit_hf.data.reader.ImageReader`] reads them.
+            Fraction of the images to hold out, for data with one split: split `"train"` is without them, split
+            `"test"` consists of them. A hash of each image's bytes decides, so they are the same in any order or
+            format. A stream's images then stay encoded, as [`~dit_hf.data.reader.ImageReader`] reads them.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` if streaming. Images without class folders have no column
@@ -185,8 +185,8 @@ def label_names(dataset, label_column: str = "label") -> list[str]:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): The dataset.
         label_column (`str`, defaults to `"label"`):
             Column with a `ClassLabel` feature, whose ids are kept, or with integers or strings, which are then read
-            once. The integers or strings that occur are the classes, in sorted order, and an integer is the name of its
-            class. Strings are stripped and normalised to Unicode's NFC.
+            once. The integers or strings that occur are the classes, in sorted order, and an integer is the name of
+            its class. Strings are stripped and normalised to Unicode's NFC.
 
     Returns:
         `list[str]`
@@ -225,7 +225,8 @@ def _names_that_occur(dataset, column):
         ids = sorted(found)
         if ids != list(range(len(ids))):
             logger.warning(
-                f"Column {column!r} has the labels {listed(ids)}: they are the classes 0 to {len(ids) - 1}, in this order."
+                f"Column {column!r} has the labels {listed(ids)}: they are the classes 0 to {len(ids) - 1} in this "
+                "order, each named by its label."
             )
         return [str(label) for label in ids]
     forms: dict[str, list[str]] = {}
