@@ -88,7 +88,7 @@ def test_classes_may_be_called_like_splits(tmp_path):
         (("a/0.txt", "b/0.txt"), "holds no images .*.jpg"),
         (("a/0.png", "b/0.png", "c/0.txt", "d/e/0.txt"), "class folders without images: c, d. Add images"),
         (("test/a/0.png", "test/b/0.png"), "has no split 'train'; it has test"),
-        (("a/0.png", "b/0.png", "b/part.tar"), "holds .tar shards and image files"),
+        (("a/0.png", "b/0.png", "b/part.tar"), "holds .tar shards and folders of images"),
     ],
 )
 def test_ambiguous_folders_are_refused(tmp_path, files, message):
@@ -199,7 +199,7 @@ def test_long_lists_are_cut(tmp_path):
     assert text.endswith("and 22 more")
 
 
-def test_shards_in_folders_named_for_splits(tmp_path):
+def test_shards_in_folders_named_for_splits(tmp_path, caplog):
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
     for name, count in (("Training", 4), ("Testing", 2)):
         (tmp_path / name).mkdir()
@@ -207,6 +207,9 @@ def test_shards_in_folders_named_for_splits(tmp_path):
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / name / "part-0.parquet")
     for source in ({"train_data_dir": tmp_path}, {"dataset_name": str(tmp_path)}):
         assert [len(load_image_dataset(split=name, **source)) for name in ("train", "test")] == [4, 2]
+    write_images(tmp_path / "assets", "preview.png")
+    assert len(load_image_dataset(str(tmp_path))) == 4
+    assert "Skipped images beside the .parquet shards: " in caplog.text
     (tmp_path / "Testing" / "part-0.parquet").rename(tmp_path / "part-1.parquet")
     with pytest.raises(ValueError, match="shards whose names name none: .*part-1.parquet"):
         load_image_dataset(train_data_dir=tmp_path)
@@ -217,6 +220,11 @@ def test_metadata_beside_images_name_their_classes(tmp_path):
     rows = [json.dumps({"file_name": f"{index}.png", "label": name}) for index, name in enumerate(("cat", "dog"))]
     (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(rows))
     assert label_names(load_image_dataset(train_data_dir=tmp_path)) == ["cat", "dog"]
+    write_images(tmp_path / "[2]" / "Train", "0.png", "1.png")
+    write_images(tmp_path / "[2]" / "Test", "0.png")
+    for name, count in (("Train", 2), ("Test", 1)):
+        (tmp_path / "[2]" / name / "metadata.jsonl").write_text("\n".join(rows[:count]))
+        assert len(load_image_dataset(train_data_dir=tmp_path / "[2]", split=name.lower())) == count
 
 
 def test_tables_are_left_to_datasets(tmp_path):

@@ -284,6 +284,11 @@ def split_name(name: str) -> tuple[str, tuple[str, ...]] | None:
     return splits[0], tuple(word for word in words if word not in AFFIXES and not word_split(word))
 
 
+def canonical_split(name: str | None) -> str | None:
+    """The name of a split under which its folder is found, `validation` for `val`; other names as they are."""
+    return SPLIT_WORDS.get(name, name) if name else name
+
+
 def word_split(word: str) -> str | None:
     """The split that one word names, such as `test` or `testset`."""
     for affix in ("", *AFFIXES):

@@ -1,5 +1,6 @@
 """Datasets of class-labelled images: from the Hub, from shards, from folders."""
 
+import glob
 from collections import Counter
 from pathlib import Path
 
@@ -7,11 +8,12 @@ from diffusers.utils import logging
 
 from .folders import (
     IMAGE_SUFFIXES,
-    SPLIT_WORDS,
+    canonical_split,
     find_image_folders,
     listed,
     normalize_name,
     read_tree,
+    split_folders,
     split_name,
     walk,
 )
@@ -83,21 +85,29 @@ def _load_local(folder, split, streaming):
     readme = folder / "README.md"
     if readme.exists() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace"):
         return _load_library(str(folder), split, streaming, path=str(folder))
+    root, _ = read_tree(folder)
     if any(path.name in METADATA for pattern in ("metadata.*", "*/metadata.*") for path in folder.glob(pattern)):
-        return _load_library(str(folder), split, streaming, path="imagefolder", data_dir=str(folder))
-    for suffix, builder in SHARDS.items():
+        parts = split_folders(root) or {"train": root}
+        files = {name: f"{glob.escape(part.path)}/**" for name, part in parts.items()}
+        return _load_library(str(folder), canonical_split(split), streaming, path="imagefolder", data_files=files)
+    for suffix in SHARDS:
         shards = sorted(path for pattern in (f"*{suffix}", f"*/*{suffix}") for path in folder.glob(pattern))
         if shards:
-            if read_tree(folder)[0].all_images:
-                raise ValueError(f"{str(folder)!r} holds {suffix} shards and image files; move one kind away.")
-            files = _shards_by_split(folder, shards)
-            split = SPLIT_WORDS.get(split, split)
-            return _load_library(str(folder), split, streaming, path=builder, data_files=files)
-    if not read_tree(folder)[0].all_images and any(
-        file.name.endswith(TABLES) for _, _, files in walk(folder) for file in files
-    ):
+            return _load_shards(folder, root, shards, split, streaming)
+    if not root.all_images and any(file.name.endswith(TABLES) for _, _, files in walk(folder) for file in files):
         return _load_library(str(folder), split, streaming, path=str(folder))
     return _load_folders(folder, split, streaming)
+
+
+def _load_shards(folder, root, shards, split, streaming):
+    """A split of WebDataset or Parquet shards; image files beside them may be previews, but no class folders."""
+    suffix = shards[0].suffix
+    if sum(bool(inner.all_images) for inner in root.folders.values()) > 1:
+        raise ValueError(f"{str(folder)!r} holds {suffix} shards and folders of images; move one kind away.")
+    if root.all_images:
+        logger.warning(f"Skipped images beside the {suffix} shards: {listed(root.all_images)}")
+    files = _shards_by_split(folder, shards)
+    return _load_library(str(folder), canonical_split(split), streaming, path=SHARDS[suffix], data_files=files)
 
 
 def load_unlabelled_folder(folder: str | Path):
