@@ -145,6 +145,10 @@ def test_links_are_followed_and_their_files_count(tmp_path):
     assert len(before) == 3
     PILImage.new("RGB", (8, 8), "white").save(tmp_path / "store" / "cats" / "0.png")
     assert folder_state(folder) != before
+    (folder / "dogs.png").symlink_to(tmp_path / "store" / "dogs" / "0.png")  # of a file
+    before = folder_state(tmp_path / "images")
+    PILImage.new("RGB", (16, 16), "white").save(tmp_path / "store" / "dogs" / "0.png")
+    assert sum(one != other for one, other in zip(folder_state(folder), before, strict=True)) == 2
 
 
 def test_names_that_look_alike_are_one_class(tmp_path, caplog):
