@@ -12,6 +12,8 @@ from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).parents[1]
+# Of the README's links, which are absolute, so that they hold on the package index.
+REPOSITORY = re.compile(r"https://(?:github\.com/dit-hf/dit_hf/blob|raw\.githubusercontent\.com/dit-hf/dit_hf)/main/")
 FOLDERS = ("benchmarks", "conversion", "pipelines/*", "examples/*", "src/dit_hf/bundled/*")
 # Path in the repository -> path on the site; the repository's README would take the front page's place.
 PAGES = {"README.md": "repository.md"} | {
@@ -32,11 +34,12 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Mends a page's links to files of the repository; of a link to what is no page, such as a script, its text stays."""
+    """Links to files of the repository become links of the site; of a link to a file that is no page, its text stays."""
+    markdown = REPOSITORY.sub("", markdown)
     here = page.file.src_uri
     folder = posixpath.dirname(SOURCES.get(here, f"docs/{here}"))
 
-    def mend(match):
+    def relink(match):
         text, target = match.groups()
         name = posixpath.normpath(posixpath.join(folder, target))
         if not (ROOT / name).exists():
@@ -47,4 +50,4 @@ def on_page_markdown(markdown, page, config, files):
             place = PAGES.get(name) or PAGES.get(f"{name}/README.md")
         return f"{text}({posixpath.relpath(place, posixpath.dirname(here) or '.')})" if place else text[1:-1]
 
-    return re.sub(r"(\[[^\[\]]*\])\(([^()\s:#]+)\)", mend, markdown)
+    return re.sub(r"(\[[^\[\]]*\])\(([^()\s:#]+)\)", relink, markdown)

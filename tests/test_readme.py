@@ -15,6 +15,19 @@ from testing_utils.scripts import run_forked
 
 
 README = (ROOT / "README.md").read_text()
+REPOSITORY = re.compile(r"https://(?:github\.com/dit-hf/dit_hf/blob|raw\.githubusercontent\.com/dit-hf/dit_hf)/main/")
+# Types that a reader's checker must know, by the README's names.
+REVEALED = {
+    "pipe.transformer": "DiTTransformer2DModel",
+    "pipe.scheduler": "SchedulerMixin",
+    'pipe("flags")': "ImagePipelineOutput",
+    'pipe("flags", output_type="latent").images': "Tensor",
+    'pipe("flags", return_dict=False)': "tuple",
+    'DiTTransformer2DModel.from_preset("DiT-S/8")': "DiTTransformer2DModel",
+    "model(torch.zeros(1), 3, torch.zeros(1))": "Transformer2DModelOutput",
+    "model.forward(torch.zeros(1), 3, torch.zeros(1), return_dict=False)": "tuple",
+    'make_scheduler("ddim")': "SchedulerMixin",
+}
 SNIPPETS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("python", "bash")}
 SHELL_LINES = [line.split("  #")[0].strip() for block in SNIPPETS["bash"] for line in block.splitlines() if line]
 
@@ -49,6 +62,34 @@ def test_python_snippets_run(snippet, checkout, hub):
         assert words.split(" as ")[0] in result.stdout or words in result.stdout.replace("\n", " ")
 
 
+def test_python_snippets_pass_a_strict_type_checker(tmp_path):
+    imports = "import torch\nfrom dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler\n"
+    setup = 'pipe = DiTClassCondPipeline.from_bundled()\nmodel = DiTTransformer2DModel.from_preset("DiT-S/8")\n'
+    wrong = 'DiTTransformer2DModel.from_preset("DiT-Z/8")\nmake_scheduler("dimm")\n'
+    snippets = {f"snippet_{number}": snippet for number, snippet in enumerate(SNIPPETS["python"])}
+    snippets["revealed"] = imports + setup + "".join(f"reveal_type({expression})\n" for expression in REVEALED)
+    snippets["wrong"] = imports + wrong
+    for name, snippet in snippets.items():
+        (tmp_path / f"{name}.py").write_text(snippet)
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--allow-untyped-calls",
+        "--no-error-summary",
+        *(f"{name}.py" for name in snippets),
+    ]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    lines = re.findall(r"^(\w+)\.py:\d+: (\w+): (.*)", output, re.MULTILINE)
+    errors = {name: message for name, kind, message in lines if kind == "error"}
+    assert list(errors) == ["wrong"] and output.count("wrong.py") == 2, output
+    types = [message for name, kind, message in lines if name == "revealed"]
+    assert len(types) == len(REVEALED)
+    for revealed, expected in zip(types, REVEALED.values(), strict=True):
+        assert re.search(rf'"(\w+\.)*{expected}\b', revealed), revealed
+
+
 def test_shell_snippets_are_known():
     assert sorted({line.split()[0] for line in SHELL_LINES}) == ["hf", "make", "pip", "python", "source"]
 
@@ -78,7 +119,11 @@ def test_conversion_commands_run(checkout, hub):
 
 
 def test_files_and_links_exist():
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+    """Links are absolute, as the package index shows the README too."""
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    own = [REPOSITORY.sub("", target) for target in targets if REPOSITORY.match(target)]
+    assert len(own) > 15 and all(target.startswith(("http", "#")) for target in targets)
+    for target in own:
         assert (ROOT / target).exists(), target
     tree = re.search(r"## What is where\n\n```\n(.*?)```", README, re.DOTALL).group(1)
     for line in tree.splitlines():

@@ -28,6 +28,14 @@ logger = logging.get_logger(__name__)
 LOADABLE_CLASSES.setdefault("dit_hf", LOADABLE_CLASSES["diffusers"])
 
 
+if TYPE_CHECKING:
+
+    class TensorPipelineOutput(ImagePipelineOutput):
+        """What a call with `output_type="pt"` or `"latent"` returns."""
+
+        images: torch.Tensor  # type: ignore[assignment]
+
+
 class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
     __doc__ = pipeline_dit_class_cond.DiTClassCondPipeline.__doc__
 
@@ -50,6 +58,14 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
     if TYPE_CHECKING:
 
         @overload  # type: ignore[override]
+        def __call__(self, class_labels: Any, *, return_dict: Literal[False], **kwargs: Any) -> tuple[Any]: ...
+
+        @overload
+        def __call__(
+            self, class_labels: Any, *, output_type: Literal["pt", "latent"], **kwargs: Any
+        ) -> TensorPipelineOutput: ...
+
+        @overload
         def __call__(
             self,
             class_labels: int | str | None | Sequence[int | str | None] | torch.Tensor,
@@ -70,9 +86,6 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             callback_on_step_end_tensor_inputs: list[str] = ["latents"],
             return_dict: Literal[True] = True,
         ) -> ImagePipelineOutput: ...
-
-        @overload
-        def __call__(self, class_labels: Any, *, return_dict: Literal[False], **kwargs: Any) -> tuple[Any]: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
