@@ -2,12 +2,12 @@
 
 Shapes: `B` batch, `N` images, `H W` pixels, `D` pooled channels, `S` values of a spatial map, `K` classes.
 
-A figure is only comparable with figures of the same extractor, weights and resize rule; the rule alone moves it by a factor
-of ten.
+A metric only compares with values of the same extractor, weights and resize rule; the rule alone changes a Fréchet
+distance by a factor of ten.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..data.images import to_unit_range
-from ..data.latents import checksum
+from ..checksums import checksum
 from .features import EfficientNetLite0
 
 
 EFFICIENTNET, INCEPTION, PRECOMPUTED = "efficientnet-lite0", "inception", "precomputed"
+PARTS = ("features", "spatial", "logits")
+KNOWN = ("extractor", "image_size")  # in the metadata of a file of features
 # Of the last map, as ADM's sFID takes the first 7 of Inception's.
 SPATIAL_CHANNELS = 7
 
@@ -31,7 +32,7 @@ SPATIAL_CHANNELS = 7
 @dataclass
 class Features:
     """
-    What an extractor says of images.
+    The output of an extractor for a set of images.
 
     Args:
         features (`torch.Tensor` of shape `(N, D)`): Pooled.
@@ -39,6 +40,7 @@ class Features:
         logits (`torch.Tensor` of shape `(N, K)`, *optional*): For Inception Score.
         extractor (`dict`): Name, weights, resize rule.
         labels (`list[str]`, *optional*): Class names of the images; they are not saved.
+        image_size (`tuple[int, int]`, *optional*): Height and width of the images before the extractor's resize.
     """
 
     features: torch.Tensor
@@ -46,38 +48,46 @@ class Features:
     logits: torch.Tensor | None
     extractor: dict[str, Any]
     labels: list[str] | None = None
+    image_size: tuple[int, int] | None = None
+
+    @property
+    def parts(self) -> list[str]:
+        """Which of `features`, `spatial`, `logits` there are."""
+        return [name for name in PARTS if getattr(self, name) is not None]
+
+    def is_of(self, extractor: dict[str, Any]) -> bool:
+        """Whether they compare with features of an extractor."""
+        return self.extractor == extractor
 
     def select(self, rows: torch.Tensor) -> "Features":
         """Those of some images: rows `(n,)`, int64."""
-        parts = (getattr(self, name) for name in ("features", "spatial", "logits"))
-        features, spatial, logits = (None if part is None else part[rows] for part in parts)
+        tensors = {name: getattr(self, name)[rows] for name in self.parts}
         labels = None if self.labels is None else [self.labels[row] for row in rows.tolist()]
-        return Features(features, spatial, logits, self.extractor, labels)  # type: ignore[arg-type]
+        return replace(self, **tensors, labels=labels)
 
     def save(self, path: str | Path) -> None:
         """Writes a `.safetensors` that `Features.load` and `--feature_extractor precomputed` read."""
-        tensors = {"features": self.features, "spatial": self.spatial, "logits": self.logits}
+        tensors = {name: getattr(self, name).contiguous() for name in self.parts}
         partial = Path(path).with_name(f"partial-{Path(path).name}")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        given = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-        save_file(given, partial, metadata={"extractor": json.dumps(self.extractor)})
+        metadata = {"extractor": json.dumps(self.extractor), "image_size": json.dumps(self.image_size)}
+        save_file(tensors, partial, metadata=metadata)
         partial.replace(path)
 
     @classmethod
     def join(cls, parts: list["Features"]) -> "Features":
         """Those of several batches, in order."""
-        columns = ([getattr(part, name) for part in parts] for name in ("features", "spatial", "logits"))
-        features, spatial, logits = (None if column[0] is None else torch.cat(column) for column in columns)
-        return cls(features, spatial, logits, parts[0].extractor)  # type: ignore[arg-type]
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].parts}
+        return replace(parts[0], **tensors, labels=None)
 
     @classmethod
     def load(cls, path: str | Path) -> "Features":
         """Reads a `.safetensors` with `features` and perhaps `spatial`, `logits`; `ValueError` names a bad file."""
         try:
             with safe_open(path, "pt") as file:
-                names = [name for name in ("features", "spatial", "logits") if name in file.keys()]  # noqa: SIM118
+                names = [name for name in PARTS if name in file.keys()]  # noqa: SIM118
                 tensors = {name: file.get_tensor(name) for name in names}
-                extractor = json.loads((file.metadata() or {}).get("extractor", "{}"))
+                metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in KNOWN}
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(f"{path} can't be read as features: {error}") from error
         if "features" not in tensors:
@@ -88,13 +98,15 @@ class Features:
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"{path} has tensors of different numbers of images: {counts}.")
-        return cls(
-            tensors["features"], tensors.get("spatial"), tensors.get("logits"), extractor or {"name": PRECOMPUTED}
-        )
+        extractor = {"name": PRECOMPUTED} | (metadata.get("extractor") or {})
+        size = metadata.get("image_size") and tuple(metadata["image_size"])
+        return cls(*(tensors.get(name) for name in PARTS), extractor, image_size=size)  # type: ignore[arg-type]
 
 
 class EfficientNetExtractor(nn.Module):
     """EfficientNet-Lite0: pooled last map, its first 7 channels flattened, ImageNet logits."""
+
+    parts = PARTS
 
     def __init__(self, resolution: int = 112):
         super().__init__()
@@ -119,8 +131,10 @@ class VisionModel(nn.Module):
 
     def __init__(self, name: str):
         super().__init__()
-        from transformers import AutoImageProcessor, AutoModel
-
+        try:
+            from transformers import AutoImageProcessor, AutoModel
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{__name__} needs transformers: pip install 'dit_hf[evaluate]'.") from error
         model = AutoModel.from_pretrained(name)
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
         processor = AutoImageProcessor.from_pretrained(name)
@@ -139,6 +153,8 @@ class VisionModel(nn.Module):
 
 class TransformersExtractor(nn.Module):
     """A vision model of transformers (DINOv2 …): its class token, or the mean of its patches where it has none."""
+
+    parts = ("features",)
 
     def __init__(self, name: str):
         super().__init__()
@@ -163,6 +179,8 @@ class TransformersExtractor(nn.Module):
 class InceptionExtractor(nn.Module):
     """The Inception network of published FID, through torch-fidelity where it is installed."""
 
+    parts = PARTS
+
     def __init__(self, weights: str | Path):
         super().__init__()
         try:
@@ -172,9 +190,8 @@ class InceptionExtractor(nn.Module):
                 f"The Inception network needs torch-fidelity, which does not import here: {error}"
             ) from error
         try:
-            torch.load(
-                weights, map_location="cpu", weights_only=True
-            )  # torch-fidelity would run what is pickled in it
+            # Checked first, as torch-fidelity would run what is pickled in the file.
+            torch.load(weights, map_location="cpu", weights_only=True)
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
             )
@@ -205,28 +222,25 @@ def load_extractor(name: str, weights: str | Path | None = None, resolution: int
     Args:
         name (`str`): `"efficientnet-lite0"`, `"inception"`, or a vision model of transformers by id or folder.
         weights (`str` or `Path`, *optional*): The TensorFlow-ported Inception weights.
-        resolution (`int`, defaults to 112): What EfficientNet-Lite0 sees.
+        resolution (`int`, defaults to 112): Pixels a side that EfficientNet-Lite0 resizes images to.
 
     Returns:
-        `nn.Module`: maps images to a dictionary with `features`, and describes itself in `description`.
+        `nn.Module`: maps images to a dictionary of `parts`, and describes itself in `description`.
 
     Raises:
         ValueError: if there is no such extractor, or what it needs is missing.
     """
-    if name == EFFICIENTNET:
-        try:
-            return EfficientNetExtractor(resolution)
-        except ImportError as error:
-            raise ValueError(str(error)) from error
-    if name == INCEPTION:
-        if weights is None:
-            raise ValueError(
-                "The Inception extractor needs --extractor_weights, the file of TensorFlow-ported weights."
-            )
-        return InceptionExtractor(weights)
+    if name == INCEPTION and weights is None:
+        raise ValueError("The Inception extractor needs --extractor_weights, the file of TensorFlow-ported weights.")
     try:
-        return TransformersExtractor(name)
-    except (ImportError, OSError, AttributeError, TypeError, ValueError, KeyError) as error:
+        if name == EFFICIENTNET:
+            return EfficientNetExtractor(resolution)
+        return InceptionExtractor(weights) if name == INCEPTION else TransformersExtractor(name)  # type: ignore[arg-type]
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    except (OSError, AttributeError, TypeError, ValueError, KeyError) as error:
+        if name in (EFFICIENTNET, INCEPTION):
+            raise
         raise ValueError(
             f"{name!r} is no extractor: neither {EFFICIENTNET}, {INCEPTION} nor a vision model: {error}"
         ) from error
@@ -234,7 +248,7 @@ def load_extractor(name: str, weights: str | Path | None = None, resolution: int
 
 def extract(images: torch.Tensor, extractor: nn.Module, batch_size: int = 64) -> Features:
     """
-    Features of 8-bit images.
+    Features of 8-bit images, one batch after the other.
 
     Args:
         images (`torch.Tensor` of shape `(N, 3, H, W)`): uint8.
@@ -245,8 +259,10 @@ def extract(images: torch.Tensor, extractor: nn.Module, batch_size: int = 64) ->
         `Features`
     """
     device = next(extractor.parameters()).device
-    parts = [extractor(to_unit_range(batch).to(device)) for batch in images.split(batch_size)]
+    parts = [extractor(batch.to(device).float() / 127.5 - 1) for batch in images.split(batch_size)]
     found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     if bad := [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"The extractor gives `{bad[0]}` that are not finite.")
-    return Features(found["features"], found.get("spatial"), found.get("logits"), dict(extractor.description))  # type: ignore[arg-type]
+    size = (images.shape[-2], images.shape[-1])
+    tensors = [found.get(name) for name in PARTS]
+    return Features(*tensors, dict(extractor.description), image_size=size)  # type: ignore[arg-type]
