@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 from testing_utils.training_runs import kill_after
 
-from dit_hf.data.images import center_crop, label_names, load_image_dataset, stack_images, to_unit_range
+from dit_hf.data.images import center_crop, label_names, load_image_dataset, normalize_pixels, stack_images
 from dit_hf.data.latents import (
     DECODER,
     CachedLatents,
@@ -131,7 +131,7 @@ def test_cache_holds_the_posteriors_whatever_the_number_of_processes(workspace, 
     read = latents.read(torch.tensor([5, 19]), flipped)
     for row, view in enumerate((images[5].flip(-1), images[19])):
         with torch.no_grad():
-            posterior = vae.encode(to_unit_range(view[None])).latent_dist
+            posterior = vae.encode(normalize_pixels(view[None])).latent_dist
         torch.testing.assert_close(read["mean"][row], posterior.mean[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(read["std"][row], posterior.std[0], rtol=0, atol=1e-5)
     assert read["label"].tolist() == [1, 1]
@@ -272,7 +272,7 @@ def test_latents_as_images_are_drawn(workspace, caplog):
     assert read["label"].tolist() == [1, 0]
     image = stack_images(load_image_dataset(str(workspace / "data")), 32)[4]
     with torch.no_grad():
-        posterior = vae.encode(to_unit_range(image.flip(-1)[None])).latent_dist
+        posterior = vae.encode(normalize_pixels(image.flip(-1)[None])).latent_dist
     torch.testing.assert_close(read["mean"][1], posterior.mean[0], rtol=0, atol=1e-5)
     stream = load_image_dataset(str(workspace / "data"), streaming=True)
     with pytest.raises(ValueError, match="--no-cache_latents"):

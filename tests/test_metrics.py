@@ -337,7 +337,7 @@ sets = [Features(part, None, None, {"name": "mine"}) for part in (features, feat
 print(compute_metrics(*sets, ["fd_mine", "kd_mine", "precision"])["fd_mine"]["value"])
 for use in (lambda: load_extractor("efficientnet-lite0"), lambda: load_extractor("facebook/dinov2-base"),
             lambda: __import__("dit_hf.evaluation.accuracy").evaluation.accuracy.train_probe(features, ["a"] * 12),
-            lambda: __import__("dit_hf.evaluation.sources")):
+            lambda: __import__("dit_hf.evaluation.sources").evaluation.sources.ImageSource("outputs/none")):
     try:
         use()
     except (ImportError, ValueError) as error:
@@ -353,4 +353,4 @@ def test_features_are_compared_without_extras():
     assert network == "dit_hf.evaluation.features needs efficientnet_lite_pytorch: pip install 'dit_hf[evaluate]'."
     assert vision == "dit_hf.evaluation.extractors needs transformers: pip install 'dit_hf[evaluate]'."
     assert probe == "dit_hf.evaluation.accuracy needs scikit-learn: pip install 'dit_hf[evaluate]'."
-    assert sources == "dit_hf.evaluation.sources needs datasets: pip install 'dit_hf[evaluate]'."
+    assert sources == "outputs/none is read as a dataset, which needs datasets: pip install 'dit_hf[evaluate]'."

@@ -20,7 +20,7 @@ from testing_utils.scripts import run_forked
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.commands.metrics import main
-from dit_hf.data.images import center_crop, to_tensor
+from dit_hf.data.pixels import center_crop, to_tensor
 from dit_hf.evaluation import metrics as table
 from dit_hf.evaluation.extractors import Features
 from dit_hf.evaluation.frechet import frechet_distance

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline
 from dit_hf.command_line import run
-from dit_hf.data.images import center_crop, check_column, load_image_dataset
+from dit_hf.data.images import check_column, load_image_dataset
+from dit_hf.data.pixels import center_crop
 from dit_hf.evaluation.sources import pictures
 from dit_hf.pipeline_dit_class_cond import find_class
 from dit_hf.seeds import seeded_generator

@@ -21,7 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit_hf.command_line import run
-from dit_hf.data.images import load_image_dataset, stack_images, to_unit_range
+from dit_hf.data.images import load_image_dataset, stack_images
+from dit_hf.data.pixels import normalize_pixels
 from dit_hf.evaluation.features import EfficientNetLite0
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import (
@@ -143,7 +144,7 @@ def main():
     images = stack_images(load_image_dataset(args.dataset_name, "train"), args.resolution)
     held_out = load_image_dataset(args.dataset_name, "test")
     chosen = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[: args.validation_images]
-    held_out = to_unit_range(stack_images(held_out.select(chosen.tolist()), args.resolution)).to(accelerator.device)
+    held_out = normalize_pixels(stack_images(held_out.select(chosen.tolist()), args.resolution)).to(accelerator.device)
     batches = SeededBatches(len(images), args.train_batch_size, args.seed)
     latent_side = args.resolution // 2 ** (len(args.block_out_channels) - 1)
     noise_shape = (args.train_batch_size, args.latent_channels, latent_side, latent_side)
@@ -153,7 +154,7 @@ def main():
     with open(args.output_dir / "train_log.jsonl", "a") as log:
         while step < args.max_train_steps:
             generator = batches.generator(step)
-            batch = to_unit_range(images[batches.indices(step)])
+            batch = normalize_pixels(images[batches.indices(step)])
             flip = torch.rand(len(batch), generator=generator) < 0.5
             batch = torch.where(flip[:, None, None, None], batch.flip(-1), batch)
             noise = torch.randn(noise_shape, generator=generator)

@@ -8,6 +8,7 @@ sample, `samples.npz` in ADM's format and `recipe.json`. After an interruption t
 """
 
 import argparse
+import hashlib
 import json
 import time
 from contextlib import nullcontext
@@ -19,9 +20,9 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from ..bundled import resolve_pipeline
-from ..checksums import checksum
 from ..command_line import run
 from ..complexity import count_macs
+from ..data.fingerprints import checksum
 from ..evaluation.samples import (
     SAMPLES,
     SAMPLING_RECIPES,
@@ -126,7 +127,7 @@ def asked_labels(args, pipe, count):
     check_column(dataset, "label", "--labels")
     names = dataset_labels(dataset)
     if names is None:
-        raise ValueError(f"--labels {args.labels}: an image has no class, or its column `label` has no class names.")
+        raise ValueError(f"--labels {args.labels}: its images have no classes, or not all of them.")
     ids = {name: pipe.get_label_ids(name)[0] for name in sorted(set(names))}
     # Shuffled, or a part of them would hold the first classes only.
     order = torch.randperm(len(names), generator=seeded_generator(args.seed, 2)).tolist()
@@ -168,7 +169,7 @@ def main():
 def sample(args, accelerator, pipe, labels, settings):
     """All images that are not there yet, each process its part; then the npz."""
     recipe = {name: value for name, value in vars(args).items() if name not in ("dry_run", "output_dir")}
-    recipe |= settings | {"holdout": args.holdout or None}
+    recipe |= settings | {"label_ids": hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]}
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     recipe |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_config": config}
     recipe |= {"dtype": str(pipe.transformer.dtype), "weights": checksum(pipe.transformer)[:16]}

@@ -7,26 +7,20 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-
-
-try:
-    from datasets import Image as ImageFeature
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-except ModuleNotFoundError as error:
-    raise ImportError(f"{__name__} needs {error.name}: pip install 'dit_hf[evaluate]'.") from error
 from PIL import Image
 
-from ..data.images import center_crop, check_column, load_image_dataset, to_rgb, to_tensor
+from ..data.folders import IMAGE_SUFFIXES, normalize_name
+from ..data.pixels import center_crop, to_rgb, to_tensor
 from .reference import open_npz
 from .samples import sampling_recipe
 
 
-# The endings that training reads.
-IMAGE_ENDINGS = frozenset(ImageFolder.EXTENSIONS)
+INSTALL = "pip install 'dit_hf[evaluate]'."
 FIX = "pass --resolution to crop them as training does"
 
 
@@ -67,10 +61,7 @@ class ImageSource:
             self._files = files
             self._read = self._folder
         else:
-            self._dataset = load_image_dataset(str(source), split, holdout=holdout)
-            if not isinstance(check_column(self._dataset, image_column, "--image_column"), ImageFeature):
-                raise ValueError(f"Column {image_column!r} of {source} holds no images. Pass --image_column.")
-            self._column = image_column
+            self._dataset, self._reader = open_dataset(str(source), split, image_column, resolution, holdout)
             self._read = self._rows
 
     def batches(self, size: int = 64) -> Iterator[torch.Tensor]:
@@ -89,11 +80,11 @@ class ImageSource:
         self.skipped, self.image_size = {}, None
         batch: list[torch.Tensor] = []
         try:
-            for position, (name, stored) in enumerate(self._read()):
+            for position, (name, decode) in enumerate(self._read()):
                 try:
-                    image = self._decode(stored)
-                except Exception as error:  # decoders raise all kinds
-                    self.skipped[position] = f"{name}: {error}"
+                    image = decode()
+                except OSError as error:
+                    self.skipped[position] = str(error)
                     continue
                 self._check_size(name, image)
                 batch.append(image)
@@ -144,7 +135,7 @@ class ImageSource:
             ids = [str(label) for label in arrays["arr_1"].tolist()] if "arr_1" in arrays else []
         if unknown := sorted(set(ids) - set(names)):
             raise ValueError(f"{self.source} has images of class {unknown[0]}, which its recipe.json does not name.")
-        return [names[label] for label in ids] or None
+        return [normalize_name(names[label]) for label in ids] or None
 
     def _npz(self):
         with open_npz(self.source) as archive, archive.open("arr_0.npy") as file:
@@ -156,23 +147,24 @@ class ImageSource:
                 content = file.read(image_bytes)
                 if len(content) != image_bytes:
                     raise ValueError(f"{self.source} ends after {position} of {shape[0]} images.")
-                yield f"image {position}", Image.fromarray(np.frombuffer(content, np.uint8).reshape(shape[1:]))
+                image = Image.fromarray(np.frombuffer(content, np.uint8).reshape(shape[1:]))
+                yield f"image {position}", partial(self._pixels, image)
 
     def _folder(self):
         for path in self._files:
-            yield path.name, {"path": str(path), "bytes": None}
+            yield path.name, partial(self._open, path)
 
     def _rows(self):
-        # Undecoded, so that one damaged image does not end the run.
-        column = self._dataset.select_columns(self._column).cast_column(self._column, ImageFeature(decode=False))
-        for position, row in enumerate(column):
-            stored = row[self._column]
-            yield f"image {position}{f' ({path})' if (path := (stored or {}).get('path')) else ''}", stored
+        for position, row in enumerate(self._reader.dataset):
+            yield f"image {position}", lambda row=row, position=position: self._reader.read(row, position)[0]
 
-    def _decode(self, stored):
-        if stored is None:
-            raise OSError("there is none")
-        image = ImageFeature().decode_example(stored) if isinstance(stored, dict) else stored
+    def _open(self, path):
+        try:
+            return self._pixels(Image.open(path))
+        except Exception as error:  # decoders raise all kinds
+            raise OSError(f"{path.name}: {error}") from error
+
+    def _pixels(self, image):
         return to_tensor(to_rgb(image) if self.resolution is None else center_crop(image, self.resolution))
 
     def _check_size(self, name, image):
@@ -199,13 +191,28 @@ def image_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     for inner in folder.iterdir() if files else ():
-        if inner.is_dir() and any(path.suffix.lower() in IMAGE_ENDINGS for path in inner.rglob("*")):
+        if inner.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in inner.rglob("*")):
             raise ValueError(
                 f"{folder} has images ({files[0].name}) and a folder of images ({inner.name}): move one of them away."
             )
     return files
+
+
+def open_dataset(source: str, split: str, image_column: str, resolution: int | None, holdout: float):
+    """A dataset and the reader of its images, which needs the `datasets` library."""
+    try:
+        from datasets import Image as ImageFeature
+
+        from ..data.images import check_column, load_image_dataset
+        from ..data.reader import ImageReader
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{source} is read as a dataset, which needs {error.name}: {INSTALL}") from error
+    dataset = load_image_dataset(source, split, holdout=holdout)
+    if not isinstance(check_column(dataset, image_column, "--image_column"), ImageFeature):
+        raise ValueError(f"Column {image_column!r} of {source} holds no images. Pass --image_column.")
+    return dataset, ImageReader(dataset, None, resolution, image_column)
 
 
 def dataset_labels(dataset) -> list[str] | None:
@@ -216,13 +223,15 @@ def dataset_labels(dataset) -> list[str] | None:
         dataset (`datasets.Dataset`): The dataset.
 
     Returns:
-        `list[str]`: or None, if it has no column `label` with class names, or an image has no class.
+        `list[str]`: or None, if it has no column `label`, or an image has no class.
     """
-    names = getattr((dataset.features or {}).get("label"), "names", None)
-    labels = None if names is None else dataset["label"]
-    if names is None or any(label is None or label < 0 for label in labels):
+    if "label" not in dataset.column_names:
         return None
-    return [names[label] for label in labels]
+    names = getattr(dataset.features["label"], "names", None)
+    labels = list(dataset["label"])
+    if any(label is None or (names is not None and label < 0) for label in labels):
+        return None
+    return [normalize_name(str(label) if names is None else names[label]) for label in labels]
 
 
 def npy_header(file, path):
