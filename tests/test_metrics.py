@@ -289,7 +289,7 @@ def test_published_names_are_inceptions_alone():
 
 
 def test_no_metric_depends_on_the_order_of_images():
-    """Sorted by class or shuffled, in either set: the same values and intervals. Of Inception Score it was 8.65 or 38.9."""
+    """Sorted by class or shuffled, in either set: the same values and intervals. Inception Score was 8.65 or 38.9."""
     names = [f"class {index // 6}" for index in range(60)]
     sets = [features(60, seed, 0.3 * seed, labels=names) for seed in range(3)]
     for part in sets:  # sure of a class each, sorted by class
@@ -346,7 +346,7 @@ for use in (lambda: load_extractor("efficientnet-lite0"), lambda: load_extractor
 
 
 def test_features_are_compared_without_extras():
-    """Neither FID of two tensors nor the table needs what reads datasets or runs extractors, which name what they need."""
+    """FID of two tensors and the table need no extras; what reads datasets or runs extractors names its own."""
     result = subprocess.run([sys.executable, "-c", WITHOUT], check=True, capture_output=True, text=True)
     *distances, network, vision, probe, sources = result.stdout.splitlines()
     assert [float(distance) for distance in distances] == pytest.approx([3.0, 3.0])

@@ -1,4 +1,4 @@
-"""Commands that generate images: `sample`, with any number of processes and batch size, kills, ADM's npz; `generate`."""
+"""Commands that generate images: `sample` with any number of processes, batch size and kills; `generate`."""
 
 import json
 import os

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Generates a seeded set of images for evaluation; the same command as `dit-hf sample`.
 
-python examples/evaluate/sample.py --pretrained_model_name_or_path emoji64 --num_samples 1000 --output_dir outputs/samples
-dit-hf sample --pretrained_model_name_or_path emoji64 --num_samples 1000 --output_dir outputs/samples
+python examples/evaluate/sample.py --pretrained_model_name_or_path emoji64 --output_dir outputs/samples
+dit-hf sample --pretrained_model_name_or_path emoji64 --output_dir outputs/samples
 accelerate launch --module dit_hf.commands.sample --pretrained_model_name_or_path emoji64 --output_dir outputs/samples
 """
 

@@ -20,7 +20,7 @@ from dit_hf import DiTClassCondPipeline
 from dit_hf.command_line import run
 from dit_hf.data.images import check_column, load_image_dataset
 from dit_hf.data.pixels import center_crop
-from dit_hf.evaluation.sources import pictures
+from dit_hf.evaluation.sources import image_files
 from dit_hf.pipeline_dit_class_cond import find_class
 from dit_hf.seeds import seeded_generator
 
@@ -97,7 +97,7 @@ def save(folder, images):
 def new_images(args):
     """The new class's images, spread over the folder or dataset."""
     if args.train_data_dir is not None:
-        images = pictures(args.train_data_dir)
+        images = image_files(args.train_data_dir)
     else:
         dataset = load_image_dataset(args.dataset_name)
         check_column(dataset, args.image_column, "--image_column")

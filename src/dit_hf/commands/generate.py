@@ -31,8 +31,8 @@ def parse_args():
     parser.add_argument(
         "--class_labels",
         nargs="+",
-        help="Names as in `pipe(name)`, one value each, quoted if they hold spaces or commas. A number is the class of "
-        "that name if there is one, else the class id. All classes (at most 12) if not given.",
+        help="Names as in `pipe(name)`, one value each, quoted if they hold spaces or commas. A number is the class "
+        "of that name if there is one, else the class id. All classes (at most 12) if not given.",
     )
     parser.add_argument("--num_images_per_label", type=int, default=10, help="Columns of the grid.")
     add_call_flags(parser)

@@ -3,8 +3,8 @@
     dit-hf metrics --samples outputs/samples/samples.npz --reference outputs/emoji64 --training outputs/emoji64 \
         --output outputs/metrics.json
 
-Expected: three minutes for a thousand images on 2 cores, most of it for the intervals (--bootstrap). Features are kept in
---cache_dir by the content of the images. With --training the result also has the same metrics of as many training
+Expected: three minutes for a thousand images on 2 cores, most of it for the intervals (--bootstrap). Features are kept
+in --cache_dir by the content of the images. With --training the result also has the same metrics of as many training
 images, which are what a perfect model would reach, and tells whether samples are copies.
 """
 
@@ -59,8 +59,8 @@ def parse_args():
     titles = ", ".join(metric.full_name("EXTRACTOR").lower() for metric in METRICS)
     parser.add_argument(
         "--metrics",
-        help=f"Separated by commas, of {titles}; with inception fid, sfid, is, kid. By default those that the extractor "
-        "and the reference allow, without density, coverage and accuracy.",
+        help=f"Separated by commas, of {titles}; with inception fid, sfid, is, kid. By default those that the "
+        "extractor and the reference allow, without density, coverage and accuracy.",
     )
     parser.add_argument("--bootstrap", type=int, default=10, help="Redrawn sets for the intervals; 0 for none.")
     parser.add_argument("--batch_size", type=int, default=64, help="Images in a batch.")

@@ -3,8 +3,8 @@
     accelerate launch --module dit_hf.commands.sample --pretrained_model_name_or_path emoji64 --num_samples 1000 \
         --output_dir outputs/samples
 
-Expected: three minutes for a thousand images of the bundled model on 2 cores. OUTPUT_DIR then holds `images/`, one PNG a
-sample, `samples.npz` in ADM's format and `recipe.json`. After an interruption the same command resumes.
+Expected: three minutes for a thousand images of the bundled model on 2 cores. OUTPUT_DIR then holds `images/`, one PNG
+per sample, `samples.npz` in ADM's format and `recipe.json`. After an interruption the same command resumes.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def parse_args():
     parser.add_argument(
         "--labels",
         default="balanced",
-        help="`balanced`, classes in turn; `random`, drawn; or a dataset, whose test split says how often each occurs.",
+        help="`balanced`, classes in turn; `random`, drawn; or a dataset: its test split says how often each occurs.",
     )
     parser.add_argument(
         "--holdout",

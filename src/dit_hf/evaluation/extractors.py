@@ -210,7 +210,7 @@ class InceptionExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images `(B, 3, H, W)` in [-1, 1] to `features` `(B, 2048)`, `spatial` `(B, 2023)` and `logits` `(B, 1008)`."""
+        """Images `(B, 3, H, W)` in [-1, 1] to `features` `(B, 2048)`, `spatial` `(B, 2023)`, `logits` `(B, 1008)`."""
         pixels = ((images + 1) * 127.5).round().to(torch.uint8)
         features, logits = self.network(pixels)
         return {"features": features, "spatial": self._spatial, "logits": logits}

@@ -21,8 +21,8 @@ class EfficientNetLite0(nn.Module):
 
     Args:
         resolution (`int`, defaults to 112):
-            Images are resized (bicubic, antialiased, clamped) to this many pixels a side first. The rule changes Fréchet
-            distances by a factor of ten: compare only values of the same rule and resolution.
+            Images are resized (bicubic, antialiased, clamped) to this many pixels a side first. The rule changes
+            Fréchet distances by a factor of ten: compare only values of the same rule and resolution.
 
     Raises:
         ImportError: if the packages with the network and its weights are not installed.

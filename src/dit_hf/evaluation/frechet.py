@@ -20,7 +20,7 @@ def frechet_distance(
     Of Inception's pooled features it is FID. It falls with the number of images: compare only values of equally many.
 
     Args:
-        samples (`torch.Tensor` of shape `(N, D)`, or `GaussianStatistics`): Features of the samples, or their statistics.
+        samples (`torch.Tensor` of shape `(N, D)`, or `GaussianStatistics`): Features of the samples or statistics.
         reference (`torch.Tensor` of shape `(M, D)`, or `GaussianStatistics`): The same of the reference.
 
     Returns:

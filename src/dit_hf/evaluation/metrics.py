@@ -34,17 +34,17 @@ class Metric:
         name (`str`): Its name on the command line, in results and on model cards.
         title (`str`): Its name in words.
         compute (`Callable`):
-            Takes what the metric needs of the samples, then the same of what they are compared `with`: each a tensor
-            `(images, channels)`, followed by the list of class names if `labels`. For `against="statistics"` the second is
-            a `GaussianStatistics`. Returns a number, or a number and its standard deviation, or with `per_image` a
-            tensor of one number an image. It may return a dictionary of them by `name`; it is then called once for all
+            Takes what the metric needs of the samples, then the same of what they are compared `against`: each a tensor
+            `(images, channels)`, followed by the list of class names if `labels`. For `against="statistics"` the second
+            is a `GaussianStatistics`. Returns a number, or a number and its standard deviation, or with `per_image` a
+            tensor of one number per image, or a dictionary of such tensors by `name`: it is then called once for all
             rows that have it.
         needs (`str`, defaults to `"features"`): The part of `Features` it is computed of, or `"spatial"`, `"logits"`.
         against (`str`, *optional*):
             `"reference"`, the reference's images, `"statistics"`, for which their mean and covariance are enough,
             `"training"`, the training images, or None.
         higher_is_better (`bool`, defaults to `True`): Direction.
-        per_image (`bool`, defaults to `False`): Whether the metric is the mean of one number an image.
+        per_image (`bool`, defaults to `False`): Whether the metric is the mean of one number per image.
         labels (`bool`, defaults to `False`): Whether it needs the images' classes.
         default (`bool`, defaults to `False`): Whether the command computes it unless others are named.
         inception_name (`str`, *optional*):
@@ -68,7 +68,7 @@ class Metric:
     settings: str | None = None
 
     def full_name(self, extractor: str) -> str:
-        """Its name with the features of an extractor: `fid` of Inception's, `fd_dinov2_base` of `facebook/dinov2-base`."""
+        """Its name with an extractor: `fid` with Inception's features, `fd_dinov2_base` with `facebook/dinov2-base`."""
         if self.inception_name is None:
             return self.name
         if extractor == INCEPTION:

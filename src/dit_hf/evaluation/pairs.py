@@ -43,8 +43,8 @@ def blocks(features: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
 
 def squared_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """
-    Squared Euclidean distances of all pairs of two blocks, `(n, m)`. They come from a matrix product, as differences of
-    all pairs would take an hour for 50 thousand images; [`tolerance`] bounds the rounding error.
+    Squared Euclidean distances of all pairs of two blocks, `(n, m)`. They come from a matrix product, as differences
+    of all pairs would take an hour for 50 thousand images; [`tolerance`] bounds the rounding error.
     """
     squares = first.square().sum(dim=1)[:, None] + second.square().sum(dim=1) - 2 * first @ second.T
     return squares.clamp_min(0)

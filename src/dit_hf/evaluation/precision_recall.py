@@ -19,7 +19,7 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3
         k (`int`, defaults to 3): An image's ball reaches to its k-th neighbour in its own set.
 
     Returns:
-        `dict[str, torch.Tensor]`: float64; `precision`, of shape `(N,)`, whether a sample is in a ball of the reference;
+        `dict[str, torch.Tensor]`: float64; `precision`, shape `(N,)`, whether a sample is in a ball of the reference;
         `density`, `(N,)`, in how many over k; `recall`, `(M,)`, whether a reference image is in a ball of the samples;
         `coverage`, `(M,)`, whether a sample is in its ball.
 

@@ -32,7 +32,7 @@ class ImageSource:
         source (`str` or `Path`): An `.npz` with `arr_0` (uint8, NHWC), a folder of images, or a dataset.
         split (`str`, defaults to `"test"`): Of a dataset.
         image_column (`str`, defaults to `"image"`): Of a dataset.
-        resolution (`int`, *optional*): Pixels a side that images are cropped to, as training does; none are by default.
+        resolution (`int`, *optional*): Pixels per side to crop images to, as training does; none by default.
         holdout (`float`, defaults to 0.0): Of a dataset with one split, the fraction that is its `test` split.
 
     Attributes:

@@ -119,8 +119,8 @@ def compare_with_training(samples: Features, reference: Features | None, trainin
 
     Returns:
         `dict[str, Any]`: `nearest`, the five nearest pairs; `median`, the median distance; and with a reference
-        `median of the reference`, and `share of suspects`: the fraction of samples that are as near to a training image
-        as the nearest hundredth of the reference is, 0.01 for a model that copies nothing.
+        `median of the reference`, and `share of suspects`: the fraction of samples that are as near to a training
+        image as the nearest hundredth of the reference is, 0.01 for a model that copies nothing.
     """
     distances, indices = nearest_neighbours(samples.features, training.features)
     nearest = distances.argsort(stable=True)[:5].tolist()
