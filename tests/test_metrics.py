@@ -261,6 +261,8 @@ def test_metrics_that_cannot_be_computed_are_refused():
         compute_metrics(samples, reference, ["accuracy"], training=reference)
     with pytest.raises(ValueError, match="sfd_a needs `spatial`, which the extractor does not give"):
         compute_metrics(Features(samples.features, None, None, {"name": "a"}), reference, ["sfd_a"])
+    with pytest.raises(ValueError, match="sfd_a needs `spatial` of every set; one has only features"):
+        compute_metrics(samples, Features(reference.features, None, None, {"name": "a"}), ["sfd_a"])
 
 
 def test_sets_of_different_image_sizes_are_refused():

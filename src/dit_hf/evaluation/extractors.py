@@ -62,7 +62,7 @@ class Features:
 
     def select(self, rows: torch.Tensor) -> "Features":
         """Those of some images: rows `(n,)`, int64."""
-        tensors = {name: getattr(self, name)[rows] for name in self.parts}
+        tensors: dict[str, Any] = {name: getattr(self, name)[rows] for name in self.parts}
         labels = None if self.labels is None else [self.labels[row] for row in rows.tolist()]
         return replace(self, **tensors, labels=labels)
 
@@ -78,7 +78,7 @@ class Features:
     @classmethod
     def join(cls, parts: list["Features"]) -> "Features":
         """Those of several batches, in order."""
-        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].parts}
+        tensors: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].parts}
         return replace(parts[0], **tensors, labels=None)
 
     @classmethod
@@ -101,10 +101,23 @@ class Features:
             raise ValueError(f"{path} has tensors of different numbers of images: {counts}.")
         extractor = {"name": PRECOMPUTED} | (metadata.get("extractor") or {})
         size = metadata.get("image_size") and tuple(metadata["image_size"])
-        return cls(*(tensors.get(name) for name in PARTS), extractor, image_size=size)  # type: ignore[arg-type]
+        return cls(tensors["features"], tensors.get("spatial"), tensors.get("logits"), extractor, image_size=size)
 
 
-class EfficientNetExtractor(nn.Module):
+class Extractor(nn.Module):
+    """
+    A network that maps images `(B, 3, H, W)` in [-1, 1] to a dictionary of its `parts`.
+
+    Attributes:
+        parts (`tuple[str, ...]`): Of `"features"`, `"spatial"`, `"logits"`.
+        description (`dict`): Name, checksum of the weights, resize rule.
+    """
+
+    parts: tuple[str, ...]
+    description: dict[str, Any]
+
+
+class EfficientNetExtractor(Extractor):
     """EfficientNet-Lite0: pooled last map, its first 7 channels flattened, ImageNet logits."""
 
     parts = PARTS
@@ -152,7 +165,7 @@ class VisionModel(nn.Module):
         return self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std)
 
 
-class TransformersExtractor(nn.Module):
+class TransformersExtractor(Extractor):
     """A vision model of transformers (DINOv2 …): its class token, or the mean of its patches where it has none."""
 
     parts = ("features",)
@@ -177,7 +190,7 @@ class TransformersExtractor(nn.Module):
         return {"features": hidden[:, 0] if self.has_class_token else hidden.mean(dim=1)}
 
 
-class InceptionExtractor(nn.Module):
+class InceptionExtractor(Extractor):
     """The Inception network of published FID, through torch-fidelity where it is installed."""
 
     parts = PARTS
@@ -216,7 +229,7 @@ class InceptionExtractor(nn.Module):
         return {"features": features, "spatial": self._spatial, "logits": logits}
 
 
-def load_extractor(name: str, weights: str | Path | None = None, resolution: int = 112) -> nn.Module:
+def load_extractor(name: str, weights: str | Path | None = None, resolution: int = 112) -> Extractor:
     """
     An extractor by name.
 
@@ -226,7 +239,7 @@ def load_extractor(name: str, weights: str | Path | None = None, resolution: int
         resolution (`int`, defaults to 112): Pixels a side that EfficientNet-Lite0 resizes images to.
 
     Returns:
-        `nn.Module`: maps images to a dictionary of `parts`, and describes itself in `description`.
+        `Extractor`
 
     Raises:
         ValueError: if there is no such extractor, or what it needs is missing.
@@ -247,13 +260,13 @@ def load_extractor(name: str, weights: str | Path | None = None, resolution: int
         ) from error
 
 
-def extract(images: torch.Tensor, extractor: nn.Module, batch_size: int = 64) -> Features:
+def extract(images: torch.Tensor, extractor: Extractor, batch_size: int = 64) -> Features:
     """
     Features of 8-bit images, one batch after the other.
 
     Args:
         images (`torch.Tensor` of shape `(N, 3, H, W)`): uint8.
-        extractor (`nn.Module`): From [`load_extractor`].
+        extractor (`Extractor`): From [`load_extractor`].
         batch_size (`int`, defaults to 64): Images at once.
 
     Returns:
@@ -265,5 +278,5 @@ def extract(images: torch.Tensor, extractor: nn.Module, batch_size: int = 64) ->
     if bad := [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"The extractor gives `{bad[0]}` that are not finite.")
     size = (images.shape[-2], images.shape[-1])
-    tensors = [found.get(name) for name in PARTS]
-    return Features(*tensors, dict(extractor.description), image_size=size)  # type: ignore[arg-type]
+    description = dict(extractor.description)
+    return Features(found["features"], found.get("spatial"), found.get("logits"), description, image_size=size)

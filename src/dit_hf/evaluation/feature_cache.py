@@ -2,20 +2,19 @@
 
 from pathlib import Path
 
-from torch import nn
 from tqdm import tqdm
 
-from .extractors import Features, extract
+from .extractors import Extractor, Features, extract
 from .sources import ImageSource
 
 
-def image_features(source: ImageSource, extractor: nn.Module, cache_dir: str | Path, batch_size: int = 64) -> Features:
+def image_features(source: ImageSource, extractor: Extractor, cache_dir: str | Path, batch_size: int = 64) -> Features:
     """
     Features of a set of images, read from the cache if the same images have been through the same extractor.
 
     Args:
         source (`ImageSource`): The images.
-        extractor (`nn.Module`): From [`load_extractor`].
+        extractor (`Extractor`): From [`load_extractor`].
         cache_dir (`str` or `Path`): Created if it does not exist.
         batch_size (`int`, defaults to 64): Images at once.
 

@@ -34,11 +34,11 @@ class Metric:
         name (`str`): Its name on the command line, in results and on model cards.
         title (`str`): Its name in words.
         compute (`Callable`):
-            Takes what the metric needs of the samples, then the same of what they are compared `against`: each a tensor
-            `(images, channels)`, followed by the list of class names if `labels`. For `against="statistics"` the second
-            is a `GaussianStatistics`. Returns a number, or a number and its standard deviation, or with `per_image` a
-            tensor of one number per image, or a dictionary of such tensors by `name`: it is then called once for all
-            rows that have it.
+            Takes what the metric needs of the samples, then the same of what they are compared `against`: each a
+            tensor `(images, channels)`, followed by the list of class names if `labels`. For `against="statistics"`
+            the second is a `GaussianStatistics`. Returns a number, or a number and its standard deviation, or with
+            `per_image` a tensor of one number per image, or a dictionary of such tensors by `name`: it is then called
+            once for all rows that have it.
         needs (`str`, defaults to `"features"`): The part of `Features` it is computed of, or `"spatial"`, `"logits"`.
         against (`str`, *optional*):
             `"reference"`, the reference's images, `"statistics"`, for which their mean and covariance are enough,
@@ -68,7 +68,7 @@ class Metric:
     settings: str | None = None
 
     def full_name(self, extractor: str) -> str:
-        """Its name with an extractor: `fid` with Inception's features, `fd_dinov2_base` with `facebook/dinov2-base`."""
+        """Its name with an extractor: `fid` of Inception's features, `fd_dinov2_base` of `facebook/dinov2-base`'s."""
         if self.inception_name is None:
             return self.name
         if extractor == INCEPTION:
@@ -243,7 +243,7 @@ def compute_metrics(
         if metric.against is None:
             others = []
         elif metric.against == "statistics":
-            others = [parts.get(metric.needs) or gaussian(getattr(sets["reference"], metric.needs))]
+            others = [parts.get(metric.needs) or gaussian(_arguments(name, metric, sets["reference"])[0])]
         else:
             others = _arguments(name, metric, sets[metric.against])
         results[name] = _measure(metric, own, others, computed, bootstrap, seed)
@@ -273,6 +273,8 @@ def _arguments(name, metric, images):
     """What a metric takes of a set of images."""
     if metric.labels and images.labels is None:
         raise ValueError(f"{name} needs the class of every image of the samples and of the training images.")
+    if metric.needs not in images.parts:
+        raise ValueError(f"{name} needs `{metric.needs}` of every set; one has only {', '.join(images.parts)}.")
     return [getattr(images, metric.needs), *([images.labels] if metric.labels else [])]
 
 
@@ -295,7 +297,8 @@ def _measure(metric, own, others, computed, bootstrap, seed):
             return values[rows].mean().item()
         if metric.redrawn:
             return metric.compute(*own, *others, counts=rows.bincount(minlength=count))
-        value = metric.compute(own[0][rows], *others)
+        drawn = [part[rows] if isinstance(part, torch.Tensor) else [part[row] for row in rows] for part in own]
+        value = metric.compute(*drawn, *others)
         return value[0] if isinstance(value, tuple) else value
 
     if bootstrap:
