@@ -303,7 +303,7 @@ def test_sets_of_different_sizes_are_refused_before_work(images):
     command = ("--samples", folder / "folder", "--reference", folder / "large.npz", *flags)
     bad = run_script(*command)
     assert bad.returncode == 2
-    assert "images of 16×16 pixels, the reference of 64×64; pass --resolution" in bad.stderr
+    assert "16×16 pixels (samples) and 64×64 (reference); pass --resolution" in bad.stderr
     assert not (folder / "cache").exists()
     cropped = json.loads(run_script(*command, "--resolution", 16).stdout)
     assert cropped["recipe"]["resolution"] == 16

@@ -264,8 +264,8 @@ def check_same_size(samples: tuple[int, int] | None, name: str, other: tuple[int
     """
     if samples and other and samples != other:
         raise ValueError(
-            f"The samples are images of {samples[0]}×{samples[1]} pixels, the {name} of {other[0]}×{other[1]}; pass "
-            "--resolution to crop both as training does."
+            f"The sets have images of different sizes, {samples[0]}×{samples[1]} pixels (samples) and {other[0]}×"
+            f"{other[1]} ({name}); pass --resolution to crop both as training does."
         )
 
 
