@@ -268,7 +268,10 @@ def test_metrics_that_cannot_be_computed_are_refused():
 def test_sets_of_different_image_sizes_are_refused():
     samples, reference = features(20, image_size=(64, 64)), features(20, seed=1, image_size=(256, 256))
     for sets in ({"reference": reference}, {"reference": None, "statistics": of(reference)}):
-        with pytest.raises(ValueError, match=r"different sizes, 64×64 pixels \(samples\) and 256×256 \(reference.*\); pass --resolution"):
+        with pytest.raises(
+            ValueError,
+            match=r"different sizes, 64×64 pixels \(samples\) and 256×256 \(reference.*\); pass --resolution",
+        ):
             compute_metrics(samples, metrics=["fd_a"], **sets)
     with pytest.raises(ValueError, match=r"256×256 \(training\)"):
         compute_metrics(samples, samples, ["fd_a"], training=reference)

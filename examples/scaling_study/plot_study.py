@@ -35,7 +35,7 @@ def plot_scaling(axes, rows):
     fit = linregress(logarithm, rows.fd_efficientnet_lite0)
     axes.scatter(rows.gflops, rows.fd_efficientnet_lite0)
     for row in rows.itertuples():
-        axes.annotate(row.model.removesuffix("-adaln_zero").replace("-", "/"), (row.gflops, row.fid))
+        axes.annotate(row.model.removesuffix("-adaln_zero").replace("-", "/"), (row.gflops, row.fd_efficientnet_lite0))
     axes.plot(rows.gflops, fit.intercept + fit.slope * logarithm, linewidth=0.8)
     axes.set(xscale="log", xlabel="Gflops of a forward pass", title=f"correlation {fit.rvalue:.2f}")
     return {"correlation with log Gflops": round(fit.rvalue, 3), "slope a decade": round(fit.slope, 1)}
