@@ -293,6 +293,25 @@ def test_classes_are_read_only_where_they_are_needed(images):
     bad = run_script(*command, "accuracy", "--training", folder / "data")
     assert bad.returncode == 2
     assert "accuracy needs the class of every image" in bad.stderr
+    np.savez(folder / "samples.npz", arr_0=pixels, arr_1=np.zeros(12, dtype=int))
+    (folder / "recipe.json").write_text(json.dumps({"classes": {"1": "a"}}))
+    command = ("--samples", folder / "samples.npz", *command[2:])
+    assert run_script(*command, FD).returncode == 0
+    assert "does not name" in run_script(*command, "accuracy", "--training", folder / "data").stderr
+
+
+def test_held_out_images_of_one_split(images):
+    """The same images as in training with the same fraction; together they are all."""
+    folder, pixels = images
+    columns = Columns({"image": ImageFeature()})
+    (folder / "data").mkdir()
+    dataset = Dataset.from_dict({"image": [PILImage.fromarray(image) for image in pixels]}, features=columns)
+    dataset.to_parquet(folder / "data" / "train.parquet")
+    splits = ("train", "test")
+    sources = {split: ImageSource(folder / "data", split, holdout=0.4) for split in splits}
+    kept, held_out = ({image.numpy().tobytes() for image in next(sources[split].batches())} for split in splits)
+    assert len(kept) > len(held_out) > 0
+    assert len(kept | held_out) == 12
 
 
 def test_sets_of_different_sizes_are_refused_before_work(images):

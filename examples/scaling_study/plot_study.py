@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws the results of `run_study.py`, and says how distance falls with compute.
+"""Plots the results of `run_study.py`, and fits distance vs. compute.
 
     python examples/scaling_study/plot_study.py --results outputs/scaling_study/results.csv \
         --output_dir docs/scaling_study

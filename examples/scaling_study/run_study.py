@@ -6,7 +6,7 @@
         --mixed_precision bf16 --output_dir outputs/scaling_study
 
 Expected: an hour on 2 cores for everything; run the same command again to go on. Results are rows of
-OUTPUT_DIR/results.csv; `plot_study.py` draws them.
+OUTPUT_DIR/results.csv; `plot_study.py` plots them.
 """
 
 import argparse

@@ -56,7 +56,7 @@ def parse_args():
         help="Or `inception`, a vision model of transformers by id or folder, or `precomputed`.",
     )
     parser.add_argument("--extractor_weights", type=Path, help="TensorFlow-ported weights for inception.")
-    titles = ", ".join(metric.full_name("EXTRACTOR").lower() for metric in METRICS)
+    titles = ", ".join(metric.full_name("EXTRACTOR") for metric in METRICS)
     parser.add_argument(
         "--metrics",
         help=f"Separated by commas, of {titles}; with inception fid, sfid, is, kid. By default those that the "

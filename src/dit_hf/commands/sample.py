@@ -57,7 +57,7 @@ def parse_args():
     parser.add_argument(
         "--labels",
         default="balanced",
-        help="`balanced`, classes in turn; `random`, drawn; or a dataset: its test split says how often each occurs.",
+        help="`balanced`, classes in turn; `random`; or a dataset: its test split says how often each class occurs.",
     )
     parser.add_argument(
         "--holdout",
