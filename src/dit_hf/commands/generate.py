@@ -14,8 +14,9 @@ from PIL import Image
 
 from ..command_line import run
 from ..evaluation.grid import labelled_grid
+from ..pipeline import DiTClassCondPipeline
 from ..seeds import seeded_generator
-from .sample import add_call_flags, call_settings, open_pipeline
+from .sample import add_call_flags, call_settings
 
 
 def parse_args():
@@ -55,7 +56,7 @@ def class_labels(values: list[str], id2label: dict[int, str]) -> list[int | str]
 
 def main():
     args = parse_args()
-    pipe = open_pipeline(args.pretrained_model_name_or_path)
+    pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     all_classes = range(min(12, pipe.transformer.config.num_classes))
     given = class_labels(args.class_labels, pipe.id2label) if args.class_labels else list(all_classes)

@@ -27,7 +27,7 @@ from ..evaluation.sources import ImageSource
 from ..evaluation.training_images import evaluate
 from ..hub import CardFacts, publish_folder, write_card
 from ..hub.model_card import PIPELINE_TAG
-from ..pipeline_dit_class_cond import DiTClassCondPipeline
+from ..pipeline import DiTClassCondPipeline
 
 
 # The names of an image in a pair of neighbours, and of its set.

@@ -16,12 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from ..bundled import resolve_pipeline
 from ..command_line import run
 from ..complexity import count_macs
+from ..data.autoencoders import load_autoencoder
 from ..data.fingerprints import checksum
 from ..evaluation.samples import (
     SAMPLES,
@@ -31,7 +30,7 @@ from ..evaluation.samples import (
     sample_labels,
     write_npz,
 )
-from ..pipeline_dit_class_cond import DiTClassCondPipeline
+from ..pipeline import DiTClassCondPipeline
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import seeded_generator
 from ..training.checkpointing import check_same_settings, record_settings
@@ -91,25 +90,14 @@ def add_call_flags(parser):
 def call_settings(pipe, args):
     """What the pipeline is called with: the flags, and its own settings for those that are not given."""
     names = ("num_inference_steps", "guidance_scale", "guidance_channels", "guidance_interval")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    if hasattr(pipe, "resolve_call"):
-        return pipe.resolve_call(**given)
-    defaults = {"num_inference_steps": 30, "guidance_scale": 5.0, "guidance_channels": None}
-    return defaults | {"guidance_interval": (0.0, 1.0)} | given
-
-
-def open_pipeline(name, revision=None):
-    """A folder, a Hub id or a bundled name; in the precision it was saved in, bundled ones in float32."""
-    folder = resolve_pipeline(name)
-    precision = {} if folder == name else {"dtype": torch.float32}  # the files of a bundled pipeline are float16
-    return DiTClassCondPipeline.from_pretrained(folder, revision=revision, **precision)
+    return pipe.resolve_call(**{name: getattr(args, name) for name in names})
 
 
 def load_pipeline(args, device):
     """The pipeline that the flags name, with their scheduler and decoder."""
-    pipe = open_pipeline(args.pretrained_model_name_or_path, args.revision)
+    pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, revision=args.revision)
     if args.vae:
-        pipe.register_modules(vae=AutoencoderKL.from_pretrained(args.vae))
+        pipe.register_modules(vae=load_autoencoder(args.vae))
     if args.scheduler:
         pipe.scheduler = make_scheduler(args.scheduler, **trained_options(args.scheduler, pipe.scheduler.config))
     pipe.set_progress_bar_config(disable=True)
@@ -136,14 +124,14 @@ def asked_labels(args, pipe, count):
 
 def print_cost(args, pipe, settings, num_processes):
     """Compute and hours, by two timed steps."""
-    first, last = settings["guidance_interval"]
-    halves = 1 + (last - first if settings["guidance_scale"] > 1 else 0)
     labels = asked_labels(args, pipe, args.batch_size)
     for _ in range(2):  # the first warms up
         started = time.perf_counter()
         short = pipe(labels.tolist(), **settings | {"num_inference_steps": 2}, output_type="latent")
         short.images.sum().item()  # waits for a GPU
         call = (time.perf_counter() - started) / pipe.num_timesteps / args.batch_size
+    first, last = settings["guidance_interval"]
+    halves = 1 + (last - first if pipe.do_classifier_free_guidance else 0)
     pipe.scheduler.set_timesteps(settings["num_inference_steps"])
     calls = len(pipe.scheduler.timesteps)  # two a step for Heun's
     gflops = count_macs(pipe.transformer.config) / 1e9 * calls * halves
