@@ -139,6 +139,7 @@ def test_a_dry_run_prints_the_cost_of_a_row_of_the_paper(pipeline, tmp_path):
     for recipe in SAMPLING_RECIPES.values():
         assert recipe | {"num_inference_steps": 250, "guidance_channels": 3, "scheduler": "ddpm"} == recipe
         assert recipe | {"num_samples": 50_000, "labels": "random", "vae": "stabilityai/sd-vae-ft-mse"} == recipe
+        assert recipe["guidance_interval"] == (0.0, 1.0)
 
 
 def test_flags_that_are_not_given_are_the_pipelines_own(pipeline, tmp_path):

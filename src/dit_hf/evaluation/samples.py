@@ -42,7 +42,7 @@ def sample_images(pipe, labels: torch.Tensor, seed: int, batch_size: int = 48, *
 SAMPLES = "samples.npz"
 # Rows of the paper's tables (DiT, tables 2 and 3): 250 steps of the original's sampler, three guided channels.
 _PAPER = {"scheduler": "ddpm", "num_inference_steps": 250, "num_samples": 50_000, "labels": "random"}
-_PAPER |= {"guidance_channels": 3, "vae": "stabilityai/sd-vae-ft-mse"}
+_PAPER |= {"guidance_channels": 3, "guidance_interval": (0.0, 1.0), "vae": "stabilityai/sd-vae-ft-mse"}
 SAMPLING_RECIPES = {
     "dit-xl-2-g1.00": _PAPER | {"guidance_scale": 1.0},
     "dit-xl-2-g1.25": _PAPER | {"guidance_scale": 1.25},
