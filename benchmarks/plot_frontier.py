@@ -18,6 +18,7 @@ from sampling import ROUNDING
 from dit_hf.command_line import run
 
 
+FD = "fd_efficientnet_lite0"
 PRESETS = {
     "DDIM, compiled (exact)": "exact",
     "DDIM, int8 compiled (int8)": "int8",
@@ -36,7 +37,7 @@ def points(results: dict) -> dict[str, tuple[float, float]]:
     # Of those that only round differently, the presets are shown.
     shown = {name: ROUNDING.get(name, name) for name in times if name in PRESETS or name not in ROUNDING}
     return {
-        name: (1 / times[name]["ratio"], quality[measured]["fid"] / quality["DDIM"]["fid"])
+        name: (1 / times[name]["ratio"], quality[measured][FD] / quality["DDIM"][FD])
         for name, measured in shown.items()
         if measured in quality
     }

@@ -144,17 +144,18 @@ def growth(part):
 
 
 def quality(part):
-    baseline = part["rows"]["DDIM"]["fid"]
+    distance, kernel = "fd_efficientnet_lite0", "kd_efficientnet_lite0"
+    baseline = part["rows"]["DDIM"][distance]
     rows = [
-        [name, f"{row['fid']:.0f}", f"{row['fid'] / baseline:.3f}"]
-        + [f"{row[metric]:.3f}" for metric in ("kid", "precision", "recall")]
+        [name, f"{row[distance]:.0f}", f"{row[distance] / baseline:.3f}"]
+        + [f"{row[metric]:.3f}" for metric in (kernel, "precision", "recall")]
         for name, row in part["rows"].items()
     ]
     text = (
         f"{part['num_samples']} samples, {part['held_out']} held-out images, {part['extractor']}. Rows are kept from one run "
         "to the next: the command is that of the last, and `--settings` with a row's name draws that row.\n\n"
     )
-    return text + _rows(["setting", "fid", "over DDIM's", "kid", "precision", "recall"], rows)
+    return text + _rows(["setting", distance, "over DDIM's", kernel, "precision", "recall"], rows)
 
 
 TABLES = {

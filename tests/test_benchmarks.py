@@ -11,6 +11,9 @@ from conftest import ROOT
 from testing_utils.scripts import run_forked
 
 
+FD = "fd_efficientnet_lite0"
+
+
 def bench(*flags):
     return run_forked([sys.executable, ROOT / "benchmarks" / "bench.py", *flags], ROOT)
 
@@ -34,7 +37,7 @@ def test_the_benchmarks_in_small(tmp_path):
     assert len(found["forward"]["rows"]) == 6
     assert all(f"## {part}" in result.stdout for part in parts)
     assert found["forward"]["environment"]["versions"]["torch"] == torch.__version__
-    assert found["quality"]["rows"]["DDIM"]["fid"] != found["quality"]["rows"]["UniPC, 5 steps"]["fid"]
+    assert found["quality"]["rows"]["DDIM"][FD] != found["quality"]["rows"]["UniPC, 5 steps"][FD]
     assert 1e-4 < found["compiled"]["rows"]["int8"]["relative_error"] < 0.02
     again = bench("--quick", "--parts", "quality", *flags)
     assert again.returncode == 0 and "UniPC, 5 steps {" in result.stderr and "UniPC, 5 steps {" not in again.stderr

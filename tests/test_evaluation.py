@@ -1,4 +1,4 @@
-"""Features and probe on real emoji pictures, and the rasteriser that makes them."""
+"""Features and probe on real emoji images, and the rasteriser that makes them."""
 
 import json
 import sys
@@ -10,10 +10,10 @@ from testing_utils.scripts import run_forked
 
 from dit_hf.data.images import load_image_dataset
 from dit_hf.data.reader import ImageReader
+from dit_hf.evaluation.accuracy import correct_predictions, train_probe
 from dit_hf.evaluation.extractors import extract, load_extractor
 from dit_hf.evaluation.features import EfficientNetLite0
 from dit_hf.evaluation.metrics import compute_metrics
-from dit_hf.evaluation.probe import right_classes, train_probe
 from dit_hf.evaluation.sources import ImageSource
 
 
@@ -123,9 +123,14 @@ def test_probe_tells_squares_from_circles(extractor, dataset_folder):
     assert found["accuracy"]["value"] < 0.1
     probe = train_probe(features["train"].features, features["train"].labels)
     with pytest.raises(ValueError, match="of class 'cars'; there are flags, food"):
-        right_classes(probe, features["test"].features, ["cars"] * len(swapped))
-    with pytest.raises(ValueError, match="the classes of the training images"):
+        correct_predictions(probe, features["test"].features, ["cars"] * len(swapped))
+    with pytest.raises(ValueError, match="accuracy needs training images"):
         compute_metrics(features["test"], features["test"], ["accuracy"])
+
+
+def test_inception_asks_for_its_weights():
+    with pytest.raises(ValueError, match="--extractor_weights"):
+        load_extractor("inception")
 
 
 def test_perceptual_stages_have_gradients(network):

@@ -1,7 +1,5 @@
-"""Figures against closed forms, scipy, and plain numpy; sources of images; the command."""
+"""Metrics against closed forms, scipy, and plain numpy; the table of metrics; independence of the order of images."""
 
-import json
-import os
 import subprocess
 import sys
 
@@ -9,24 +7,18 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import ROOT, tiny_transformer, tiny_vae
-from huggingface_hub import ModelCard
-from PIL import Image as PILImage
-from safetensors.torch import save_file
-from testing_utils.hub_server import HubServer
-from testing_utils.scripts import run_forked
 
-from dit_hf import DiTClassCondPipeline, make_scheduler
-from dit_hf.data.pixels import center_crop, to_tensor
-from dit_hf.evaluation.extractors import Features, load_extractor
+from dit_hf.evaluation import metrics as table
+from dit_hf.evaluation.extractors import Features
 from dit_hf.evaluation.frechet import frechet_distance
-from dit_hf.evaluation.metrics import compute_metrics, gaussian
-from dit_hf.evaluation.sets import inception_score, kernel_distance, nearest_neighbours, precision_recall
-from dit_hf.evaluation.sources import ImageSource, reference_statistics
-from dit_hf.evaluation.statistics import GaussianStatistics
-
-
-SCRIPT = ROOT / "examples" / "evaluate" / "compute_metrics.py"
+from dit_hf.evaluation.inception_score import inception_score
+from dit_hf.evaluation.kernel_distance import kernel_distance
+from dit_hf.evaluation.metrics import METRICS, Available, Metric, compute_metrics, default_metrics
+from dit_hf.evaluation.order import content_order
+from dit_hf.evaluation.precision_recall import precision_recall
+from dit_hf.evaluation.reference import ReferenceStatistics
+from dit_hf.evaluation.statistics import GaussianStatistics, gaussian
+from dit_hf.evaluation.training_images import matched_training_images, nearest_neighbours
 
 
 def draw(count, dim=12, seed=0, shift=0.0):
@@ -52,6 +44,7 @@ def test_distance_is_scipys():
     shift = (samples.mean(0) - reference.mean(0)).square().sum().item()
     expected = shift + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.trace(root)
     assert frechet_distance(gaussian(samples), gaussian(reference)) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(samples, reference) == pytest.approx(expected, rel=1e-6)
 
 
 def test_distance_with_few_images_is_exact_and_warns():
@@ -81,10 +74,10 @@ def test_statistics_do_not_depend_on_order_or_batches():
 
 
 def test_fifty_thousand_images_fit_in_two_gigabytes():
-    """Statistics take features a batch at a time, and figures over pairs a block at a time."""
+    """Statistics take features a batch at a time, and metrics of pairs a block at a time."""
     code = """
 import resource, torch
-from dit_hf.evaluation.sets import nearest_neighbours
+from dit_hf.evaluation.training_images import nearest_neighbours
 from dit_hf.evaluation.statistics import GaussianStatistics
 statistics = GaussianStatistics(2048)
 features = torch.randn(50_000, 2048)
@@ -107,6 +100,8 @@ def test_bad_statistics_are_named():
         gaussian(features)
     with pytest.raises(ValueError, match="at least 2 images; there are 1"):
         _ = gaussian(draw(1)).covariance
+    with pytest.raises(ValueError, match=r"shape \(5,\).*\(images, channels\)"):
+        gaussian(draw(5)[:, 0])
     with pytest.raises(ValueError, match="different extractors"):
         frechet_distance(gaussian(draw(50)), gaussian(draw(50, dim=8)))
     with pytest.raises(ValueError, match="eigenvalue -1"):
@@ -115,16 +110,17 @@ def test_bad_statistics_are_named():
 
 def test_inception_score_is_numpys():
     logits = 3 * torch.randn(53, 10, generator=torch.Generator().manual_seed(0))
+    shuffled = logits[content_order(logits)]
     scores = []
     for index in range(10):
-        part = logits.double().numpy()[index * 53 // 10 : (index + 1) * 53 // 10]
+        part = shuffled.double().numpy()[index * 53 // 10 : (index + 1) * 53 // 10]
         probabilities = np.exp(part) / np.exp(part).sum(1, keepdims=True)
         ratio = np.log(probabilities) - np.log(probabilities.mean(0))
         scores.append(np.exp((probabilities * ratio).sum(1).mean()))
     mean, std = inception_score(logits)
     assert (mean, std) == (pytest.approx(np.mean(scores), rel=1e-9), pytest.approx(np.std(scores), rel=1e-9))
     sure = 1000 * torch.nn.functional.one_hot(torch.arange(100) % 10, 10).float()
-    assert inception_score(sure)[0] == pytest.approx(10, rel=1e-9)  # ten classes, each image certain
+    assert inception_score(sure, splits=1)[0] == pytest.approx(10, rel=1e-9)  # ten classes, each image certain
     assert inception_score(torch.zeros(20, 10))[0] == pytest.approx(1, rel=1e-9)
     with pytest.raises(ValueError, match="not finite"):
         inception_score(torch.full((20, 10), float("nan")))
@@ -166,7 +162,7 @@ def test_kernel_distance_of_a_redrawn_set():
 def test_kernel_distance_in_blocks(monkeypatch):
     samples, reference = draw(40), draw(33, seed=1)
     whole = kernel_distance(samples, reference)
-    monkeypatch.setattr("dit_hf.evaluation.sets.BLOCK", 7)
+    monkeypatch.setattr("dit_hf.evaluation.pairs.BLOCK", 7)
     assert kernel_distance(samples, reference) == pytest.approx(whole, rel=1e-9)
 
 
@@ -181,7 +177,7 @@ def test_precision_and_recall_are_numpys(monkeypatch):
         "density": (between <= radius_b[None]).sum() / (3 * len(a)),
         "coverage": (between <= radius_b[None]).any(0).mean(),
     }
-    monkeypatch.setattr("dit_hf.evaluation.sets.BLOCK", 10)
+    monkeypatch.setattr("dit_hf.evaluation.pairs.BLOCK", 10)
     found = precision_recall(samples, reference)
     assert {name: values.mean().item() for name, values in found.items()} == pytest.approx(expected)
     assert 0 < expected["precision"] < 1
@@ -192,8 +188,8 @@ def test_precision_and_recall_are_numpys(monkeypatch):
         precision_recall(samples, reference[:3])
 
 
-@pytest.mark.parametrize("figure", [kernel_distance, precision_recall, nearest_neighbours])
-def test_figures_of_pairs_name_bad_sets(figure):
+@pytest.mark.parametrize("metric", [kernel_distance, precision_recall, nearest_neighbours])
+def test_metrics_of_pairs_name_bad_sets(metric):
     bad = draw(9)
     bad[4, 2] = float("inf")
     for sets, message in (
@@ -203,243 +199,172 @@ def test_figures_of_pairs_name_bad_sets(figure):
         ((draw(1), draw(9)), r"\(samples\).*at least 2 images"),
     ):
         with pytest.raises(ValueError, match=message):
-            figure(*sets)
+            metric(*sets)
 
 
 def test_copies_of_training_images_are_found(monkeypatch):
-    monkeypatch.setattr("dit_hf.evaluation.sets.BLOCK", 10)
+    monkeypatch.setattr("dit_hf.evaluation.pairs.BLOCK", 10)
     training = draw(50)
     distances, indices = nearest_neighbours(torch.stack([training[17], training[4] + 0.01]), training)
     assert indices.tolist() == [17, 4]
     assert distances[0] == 0 < distances[1]
 
 
-def features(count, seed=0, shift=0.0, extractor="a"):
-    return Features(
-        draw(count, seed=seed, shift=shift), draw(count, 5, seed), draw(count, 6, seed), {"name": extractor}
-    )
+def features(count, seed=0, shift=0.0, extractor="a", **options):
+    parts = draw(count, seed=seed, shift=shift), draw(count, 5, seed), draw(count, 6, seed)
+    return Features(*parts, {"name": extractor}, **options)
 
 
-def test_named_figures_and_their_intervals():
+def of(dataset):
+    """Mean and covariance alone, as in ADM's files."""
+    return ReferenceStatistics({"features": gaussian(dataset.features)}, dataset.extractor, dataset.image_size, False)
+
+
+def test_named_metrics_and_their_intervals():
     samples, reference = features(200), features(50, seed=1, shift=0.2)
-    every = ("fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage")
+    every = ("fd_a", "sfd_a", "is_a", "kd_a", "precision", "recall", "density", "coverage")
     found = compute_metrics(samples, reference, every, bootstrap=20)
     assert list(found) == list(every)
-    assert all(figure["ci95"] > 0 for figure in found.values())
-    share = found["precision"]["value"]
-    assert found["precision"]["ci95"] == pytest.approx(1.96 * (share * (1 - share) / 200) ** 0.5, rel=0.4)
+    assert all(result["ci95"] > 0 for result in found.values())
+    assert found["is_a"]["std"] > 0
+    fraction = found["precision"]["value"]
+    assert found["precision"]["ci95"] == pytest.approx(1.96 * (fraction * (1 - fraction) / 200) ** 0.5, rel=0.4)
     plain = compute_metrics(samples, reference, every)
     assert all(plain[name]["value"] == found[name]["value"] for name in every)
-    statistics = {"features": gaussian(reference.features)}
-    assert compute_metrics(samples, statistics, ["fid"])["fid"] == pytest.approx(plain["fid"])
+    alone = compute_metrics(samples, None, ["fd_a"], statistics=of(reference))
+    assert alone["fd_a"] == pytest.approx(plain["fd_a"])
     # Recall is a mean over reference images: those are redrawn.
-    share = found["recall"]["value"]
-    assert found["recall"]["ci95"] == pytest.approx(1.96 * (share * (1 - share) / 50) ** 0.5, rel=0.4)
+    fraction = found["recall"]["value"]
+    assert found["recall"]["ci95"] == pytest.approx(1.96 * (fraction * (1 - fraction) / 50) ** 0.5, rel=0.4)
+
+
+def test_metrics_that_cannot_be_computed_are_refused():
+    samples, reference = features(20), features(20, seed=1)
+    for metric in ("fidd", "fd", "sfid2", "fd_b", "", "fd_inception"):  # no name falls through to another metric
+        with pytest.raises(
+            ValueError, match=f"no metric '{metric}'; with 'a' choose from fd_a, sfd_a, is_a, kd_a, prec"
+        ):
+            compute_metrics(samples, reference, [metric])
     with pytest.raises(ValueError, match="none or at least 2"):
-        compute_metrics(samples, reference, ["fid"], bootstrap=1)
-    for metrics, other, message in (
-        (["fidd"], reference, "no metric 'fidd'; choose of fid"),
-        (["fid"], features(110, extractor="b"), "seen by"),
-        (["kid"], statistics, "not enough"),
-        (["sfid"], statistics, "no statistics for sfid"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            compute_metrics(samples, other, metrics)
-    with pytest.raises(ValueError, match="sfid needs `spatial`"):
-        compute_metrics(Features(samples.features, None, None, {"name": "a"}), reference, ["sfid"])
+        compute_metrics(samples, reference, ["fd_a"], bootstrap=1)
+    with pytest.raises(ValueError, match=r"features are of \{'name': 'a'\}, the reference of \{'name': 'b'\}"):
+        compute_metrics(samples, features(20, extractor="b"), ["fd_a"])
+    with pytest.raises(ValueError, match="the training of"):
+        compute_metrics(samples, reference, ["fd_a"], training=features(20, extractor="b"))
+    with pytest.raises(ValueError, match="kd_a needs the reference's images.*statistics are not enough"):
+        compute_metrics(samples, None, ["kd_a"], statistics=of(reference))
+    with pytest.raises(ValueError, match="sfd_a needs statistics of `spatial`"):
+        compute_metrics(samples, None, ["sfd_a"], statistics=of(reference))
+    with pytest.raises(ValueError, match="accuracy needs training images"):
+        compute_metrics(samples, reference, ["accuracy"])
+    with pytest.raises(ValueError, match="accuracy needs the class of every image"):
+        compute_metrics(samples, reference, ["accuracy"], training=reference)
+    with pytest.raises(ValueError, match="sfd_a needs `spatial`, which the extractor does not give"):
+        compute_metrics(Features(samples.features, None, None, {"name": "a"}), reference, ["sfd_a"])
+    with pytest.raises(ValueError, match="sfd_a needs `spatial` of every set; one has only features"):
+        compute_metrics(samples, Features(reference.features, None, None, {"name": "a"}), ["sfd_a"])
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    """The same twelve pictures as a folder and as an npz."""
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
-    (tmp_path / "folder").mkdir()
-    for index, image in enumerate(pixels):
-        PILImage.fromarray(image).save(tmp_path / "folder" / f"{index:03d}.png")
-    np.savez(tmp_path / "images.npz", arr_0=pixels)
-    return tmp_path, pixels
+def test_sets_of_different_image_sizes_are_refused():
+    samples, reference = features(20, image_size=(64, 64)), features(20, seed=1, image_size=(256, 256))
+    for sets in ({"reference": reference}, {"reference": None, "statistics": of(reference)}):
+        with pytest.raises(
+            ValueError,
+            match=r"different sizes, 64×64 pixels \(samples\) and 256×256 \(reference.*\); pass --resolution",
+        ):
+            compute_metrics(samples, metrics=["fd_a"], **sets)
+    with pytest.raises(ValueError, match=r"256×256 \(training\)"):
+        compute_metrics(samples, samples, ["fd_a"], training=reference)
 
 
-def test_sources_hold_the_same_images(pictures, workspace):
-    folder, pixels = pictures
-    sources = [ImageSource(folder / "folder"), ImageSource(folder / "images.npz")]
-    for source in sources:
-        found = torch.cat(list(source.batches(5)))
-        assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), pixels)
-    assert sources[0].digest() == sources[1].digest()
-    assert torch.cat(list(ImageSource(workspace / "data").batches(3))).shape == (8, 3, 32, 32)
+def test_published_names_are_inceptions_alone():
+    names = {"fid": "fd", "sfid": "sfd", "is": "is", "kid": "kd"}
+    inception, other = (features(20, extractor=name) for name in ("inception", "facebook/dinov2-base"))
+    assert list(compute_metrics(inception, inception, [*names, "recall"])) == [*names, "recall"]
+    for published, name in names.items():
+        wanted = f"{name}_dinov2_base"
+        assert list(compute_metrics(other, other, [wanted])) == [wanted]
+        with pytest.raises(ValueError, match=f"'{published}' is .* of Inception's features; of .* called '{wanted}'"):
+            compute_metrics(other, other, [published])
+    everything = Available(inception.parts, True, (), True)
+    assert default_metrics("inception", everything) == [*names, "precision", "recall"]
+    pooled = Available(["features"], True, (), False)
+    assert default_metrics("dinov2", pooled) == ["fd_dinov2", "kd_dinov2", "precision", "recall"]
+    assert default_metrics("inception", Available(inception.parts, False, ["features"], False)) == ["fid", "is"]
 
 
-def test_classes_of_samples_are_those_of_the_recipe(pictures):
-    folder, pixels = pictures
-    np.savez(folder / "samples.npz", arr_0=pixels[:2], arr_1=np.array([1, 0]))
-    assert ImageSource(folder / "samples.npz").labels() is None  # no recipe beside it
-    (folder / "recipe.json").write_text(json.dumps({"classes": {"0": "a", "1": "b"}}))
-    assert ImageSource(folder / "samples.npz").labels() == ["b", "a"]
-    assert ImageSource(folder / "images.npz").labels() is None  # another set, not of that recipe
-    (folder / "recipe.json").write_text(json.dumps({"classes": {"0": "a"}}))
-    with pytest.raises(ValueError, match="samples.npz has images of class 1"):
-        ImageSource(folder / "samples.npz").labels()
-    (folder / "recipe.json").write_text("{")
-    with pytest.raises(ValueError, match="recipe.json can't be read"):
-        ImageSource(folder / "samples.npz").labels()
+def test_no_metric_depends_on_the_order_of_images():
+    """Sorted by class or shuffled, in either set: the same values and intervals. Inception Score was 8.65 or 38.9."""
+    names = [f"class {index // 6}" for index in range(60)]
+    sets = [features(60, seed, 0.3 * seed, labels=names) for seed in range(3)]
+    for part in sets:  # sure of a class each, sorted by class
+        part.logits = 8.0 * torch.nn.functional.one_hot(torch.arange(60) // 6, 10) + draw(60, 10, seed=5).sigmoid()
+    permutation = torch.randperm(60, generator=torch.Generator().manual_seed(3))
+    permuted = [part.select(permutation) for part in sets]
+    every = [metric.full_name("a") for metric in METRICS]
+    first, second = (
+        compute_metrics(samples, reference, every, bootstrap=3, training=training)
+        for samples, reference, training in (sets, permuted)
+    )
+    assert set(first) == {"fd_a", "sfd_a", "is_a", "kd_a", "precision", "recall", "density", "coverage", "accuracy"}
+    for name in every:
+        assert first[name] == pytest.approx(second[name], rel=1e-9), name
+    assert first["is_a"]["value"] > 3
+    few = [part.select(torch.arange(0, 60, 6)) for part in sets]
+    chosen = [matched_training_images(few[0], training).features for training in (sets[2], permuted[2])]
+    torch.testing.assert_close(*chosen, rtol=0, atol=0)
 
 
-def test_bad_sources_are_named(pictures):
-    folder, pixels = pictures
-    content = (folder / "images.npz").read_bytes()
-    (folder / "cut.npz").write_bytes(content[: len(content) // 2])
-    np.savez(folder / "float.npz", arr_0=pixels.astype(np.float32))
-    np.savez(folder / "other.npz", images=pixels)
-    np.savez(folder / "nan.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1
-    (folder / "flipped.npz").write_bytes(flipped)
-    np.savez(folder / "none.npz", arr_0=pixels[:0])
-    bad = {"cut": "no npz", "float": "must be uint8", "missing": "no npz", "flipped": "CRC", "none": "no images"}
-    for name, message in (bad | {"other": "arr_0"}).items():
-        with pytest.raises(ValueError, match=f"{name}.npz.*{message}"):
-            list(ImageSource(folder / f"{name}.npz").batches())
-    np.savez(folder / "alone.npz", mu=np.zeros(3))
-    np.savez(folder / "mean.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
-    for name, message in (("other", "has images"), ("nan", "finite"), ("mean", "finite"), ("alone", "sigma")):
-        with pytest.raises(ValueError, match=f"{name}.npz.*{message}"):
-            reference_statistics(folder / f"{name}.npz")
-    np.savez(folder / "shape.npz", mu=np.zeros(3), sigma=np.eye(2))
-    np.savez(folder / "words.npz", mu=np.zeros(3), sigma=np.eye(3), extractor=np.array("{"))
-    for name in ("shape", "words"):
-        with pytest.raises(ValueError, match=f"{name}.npz can't be used"):
-            reference_statistics(folder / f"{name}.npz")
-    assert reference_statistics(folder / "images.npz") is None
-    few = GaussianStatistics.from_moments(torch.zeros(12), torch.cov(draw(5).T))
-    with pytest.warns(UserWarning, match="reference"):  # the rank of a covariance tells of how few images it is
-        frechet_distance(gaussian(draw(50)), few)
-    PILImage.new("RGB", (8, 8)).save(folder / "folder" / "999.png")
-    with pytest.raises(ValueError, match="999.png.*another size: pass --resolution"):
-        list(ImageSource(folder / "folder").batches())
-    cropped = torch.cat(list(ImageSource(folder / "folder", resolution=8).batches()))
-    assert cropped.shape == (13, 3, 8, 8)
-    assert torch.equal(cropped[0], to_tensor(center_crop(PILImage.fromarray(pixels[0]), 8)))
-    save_file({"features": draw(4)}, folder / "words.safetensors", metadata={"extractor": "{"})
-    for name in ("images.npz", "words.safetensors"):
-        with pytest.raises(ValueError, match=f"{name} can't be read as features"):
-            Features.load(folder / name)
+def test_inception_score_of_samples_sorted_by_class():
+    """10 images of each of 100 classes: 8.65 in contiguous splits of the sorted set, 38.9 shuffled."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1000, 100, generator=generator)
+    logits[torch.arange(1000), torch.arange(100).repeat_interleave(10)] += 8
+    score = inception_score(logits)[0]
+    assert 37 < score < 41
+    assert inception_score(logits[torch.randperm(1000, generator=generator)])[0] == pytest.approx(score, rel=1e-9)
 
 
-def run_script(*arguments, env=None):
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    if env is None:
-        return run_forked(command)
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+def test_a_new_metric_is_a_function_and_a_row(monkeypatch):
+    """One number a set, and one an image; both get intervals, names and defaults like any other."""
+    mean = Metric("drift", "shift of the mean", lambda samples, reference: (samples.mean() - reference.mean()).item())
+    norm = Metric("norm", "norm", lambda samples: samples.norm(dim=1), "spatial", None, per_image=True, default=True)
+    monkeypatch.setattr(table, "METRICS", [*METRICS, mean, norm])
+    samples, reference = features(30), features(40, seed=1, shift=2.0)
+    found = compute_metrics(samples, reference, ["drift", "norm"], bootstrap=4)
+    assert found["drift"]["value"] == pytest.approx((samples.features.mean() - reference.features.mean()).item())
+    assert found["norm"]["value"] == pytest.approx(samples.spatial.norm(dim=1).mean().item())
+    assert found["drift"]["ci95"] > 0 < found["norm"]["ci95"]
+    assert default_metrics("a", Available(samples.parts, True, (), False))[-1] == "norm"
 
 
-def test_the_command_and_its_cache(pictures):
-    folder, _ = pictures
-    flags = ("--metrics", "fid,kid,precision", "--bootstrap", 2, "--cache_dir", folder / "cache")
-    result = run_script("--samples", folder / "folder", "--reference", folder / "images.npz", *flags)
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert abs(found["fid"]["value"]) < 1e-2  # the same images
-    assert found["precision"]["value"] == 1
-    assert found["recipe"]["extractor"]["resize"].startswith("112×112, bicubic, antialias")
-    (cached,) = (folder / "cache").iterdir()  # one set of images, seen once
-    flags = ("--feature_extractor", "precomputed", "--metrics", "fid", "--bootstrap", 0)
-    bad = run_script("--samples", cached, "--reference", folder / "images.npz", *flags)
-    assert bad.returncode == 2
-    assert "images.npz" in bad.stderr
+WITHOUT = """
+import sys
+sys.modules |= dict.fromkeys(("datasets", "transformers", "peft", "efficientnet_lite_pytorch", "sklearn"))
+import torch
+from dit_hf.evaluation.frechet import frechet_distance
+from dit_hf.evaluation.extractors import Features, load_extractor
+from dit_hf.evaluation.metrics import compute_metrics
+features = torch.arange(36.0).reshape(12, 3).sin()
+print(frechet_distance(features + 1, features))
+sets = [Features(part, None, None, {"name": "mine"}) for part in (features, features + 1)]
+print(compute_metrics(*sets, ["fd_mine", "kd_mine", "precision"])["fd_mine"]["value"])
+for use in (lambda: load_extractor("efficientnet-lite0"), lambda: load_extractor("facebook/dinov2-base"),
+            lambda: __import__("dit_hf.evaluation.accuracy").evaluation.accuracy.train_probe(features, ["a"] * 12),
+            lambda: __import__("dit_hf.evaluation.sources").evaluation.sources.ImageSource("outputs/none")):
+    try:
+        use()
+    except (ImportError, ValueError) as error:
+        print(error)
+"""
 
 
-def test_statistics_in_the_format_of_adm(pictures):
-    """Saved, read again in place of the images, and refused where another extractor made them."""
-    folder, _ = pictures
-    flags = ("--metrics", "fid,sfid", "--bootstrap", 0, "--cache_dir", folder / "cache")
-    saved = folder / "reference.npz"
-    command = ("--samples", folder / "images.npz", "--reference")
-    run_script(*command, folder / "folder", *flags, "--save_statistics", saved)
-    with np.load(saved) as arrays:
-        assert set(arrays) == {"mu", "sigma", "mu_s", "sigma_s", "count", "extractor"}
-        assert arrays["sigma"].shape == (1280, 1280)
-        theirs = {name: arrays[name] for name in ("mu", "sigma")}
-    found = json.loads(run_script(*command, saved, *flags).stdout)
-    assert abs(found["fid"]["value"]) < 1e-2
-    assert abs(found["sfid"]["value"]) < 1e-2
-    statistics, extractor = reference_statistics(saved)
-    assert statistics["features"].count == 12
-    assert extractor["name"] == "efficientnet-lite0"
-    np.savez(folder / "adm.npz", **theirs)
-    np.savez(folder / "other.npz", **theirs, extractor=np.array(json.dumps(extractor | {"resize": "64x64"})))
-    np.savez(folder / "both.npz", arr_0=np.load(folder / "images.npz")["arr_0"], mu=np.zeros(7), sigma=np.eye(7))
-    for name, message in (("adm", "inception (the file names none"), ("other", "64x64")):
-        bad = run_script(*command, folder / f"{name}.npz", *flags)
-        assert bad.returncode == 2
-        assert f"{name}.npz" in bad.stderr
-        assert message in bad.stderr
-    both = run_script(*command, folder / "both.npz", *flags)  # as ADM's own: statistics of Inception, images for any
-    assert abs(json.loads(both.stdout)["fid"]["value"]) < 1e-2
-    cached = next(path for path in (folder / "cache").iterdir())  # the same of features computed elsewhere
-    flags = ("--feature_extractor", "precomputed", "--metrics", "fid", "--bootstrap", 0)
-    assert run_script("--samples", cached, "--reference", saved, *flags).returncode == 0
-    bad = run_script("--samples", cached, "--reference", folder / "other.npz", *flags)
-    assert bad.returncode == 2
-    assert "64x64" in bad.stderr
-    bad = run_script("--samples", cached, "--reference", saved, *flags, "--save_statistics", folder / "again.npz")
-    assert bad.returncode == 2
-    assert "a file of statistics already" in bad.stderr
-
-
-def test_images_beside_statistics_give_what_statistics_cannot(pictures):
-    """As in ADM's reference batches: distances by the statistics, precision by the images."""
-    folder, pixels = pictures
-    flags = ("--bootstrap", 0, "--cache_dir", folder / "cache")
-    command = ("--samples", folder / "images.npz", "--reference")
-    run_script(*command, folder / "folder", *flags, "--metrics", "fid", "--save_statistics", folder / "reference.npz")
-    with np.load(folder / "reference.npz") as arrays:
-        moved = {name: arrays[name] for name in arrays} | {"mu": arrays["mu"] + 1}
-    np.savez(folder / "both.npz", arr_0=pixels, **moved)
-    found = json.loads(run_script(*command, folder / "both.npz", *flags, "--metrics", "precision,fid").stdout)
-    assert list(found)[:2] == ["precision", "fid"]
-    assert found["precision"]["value"] == 1
-    assert found["fid"]["value"] == pytest.approx(1280, rel=1e-3)  # 1² in each of 1280 channels
-
-
-def test_figures_go_into_the_card_with_their_recipe(pictures):
-    folder, _ = pictures
-    DiTClassCondPipeline(
-        tiny_transformer(num_classes=2, learn_sigma=False), make_scheduler("flow_euler"), tiny_vae(), {0: "a", 1: "b"}
-    ).save_pretrained(folder / "pipe")
-    Features(draw(40), None, None, {"name": str(folder / "dinov2")}).save(folder / "a.safetensors")
-    Features(draw(50, seed=1), None, None, {"name": str(folder / "dinov2")}).save(folder / "b.safetensors")
-    flags = ("--feature_extractor", "precomputed", "--metrics", "fid,kid", "--bootstrap", 0)
-    with HubServer() as hub:
-        environment = os.environ | hub.environment(folder / "home")
-        result = run_script(
-            *("--samples", folder / "a.safetensors", "--reference", folder / "b.safetensors", *flags),
-            *("--training", folder / "a.safetensors", "--update_card", folder / "pipe", "--push_to_hub"),
-            *("--hub_model_id", "user/measured"),
-            env=environment,
-        )
-        assert result.returncode == 0, result.stderr
-        published = hub.files("user/measured")["README.md"].decode()
-    other = ("--samples", folder / "a.safetensors", "--reference", folder / "a.safetensors", *flags)
-    run_script(*other, "--update_card", folder / "pipe", "--dataset_title", "themselves")
-    found = json.loads(result.stdout)
-    copies = found["nearest training image"]
-    assert copies["share of suspects"] == 1  # the samples are the training images
-    assert "count" in found["training images"]
-    assert copies["nearest"][0] == {"sample": 0, "training": 0, "distance": 0.0}
-    assert copies["median of the reference"] > 0
-    local = ModelCard.load(folder / "pipe" / "README.md")
-    for card in (local, ModelCard(published)):
-        held_out = [result for result in card.data.eval_results if result.dataset_name == "held-out images"]
-        results = {result.metric_type: result for result in held_out}
-        assert results["fid"].metric_value == round(found["fid"]["value"], 4)
-        assert results["kid"].metric_args["num_reference"] == 50
-        assert results["kid"].metric_args["samples"] == "a.safetensors"
-        assert str(folder) not in card.content
-        assert "Fréchet distance (dinov2)" in card.text
-    assert len(local.data.eval_results) == 4  # of two references
-
-
-def test_inception_asks_for_its_weights():
-    with pytest.raises(ValueError, match="--extractor_weights"):
-        load_extractor("inception")
+def test_features_are_compared_without_extras():
+    """FID of two tensors and the table need no extras; what reads datasets or runs extractors names its own."""
+    result = subprocess.run([sys.executable, "-c", WITHOUT], check=True, capture_output=True, text=True)
+    *distances, network, vision, probe, sources = result.stdout.splitlines()
+    assert [float(distance) for distance in distances] == pytest.approx([3.0, 3.0])
+    assert network == "dit_hf.evaluation.features needs efficientnet_lite_pytorch: pip install 'dit_hf[evaluate]'."
+    assert vision == "dit_hf.evaluation.extractors needs transformers: pip install 'dit_hf[evaluate]'."
+    assert probe == "dit_hf.evaluation.accuracy needs scikit-learn: pip install 'dit_hf[evaluate]'."
+    assert sources == "outputs/none is read as a dataset, which needs datasets: pip install 'dit_hf[evaluate]'."

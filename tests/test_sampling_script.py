@@ -1,8 +1,9 @@
-"""Sampling for evaluation: any number of processes and batch size, kills, ADM's npz, named rows of the paper."""
+"""Commands that generate images: `sample` with any number of processes, batch size and kills; `generate`."""
 
 import json
 import os
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,17 @@ from testing_utils.scripts import run_forked
 from testing_utils.training_runs import kill_after, run
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.commands.generate import class_labels
+from dit_hf.commands.sample import call_settings
 from dit_hf.evaluation.samples import SAMPLING_RECIPES, sample_images, sample_labels
 from dit_hf.evaluation.sources import ImageSource
 from dit_hf.seeds import seeded_generator
 
 
+FD = "fd_efficientnet_lite0"
 COMPUTE = ROOT / "examples" / "evaluate" / "compute_metrics.py"
 SAMPLE = ROOT / "examples" / "evaluate" / "sample.py"
+GENERATE = ROOT / "examples" / "generate.py"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ def test_processes_batches_and_kills_do_not_change_the_set(pipeline, tmp_path):
     alone = pipe(7 % 3, generator=[seeded_generator(0, 7)], **options).images[0].permute(1, 2, 0).numpy() * 255
     assert np.abs(alone.round() - first[7]).max() <= 1
     del options["output_type"]
-    together = sample_images(pipe, torch.arange(14) % 3, 0, batch_size=4, **options)  # as validation draws them
+    together = sample_images(pipe, torch.arange(14) % 3, 0, batch_size=4, **options)  # as validation generates them
     assert np.abs(together.permute(0, 2, 3, 1).numpy().astype(int) - first).max() <= 1
     recipe = json.loads((tmp_path / "one" / "recipe.json").read_text())
     assert (recipe["guidance_scale"], recipe["scheduler"]) == (2.0, "FlowMatchEulerDiscreteScheduler")
@@ -81,12 +86,12 @@ def test_processes_batches_and_kills_do_not_change_the_set(pipeline, tmp_path):
     assert "seed was 0 and is 1" in result.stderr
 
 
-def test_figures_of_samples_with_the_classes_of_a_dataset(pipeline, tmp_path, workspace):
-    """From the dataset's class names to the accuracy of a probe on them, and the same figures of training images."""
+def test_metrics_of_samples_with_the_classes_of_a_dataset(pipeline, tmp_path, workspace):
+    """From the dataset's class names to the accuracy of a probe on them, and the same metrics of training images."""
     data = workspace / "data"
     run(command(pipeline, tmp_path / "out", labels=data, num_samples=12, num_inference_steps=1))
     flags = ["--samples", tmp_path / "out" / "samples.npz", "--reference", data, "--training", data]
-    flags += ["--metrics", "fid,accuracy", "--bootstrap", 2, "--cache_dir", tmp_path / "cache"]
+    flags += ["--metrics", f"{FD},accuracy", "--bootstrap", 2, "--cache_dir", tmp_path / "cache"]
     found = json.loads(run([sys.executable, COMPUTE, *map(str, flags)]).stdout)
     names = ImageSource(data, "test").labels()
     drawn = ImageSource(tmp_path / "out" / "samples.npz").labels()
@@ -95,7 +100,7 @@ def test_figures_of_samples_with_the_classes_of_a_dataset(pipeline, tmp_path, wo
     assert drawn[8:] == drawn[:4]
     assert found["reference"]["accuracy"]["value"] > 0.5  # dark and light
     assert found["training images"]["count"] == 12
-    assert found["training images"]["fid"]["value"] < found["fid"]["value"]
+    assert found["training images"][FD]["value"] < found[FD]["value"]
     assert found["recipe"]["sampling"]["num_inference_steps"] == 1
     result = run_forked(command(pipeline, tmp_path / "no", labels=data / "none"))
     assert result.returncode == 2
@@ -134,3 +139,61 @@ def test_a_dry_run_prints_the_cost_of_a_row_of_the_paper(pipeline, tmp_path):
     for recipe in SAMPLING_RECIPES.values():
         assert recipe | {"num_inference_steps": 250, "guidance_channels": 3, "scheduler": "ddpm"} == recipe
         assert recipe | {"num_samples": 50_000, "labels": "random", "vae": "stabilityai/sd-vae-ft-mse"} == recipe
+        assert recipe["guidance_interval"] == (0.0, 1.0)
+
+
+def test_flags_that_are_not_given_are_the_pipelines_own(pipeline, tmp_path):
+    """The recipe holds what was used; giving the same values is the same set."""
+    flags = {"num_samples": 2, "output_dir": tmp_path / "own"}
+    own = [sys.executable, SAMPLE, "--pretrained_model_name_or_path", pipeline, *flatten(flags)]
+    run_forked(own, check=True)
+    recipe = json.loads((tmp_path / "own" / "recipe.json").read_text())
+    settings = ("num_inference_steps", "guidance_scale", "guidance_channels", "guidance_interval")
+    pipe = DiTClassCondPipeline.from_pretrained(pipeline)
+    used = call_settings(pipe, Namespace(**dict.fromkeys(settings)))
+    assert {name: recipe[name] for name in settings} == used | {"guidance_interval": list(used["guidance_interval"])}
+    assert call_settings(pipe, Namespace(**dict.fromkeys(settings) | {"guidance_scale": 2.0}))["guidance_scale"] == 2.0
+    given = {"num_inference_steps": used["num_inference_steps"], "guidance_scale": used["guidance_scale"]}
+    result = run_forked([*own, *flatten(given)], check=True)
+    assert "2 images, 0 of them new" in result.stdout
+    bad = run_forked([*own, "--guidance_scale", "1.25"])
+    assert bad.returncode == 2
+    assert "guidance_scale was" in bad.stderr
+
+
+def flatten(flags):
+    return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+def test_a_grid_of_named_classes(pipeline, tmp_path):
+    """A folder or a bundled name; each value is a class, whatever commas its name has."""
+    flags = ["--num_images_per_label", "2", "--num_inference_steps", "1", "--seed", "3"]
+    command = [sys.executable, GENERATE, *flags, "--pretrained_model_name_or_path"]
+    result = run_forked([*command, pipeline, "--output", tmp_path / "a" / "grid.png"], check=True)
+    assert result.stdout.startswith("6 images in")
+    assert Image.open(tmp_path / "a" / "grid.png").size == (104 + 2 * 36, 3 * 36)
+    run_forked([*command[:-1], "--pipeline", pipeline, "--output", tmp_path / "b.png"], check=True)
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a" / "grid.png").read_bytes()
+    labels = ["--class_labels", "grey", "0", "--output", tmp_path / "c.png"]
+    result = run_forked([*command, pipeline, *labels], check=True)
+    assert result.stdout.startswith("4 images in")
+    result = run_forked([*command, "emoji64", "--class_labels", "flags", "--output", tmp_path / "d.webp"], check=True)
+    assert Image.open(tmp_path / "d.webp").size == (104 + 2 * 68, 68)
+    for flags, message in (
+        (["--class_labels", "gray"], "Did you mean 'grey'"),
+        (["--class_labels", "3"], "0 to 2"),
+        (["--output", tmp_path / "e.txt"], "image file"),
+        (["--num_images_per_label", "0"], "at least 1"),
+    ):
+        bad = run_forked([*command, pipeline, "--output", tmp_path / "e.png", *flags])
+        assert bad.returncode == 2
+        assert message in bad.stderr
+    assert not (tmp_path / "e.png").exists()
+
+
+def test_a_label_is_a_name_first():
+    """As in `pipe("4")`; a number that is no name is an id, and a name may hold commas."""
+    id2label = dict(enumerate(("10", "2, two", "crane, bird", "4")))
+    assert class_labels(["4", "2", "two", "3", "crane, bird"], id2label) == ["4", "2", "two", 3, "crane, bird"]
+    pipe = DiTClassCondPipeline(tiny_transformer(num_classes=4), make_scheduler("ddim"), None, id2label)
+    assert pipe.resolve_class_labels(class_labels(["4", "2", "1", "crane, bird"], id2label)) == [3, 1, 1, 2]

@@ -45,7 +45,7 @@ def test_the_study_runs_and_goes_on(tmp_path):
 
 def test_the_fit_is_that_of_the_results(tmp_path):
     """Twelve models on a line: a hundred less a decade of compute."""
-    lines = ["study,model,steps,guidance_scale,gflops,sampling_gflops,fid,precision,recall"]
+    lines = ["study,model,steps,guidance_scale,gflops,sampling_gflops,fd_efficientnet_lite0,precision,recall"]
     for number in range(12):
         gflops = 0.01 * 2**number
         row = [

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Draws the results of `run_study.py`, and says how distance falls with compute.
+"""Plots the results of `run_study.py`, and fits distance vs. compute.
 
-    python examples/scaling_study/plot_study.py --results outputs/scaling_study/results.csv --output_dir docs/scaling_study
+    python examples/scaling_study/plot_study.py --results outputs/scaling_study/results.csv \
+        --output_dir docs/scaling_study
 
 Expected: seconds. Prints the correlation of distance with the logarithm of Gflops and the slope of the fit as JSON.
 """
@@ -31,10 +32,10 @@ def parse_args():
 def plot_scaling(axes, rows):
     """Distance against compute of the twelve models, and the fit."""
     logarithm = np.log10(rows.gflops)
-    fit = linregress(logarithm, rows.fid)
-    axes.scatter(rows.gflops, rows.fid)
+    fit = linregress(logarithm, rows.fd_efficientnet_lite0)
+    axes.scatter(rows.gflops, rows.fd_efficientnet_lite0)
     for row in rows.itertuples():
-        axes.annotate(row.model.removesuffix("-adaln_zero").replace("-", "/"), (row.gflops, row.fid))
+        axes.annotate(row.model.removesuffix("-adaln_zero").replace("-", "/"), (row.gflops, row.fd_efficientnet_lite0))
     axes.plot(rows.gflops, fit.intercept + fit.slope * logarithm, linewidth=0.8)
     axes.set(xscale="log", xlabel="Gflops of a forward pass", title=f"correlation {fit.rvalue:.2f}")
     return {"correlation with log Gflops": round(fit.rvalue, 3), "slope a decade": round(fit.slope, 1)}
@@ -43,30 +44,30 @@ def plot_scaling(axes, rows):
 def plot_conditioning(axes, rows):
     """Distance of the four designs, as bars."""
     names = [model.split("-")[-1] for model in rows.model]
-    axes.bar(names, rows.fid)
+    axes.bar(names, rows.fd_efficientnet_lite0)
     axes.tick_params(axis="x", labelrotation=20)
-    return dict(zip(names, rows.fid.round(1), strict=True))
+    return dict(zip(names, rows.fd_efficientnet_lite0.round(1), strict=True))
 
 
 def plot_sampling(axes, rows):
     """Distance against sampling compute, a line a model."""
     for model, part in rows.groupby("model", sort=False):
-        axes.plot(part.sampling_gflops, part.fid, marker="o", label=model.split("-")[0])
+        axes.plot(part.sampling_gflops, part.fd_efficientnet_lite0, marker="o", label=model.split("-")[0])
     axes.set(xscale="log", xlabel="Gflops of an image")
     axes.legend()
-    return {model: part.fid.min().round(1) for model, part in rows.groupby("model", sort=False)}
+    return {model: part.fd_efficientnet_lite0.min().round(1) for model, part in rows.groupby("model", sort=False)}
 
 
 def plot_guidance(axes, rows):
     """Distance, precision and recall against guidance."""
-    axes.plot(rows.guidance_scale, rows.fid, marker="o", color="black")
+    axes.plot(rows.guidance_scale, rows.fd_efficientnet_lite0, marker="o", color="black")
     shares = axes.twinx()
     for name in ("precision", "recall"):
         shares.plot(rows.guidance_scale, rows[name], marker=".", linestyle="--", label=name)
     shares.set_ylabel("precision, recall")
     shares.legend()
     axes.set(xlabel="guidance scale", title="distance: solid line")
-    return {"best scale": float(rows.guidance_scale[rows.fid.idxmin()])}
+    return {"best scale": float(rows.guidance_scale[rows.fd_efficientnet_lite0.idxmin()])}
 
 
 PLOTS: dict[str, Callable] = {

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The paper's scaling study (§5) in miniature: distance against compute, for size, patch, conditioning, steps and guidance.
+"""The paper's scaling study (§5) in miniature: FD vs. compute for size, patch, conditioning, steps, guidance.
 
     accelerate launch --cpu --num_processes 1 --dynamo_backend inductor --dynamo_use_regional_compilation \
         examples/scaling_study/run_study.py --latents_dir outputs/latents --reference outputs/emoji64 \
         --mixed_precision bf16 --output_dir outputs/scaling_study
 
 Expected: an hour on 2 cores for everything; run the same command again to go on. Results are rows of
-OUTPUT_DIR/results.csv; `plot_study.py` draws them.
+OUTPUT_DIR/results.csv; `plot_study.py` plots them.
 """
 
 import argparse
@@ -41,7 +41,7 @@ CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 STEPS = (4, 8, 16, 32, 64, 128, 256)
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 DEFAULT_STEPS = 32
-METRICS = ("fid", "precision", "recall")
+METRICS = ("fd_efficientnet_lite0", "precision", "recall")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 MAY_CHANGE = ("output_dir", "sizes", "patches", "studies")
 COLUMNS = ("study", "model", "steps", "guidance_scale", "gflops", "sampling_gflops", *METRICS)
@@ -59,7 +59,7 @@ def parse_args():
     parser.add_argument("--max_train_steps", type=int, default=1000, help="Of every model.")
     parser.add_argument("--train_batch_size", type=int, default=64, help="Of every model.")
     parser.add_argument("--mixed_precision", choices=DTYPES, default="no", help="Of training and of the sampler.")
-    parser.add_argument("--num_samples", type=int, default=500, help="Of every figure.")
+    parser.add_argument("--num_samples", type=int, default=500, help="For every row of results.")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="Rows of the first study.")
     parser.add_argument("--patches", nargs="+", type=int, choices=PATCHES, default=PATCHES, help="Its columns.")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="What to run.")
@@ -103,8 +103,8 @@ def measure(args, pipe, steps, scale, extractor, reference):
     """FD, precision and recall of a trained model with a sampler's settings."""
     labels = sample_labels("balanced", args.num_samples, pipe.transformer.config.num_classes, seed=0)
     images = sample_images(pipe, labels, 0, 100, num_inference_steps=steps, guidance_scale=scale)
-    figures = compute_metrics(extract(images, extractor), reference, METRICS)
-    return [figures[name]["value"] for name in METRICS]
+    found = compute_metrics(extract(images, extractor), reference, METRICS)
+    return [found[name]["value"] for name in METRICS]
 
 
 def sizes_and_patches(args):
@@ -156,9 +156,9 @@ def main():
             if key in done:
                 continue
             pipe = load(train(args, size, patch, conditioning), DTYPES[args.mixed_precision])
-            figures = measure(args, pipe, steps, scale, extractor, reference)
+            metrics = measure(args, pipe, steps, scale, extractor, reference)
             gflops = count_macs(pipe.transformer.config) / 1e9
-            row = [*key, gflops, gflops * steps * (2 if scale > 1 else 1), *figures]
+            row = [*key, gflops, gflops * steps * (2 if scale > 1 else 1), *metrics]
             with open(results, "a", newline="") as file:
                 csv.writer(file).writerow(row)
             print(" ".join(f"{name} {value}" for name, value in zip(COLUMNS, row, strict=True)), flush=True)

@@ -1,6 +1,1 @@
-"""Metrics of generated images."""
-
-try:
-    import datasets  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ImportError(f"{__name__} needs {error.name}: pip install 'dit_hf[evaluate]'.") from error
+"""Metrics of generated images: features → statistics → metric; one file a metric, one table of metrics."""

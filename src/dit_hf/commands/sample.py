@@ -1,0 +1,186 @@
+"""Generates a seeded set of images for evaluation: the same set for any number of processes and any batch size.
+
+    accelerate launch --module dit_hf.commands.sample --pretrained_model_name_or_path emoji64 --num_samples 1000 \
+        --output_dir outputs/samples
+
+Expected: three minutes for a thousand images of the bundled model on 2 cores. OUTPUT_DIR then holds `images/`, one PNG
+per sample, `samples.npz` in ADM's format and `recipe.json`. After an interruption the same command resumes.
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..command_line import run
+from ..complexity import count_macs
+from ..data.autoencoders import load_autoencoder
+from ..data.fingerprints import checksum
+from ..evaluation.samples import (
+    SAMPLES,
+    SAMPLING_RECIPES,
+    generate_samples,
+    missing_samples,
+    sample_labels,
+    write_npz,
+)
+from ..pipeline import DiTClassCondPipeline
+from ..schedulers import make_scheduler, trained_options
+from ..seeds import seeded_generator
+from ..training.checkpointing import check_same_settings, record_settings
+from ..training.running import only_run, start_accelerator
+
+
+# What may differ between two runs that generate the same set.
+MAY_CHANGE = ("batch_size", "versions")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="Pipeline: folder, Hub id or bundled name."
+    )
+    parser.add_argument("--revision", help="Of a repository on the Hub.")
+    parser.add_argument(
+        "--recipe", choices=SAMPLING_RECIPES, help="A row of the paper; other flags replace single values."
+    )
+    parser.add_argument("--num_samples", type=int, default=50_000, help="Images.")
+    parser.add_argument(
+        "--labels",
+        default="balanced",
+        help="`balanced`, classes in turn; `random`; or a dataset: its test split says how often each class occurs.",
+    )
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        help="Of a dataset with one split, the fraction that is its test split (--labels).",
+    )
+    parser.add_argument("--scheduler", help="Recipe of `make_scheduler`; the pipeline's own if not given.")
+    add_call_flags(parser)
+    parser.add_argument("--vae", help="Folder or Hub id of another decoder.")
+    parser.add_argument("--seed", type=int, default=0, help="Image i depends on (seed, i) alone.")
+    parser.add_argument("--batch_size", type=int, default=48, help="Images in a batch of a process.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Images, samples.npz and recipe.json.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the cost, and write nothing.")
+    parser.set_defaults(**SAMPLING_RECIPES.get(parser.parse_known_args()[0].recipe, {}))
+    args = parser.parse_args()
+    if args.num_samples < 1 or args.batch_size < 1:
+        parser.error("--num_samples and --batch_size must be at least 1")
+    return args
+
+
+def add_call_flags(parser):
+    """The flags of a call of the pipeline; what is not given is what its makers recommend."""
+    default = "the pipeline's own if not given"
+    parser.add_argument("--num_inference_steps", type=int, help=f"Sampler steps; {default}.")
+    parser.add_argument("--guidance_scale", type=float, help=f"Classifier-free guidance; {default}.")
+    parser.add_argument("--guidance_channels", type=int, help=f"Guided channels, 3 in the paper; {default}.")
+    parser.add_argument("--guidance_interval", type=float, nargs=2, help=f"Guided part of the steps; {default}.")
+
+
+def call_settings(pipe, args):
+    """What the pipeline is called with: the flags, and its own settings for those that are not given."""
+    names = ("num_inference_steps", "guidance_scale", "guidance_channels", "guidance_interval")
+    return pipe.resolve_call(**{name: getattr(args, name) for name in names})
+
+
+def load_pipeline(args, device):
+    """The pipeline that the flags name, with their scheduler and decoder."""
+    pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, revision=args.revision)
+    if args.vae:
+        pipe.register_modules(vae=load_autoencoder(args.vae))
+    if args.scheduler:
+        pipe.scheduler = make_scheduler(args.scheduler, **trained_options(args.scheduler, pipe.scheduler.config))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def asked_labels(args, pipe, count):
+    """Class ids of the samples."""
+    if args.labels in ("balanced", "random"):
+        return sample_labels(args.labels, count, pipe.transformer.config.num_classes, args.seed)
+    from ..data.images import check_column, load_image_dataset
+    from ..evaluation.sources import dataset_labels
+
+    dataset = load_image_dataset(args.labels, "test", holdout=args.holdout)
+    check_column(dataset, "label", "--labels")
+    names = dataset_labels(dataset)
+    if names is None:
+        raise ValueError(f"--labels {args.labels}: its images have no classes, or not all of them.")
+    ids = {name: pipe.get_label_ids(name)[0] for name in sorted(set(names))}
+    # Shuffled, or a part of them would hold the first classes only.
+    order = torch.randperm(len(names), generator=seeded_generator(args.seed, 2)).tolist()
+    return torch.tensor([ids[names[order[index % len(names)]]] for index in range(count)])
+
+
+def print_cost(args, pipe, settings, num_processes):
+    """Compute and hours, by two timed steps."""
+    labels = asked_labels(args, pipe, args.batch_size)
+    for _ in range(2):  # the first warms up
+        started = time.perf_counter()
+        short = pipe(labels.tolist(), **settings | {"num_inference_steps": 2}, output_type="latent")
+        short.images.sum().item()  # waits for a GPU
+        call = (time.perf_counter() - started) / pipe.num_timesteps / args.batch_size
+    first, last = settings["guidance_interval"]
+    halves = 1 + (last - first if pipe.do_classifier_free_guidance else 0)
+    pipe.scheduler.set_timesteps(settings["num_inference_steps"])
+    calls = len(pipe.scheduler.timesteps)  # two a step for Heun's
+    gflops = count_macs(pipe.transformer.config) / 1e9 * calls * halves
+    hours = call * calls * args.num_samples / num_processes / 3600
+    cost = {"Gflops an image": round(gflops, 2), "images": args.num_samples, "hours": round(hours, 2)}
+    print(json.dumps(cost, indent=2))
+
+
+def main():
+    args = parse_args()
+    accelerator = start_accelerator()
+    pipe = load_pipeline(args, accelerator.device)
+    settings = call_settings(pipe, args)
+    if args.dry_run:
+        if accelerator.is_main_process:
+            print_cost(args, pipe, settings, accelerator.num_processes)
+        return
+    labels = asked_labels(args, pipe, args.num_samples)
+    with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
+        sample(args, accelerator, pipe, labels, settings)
+
+
+def sample(args, accelerator, pipe, labels, settings):
+    """All images that are not there yet, each process its part; then the npz."""
+    recipe = {name: value for name, value in vars(args).items() if name not in ("dry_run", "output_dir")}
+    recipe |= settings | {"label_ids": hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]}
+    config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    recipe |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_config": config}
+    recipe |= {"dtype": str(pipe.transformer.dtype), "weights": checksum(pipe.transformer)[:16]}
+    recipe["vae_weights"] = checksum(pipe.vae)[:16] if pipe.vae is not None else None
+    recipe["classes"] = {str(label): name for label, name in pipe.id2label.items()}
+    recipe["versions"] = {name: version(name) for name in ("dit_hf", "torch", "diffusers")}
+    folder = args.output_dir / "images"
+    missing = missing_samples(folder, args.num_samples)
+    if accelerator.is_main_process:
+        check_same_settings(args.output_dir / "recipe.json", recipe, MAY_CHANGE)
+        if missing:  # a complete set keeps the versions that generated it
+            record_settings(args.output_dir / "recipe.json", recipe)
+    accelerator.wait_for_everyone()  # or one would list what another has already written
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    progress = tqdm(total=len(mine), desc="samples", mininterval=5, disable=not accelerator.is_main_process)
+    for count in generate_samples(pipe, labels, mine, folder, args.seed, args.batch_size, **settings):
+        progress.update(count)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_npz(folder, labels, args.output_dir / SAMPLES)
+        print(f"{args.num_samples} images, {len(missing)} of them new: {args.output_dir / SAMPLES}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,72 @@
+"""Class accuracy: whether samples show the class they were generated for, as judged by a linear probe on real images.
+
+Shapes: `N` samples, `M` training images, `D` feature channels.
+"""
+
+import torch
+
+
+def class_accuracy(
+    features: torch.Tensor, labels: list[str], training: torch.Tensor, training_labels: list[str]
+) -> torch.Tensor:
+    """
+    Trains a probe on real images and applies it to samples; class accuracy is the mean.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): Of the samples.
+        labels (`list[str]`): The classes they were generated for.
+        training (`torch.Tensor` of shape `(M, D)`): Of the training images.
+        training_labels (`list[str]`): Their classes.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, float64: 1 where the probe predicts the sample's class, else 0.
+
+    Raises:
+        ValueError: if a sample's class is none of the training images'.
+        ImportError: if scikit-learn is not installed.
+    """
+    return correct_predictions(train_probe(training, training_labels), features, labels)
+
+
+def train_probe(features: torch.Tensor, labels: list[str]):
+    """
+    A logistic regression on standardised features.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): Of real images.
+        labels (`list[str]`): Their classes.
+
+    Returns:
+        `sklearn.pipeline.Pipeline`: with `predict` and `score`.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{__name__} needs scikit-learn: pip install 'dit_hf[evaluate]'.") from error
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
+    return probe.fit(features.numpy(), labels)
+
+
+def correct_predictions(probe, features: torch.Tensor, labels: list[str]) -> torch.Tensor:
+    """
+    The images whose class the probe predicts.
+
+    Args:
+        probe: From [`train_probe`].
+        features (`torch.Tensor` of shape `(N, D)`): Of the images.
+        labels (`list[str]`): Their classes.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, float64: 1 or 0.
+
+    Raises:
+        ValueError: if the probe was not trained on a class.
+    """
+    if unknown := sorted(set(labels) - set(probe.classes_)):
+        raise ValueError(f"No training image is of class {unknown[0]!r}; there are {', '.join(probe.classes_)}.")
+    return torch.from_numpy(probe.predict(features.numpy()) == labels).double()
