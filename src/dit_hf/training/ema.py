@@ -1,6 +1,6 @@
 """Averages of the weights while they are trained.
 
-`WeightAverage` is diffusers' `EMAModel`, which is used as it is but for checkpoints of sharded weights. `PowerAverages`
+`WeightAverage` is diffusers' `EMAModel` with a constant decay and checkpoints of sharded weights. `PowerAverages`
 keeps two averages with power-function profiles (Karras et al., https://arxiv.org/abs/2312.02696), from whose snapshots
 an average of any length can be put together when training is over.
 """
@@ -31,9 +31,21 @@ def _sharded_like(tensor, like):
 
 
 class WeightAverage(EMAModel):
-    """diffusers' `EMAModel`, whose checkpoints hold whole weights even where each process has a part of them."""
+    """
+    diffusers' `EMAModel` with the papers' constant decay: after n steps, average = decay · average + (1 - decay) · weights,
+    starting from the initial weights. Its checkpoints hold whole weights even where each process has a part of them.
+
+    Args:
+        parameters (`Iterable[torch.nn.Parameter]`): The weights before the first step.
+        decay (`float`, defaults to 0.9999): Of every step.
+        options: For `EMAModel`; with `use_ema_warmup=True` the decay rises to `decay` as there.
+    """
 
     shadow_params: list[torch.Tensor]
+
+    def get_decay(self, optimization_step: int) -> float:
+        """The decay of a step; `EMAModel` alone would raise it slowly even without `use_ema_warmup`."""
+        return super().get_decay(optimization_step) if self.use_ema_warmup else self.decay
 
     def state_dict(self) -> dict:
         """As `EMAModel`'s; with sharded weights every process has to call it."""
