@@ -194,10 +194,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(workspace, tmp_path):
 
 
 def test_recipes_set_what_is_not_given(workspace, tmp_path):
-    flags = {"recipe": "lightningdit", "train_batch_size": 4, "max_train_steps": 1, "lr_warmup_steps": None}
+    flags = {"recipe": "lightningdit", "total_batch_size": 4, "max_train_steps": 1, "lr_warmup_steps": None}
     run(train_command(workspace, tmp_path / "l", **flags))
     saved = json.loads((tmp_path / "l" / "training_config.json").read_text())
-    expected = {"cosine_loss": True, "adam_beta2": 0.95, "learning_rate": 2e-4, "train_batch_size": 4}
+    expected = {"cosine_loss": True, "adam_beta2": 0.95, "learning_rate": 2e-4, "total_batch_size": 4}
     assert {name: saved[name] for name in expected} == expected
     flags |= {"recipe": "dit", "snr_gamma": 5.0, "learning_rate": 0.003}
     run(train_command(workspace, tmp_path / "d", **flags))

@@ -67,7 +67,7 @@ def one_class(workspace, folder):
         ({"dataset_name": None}, "either --dataset_name or --train_data_dir"),
         ({"dataset_name": None, "train_data_dir": "{tmp}/none"}, "no folder '{tmp}/none'"),
         ({"dataset_name": None, "train_data_dir": "{tmp}/empty"}, "'{tmp}/empty' is empty"),
-        ({"dataset_name": None, "train_data_dir": "{tmp}/broken", "train_batch_size": 2}, "2 of 2 images can't be read"),
+        ({"dataset_name": None, "train_data_dir": "{tmp}/broken", "total_batch_size": 2}, "2 of 2 images can't be read"),
         ({"dataset_name": "{tmp}/one"}, "one class"),
         ({"image_column": "photo"}, "no column 'photo'; the dataset has image, label"),
         ({"label_column": "class"}, "no column 'class'; the dataset has image, label"),
@@ -91,7 +91,7 @@ def one_class(workspace, folder):
          "trained with 0.5; leave out --vae"),
         ({"transformer_config": None, "vae": None, "pretrained_model_name_or_path": "{tmp}/base", "lora_rank": 2},
          "has no class 'light', and adapters can't add one"),
-        ({"train_batch_size": 64}, "A batch of 64 can't be drawn from 20 samples"),
+        ({"total_batch_size": 64}, "A batch of 64 can't be drawn from 20 samples"),
         ({"validation_split": "nothing"}, "split 'nothing'"),
     ],
 )  # fmt: skip

@@ -25,7 +25,7 @@ def train_command(workspace, output_dir, **flags):
         "transformer_config": workspace / "config.json",
         "output_dir": output_dir,
         "resolution": 32,
-        "train_batch_size": 4,
+        "total_batch_size": 4,
         "max_train_steps": 6,
         "lr_warmup_steps": 2,
         "checkpointing_steps": 2,

@@ -54,7 +54,9 @@ def check_autoencoder(vae) -> None:
     """
     channels = vae.config.get("in_channels", 3)
     if channels != 3:
-        raise ValueError(f"{type(vae).__name__} encodes images of {channels} channels; images are read as RGB, with 3.")
+        raise ValueError(
+            f"{type(vae).__name__} encodes images of {channels} channels; images are read as RGB, with 3."
+        )
     if any(isinstance(module, torch.nn.Conv3d) for module in vae.modules()):
         raise ValueError(f"{type(vae).__name__} encodes videos; pass an autoencoder of images.")
     spatial_factor(vae)

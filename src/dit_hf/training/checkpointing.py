@@ -178,12 +178,13 @@ def read_settings(file: str | Path) -> dict[str, Any]:
         file (`str` or `Path`): The record.
 
     Returns:
-        `dict`: version 0.1 named the total batch size `train_batch_size`; it is renamed.
+        `dict`: as this version names settings. Version 0.1 named the total batch size `train_batch_size`, and knew no
+        fingerprint of images without a cache.
     """
-    settings = json.loads(Path(file).read_text())
+    settings = json.loads(Path(file).read_text(encoding="utf-8"))
     if "total_batch_size" not in settings and "train_batch_size" in settings:
         settings["total_batch_size"] = settings.pop("train_batch_size")
-    return settings
+    return {name: value for name, value in settings.items() if (name, value) != ("latents", None)}
 
 
 def record_settings(file: str | Path, settings: dict) -> None:

@@ -100,4 +100,6 @@ class TrainingConfig:
 # Settings that a resumed run may change; any other makes it another run.
 MAY_CHANGE = tuple(entry.name for entry in fields(TrainingConfig) if entry.metadata.get("may_change"))
 # What a setting is that the record of an older run does not have.
-DEFAULTS: dict[str, Any] = {entry.name: entry.default for entry in fields(TrainingConfig) if entry.default is not MISSING}
+DEFAULTS: dict[str, Any] = {
+    entry.name: entry.default for entry in fields(TrainingConfig) if entry.default is not MISSING
+}

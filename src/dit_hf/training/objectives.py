@@ -15,7 +15,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from ..data.latents import normalise_latents
-from ..schedulers import make_scheduler
+from ..schedulers import DIFFUSION, make_scheduler
 from .losses import diffusion_loss, min_snr_weight, velocity_loss
 
 
@@ -223,8 +223,10 @@ class EpsilonObjective(Objective):
         return self.weight(batch["time"], self.diffusion) * terms["mse"] + terms.get("vb", 0.0)
 
     def settings(self) -> dict[str, Any]:
-        """Bound of the min-SNR weights."""
-        return {"objective": self.name, "snr_gamma": None if self.weight is None else self.weight.gamma}
+        """Bound of the min-SNR weights, and the diffusion."""
+        gamma = None if self.weight is None else self.weight.gamma
+        diffusion = {name: value for name, value in self.diffusion.config.items() if name in DIFFUSION}
+        return {"objective": self.name, "snr_gamma": gamma, "diffusion": diffusion}
 
 
 TIME_SAMPLERS = {"uniform": Uniform, "logit_normal": LogitNormal}
