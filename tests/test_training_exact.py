@@ -24,6 +24,7 @@ from dit_hf.training.checkpointing import list_checkpoints
 WEIGHTS = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 LATENTS = FIXTURES / "emoji_latents"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+SHARDED_ON_CPU = ROOT / "tests" / "testing_utils" / "sharded_on_cpu.py"
 TWO_PROCESSES = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
@@ -103,7 +104,8 @@ def test_sharded_training_is_the_same_and_saves_an_ordinary_pipeline(workspace, 
     """FSDP2 or DeepSpeed on two CPU processes, killed and resumed, against DDP; with micro-batches."""
     flags = {"max_train_steps": 4, "validation_steps": 4, "total_batch_size": 8, "gradient_accumulation_steps": 2}
     for name, settings in (("ddp", TWO_PROCESSES), ("sharded", TWO_PROCESSES | environment)):
-        command = [*TORCHRUN, *train_command(workspace, tmp_path / name, **flags)[1:]]
+        script = train_command(workspace, tmp_path / name, **flags)[1:]
+        command = [*TORCHRUN, *([SHARDED_ON_CPU] if name == "sharded" else []), *script]
         if name == "sharded":
             kill_after(command, tmp_path / name / "checkpoint-2", env=os.environ | settings)
             shutil.rmtree(tmp_path / name / "checkpoint-4", ignore_errors=True)
