@@ -48,7 +48,6 @@ def run(command, **options):
 def refused(command, monkeypatch, capsys):
     """The error of a script that ends with exit code 2, run in this process."""
     monkeypatch.setattr(sys, "argv", [str(part) for part in command[1:]])
-    monkeypatch.syspath_prepend(str(TRAIN_DIT.parent))
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(command[1]), run_name="__main__")

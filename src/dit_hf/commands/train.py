@@ -246,30 +246,31 @@ class Training:
         learn_sigma = OBJECTIVES[args.objective].kind.learn_sigma
         return new_transformer(args.preset, args.transformer_config, **size, **classes, learn_sigma=learn_sigma)
 
-    def facts(self, encoder):
-        """What a resumed run must have in common, beside what the trainer compares itself."""
-        args = self.args
-        facts = {name: getattr(args, name) for name in COMPARED}
-        if self.reader is None:
-            facts["latents"] = read_index(args.latents_dir)["fingerprint"]
-        else:
-            made_by = checksums(self.vae, encoder)
-            facts["latents"] = self.data.fingerprint(self.reader, args.shard_size, **made_by)
-        if args.pretrained_model_name_or_path is not None or not args.cache_latents:
-            facts["statistics"] = vae_statistics(self.vae)
-        return facts
-
-    def latents(self, encoder):
-        """Where training reads from: a cache, written first if need be, or the images themselves."""
-        args = self.args
-        if not args.cache_latents:
-            return EncodedImages(self.vae, self.reader, encoder)
-        folder = args.latents_dir
-        if folder is None:
-            folder = args.output_dir / "latents"
-            write_latents(self.accelerator, self.vae, self.data, self.reader, folder, encoder, args.shard_size)
+    def read(self):
+        """All that the run reads before it writes, and whether it may resume."""
+        args, accelerator = self.args, self.accelerator
+        self.held_out = self.encoder = self.latents = None
+        if args.validation_split:
+            counts = (args.validation_split, self.found, self.class_ids, args.validation_images)
+            self.held_out = self.data.held_out(*counts)
+        if self.reader is not None and not args.streaming:
+            SeededBatches(len(self.reader.dataset), args.total_batch_size)  # too large a batch, before the work
+        if args.proj_coeff:
+            self.encoder = load_encoder(args.alignment_encoder).to(accelerator.device)
         keep = args.pretrained_model_name_or_path is not None
-        return open_latents(folder, self.vae, args.resolution, encoder, keep_statistics=keep)
+        if args.latents_dir is not None:
+            self.latents = open_latents(args.latents_dir, self.vae, args.resolution, self.encoder, keep)
+        elif not args.cache_latents:
+            self.latents = EncodedImages(self.vae, self.reader, self.encoder)
+        self.facts = {name: getattr(args, name) for name in COMPARED}
+        if self.reader is not None:
+            made_by = checksums(self.vae, self.encoder)
+            self.facts["latents"] = self.data.fingerprint(self.reader, args.shard_size, **made_by)
+        else:
+            self.facts["latents"] = self.latents.index["fingerprint"]
+        if keep or not args.cache_latents:
+            self.facts["statistics"] = vae_statistics(self.vae)
+        check_resume(self.config, run_settings(self.config, self.transformer, self.objective, accelerator, self.facts))
 
     def pipeline(self, transformer):
         """The pipeline that is sampled during training and saved at its end."""
@@ -292,38 +293,27 @@ class Training:
         self.accelerator.print(json.dumps(plan, indent=2))
 
     def trainer(self):
-        """The trainer with its data; encodes the images if need be."""
+        """The trainer with its data; encodes the images first if they are to be cached."""
         args, accelerator = self.args, self.accelerator
-        if self.reader is not None and not args.streaming:
-            SeededBatches(len(self.reader.dataset), args.total_batch_size)  # too large a batch, before the work
-        encoder = load_encoder(args.alignment_encoder).to(accelerator.device) if args.proj_coeff else None
-        facts = self.facts(encoder)
-        check_resume(self.config, run_settings(self.config, self.transformer, self.objective, accelerator, facts))
-        latents, alignment = self.latents(encoder), None
+        if self.latents is None:
+            folder = args.output_dir / "latents"
+            write_latents(accelerator, self.vae, self.data, self.reader, folder, self.encoder, args.shard_size)
+            keep = args.pretrained_model_name_or_path is not None
+            self.latents = open_latents(folder, self.vae, args.resolution, self.encoder, keep)
+        latents, alignment = self.latents, None
         if args.proj_coeff:
             if latents.feature_dim is None:
                 raise ValueError(f"{args.latents_dir} holds no features; precompute it with --features.")
             alignment = AlignmentHead(self.transformer, args.alignment_depth, latents.feature_dim)
         counts = zip(self.found, latents.labels.bincount(minlength=len(self.found)).tolist(), strict=True)
         accelerator.print(f"{len(latents.labels)} images: {', '.join(f'{name} {count}' for name, count in counts)}")
-        return Trainer(
-            self.config,
-            self.transformer,
-            latents,
-            self.objective,
-            accelerator=accelerator,
-            class_ids=self.class_ids,
-            alignment=alignment,
-            facts=facts,
-            notes=vars(args),
-        )
+        parts = (self.config, self.transformer, latents, self.objective)
+        options = {"accelerator": accelerator, "class_ids": self.class_ids, "alignment": alignment}
+        return Trainer(*parts, **options, facts=self.facts, notes=vars(args))
 
     def run(self) -> int:
         """From the first step, or a checkpoint, to the published model; returns the signal that stopped it, or 0."""
         args, main = self.args, self.accelerator.is_main_process
-        held_out = None
-        if args.validation_split:
-            held_out = self.data.held_out(args.validation_split, self.found, self.class_ids, args.validation_images)
         trainer = self.trainer()
         uploads = BackgroundUploads(args.hub_model_id) if args.push_to_hub and main else None
         validation = Validation(
@@ -332,7 +322,7 @@ class Training:
             args.seed,
             args.validation_classes,
             args.validation_images_per_class,
-            held_out,
+            self.held_out,
             uploads,
             main,
             guidance_scale=args.guidance_scale if args.class_dropout_prob else 1.0,
@@ -381,6 +371,7 @@ def main() -> None:
     if args.dry_run:
         training.print_plan()
         return
+    training.read()
     with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
         if args.report_to:
             simple = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str)}

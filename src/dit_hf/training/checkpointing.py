@@ -123,17 +123,22 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | P
     return checkpoints[-1]
 
 
-def resume_from(accelerator, checkpoint: Path | None) -> int:
+def resume_from(accelerator, output_dir: str | Path, resume_from_checkpoint: str | Path = "latest") -> int:
     """
-    Loads a checkpoint, if one is given.
+    Loads a checkpoint, if there is one to resume from.
 
     Args:
         accelerator (`accelerate.Accelerator`): Prepared as when the checkpoint was saved.
-        checkpoint (`Path`, *optional*): From [`checkpoint_to_resume`].
+        output_dir (`str` or `Path`): The run's folder.
+        resume_from_checkpoint (`str` or `Path`, defaults to `"latest"`): As for [`checkpoint_to_resume`].
 
     Returns:
         `int`: the number of finished steps, 0 for a fresh start.
+
+    Raises:
+        ValueError: as [`checkpoint_to_resume`].
     """
+    checkpoint = checkpoint_to_resume(output_dir, resume_from_checkpoint)
     if checkpoint is None:
         return 0
     accelerator.load_state(str(checkpoint))
@@ -141,14 +146,17 @@ def resume_from(accelerator, checkpoint: Path | None) -> int:
 
 
 def check_same_settings(
-    file: str | Path, settings: dict, may_change: Collection[str], defaults: Mapping[str, Any] | None = None
+    file: str | Path,
+    settings: Mapping[str, Any],
+    may_change: Collection[str],
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """
     Refuses to resume a run with other settings than it was started with.
 
     Args:
         file (`str` or `Path`): What [`record_settings`] wrote; it need not exist.
-        settings (`dict`): All settings; values are compared as JSON.
+        settings (`Mapping`): All settings; values are compared as JSON.
         may_change (`Collection[str]`): Settings that a resumed run may change, such as the number of steps.
         defaults (`Mapping`, *optional*):
             Values that stand for settings which the record of an older version lacks. A setting that is in neither is
@@ -163,7 +171,7 @@ def check_same_settings(
     before = json.loads(json.dumps(dict(defaults or {}), default=str)) | read_settings(file)
     changed = [
         f"{name} was {before[name]!r} and is {value!r}"
-        for name, value in json.loads(json.dumps(settings, default=str)).items()
+        for name, value in json.loads(json.dumps(dict(settings), default=str)).items()
         if name not in may_change and name in before and before[name] != value
     ]
     if changed:

@@ -56,7 +56,8 @@ class ImageData:
         """Changes when the images, or what is done to them, change; `made_by` are checksums of the networks."""
         settings = {"split": self.split, "resolution": self.resolution, "classes": reader.names}
         settings |= {"columns": [self.image_column, self.label_column], "shard_size": shard_size}
-        return cache_fingerprint(reader.dataset, self.dataset_name or self.train_data_dir, **settings, **made_by)
+        source = self.dataset_name or self.train_data_dir or ""
+        return cache_fingerprint(reader.dataset, source, **settings, **made_by)
 
     def held_out(
         self, split: str, names: list[str], ids: torch.Tensor, count: int

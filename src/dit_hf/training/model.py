@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 
 from ..data.autoencoders import load_autoencoder, spatial_factor
-from ..pipeline_dit_class_cond import DiTClassCondPipeline
 from ..schedulers import make_scheduler, trained_options, trained_prediction
 from ..transformer_dit import DiTTransformer2DModel
 from .finetuning import class_names, freeze, load_for_classes, match_names
@@ -28,7 +27,7 @@ def check_architecture(pretrained_model_name_or_path: str | Path) -> None:
         OSError: if it is no pipeline.
         ValueError: if it is a pipeline of another architecture.
     """
-    index = DiTClassCondPipeline.load_config(pretrained_model_name_or_path)
+    index = DiffusionPipeline.load_config(pretrained_model_name_or_path)
     found = f"{pretrained_model_name_or_path} is a {index.get('_class_name', 'pipeline')}"
     if "transformer" not in index:
         raise ValueError(
@@ -106,12 +105,14 @@ def load_vae(vae: str | Path | None, pretrained_model_name_or_path: str | Path |
     Raises:
         ValueError: if a given one normalises latents in another way than the pipeline's.
     """
-    if vae is None:
-        return load_autoencoder(pretrained_model_name_or_path, subfolder="vae")
-    loaded = load_autoencoder(vae)
-    if pretrained_model_name_or_path is not None:
-        _check_statistics(vae, loaded, pretrained_model_name_or_path)
-    return loaded
+    if vae is not None:
+        loaded = load_autoencoder(vae)
+        if pretrained_model_name_or_path is not None:
+            _check_statistics(vae, loaded, pretrained_model_name_or_path)
+        return loaded
+    if pretrained_model_name_or_path is None:
+        raise ValueError("Pass --vae or --pretrained_model_name_or_path.")
+    return load_autoencoder(pretrained_model_name_or_path, subfolder="vae")
 
 
 def _check_statistics(name, vae, pretrained_model_name_or_path):

@@ -134,8 +134,8 @@ class Objective(ABC):
             `torch.Tensor` of shape `(B,)`
         """
         noisy = self.add_noise(batch["x_start"], batch["noise"], batch["time"])
-        conditions = {"class_labels": batch["label"], "force_drop_ids": batch.get("drop")}
-        output = transformer(noisy, self.timestep(batch["time"]), **conditions, return_dict=False)[0]
+        options = {"force_drop_ids": batch.get("drop"), "return_dict": False}
+        output = transformer(noisy, self.timestep(batch["time"]), batch["label"], **options)[0]
         return self.sample_losses(output, batch)
 
     def settings(self) -> dict[str, Any]:

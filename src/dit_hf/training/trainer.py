@@ -103,7 +103,13 @@ class Trainer:
         self.batches = SeededBatches(len(latents.labels), config.total_batch_size, config.seed, balanced)
         facts = {"latents": getattr(latents, "index", {}).get("fingerprint"), **(facts or {})}
         settings = run_settings(config, transformer, objective, self.accelerator, facts)
-        self.checkpoint = check_resume(config, settings)
+        check_resume(config, settings)
+        initial = 0.0 if config.ema_warmup else config.ema_decay**config.max_train_steps
+        if initial > MAX_INITIAL_WEIGHT:
+            logger.warning(
+                f"With --ema_decay {config.ema_decay} the initial weights are {100 * initial:.0f} % of the average after "
+                f"{config.max_train_steps} steps; for a run this short lower it, or pass --ema_warmup."
+            )
         self.settings = {**(notes or {}), **settings}
         self._prepare(transformer, alignment)
         self.metrics: dict[str, float] = {}
@@ -200,15 +206,9 @@ class Trainer:
         """Records the settings and resumes; returns the number of finished steps."""
         if self.accelerator.is_main_process:
             record_settings(self.output_dir / SETTINGS_FILE, self.settings)
-        step = resume_from(self.accelerator, self.checkpoint)
+        step = resume_from(self.accelerator, self.output_dir, self.config.resume_from_checkpoint)
         if step:
             self.accelerator.print(f"Resuming from step {step} of {self.config.max_train_steps} in {self.output_dir}.")
-        initial = self.ema.decay**self.config.max_train_steps
-        if not self.ema.use_ema_warmup and initial > MAX_INITIAL_WEIGHT:
-            logger.warning(
-                f"With ema_decay {self.ema.decay}, the initial weights are {100 * initial:.0f} % of the average after "
-                f"{self.config.max_train_steps} steps; for a short run lower it, or pass --ema_warmup."
-            )
         if self.accelerator.is_main_process:
             truncate_log(self.output_dir / LOG_FILE, step)
             PowerAverages.drop_snapshots(self.output_dir / "ema", step)
@@ -279,7 +279,7 @@ class Trainer:
         """Back to the last checkpoint, and on with other batches; returns its step."""
         self.optimizer.zero_grad()
         before = copy(self.guard)
-        step = resume_from(self.accelerator, checkpoint_to_resume(self.output_dir))
+        step = resume_from(self.accelerator, self.output_dir)
         self.guard.rewound(from_step, step, before)
         if self.accelerator.is_main_process:
             truncate_log(self.output_dir / LOG_FILE, step)
@@ -345,16 +345,13 @@ def run_settings(
     return {**facts, **asdict(config), **objective.settings(), **computed}
 
 
-def check_resume(config: TrainingConfig, settings: Mapping[str, Any]) -> Path | None:
+def check_resume(config: TrainingConfig, settings: Mapping[str, Any]) -> None:
     """
-    The checkpoint that a run resumes from, if it is the same run.
+    Checks that the checkpoint which a run would resume from is one of the same run.
 
     Args:
         config (`TrainingConfig`): Names the folder and the checkpoint.
         settings (`Mapping`): From [`run_settings`].
-
-    Returns:
-        `Path`, or `None` for a fresh start.
 
     Raises:
         ValueError: if there is no such checkpoint, or it is of a run with other settings.
@@ -362,7 +359,6 @@ def check_resume(config: TrainingConfig, settings: Mapping[str, Any]) -> Path | 
     checkpoint = checkpoint_to_resume(config.output_dir, config.resume_from_checkpoint)
     if checkpoint is not None:
         check_same_settings(checkpoint.parent / SETTINGS_FILE, settings, MAY_CHANGE, DEFAULTS)
-    return checkpoint
 
 
 def check_batch(total_batch_size: int, num_processes: int, gradient_accumulation_steps: int) -> None:
@@ -381,7 +377,7 @@ def build_optimizer(
     groups = parameter_groups(transformer, config.learning_rate, config.layer_decay)
     if alignment is not None:
         groups.append({"params": list(alignment.parameters()), "lr": config.learning_rate})
-    options = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
     if not config.use_8bit_adam:
         return torch.optim.AdamW(groups, fused=True, **options)
     try:

@@ -85,7 +85,8 @@ class Validation:
         self.pipe, self.folder, self.seed, self.options = pipe, Path(output_dir) / "samples", seed, options
         self.classes, self.images_per_class = list(pipe.id2label)[:classes], images_per_class
         self.held_out, self.uploads, self.is_main_process = held_out, uploads, is_main_process
-        self.extractor = None if held_out is None else load_extractor("efficientnet-lite0")
+        if held_out is not None:
+            self.extractor = load_extractor("efficientnet-lite0")
 
     def __call__(self, step: int) -> dict[str, float]:
         """
