@@ -17,7 +17,7 @@ from timing import compare
 
 from dit_hf import DiTClassCondPipeline, make_scheduler, optimize
 from dit_hf.checkpoints.diffusers_dit import DIFFUSERS, give_embedders, stock_config
-from dit_hf.data.latents import checksum
+from dit_hf.data.fingerprints import checksum
 from dit_hf.evaluation.extractors import Features, extract, load_extractor
 from dit_hf.evaluation.metrics import compute_metrics
 from dit_hf.evaluation.samples import sample_images

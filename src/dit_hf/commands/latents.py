@@ -2,9 +2,11 @@
 
 import argparse
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 from ..command_line import run
+from ..data.folders import check_output_outside_data
 from ..data.latents import verify_latents
 from ..training.alignment import load_encoder
 from ..training.data import ImageData, write_latents
@@ -26,6 +28,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--train_data_dir", type=Path, help="Folder of class folders, WebDataset or Parquet shards.")
     data.add_argument("--streaming", action="store_true", help="Read images while they are encoded; keep no copy.")
     data.add_argument("--split", default="train", help="Split to train on.")
+    data.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        help="Fraction of the images that data with one split hold out as `test`.",
+    )
     data.add_argument("--image_column", default="image", help="Column with images.")
     data.add_argument("--label_column", default="label", help="Column with class ids or names.")
     data.add_argument("--resolution", type=positive, help="Pixels per side; 64, or those of given latents or weights.")
@@ -39,9 +47,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def image_data(args: argparse.Namespace) -> ImageData:
-    """The dataset that the flags name."""
-    names = ("resolution", "dataset_name", "train_data_dir", "split", "streaming", "image_column", "label_column")
-    return ImageData(**{name: getattr(args, name) for name in names})
+    """The dataset that the flags name; the output must not lie in it."""
+    data = ImageData(**{entry.name: getattr(args, entry.name) for entry in fields(ImageData)})
+    check_output_outside_data(args.output_dir, data.source)
+    return data
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,6 +74,7 @@ def main() -> None:
     args.resolution = image_resolution(args.resolution, vae)
     data = image_data(args)
     reader = data.reader()
+    accelerator.print(reader.describe())
     encoder = load_encoder(args.alignment_encoder).to(accelerator.device) if args.features else None
     with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
         write_latents(accelerator, vae, data, reader, args.output_dir, encoder, args.shard_size)

@@ -58,6 +58,7 @@ IGNORED = (
     ("dataset_name", lambda args: args.latents_dir is not None, "with --latents_dir, which stands for a dataset"),
     ("train_data_dir", lambda args: args.latents_dir is not None, "with --latents_dir, which stands for a dataset"),
     ("streaming", lambda args: args.latents_dir is not None, "with --latents_dir"),
+    ("holdout", lambda args: args.latents_dir is not None, "with --latents_dir, whose images were chosen before"),
     ("cache_latents", lambda args: args.latents_dir is not None, "with --latents_dir"),
     ("validation_split", lambda args: args.latents_dir is not None, "with --latents_dir, which holds no images"),
     ("alignment_depth", lambda args: args.proj_coeff == 0, "without --proj_coeff"),
@@ -286,6 +287,8 @@ class Training:
             f"{self.transformer.num_parameters(only_trainable=True) / 1e6:.2f} M of them trained, "
             f"{len(self.names)} classes, {self.accelerator.num_processes} processes"
         )
+        if self.reader is not None:
+            self.accelerator.print(self.reader.describe())
 
     def print_plan(self):
         """What the run would take."""

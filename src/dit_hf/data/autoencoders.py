@@ -32,7 +32,7 @@ def load_autoencoder(
     config = AutoencoderKL.load_config(source, subfolder=subfolder)
     name = config.get("_class_name", "a model without a class name")
     model_class = getattr(diffusers, name, None)
-    if not hasattr(model_class, "encode"):
+    if model_class is None or not hasattr(model_class, "encode"):
         raise ValueError(f"{source} holds {name}; pass an autoencoder of diffusers, such as AutoencoderKL.")
     vae = model_class.from_pretrained(source, subfolder=subfolder, dtype=dtype)
     try:
@@ -129,7 +129,8 @@ def encode_posterior(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         pixels (`torch.Tensor` of shape `(N, 3, H, W)`): In [-1, 1], on the model's device and of its type.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: both `(N, C, h, w)`; the standard deviation of a deterministic encoder is 0.
+        `tuple[torch.Tensor, torch.Tensor]`: both `(N, C, h, w)`. The standard deviation of a deterministic encoder
+        is 0.
     """
     output = vae.encode(pixels)
     if "latent_dist" in output:

@@ -9,17 +9,9 @@ from pathlib import Path
 import torch
 
 from ..data.autoencoders import latent_channels, spatial_factor, vae_statistics
-from ..data.images import label_names, load_image_dataset, stack_images
-from ..data.latents import (
-    DECODER,
-    SHARD_SIZE,
-    CachedLatents,
-    cache_fingerprint,
-    cache_latents,
-    checksum,
-    index_latents,
-    read_index,
-)
+from ..data.fingerprints import cache_fingerprint, checksum
+from ..data.images import label_names, load_image_dataset
+from ..data.latents import DECODER, SHARD_SIZE, CachedLatents, cache_latents, index_latents, read_index
 from ..data.reader import ImageReader
 
 
@@ -33,6 +25,7 @@ class ImageData:
         dataset_name (`str`, *optional*): A Hub id or a local dataset.
         train_data_dir (`str` or `Path`, *optional*): Instead: a folder with one folder of images per class, or of shards.
         split (`str`, defaults to `"train"`): The split to train on.
+        holdout (`float`, defaults to 0.0): Fraction of the images that data with one split hold out as split `"test"`.
         streaming (`bool`, defaults to `False`): Whether to keep no copy of the images.
         image_column (`str`, defaults to `"image"`): Column with images.
         label_column (`str`, defaults to `"label"`): Column with class ids or names.
@@ -42,22 +35,32 @@ class ImageData:
     dataset_name: str | None = None
     train_data_dir: str | Path | None = None
     split: str = "train"
+    holdout: float = 0.0
     streaming: bool = False
     image_column: str = "image"
     label_column: str = "label"
 
+    @property
+    def source(self) -> str | Path | None:
+        """Where the images come from."""
+        return self.dataset_name or self.train_data_dir
+
+    def load(self, split: str, streaming: bool = False):
+        """A split, as `datasets` has it; `ValueError` if there is none."""
+        return load_image_dataset(self.dataset_name, split, self.train_data_dir, streaming, holdout=self.holdout)
+
     def reader(self) -> ImageReader:
-        """The images of the split; `ValueError` if the dataset, the split or a column is missing."""
-        dataset = load_image_dataset(self.dataset_name, self.split, self.train_data_dir, self.streaming)
+        """The images of the split that is trained on; `ValueError` if the dataset, the split or a column is missing."""
+        dataset = self.load(self.split, self.streaming)
         names = label_names(dataset, self.label_column)
         return ImageReader(dataset, names, self.resolution, self.image_column, self.label_column)
 
     def fingerprint(self, reader: ImageReader, shard_size: int = SHARD_SIZE, **made_by) -> str:
         """Changes when the images, or what is done to them, change; `made_by` are checksums of the networks."""
-        settings = {"split": self.split, "resolution": self.resolution, "classes": reader.names}
+        settings = {"split": self.split, "holdout": self.holdout, "resolution": self.resolution}
+        settings["classes"] = reader.names
         settings |= {"columns": [self.image_column, self.label_column], "shard_size": shard_size}
-        source = self.dataset_name or self.train_data_dir or ""
-        return cache_fingerprint(reader.dataset, source, **settings, **made_by)
+        return cache_fingerprint(reader.dataset, self.source or "", **settings, **made_by)
 
     def held_out(
         self, split: str, names: list[str], ids: torch.Tensor, count: int
@@ -77,14 +80,12 @@ class ImageData:
         Raises:
             ValueError: if there is no such split, or it has other classes.
         """
-        dataset = load_image_dataset(self.dataset_name, split, self.train_data_dir)
+        dataset = self.load(split)
         if label_names(dataset, self.label_column) != names:
             raise ValueError(f"Split {split!r} has other classes than {self.split!r}.")
-        reader = ImageReader(dataset, names, self.resolution, self.image_column, self.label_column)
-        count = min(count, len(dataset))
-        dataset = dataset.select(torch.linspace(0, len(dataset) - 1, count).long().tolist())
-        labels = [reader.label_id(label, index) for index, label in enumerate(dataset[self.label_column])]
-        return stack_images(dataset, self.resolution, self.image_column), ids[torch.tensor(labels)]
+        dataset = dataset.select(torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist())
+        images, labels = ImageReader(dataset, names, self.resolution, self.image_column, self.label_column).stack()
+        return images, ids[torch.tensor(labels)]
 
 
 def latent_size(vae, resolution: int) -> int:
