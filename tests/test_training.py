@@ -1,4 +1,4 @@
-"""Training scripts end to end on small data: cache, resume after SIGKILL, sampling from EMA weights, pipeline folder."""
+"""Training scripts end to end on small data: cache, resume after SIGKILL, samples of EMA weights, saved pipeline."""
 
 import json
 import os

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import FIXTURES, ROOT, tiny_transformer, tiny_vae
 from datasets import ClassLabel, Dataset, Features, Image
+from diffusers import AutoencoderTiny
 from PIL import Image as PILImage
 from testing_utils.training_runs import TRAIN_DIT, losses, read_log, refused, run, train_command
 
@@ -19,6 +20,7 @@ from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.commands.main import main
 from dit_hf.commands.train import parse_args, training_config
 from dit_hf.data.images import load_image_dataset
+from dit_hf.training.data import ImageData
 from dit_hf.training.model import check_architecture, load_vae
 
 
@@ -60,6 +62,26 @@ def test_latents_need_no_cache_and_the_distance_is_logged(workspace, tmp_path):
     assert pipe.vae.config.latents_mean is None  # its own scale is what was trained with
 
 
+def test_any_autoencoder_trains_and_held_out_images_are_not_trained_on(workspace, tmp_path):
+    vae = AutoencoderTiny(encoder_block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8))
+    vae.save_pretrained(tmp_path / "vae")
+    flags = {"dataset_name": None, "train_data_dir": class_folders(workspace, tmp_path / "images"), "holdout": 0.3}
+    flags |= {"vae": tmp_path / "vae", "validation_split": "test", "max_train_steps": 1}
+    output = run(train_command(workspace, tmp_path / "run", **flags)).stdout
+    kept, held_out = (
+        len(ImageData(32, None, flags["train_data_dir"], holdout=0.3).load(s)) for s in ("train", "test")
+    )
+    assert kept + held_out == 20 and 0 < held_out < 10
+    assert f"\n{kept} images: dark " in output
+    assert read_log(tmp_path / "run")[-1]["fd"] > 0
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(pipe.vae) is AutoencoderTiny
+    assert len(pipe.vae.config.latents_mean) == 4  # of these latents
+    assert pipe("dark", num_inference_steps=1).images[0].size == (32, 32)
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert "| holdout | 0.3 |" in card and "| total_batch_size | 4 |" in card and "| ema_warmup | False |" in card
+
+
 def one_class(workspace, folder):
     features = Features({"image": Image(), "label": ClassLabel(names=["only"])})
     rows = [{"image": PILImage.new("RGB", (32, 32)), "label": 0}] * 4
@@ -74,7 +96,8 @@ def one_class(workspace, folder):
         ({"dataset_name": None}, "either --dataset_name or --train_data_dir"),
         ({"dataset_name": None, "train_data_dir": "{tmp}/none"}, "no folder '{tmp}/none'"),
         ({"dataset_name": None, "train_data_dir": "{tmp}/empty"}, "'{tmp}/empty' is empty"),
-        ({"dataset_name": None, "train_data_dir": "{tmp}/broken", "total_batch_size": 2}, "2 of 2 images can't be read"),
+        ({"dataset_name": None, "train_data_dir": "{tmp}/broken", "total_batch_size": 2},
+         "2 of 2 images can't be read"),
         ({"dataset_name": "{tmp}/one"}, "one class"),
         ({"image_column": "photo"}, "no column 'photo'; the dataset has image, label"),
         ({"label_column": "class"}, "no column 'class'; the dataset has image, label"),

@@ -1,4 +1,4 @@
-"""The trainer as a library: objectives of one's own, averages, resuming, and what is refused, without a command line."""
+"""The trainer as a library: custom objectives, averages, resuming, and what is refused, without a command line."""
 
 import json
 import signal

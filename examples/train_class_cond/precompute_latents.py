@@ -5,7 +5,7 @@
         --vae outputs/autoencoder/vae --output_dir outputs/latents
 
 `dit-hf latents` and `accelerate launch --module dit_hf.commands.latents` take the same flags. Expected: 330 images per
-second on 2 cores at 64 pixels, mirror images included. Run the same command again after a kill: what is written is kept.
+second on 2 cores at 64 pixels, mirrored images included. Re-run the same command after a kill.
 """
 
 from dit_hf.command_line import run

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 def run(main: Callable[[], None]) -> None:
     """
-    Runs a command. Bad input or a missing extra ends it with one line on stderr and exit code 2, and Ctrl-C with 130, not
-    with a traceback.
+    Runs a command. Bad input or a missing extra ends it with one line on stderr and exit code 2, and Ctrl-C with 130,
+    not with a traceback.
 
     Args:
         main (`Callable`):
-            The command's main function; it raises `ValueError`, `OSError` or `ImportError` with a message for the user.
+            The command's main function; it raises `ValueError`, `OSError` or `ImportError` with a message for users.
     """
     try:
         main()

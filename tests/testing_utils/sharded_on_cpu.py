@@ -1,6 +1,6 @@
 """
-A training script with FSDP2 or DeepSpeed on several CPU processes, where accelerate's own switches are for accelerators
-only: `torchrun sharded_on_cpu.py SCRIPT [flags]`. The rest is accelerate as it is, on gloo.
+A training script with FSDP2 or DeepSpeed on several CPU processes, where accelerate's own switches are for
+accelerators only: `torchrun sharded_on_cpu.py SCRIPT [flags]`. The rest is accelerate as it is, on gloo.
 """
 
 import os

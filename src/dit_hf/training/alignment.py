@@ -1,6 +1,6 @@
-"""Representation alignment (REPA, https://arxiv.org/abs/2410.06940): a block's tokens learn a frozen encoder's features.
+"""Representation alignment (REPA, https://arxiv.org/abs/2410.06940) of tokens to a frozen encoder's features.
 
-Shapes: `B` batch, `F` the encoder's feature channels, `h w` its grid, which may be another than the tokens'.
+Shapes: `B` batch, `F` the encoder's feature channels, `h w` its grid, which may differ from the tokens'.
 """
 
 import torch

@@ -68,7 +68,7 @@ def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit:
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         kept = list_checkpoints(output_dir)
-        before = f"{kept[-1].name} is whole, the same command goes on from there" if kept else "there is none before"
+        before = f"{kept[-1].name} is whole, the same command resumes from it" if kept else "there is none before"
         raise OSError(f"{final} can't be written: {error} ({before})") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -94,8 +94,8 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | P
         `Path`, or `None` for a fresh start.
 
     Raises:
-        ValueError: if there is no such checkpoint in the folder, there are later ones, which resuming would overwrite, or
-            there are checkpoints and the run may not resume.
+        ValueError: if there is no such checkpoint in the folder, if there are later ones, which resuming would
+            overwrite, or if there are checkpoints and the run may not resume.
     """
     checkpoints = list_checkpoints(output_dir)
     if str(resume_from_checkpoint) == "latest":
@@ -104,16 +104,16 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | P
     if str(resume_from_checkpoint) == "never":
         if checkpoints:
             raise ValueError(
-                f"{output_dir} holds {', '.join(names)}; resume from the newest with --resume_from_checkpoint latest, or "
-                "use a new --output_dir."
+                f"{output_dir} holds {', '.join(names)}; resume from the newest with --resume_from_checkpoint latest, "
+                "or use a new --output_dir."
             )
         return None
     given = Path(resume_from_checkpoint)
     inside = given.resolve().parent == Path(output_dir).resolve() or given == Path(given.name)
     if not inside or given.name not in names:
         raise ValueError(
-            f"{given} is no checkpoint of {output_dir}, which holds {', '.join(names) or 'none'}; pass one of them, or "
-            "--resume_from_checkpoint latest."
+            f"{given} is no checkpoint of {output_dir}, which holds {', '.join(names) or 'none'}; pass one of them, "
+            "or --resume_from_checkpoint latest."
         )
     if later := names[names.index(given.name) + 1 :]:
         raise ValueError(
@@ -212,7 +212,7 @@ def record_settings(file: str | Path, settings: dict) -> None:
 
 def truncate_log(file: str | Path, step: int) -> None:
     """
-    Drops the lines of steps that were done after the checkpoint a run resumes from, as they are done again.
+    Removes the lines of steps after the checkpoint that a run resumes from, as these steps are repeated.
 
     Args:
         file (`str` or `Path`): JSON lines with a `step` each; it need not exist.

@@ -23,7 +23,8 @@ class ImageData:
     Args:
         resolution (`int`): Pixels per side that images are cropped and resized to.
         dataset_name (`str`, *optional*): A Hub id or a local dataset.
-        train_data_dir (`str` or `Path`, *optional*): Instead: a folder with one folder of images per class, or of shards.
+        train_data_dir (`str` or `Path`, *optional*):
+            Instead: a folder with one folder of images per class, or with shards.
         split (`str`, defaults to `"train"`): The split to train on.
         holdout (`float`, defaults to 0.0): Fraction of the images that data with one split hold out as split `"test"`.
         streaming (`bool`, defaults to `False`): Whether to keep no copy of the images.
@@ -50,7 +51,7 @@ class ImageData:
         return load_image_dataset(self.dataset_name, split, self.train_data_dir, streaming, holdout=self.holdout)
 
     def reader(self) -> ImageReader:
-        """The images of the split that is trained on; `ValueError` if the dataset, the split or a column is missing."""
+        """The images of the training split; `ValueError` if the dataset, the split or a column is missing."""
         dataset = self.load(self.split, self.streaming)
         names = label_names(dataset, self.label_column)
         return ImageReader(dataset, names, self.resolution, self.image_column, self.label_column)
@@ -141,8 +142,8 @@ def open_latents(
     folder: str | Path, vae, resolution: int, encoder=None, keep_statistics: bool = False
 ) -> CachedLatents:
     """
-    Opens a cache of latents for training. The statistics that normalise them go into the config of the autoencoder, whose
-    own scale must not count as well, or come from there.
+    Opens a cache of latents for training. The statistics that normalise them are written to the config of the
+    autoencoder, or taken from there.
 
     Args:
         folder (`str` or `Path`): The cache.

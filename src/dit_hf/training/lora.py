@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) for every part of a DiT that a style or class lives in."""
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) for the layers of a DiT that a style or class needs."""
 
 from pathlib import Path
 

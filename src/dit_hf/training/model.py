@@ -127,8 +127,8 @@ def _check_statistics(name, vae, pretrained_model_name_or_path):
         trained_with = own.get(setting, default)
         if trained_with != vae.config.get(setting, default):
             raise ValueError(
-                f"--vae {name} normalises latents by {setting} {vae.config.get(setting)}, the weights were trained with "
-                f"{trained_with}; leave out --vae."
+                f"--vae {name} normalises latents by {setting} {vae.config.get(setting)}, the weights were trained "
+                f"with {trained_with}; leave out --vae."
             )
 
 

@@ -1,7 +1,7 @@
 """Training objectives: what a transformer learns to predict, at which times, and how one step's samples are drawn.
 
-An objective is an object with the interface of [`Objective`]. A new one is a subclass and, to be chosen by a flag, a row
-of [`OBJECTIVES`]; `Trainer` takes any instance.
+An objective is an object with the interface of [`Objective`]. A new one is a subclass and, to be chosen by a flag, a
+row of [`OBJECTIVES`]; `Trainer` takes any instance.
 
 Shapes: `B` samples, `C` latent channels, `h w` latent size.
 """
@@ -278,8 +278,8 @@ def draw_batch(
         class_dropout_prob (`float`): Fraction of samples whose label is dropped.
 
     Returns:
-        `dict[str, torch.Tensor]`: `x_start` and `noise` of shape `(B, C, h, w)`; `time`, `label` and `drop` (bool) with
-        first dimension B; `features` if the latents have them.
+        `dict[str, torch.Tensor]`: `x_start` and `noise` of shape `(B, C, h, w)`; `time`, `label` and `drop` (bool)
+        with first dimension B; `features` if the latents have them.
     """
     count = len(indices)
     flipped = torch.rand(count, generator=generator) < flip_probability

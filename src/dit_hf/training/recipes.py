@@ -31,8 +31,8 @@ RECIPES = {
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
     },
-    # Ours (docs/log.md, the faster recipe): on emoji64 it reaches in 500 steps the distance that the paper's recipe has
-    # after 5,000. The learning rate matters most, and is for models of a few million parameters.
+    # Ours (docs/log.md, the faster recipe): on emoji64 it reaches in 500 steps the distance that the paper's recipe
+    # has after 5,000. The learning rate matters most, and is for models of a few million parameters.
     "fast": {
         "objective": "velocity",
         "time_sampling": "logit_normal",

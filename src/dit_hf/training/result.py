@@ -38,6 +38,8 @@ def training_facts(
         `CardFacts`
     """
     recipe = {name: settings[name] for name in ON_CARD if settings.get(name) is not None}
+    if not settings.get("holdout"):
+        recipe.pop("holdout", None)
     if not settings.get("proj_coeff"):
         recipe = {name: value for name, value in recipe.items() if not name.startswith("alignment_")}
     recipe["steps skipped by the guard"] = skipped

@@ -42,7 +42,7 @@ def only_run(output_dir: str | Path) -> Iterator[None]:
 class StopRequest:
     """
     Whether SIGTERM or Ctrl-C has come, so that a run can save and end. A context manager, which restores the signal
-    handlers; a second Ctrl-C interrupts at once. Outside the main thread, where Python takes no handlers, it never asks.
+    handlers; a second Ctrl-C interrupts at once. Outside the main thread Python allows no handlers, and none are set.
 
     Attributes:
         signal (`int`): Number of the signal that came, 0 if none.
@@ -70,8 +70,8 @@ class StopRequest:
 
 class DeepSpeedAccelerator(Accelerator):
     """
-    ZeRO-1 and 2 of DeepSpeed for an ordinary loop. accelerate's own `backward` also takes the optimizer step, before the
-    loss can be judged, and in every micro-batch.
+    ZeRO-1 and 2 of DeepSpeed for an ordinary loop. accelerate's own `backward` also takes the optimizer step, before
+    the loss can be judged, and in every micro-batch.
 
     Args:
         mixed_precision (`str`, defaults to `"no"`): `"bf16"` is autocast's; weights and their averages are float32.
@@ -130,7 +130,7 @@ def start_accelerator(**options) -> Accelerator:
     if world_size != str(accelerator.num_processes):
         raise ValueError(
             f"WORLD_SIZE is {world_size}, but accelerate runs {accelerator.num_processes} process: there are no such "
-            "accelerators, and each process would train alone. For CPUs take accelerate_configs/cpu.yaml, or set "
+            "accelerators, and each process would train alone. For CPUs use accelerate_configs/cpu.yaml, or set "
             "ACCELERATE_USE_CPU=true."
         )
     return accelerator

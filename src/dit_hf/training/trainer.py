@@ -51,8 +51,8 @@ MAX_INITIAL_WEIGHT = 0.05
 
 class Trainer:
     """
-    Trains a transformer on latents. The result depends on the settings and the seed, not on the number of processes, and
-    a resumed run continues to the bit.
+    Trains a transformer on latents. The result depends on the settings and the seed, not on the number of processes,
+    and a resumed run continues to the bit.
 
     Args:
         config (`TrainingConfig`): The settings.
@@ -65,8 +65,8 @@ class Trainer:
             The model's id of each of the data's classes; the same ids if not given.
         alignment (`AlignmentHead`, *optional*): Adds REPA's loss, weighted by `config.proj_coeff`.
         facts (`Mapping`, *optional*):
-            What else a resumed run must have in common with this one, as JSON values; `latents` is the fingerprint of data
-            that have none of their own.
+            What else a resumed run must have in common with this one, as JSON values; `latents` is the fingerprint of
+            the data, if they have none of their own.
         notes (`Mapping`, *optional*): What else is recorded with the settings.
 
     Raises:
@@ -93,8 +93,8 @@ class Trainer:
         self.has_null_class = transformer.config.class_dropout_prob > 0
         if config.class_dropout_prob > 0 and not self.has_null_class:
             raise ValueError(
-                f"`class_dropout_prob` is {config.class_dropout_prob}, but the transformer has no null class; build it "
-                "with a positive `class_dropout_prob`, or train with 0."
+                f"`class_dropout_prob` is {config.class_dropout_prob}, but the transformer has no null class; build "
+                "it with a positive `class_dropout_prob`, or train with 0."
             )
         if (alignment is not None) != (config.proj_coeff > 0):
             raise ValueError("An alignment head and a positive `proj_coeff` go together; pass both or neither.")
@@ -107,8 +107,8 @@ class Trainer:
         initial = 0.0 if config.ema_warmup else config.ema_decay**config.max_train_steps
         if initial > MAX_INITIAL_WEIGHT:
             logger.warning(
-                f"With --ema_decay {config.ema_decay} the initial weights are {100 * initial:.0f} % of the average after "
-                f"{config.max_train_steps} steps; for a run this short lower it, or pass --ema_warmup."
+                f"With --ema_decay {config.ema_decay} the initial weights are {100 * initial:.0f} % of the average "
+                f"after {config.max_train_steps} steps; for a run this short lower it, or pass --ema_warmup."
             )
         self.settings = {**(notes or {}), **settings}
         self._prepare(transformer, alignment)
@@ -116,7 +116,7 @@ class Trainer:
         self.stopped_by = 0
 
     def _prepare(self, transformer, alignment):
-        """All that learns and counts, in accelerate's hands and in the checkpoints."""
+        """Wraps what is trained with accelerate, and registers all state for the checkpoints."""
         config, accelerator = self.config, self.accelerator
         transformer.to(accelerator.device).train()
         if config.gradient_checkpointing:
@@ -276,7 +276,7 @@ class Trainer:
             self.optimizer.step()  # changes no weight
 
     def _rewind(self, from_step):
-        """Back to the last checkpoint, and on with other batches; returns its step."""
+        """Returns to the last checkpoint, to continue with other batches; its step."""
         self.optimizer.zero_grad()
         before = copy(self.guard)
         step = resume_from(self.accelerator, self.output_dir)
@@ -305,8 +305,8 @@ class Trainer:
     @contextmanager
     def averaged_transformer(self) -> Iterator[DiTTransformer2DModel | None]:
         """
-        A context manager: the averaged weights as an ordinary model, also where each process holds a part of them; then
-        only the main process gets one. Every process has to enter it.
+        A context manager: the averaged weights as an ordinary model, also where each process holds a part of them;
+        then only the main process gets one. Every process has to enter it.
         """
         with self.averaged():
             if self.accelerator.distributed_type != DistributedType.FSDP:

@@ -1,4 +1,4 @@
-"""Looking at a model while it is trained: averaged weights, sample grids, distances to held-out images, the loss curve."""
+"""Validation during training: averaged weights, sample grids, distances to held-out images, the loss curve."""
 
 import math
 from contextlib import contextmanager
@@ -116,7 +116,7 @@ class Validation:
 
 def plot_losses(steps: list[int], losses: list[float], path: str | Path) -> None:
     """
-    Draws the loss, with its running mean.
+    Plots the loss, with its running mean.
 
     Args:
         steps (`list[int]`): The steps.
