@@ -7,7 +7,7 @@ import torch
 
 from ..command_line import run
 from ..hub import CardFacts
-from ..pipeline_dit_class_cond import DiTClassCondPipeline
+from ..pipeline import DiTClassCondPipeline
 from ..training.ema import average_after_training
 
 

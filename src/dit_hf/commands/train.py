@@ -17,7 +17,7 @@ from ..command_line import run
 from ..data.autoencoders import latent_channels, vae_statistics
 from ..data.latents import CachedLatents, EncodedImages, read_index
 from ..hub import BackgroundUploads, publish_folder
-from ..pipeline_dit_class_cond import DiTClassCondPipeline
+from ..pipeline import DiTClassCondPipeline
 from ..presets import PRESETS
 from ..training.alignment import AlignmentHead, load_encoder
 from ..training.batches import SeededBatches

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..evaluation.extractors import EFFICIENTNET, VisionModel
 from ..evaluation.features import EfficientNetLite0
-from ..transformer_dit import DiTTransformer2DModel
+from ..models import DiTTransformer2DModel
 
 
 PROJECTOR_WIDTH = 1024

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
-from ..pipeline_dit_class_cond import DiTClassCondPipeline, find_class
-from ..transformer_dit import DiTTransformer2DModel
+from ..models import DiTTransformer2DModel
+from ..pipeline import DiTClassCondPipeline
+from ..pipeline_dit_class_cond import find_class
 
 
 logger = logging.get_logger(__name__)

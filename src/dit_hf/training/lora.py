@@ -4,8 +4,8 @@ from pathlib import Path
 
 from diffusers.training_utils import _collate_lora_metadata
 
-from ..pipeline_dit_class_cond import DiTClassCondPipeline
-from ..transformer_dit import DiTTransformer2DModel
+from ..models import DiTTransformer2DModel
+from ..pipeline import DiTClassCondPipeline
 
 
 try:

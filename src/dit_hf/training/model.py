@@ -10,8 +10,9 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 
 from ..data.autoencoders import load_autoencoder, spatial_factor
+from ..models import DiTTransformer2DModel
+from ..presets import PresetName
 from ..schedulers import make_scheduler, trained_options, trained_prediction
-from ..transformer_dit import DiTTransformer2DModel
 from .finetuning import class_names, freeze, load_for_classes, match_names
 from .objectives import Objective
 
@@ -158,9 +159,11 @@ def image_resolution(
     return size * spatial_factor(vae)
 
 
-def new_transformer(preset: str | None, config_file: str | Path | None, **config) -> DiTTransformer2DModel:
+def new_transformer(
+    preset: PresetName | None, config_file: str | Path | None = None, **config: Any
+) -> DiTTransformer2DModel:
     """
-    A transformer with random weights.
+    A transformer with random weights, by a preset or by a file.
 
     Args:
         preset (`str`, *optional*): A size of the paper.
@@ -170,8 +173,10 @@ def new_transformer(preset: str | None, config_file: str | Path | None, **config
     Raises:
         ValueError: if the file sets one of these, or an argument that does not exist.
     """
-    if config_file is None:
+    if preset is not None:
         return DiTTransformer2DModel.from_preset(preset, **config)
+    if config_file is None:
+        raise ValueError("Pass --preset or --transformer_config.")
     given = json.loads(Path(config_file).read_text(encoding="utf-8"))
     if clash := sorted(config.keys() & given.keys()):
         raise ValueError(f"--transformer_config sets {', '.join(clash)}, which data, VAE and flags decide here.")

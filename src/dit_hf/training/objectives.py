@@ -15,7 +15,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from ..data.latents import normalise_latents
-from ..schedulers import DIFFUSION, make_scheduler
+from ..schedulers import DIFFUSION, SchedulerRecipe, make_scheduler
 from .losses import diffusion_loss, min_snr_weight, velocity_loss
 
 
@@ -75,7 +75,7 @@ class Objective(ABC):
 
     name: ClassVar[str]
     prediction: ClassVar[str]
-    sampler: ClassVar[str]
+    sampler: ClassVar[SchedulerRecipe]
     learn_sigma: ClassVar[bool] = False
 
     @abstractmethod
@@ -157,7 +157,7 @@ class VelocityObjective(Objective):
     cosine_loss: bool = False
     name: ClassVar[str] = "velocity"
     prediction: ClassVar[str] = "velocity"
-    sampler: ClassVar[str] = "flow_euler"
+    sampler: ClassVar[SchedulerRecipe] = "flow_euler"
 
     def draw_time(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Sigma of each sample, shape `(B,)`."""
@@ -200,7 +200,7 @@ class EpsilonObjective(Objective):
     weight: MinSNR | None = None
     name: ClassVar[str] = "epsilon"
     prediction: ClassVar[str] = "epsilon"
-    sampler: ClassVar[str] = "ddpm"
+    sampler: ClassVar[SchedulerRecipe] = "ddpm"
     learn_sigma: ClassVar[bool] = True
 
     def draw_time(self, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..complexity import count_macs
-from ..transformer_dit import DiTTransformer2DModel
+from ..models import DiTTransformer2DModel
 from .config import TrainingConfig
 from .objectives import Objective
 

@@ -20,7 +20,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.utils import logging
 from tqdm import tqdm
 
-from ..transformer_dit import DiTTransformer2DModel
+from ..models import DiTTransformer2DModel
 from .alignment import AlignmentHead
 from .batches import SeededBatches
 from .checkpointing import (
