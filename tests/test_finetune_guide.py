@@ -47,7 +47,7 @@ def checkout(tmp_path_factory):
 
 def run_short(command, checkout):
     """A command of the guide with few steps and images."""
-    short = {"max_train_steps": 2, "validation_steps": 2, "train_batch_size": 4, "num_images": 3}
+    short = {"max_train_steps": 2, "validation_steps": 2, "total_batch_size": 4, "num_images": 3}
     for flag, value in short.items():
         command = re.sub(rf"--{flag} \d+", f"--{flag} {value}", command)
     if "prepare_new_class" in command:

@@ -183,7 +183,7 @@ def test_frozen_parts_keep_their_weights(workspace, tmp_path):
 
 
 def test_bad_prefixes_are_named(transformer):
-    with pytest.raises(ValueError, match="--freeze transformer_block fits no parameter.*transformer_blocks"):
+    with pytest.raises(ValueError, match="--freeze transformer_block matches no parameter.*transformer_blocks"):
         freeze(transformer, ["transformer_block"])
     with pytest.raises(ValueError, match="nothing to train"):
         freeze(transformer, [name for name, part in transformer.named_children() if list(part.parameters())])

@@ -1,22 +1,22 @@
 """What a step shows the transformer and asks of it, and that every flag of a training reaches its loss or weights."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, tiny_transformer
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
-from testing_utils.training_runs import TRAIN_DIT, losses, read_log, run, train_command
+from testing_utils.training_runs import losses, read_log, run, train_command
 
 from dit_hf import make_scheduler
 from dit_hf.data.autoencoders import vae_statistics
 from dit_hf.data.latents import CachedLatents
 from dit_hf.seeds import seeded_generator
+from dit_hf.training.data import open_latents
 from dit_hf.training.ema import WeightAverage
 from dit_hf.training.losses import diffusion_loss, min_snr_weight, velocity_loss
-from dit_hf.training.objectives import Objective, draw_batch
+from dit_hf.training.objectives import EpsilonObjective, LogitNormal, MinSNR, Uniform, VelocityObjective, draw_batch
 from dit_hf.training.validation import averaged_weights
 
 
@@ -25,7 +25,7 @@ WEIGHTS = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 
 def shown(objective):
     """A batch, its loss, and what the transformer was called with and gave."""
-    transformer, seen = tiny_transformer(learn_sigma=objective.prediction == "epsilon"), []
+    transformer, seen = tiny_transformer(learn_sigma=objective.learn_sigma), []
     transformer.register_forward_hook(lambda module, inputs, output: seen.append((*inputs, output[0])))
     latents, generator = CachedLatents(FIXTURES / "emoji_latents"), seeded_generator(0)
     batch = draw_batch(latents, objective, torch.tensor([0, 50, 99]), generator, slice(0, 3), 0.0, 0.0)
@@ -38,7 +38,7 @@ def shown(objective):
 @pytest.mark.parametrize("beta_end", [0.02, 0.01])
 def test_epsilon_adds_the_diffusions_noise(beta_end):
     diffusion = make_scheduler("ddpm", beta_end=beta_end)
-    batch, loss, (noisy, timestep, labels, output) = shown(Objective("epsilon", diffusion=diffusion))
+    batch, loss, (noisy, timestep, labels, output) = shown(EpsilonObjective(diffusion))
     remaining = (
         (1 - torch.linspace(1e-4, beta_end, 1000, dtype=torch.float64)).cumprod(0)[batch["time"]].view(3, 1, 1, 1)
     )
@@ -47,41 +47,39 @@ def test_epsilon_adds_the_diffusions_noise(beta_end):
     assert torch.equal(timestep, batch["time"]) and torch.equal(labels, batch["label"])
     terms = diffusion_loss(output, batch["x_start"], batch["noise"], batch["time"], diffusion)
     torch.testing.assert_close(loss, terms["loss"])
-    weighted = shown(Objective("epsilon", snr_gamma=1e-4, diffusion=diffusion))[1]
+    weighted = shown(EpsilonObjective(diffusion, MinSNR(1e-4)))[1]
     torch.testing.assert_close(weighted, min_snr_weight(batch["time"], diffusion, 1e-4) * terms["mse"] + terms["vb"])
     assert not torch.allclose(weighted, loss)
 
 
 def test_velocity_goes_from_data_to_noise():
-    batch, loss, (noisy, timestep, _, output) = shown(Objective("velocity"))
+    batch, loss, (noisy, timestep, _, output) = shown(VelocityObjective())
     sigma = batch["time"].view(3, 1, 1, 1)
     torch.testing.assert_close(noisy, batch["x_start"].lerp(batch["noise"], sigma))
     torch.testing.assert_close(timestep, 1000 * batch["time"])
     terms = velocity_loss(output, batch["x_start"], batch["noise"])
     torch.testing.assert_close(loss, terms["loss"])
-    torch.testing.assert_close(shown(Objective("velocity", cosine_loss=True))[1], terms["loss"] + terms["cosine"])
+    torch.testing.assert_close(shown(VelocityObjective(cosine_loss=True))[1], terms["loss"] + terms["cosine"])
 
 
 def test_times_are_drawn_as_asked():
-    times = {
-        name: Objective(time_sampling=name).draw_time(4000, seeded_generator(0))
-        for name in ("uniform", "logit_normal")
-    }
-    quartiles = torch.tensor([0.25, 0.5, 0.75])
-    torch.testing.assert_close(times["uniform"].quantile(quartiles), quartiles, rtol=0, atol=0.03)
-    normal = torch.tensor([-0.6745, 0.0, 0.6745]).sigmoid()
-    torch.testing.assert_close(times["logit_normal"].quantile(quartiles), normal, rtol=0, atol=0.03)
-    steps = Objective("epsilon", diffusion=make_scheduler("ddpm", num_train_timesteps=10)).draw_time(
-        500, seeded_generator(0)
-    )
+    quartiles, normal = torch.tensor([0.25, 0.5, 0.75]), torch.tensor([-0.6745, 0.0, 0.6745])
+    for sampler, expected in (
+        (Uniform(), quartiles),
+        (LogitNormal(), normal.sigmoid()),
+        (LogitNormal(1.0, 2.0), (1 + 2 * normal).sigmoid()),
+    ):
+        times = VelocityObjective(sampler).draw_time(4000, seeded_generator(0))
+        torch.testing.assert_close(times.quantile(quartiles), expected, rtol=0, atol=0.03)
+    assert [str(sampler) for sampler in (Uniform(), LogitNormal())] == ["uniform", "logit_normal"]
+    steps = EpsilonObjective(make_scheduler("ddpm", num_train_timesteps=10)).draw_time(500, seeded_generator(0))
     assert steps.unique().tolist() == list(range(10))
 
 
 def test_the_average_takes_the_models_place_for_a_while():
     transformer = tiny_transformer().train()
     raw = [parameter.detach().clone() for parameter in transformer.parameters()]
-    average = WeightAverage(transformer.parameters(), decay=0.75, min_decay=0.75)
-    average.step(transformer.parameters())  # the first is a copy
+    average = WeightAverage(transformer.parameters(), decay=0.75)
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.add_(1.0)
@@ -122,25 +120,15 @@ def test_every_flag_reaches_the_loss_or_the_weights(workspace, tmp_path):
     assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
 
 
-def test_a_pretrained_model_keeps_its_statistics(tmp_path, monkeypatch):
+def test_a_pretrained_model_keeps_its_statistics():
     """Those of the new latents would move everything it has learnt."""
-    monkeypatch.syspath_prepend(str(TRAIN_DIT.parent))
-    from preparation import open_latents
-
     vae = AutoencoderKL.from_pretrained(
         ROOT / "src" / "dit_hf" / "bundled" / "emoji64" / "vae", torch_dtype=torch.float32
     )
     vae.register_to_config(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[0.5] * 4)
     folder = FIXTURES / "emoji_latents"
-    args = SimpleNamespace(
-        cache_latents=True, latents_dir=folder, resolution=64, pretrained_model_name_or_path="given"
-    )
-    assert (
-        open_latents(args, None, vae, None, None).statistics
-        == vae_statistics(vae)
-        == ([1.0, 2.0, 3.0, 4.0], [0.5] * 4)
-    )
-    args.pretrained_model_name_or_path = None
+    kept = open_latents(folder, vae, 64, keep_statistics=True)
+    assert kept.statistics == vae_statistics(vae) == ([1.0, 2.0, 3.0, 4.0], [0.5] * 4)
     index = json.loads((folder / "index.json").read_text())
-    assert open_latents(args, None, vae, None, None).statistics == (index["latents_mean"], index["latents_std"])
+    assert open_latents(folder, vae, 64).statistics == (index["latents_mean"], index["latents_std"])
     assert vae.config.latents_mean == index["latents_mean"]

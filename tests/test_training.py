@@ -1,4 +1,4 @@
-"""Training scripts end to end on small data: cache, resume after SIGKILL, sampling from EMA weights, pipeline folder."""
+"""Training scripts end to end on small data: cache, resume after SIGKILL, samples of EMA weights, saved pipeline."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from dit_hf.data.pixels import normalize_pixels
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import list_checkpoints, save_checkpoint, truncate_log
-from dit_hf.training.objectives import Objective, draw_batch
+from dit_hf.training.objectives import VelocityObjective, draw_batch
 
 
 TRAIN_AUTOENCODER = ROOT / "examples" / "train_autoencoder" / "train_autoencoder.py"
@@ -76,7 +76,7 @@ def test_labels_are_dropped_as_drawn():
     """Never once more by the model in training mode, whose draw would depend on processes and micro-batches."""
     transformer, seen = tiny_transformer(learn_sigma=False).train(), []
     transformer.class_embed.register_forward_hook(lambda module, args, output: seen.append(args[0]))
-    latents, objective = CachedLatents(FIXTURES / "emoji_latents"), Objective()
+    latents, objective = CachedLatents(FIXTURES / "emoji_latents"), VelocityObjective()
     for step in range(60):
         indices, generator = torch.tensor([0, 1]), seeded_generator(0, step)
         batch = draw_batch(latents, objective, indices, generator, slice(0, 2), 0.5, 0.3)
@@ -84,11 +84,12 @@ def test_labels_are_dropped_as_drawn():
         assert torch.equal(seen[-1], torch.where(batch["drop"], 10, batch["label"]))
     assert 0.2 < (torch.cat(seen) == 10).float().mean() < 0.4
     batch = draw_batch(latents, objective, indices, generator, slice(0, 2), 0.5, 0.0)
-    assert "drop" not in batch
+    objective.loss(transformer, batch)
+    assert torch.equal(seen[-1], batch["label"])  # the model does not draw by itself either
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_cleanly(workspace, tmp_path, number):
+def test_a_signal_saves_and_ends_with_the_shells_exit_code(workspace, tmp_path, number):
     flags = {"max_train_steps": 400, "checkpointing_steps": 400, "validation_steps": 400}
     process = subprocess.Popen(train_command(workspace, tmp_path, **flags), stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "train_log.jsonl").exists():
@@ -96,8 +97,8 @@ def test_a_signal_saves_and_ends_cleanly(workspace, tmp_path, number):
         time.sleep(0.01)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert "by a signal" in output
+    assert process.returncode == 128 + number
+    assert f"by {number.name}; run the same command again to resume" in output
     (checkpoint,) = list_checkpoints(tmp_path)
     assert read_log(tmp_path)[-1]["step"] == int(checkpoint.name.split("-")[1]) < 400
 
@@ -113,7 +114,7 @@ def test_a_finished_run_changes_nothing_and_a_batch_must_divide(workspace, tmp_p
     command = train_command(workspace, tmp_path / "other", gradient_accumulation_steps=3)
     result = run_forked(command)
     assert result.returncode == 2
-    assert "--train_batch_size 4 can't be shared" in result.stderr
+    assert "--total_batch_size 4 can't be split evenly over 1 processes" in result.stderr
 
 
 def test_training_publishes_its_model(workspace, tmp_path):
@@ -138,6 +139,11 @@ def test_training_publishes_its_model(workspace, tmp_path):
         assert "do the same again" in result.stderr
         assert "step-000001.png was not sent to user/trained" in result.stderr
         assert (tmp_path / "down" / "pipeline" / "model_index.json").exists()
+        hub.faults.clear()
+        log = (tmp_path / "down" / "train_log.jsonl").read_text()
+        again = run([*train_command(workspace, tmp_path / "down", **flags), "--push_to_hub"], env=environment)
+        assert "Published: http" in again.stdout
+        assert (tmp_path / "down" / "train_log.jsonl").read_text() == log  # no step was trained again
 
 
 def test_resume_with_other_settings_is_refused(workspace, tmp_path_factory, tmp_path):
@@ -195,10 +201,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(workspace, tmp_path):
 
 
 def test_recipes_set_what_is_not_given(workspace, tmp_path):
-    flags = {"recipe": "lightningdit", "train_batch_size": 4, "max_train_steps": 1, "lr_warmup_steps": None}
+    flags = {"recipe": "lightningdit", "total_batch_size": 4, "max_train_steps": 1, "lr_warmup_steps": None}
     run(train_command(workspace, tmp_path / "l", **flags))
     saved = json.loads((tmp_path / "l" / "training_config.json").read_text())
-    expected = {"cosine_loss": True, "adam_beta2": 0.95, "learning_rate": 2e-4, "train_batch_size": 4}
+    expected = {"cosine_loss": True, "adam_beta2": 0.95, "learning_rate": 2e-4, "total_batch_size": 4}
     assert {name: saved[name] for name in expected} == expected
     flags |= {"recipe": "dit", "snr_gamma": 5.0, "learning_rate": 0.003}
     run(train_command(workspace, tmp_path / "d", **flags))

@@ -24,6 +24,7 @@ from dit_hf.training.checkpointing import list_checkpoints
 WEIGHTS = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 LATENTS = FIXTURES / "emoji_latents"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+SHARDED_ON_CPU = ROOT / "tests" / "testing_utils" / "sharded_on_cpu.py"
 TWO_PROCESSES = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
@@ -101,9 +102,10 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
 )
 def test_sharded_training_is_the_same_and_saves_an_ordinary_pipeline(workspace, tmp_path, environment, shards):
     """FSDP2 or DeepSpeed on two CPU processes, killed and resumed, against DDP; with micro-batches."""
-    flags = {"max_train_steps": 4, "validation_steps": 4, "train_batch_size": 8, "gradient_accumulation_steps": 2}
+    flags = {"max_train_steps": 4, "validation_steps": 4, "total_batch_size": 8, "gradient_accumulation_steps": 2}
     for name, settings in (("ddp", TWO_PROCESSES), ("sharded", TWO_PROCESSES | environment)):
-        command = [*TORCHRUN, *train_command(workspace, tmp_path / name, **flags)[1:]]
+        script = train_command(workspace, tmp_path / name, **flags)[1:]
+        command = [*TORCHRUN, *([SHARDED_ON_CPU] if name == "sharded" else []), *script]
         if name == "sharded":
             kill_after(command, tmp_path / name / "checkpoint-2", env=os.environ | settings)
             shutil.rmtree(tmp_path / name / "checkpoint-4", ignore_errors=True)
@@ -121,7 +123,7 @@ def test_sharded_training_is_the_same_and_saves_an_ordinary_pipeline(workspace, 
 
 def curve_command(output_dir, latents, **flags):
     """A small model on 126 cached emoji latents."""
-    flags = {"dataset_name": None, "latents_dir": latents, "resolution": None, "train_batch_size": 2} | flags
+    flags = {"dataset_name": None, "latents_dir": latents, "resolution": None, "total_batch_size": 2} | flags
     flags |= {"vae": ROOT / "src/dit_hf/bundled/emoji64/vae", "validation_classes": 1, "validation_steps": 1000}
     return train_command(output_dir.parent, output_dir, **flags)
 
@@ -134,7 +136,7 @@ def small_config(tmp_path):
 
 def test_the_curve_of_losses_is_the_pinned_one(small_config, tmp_path):
     """Whatever changes data order, draws, losses, optimizer or schedule changes this curve."""
-    flags = {"train_batch_size": 16, "max_train_steps": 200, "checkpointing_steps": 200, "lr_warmup_steps": 20}
+    flags = {"total_batch_size": 16, "max_train_steps": 200, "checkpointing_steps": 200, "lr_warmup_steps": 20}
     run(curve_command(tmp_path / "run", LATENTS, **flags))
     pinned = torch.tensor(json.loads((FIXTURES / "loss_curve.json").read_text()), dtype=torch.float64)
     torch.testing.assert_close(losses(tmp_path / "run"), pinned, rtol=1e-3, atol=0)

@@ -1,18 +1,27 @@
 """What `train_dit.py` reads and what it refuses, before the first step."""
 
 import json
+import re
 import shutil
-from types import SimpleNamespace
+import subprocess
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import FIXTURES, ROOT, tiny_transformer, tiny_vae
 from datasets import ClassLabel, Dataset, Features, Image
+from diffusers import AutoencoderTiny
 from PIL import Image as PILImage
 from testing_utils.training_runs import TRAIN_DIT, losses, read_log, refused, run, train_command
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.commands.main import main
+from dit_hf.commands.train import parse_args, training_config
 from dit_hf.data.images import load_image_dataset
+from dit_hf.training.data import ImageData
+from dit_hf.training.model import check_architecture, load_vae
 
 
 BUNDLED_VAE = ROOT / "src" / "dit_hf" / "bundled" / "emoji64" / "vae"
@@ -53,6 +62,26 @@ def test_latents_need_no_cache_and_the_distance_is_logged(workspace, tmp_path):
     assert pipe.vae.config.latents_mean is None  # its own scale is what was trained with
 
 
+def test_any_autoencoder_trains_and_held_out_images_are_not_trained_on(workspace, tmp_path):
+    vae = AutoencoderTiny(encoder_block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8))
+    vae.save_pretrained(tmp_path / "vae")
+    flags = {"dataset_name": None, "train_data_dir": class_folders(workspace, tmp_path / "images"), "holdout": 0.3}
+    flags |= {"vae": tmp_path / "vae", "validation_split": "test", "max_train_steps": 1}
+    output = run(train_command(workspace, tmp_path / "run", **flags)).stdout
+    kept, held_out = (
+        len(ImageData(32, None, flags["train_data_dir"], holdout=0.3).load(s)) for s in ("train", "test")
+    )
+    assert kept + held_out == 20 and 0 < held_out < 10
+    assert f"\n{kept} images: dark " in output
+    assert read_log(tmp_path / "run")[-1]["fd"] > 0
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(pipe.vae) is AutoencoderTiny
+    assert len(pipe.vae.config.latents_mean) == 4  # of these latents
+    assert pipe("dark", num_inference_steps=1).images[0].size == (32, 32)
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert "| holdout | 0.3 |" in card and "| total_batch_size | 4 |" in card and "| ema_warmup | False |" in card
+
+
 def one_class(workspace, folder):
     features = Features({"image": Image(), "label": ClassLabel(names=["only"])})
     rows = [{"image": PILImage.new("RGB", (32, 32)), "label": 0}] * 4
@@ -67,7 +96,8 @@ def one_class(workspace, folder):
         ({"dataset_name": None}, "either --dataset_name or --train_data_dir"),
         ({"dataset_name": None, "train_data_dir": "{tmp}/none"}, "no folder '{tmp}/none'"),
         ({"dataset_name": None, "train_data_dir": "{tmp}/empty"}, "'{tmp}/empty' is empty"),
-        ({"dataset_name": None, "train_data_dir": "{tmp}/broken", "train_batch_size": 2}, "2 of 2 images can't be read"),
+        ({"dataset_name": None, "train_data_dir": "{tmp}/broken", "total_batch_size": 2},
+         "2 of 2 images can't be read"),
         ({"dataset_name": "{tmp}/one"}, "one class"),
         ({"image_column": "photo"}, "no column 'photo'; the dataset has image, label"),
         ({"label_column": "class"}, "no column 'class'; the dataset has image, label"),
@@ -91,7 +121,7 @@ def one_class(workspace, folder):
          "trained with 0.5; leave out --vae"),
         ({"transformer_config": None, "vae": None, "pretrained_model_name_or_path": "{tmp}/base", "lora_rank": 2},
          "has no class 'light', and adapters can't add one"),
-        ({"train_batch_size": 64}, "A batch of 64 can't be drawn from 20 samples"),
+        ({"total_batch_size": 64}, "A batch of 64 can't be drawn from 20 samples"),
         ({"validation_split": "nothing"}, "split 'nothing'"),
     ],
 )  # fmt: skip
@@ -115,7 +145,46 @@ def test_bad_input_is_named_before_the_first_step(workspace, tmp_path, flags, me
     error = refused(train_command(workspace, tmp_path / "run", **given), monkeypatch, capsys)
     assert message.format(tmp=tmp_path) in error
     assert "error: " in error
-    assert not (tmp_path / "run" / "train_log.jsonl").exists()
+    written = {path.name for path in (tmp_path / "run").glob("*")} - {"latents", ".lock", ".lock_holder"}
+    assert not written  # and nothing at all, but for what only encoding the images shows
+    assert (
+        "can't be read" in error
+        or "blocks 1 to 2" in error
+        or "--features" in error
+        or not (tmp_path / "run").exists()
+    )
+
+
+@pytest.mark.parametrize(
+    ("index", "config", "message"),
+    [
+        ({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}, None,
+         "is a StableDiffusionPipeline, which has no transformer"),
+        ({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]},
+         {"_class_name": "FluxTransformer2DModel"}, "is a FluxPipeline with a FluxTransformer2DModel"),
+        ({"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "Transformer2DModel"]},
+         {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"}, "with a Transformer2DModel"),
+        ({"_class_name": "DiTPipeline", "transformer": ["diffusers", "Transformer2DModel"]},
+         {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero"}, None),
+    ],
+)  # fmt: skip
+def test_a_folder_of_another_architecture_is_named(tmp_path, index, config, message):
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    if config is not None:
+        (tmp_path / "transformer").mkdir()
+        (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_architecture(tmp_path)
+
+
+def test_training_from_another_architecture_is_one_line(workspace, tmp_path, monkeypatch, capsys):
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["a", "b"]})
+    )
+    start = {"transformer_config": None, "vae": None, "pretrained_model_name_or_path": tmp_path}
+    error = refused(train_command(workspace, tmp_path / "run", **start), monkeypatch, capsys)
+    assert error.splitlines()[-1].startswith(f"error: {tmp_path} is a StableDiffusionPipeline")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -132,10 +201,95 @@ def test_bad_input_is_named_before_the_first_step(workspace, tmp_path, flags, me
         ({"max_train_steps": -1}, "invalid positive value: '-1'"),
         ({"lr_scheduler": "steps"}, "invalid choice: 'steps'"),
         ({"vae": None}, "--vae is missing"),
+        ({"objective": "epsilon", "time_sampling": "uniform"}, "--time_sampling has no effect on epsilon"),
+        ({"train_batch_size": 2}, "not allowed with argument --total_batch_size"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7 is no checkpoint of"),
     ],
 )
 def test_flags_are_never_ignored_in_silence(workspace, tmp_path, flags, message, monkeypatch, capsys):
     assert message in refused(train_command(workspace, tmp_path / "run", **flags), monkeypatch, capsys)
+
+
+def test_the_batch_is_given_per_process_or_in_all():
+    """Per process as in the scripts of diffusers: one micro-batch."""
+
+    def total(processes, *flags):
+        with pytest.MonkeyPatch.context() as patch:
+            required = ["--preset", "DiT-S/2", "--vae", "vae", "--output_dir", "run"]
+            patch.setattr(sys, "argv", ["train", *required, *flags])
+            return training_config(parse_args(), processes).total_batch_size
+
+    assert total(1) == 128
+    assert total(4, "--train_batch_size", "8", "--gradient_accumulation_steps", "2") == 64
+    assert total(4, "--total_batch_size", "64", "--gradient_accumulation_steps", "2") == 64
+    assert total(8, "--recipe", "dit") == 256
+    assert total(8, "--recipe", "dit", "--train_batch_size", "4") == 32
+    with pytest.raises(ValueError, match="--total_batch_size 64 can't be split evenly over 3 processes"):
+        total(3, "--total_batch_size", "64")
+
+
+def test_latents_that_moved_resume(workspace, tmp_path, monkeypatch):
+    """They are compared by their fingerprint; neither a relative path nor another place makes them other latents."""
+    latents, folder = tmp_path / "latents", tmp_path / "run"
+    flags = {"train_data_dir": class_folders(workspace, tmp_path / "images"), "vae": workspace / "vae"}
+    words = (str(part) for name, value in flags.items() for part in (f"--{name}", value))
+    script = TRAIN_DIT.with_name("precompute_latents.py")
+    run([sys.executable, script, *words, "--resolution", 32, "--output_dir", latents])
+    flags = {"dataset_name": None, "vae": None, "resolution": None}
+    run(train_command(workspace, folder, latents_dir=latents, max_train_steps=1, **flags))
+    monkeypatch.chdir(tmp_path)
+    run(train_command(workspace, folder, latents_dir="latents", max_train_steps=2, **flags))
+    latents.rename(tmp_path / "elsewhere")
+    run(train_command(workspace, "run", latents_dir="elsewhere", max_train_steps=3, **flags))
+    assert len(read_log(folder)) == 3
+
+
+def test_images_without_a_cache_are_compared_as_well(workspace, tmp_path, monkeypatch, capsys):
+    images = class_folders(workspace, tmp_path / "images")
+    flags = {"dataset_name": None, "train_data_dir": images, "no-cache_latents": "", "max_train_steps": 1}
+    run(train_command(workspace, tmp_path / "run", **flags))
+    PILImage.new("RGB", (32, 32)).save(images / "dark" / "new.png")
+    error = refused(train_command(workspace, tmp_path / "run", **flags | {"max_train_steps": 2}), monkeypatch, capsys)
+    assert "latents was" in error
+
+
+WITHOUT = """
+import sys
+sys.modules |= {"peft": None}
+from dit_hf.commands.main import main
+main()
+"""
+
+
+def test_adapters_without_peft_name_the_extra(workspace, tmp_path):
+    names = {0: "dark", 1: "light"}
+    transformer = tiny_transformer(num_classes=2, learn_sigma=False)
+    pipe = DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae(), names)
+    pipe.save_pretrained(tmp_path / "base")
+    start = {"transformer_config": None, "vae": None, "pretrained_model_name_or_path": tmp_path / "base"}
+    flags = train_command(workspace, tmp_path / "run", **start, lora_rank=2)[2:]
+    command = [sys.executable, "-c", WITHOUT, "train", *map(str, flags)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1] == "error: dit_hf.training.lora needs peft: pip install 'dit_hf[train]'."
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_imports_what_windows_lacks():
+    pattern = re.compile(r"^\s*(import|from) (fcntl|resource|pwd|grp|termios)\b", re.MULTILINE)
+    files = [path for folder in ("src", "examples", "conversion") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 50
+    assert not [path for path in files if pattern.search(path.read_text())]
+
+
+def test_every_spelling_of_the_command(workspace, tmp_path, monkeypatch, capsys):
+    flags = [*map(str, train_command(workspace, tmp_path / "run", max_train_steps=10)[2:]), "--dry_run"]
+    monkeypatch.setattr(sys, "argv", ["dit-hf", "train", *flags])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main()
+    assert '"steps": 10' in capsys.readouterr().out
+    module = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--module", "dit_hf.commands.train", *flags]
+    assert '"steps": 10' in subprocess.run(module, check=True, capture_output=True, text=True).stdout
 
 
 def test_labels_that_are_no_class_are_named(workspace, tmp_path, monkeypatch, capsys):
@@ -157,19 +311,17 @@ def test_a_checkpoint_of_another_model_is_refused(workspace, tmp_path, monkeypat
     assert "'num_layers': 2" in error
 
 
-def test_a_vae_whose_config_leaves_a_default_out_is_the_same(tmp_path, monkeypatch):
+def test_a_vae_whose_config_lacks_a_default_is_the_same(tmp_path):
     """Configurations older than an option do not name it."""
-    monkeypatch.syspath_prepend(str(TRAIN_DIT.parent))
-    from preparation import check_statistics
-
     DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"), tiny_vae()).save_pretrained(tmp_path)
     file = tmp_path / "vae" / "config.json"
     config = json.loads(file.read_text())
     assert config.pop("scaling_factor") == 0.18215
     file.write_text(json.dumps(config))
-    args = SimpleNamespace(pretrained_model_name_or_path=tmp_path, vae="given")
-    check_statistics(args, tiny_vae())
+    tiny_vae().save_pretrained(tmp_path / "given")
+    load_vae(tmp_path / "given", tmp_path)
     scaled = tiny_vae()
     scaled.register_to_config(scaling_factor=0.5)
+    scaled.save_pretrained(tmp_path / "given")
     with pytest.raises(ValueError, match="scaling_factor 0.5, the weights were trained with 0.18215"):
-        check_statistics(args, scaled)
+        load_vae(tmp_path / "given", tmp_path)

@@ -1,4 +1,4 @@
-"""Parts of training by themselves: averages of the weights, alignment of representations, publishing in the background."""
+"""Parts of training by themselves: averages of the weights, alignment of representations, uploads during training."""
 
 import os
 import socket

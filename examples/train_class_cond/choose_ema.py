@@ -1,47 +1,14 @@
 #!/usr/bin/env python
-"""Puts an average of any length together when a run with `--ema_profiles` is over, as a pipeline folder.
+"""Puts an average of any length together after a training with `--ema_profiles`, as a pipeline folder.
 
     python examples/train_class_cond/choose_ema.py --run outputs/dit --sigma_rel 0.12 --output_dir outputs/dit-0.12
 
-Expected: seconds. Evaluate a few widths (0.05, 0.10, 0.15, 0.20) and keep the best; the run itself need not be repeated.
+Expected: seconds. Evaluate a few widths (0.05, 0.10, 0.15, 0.20) and keep the best.
+`python -m dit_hf.commands.choose_ema` takes the same flags.
 """
 
-import argparse
-from pathlib import Path
-
-import torch
-
-from dit_hf import DiTClassCondPipeline
 from dit_hf.command_line import run
-from dit_hf.hub import CardFacts
-from dit_hf.training.ema import average_after_training
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, help="Output folder of train_dit.py.")
-    parser.add_argument("--sigma_rel", type=float, required=True, help="Width over the training's length, below 0.28.")
-    parser.add_argument("--step", type=int, help="Last step that counts; the newest snapshot's if not given.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Where the pipeline goes.")
-    return parser.parse_args()
-
-
-@torch.no_grad()
-def main():
-    args = parse_args()
-    weights = average_after_training(args.run / "ema", args.sigma_rel, args.step)
-    pipe = DiTClassCondPipeline.from_pretrained(args.run / "pipeline", dtype=torch.float32)
-    parameters = dict(pipe.transformer.named_parameters())
-    if unknown := weights.keys() - parameters.keys():  # what was frozen has no average, but not the converse
-        raise ValueError(f"{args.run / 'ema'} is of another model: the pipeline has no {min(unknown)}.")
-    for name, weight in weights.items():
-        parameters[name].copy_(weight)
-    pipe.register_to_config(_name_or_path=None)  # its card is of other weights
-    recipe = {"weights": f"averaged after training, sigma_rel {args.sigma_rel}", "run": args.run.name}
-    pipe.save_pretrained(args.output_dir, card=CardFacts(recipe=recipe))
-    print(f"Pipeline: {args.output_dir}")
+from dit_hf.commands.choose_ema import main
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How every script of this package ends when it was given something it can't use."""
+"""How a command ends when it was given something it can't use, or was interrupted."""
 
 import sys
 from collections.abc import Callable
@@ -6,14 +6,16 @@ from collections.abc import Callable
 
 def run(main: Callable[[], None]) -> None:
     """
-    Runs a script; bad input ends it with one line on stderr and exit code 2, Ctrl-C with 130, not with a traceback.
+    Runs a command. Bad input or a missing extra ends it with one line on stderr and exit code 2, and Ctrl-C with 130,
+    not with a traceback.
 
     Args:
-        main (`Callable`): The script's main function; it raises `ValueError` or `OSError` with a message for the user.
+        main (`Callable`):
+            The command's main function; it raises `ValueError`, `OSError` or `ImportError` with a message for users.
     """
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

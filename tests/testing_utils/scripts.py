@@ -12,7 +12,7 @@ from pathlib import Path
 TIMEOUT = 600  # seconds
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["accelerate", "datasets", "dit_hf.evaluation.metrics", "dit_hf.training.lora", "dit_hf.training.validation"]
+    ["accelerate", "datasets", "dit_hf.evaluation.metrics", "dit_hf.training.lora", "dit_hf.commands.train"]
 )
 
 

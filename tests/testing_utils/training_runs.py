@@ -25,7 +25,7 @@ def train_command(workspace, output_dir, **flags):
         "transformer_config": workspace / "config.json",
         "output_dir": output_dir,
         "resolution": 32,
-        "train_batch_size": 4,
+        "total_batch_size": 4,
         "max_train_steps": 6,
         "lr_warmup_steps": 2,
         "checkpointing_steps": 2,
@@ -48,7 +48,6 @@ def run(command, **options):
 def refused(command, monkeypatch, capsys):
     """The error of a script that ends with exit code 2, run in this process."""
     monkeypatch.setattr(sys, "argv", [str(part) for part in command[1:]])
-    monkeypatch.syspath_prepend(str(TRAIN_DIT.parent))
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(command[1]), run_name="__main__")

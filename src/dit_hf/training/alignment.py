@@ -1,6 +1,6 @@
-"""Representation alignment (REPA, https://arxiv.org/abs/2410.06940): a block's tokens learn a frozen encoder's features.
+"""Representation alignment (REPA, https://arxiv.org/abs/2410.06940) of tokens to a frozen encoder's features.
 
-Shapes: `B` batch, `F` the encoder's feature channels, `h w` its grid, which may be another than the tokens'.
+Shapes: `B` batch, `F` the encoder's feature channels, `h w` its grid, which may differ from the tokens'.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..evaluation.extractors import EFFICIENTNET, VisionModel
 from ..evaluation.features import EfficientNetLite0
-from ..transformer_dit import DiTTransformer2DModel
+from ..models import DiTTransformer2DModel
 
 
 PROJECTOR_WIDTH = 1024

@@ -23,7 +23,7 @@ class SeededBatches:
     def __init__(self, num_samples: int, batch_size: int, seed: int = 0, labels: torch.Tensor | None = None):
         if not 1 <= batch_size <= num_samples:
             raise ValueError(
-                f"A batch of {batch_size} can't be drawn from {num_samples} samples; lower --train_batch_size."
+                f"A batch of {batch_size} can't be drawn from {num_samples} samples; lower the batch size."
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.steps_per_epoch = num_samples // batch_size
@@ -33,7 +33,7 @@ class SeededBatches:
 
     def indices(self, step: int) -> torch.Tensor:
         """
-        The samples of one step; an epoch's incomplete last batch is left out.
+        The samples of one step; an epoch's incomplete last batch is dropped.
 
         Args:
             step (`int`): Counted from 0.
@@ -53,7 +53,7 @@ class SeededBatches:
 
     def generator(self, step: int) -> torch.Generator:
         """
-        A CPU generator for the draws of one step: draw for the whole batch, then take this process's share.
+        A CPU generator for the draws of one step: draw for the whole batch, then take this process's slice.
 
         Args:
             step (`int`): Counted from 0.

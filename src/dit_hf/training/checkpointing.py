@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -66,7 +68,7 @@ def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit:
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         kept = list_checkpoints(output_dir)
-        before = f"{kept[-1].name} is whole, the same command goes on from there" if kept else "there is none before"
+        before = f"{kept[-1].name} is whole, the same command resumes from it" if kept else "there is none before"
         raise OSError(f"{final} can't be written: {error} ({before})") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -79,32 +81,86 @@ def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit:
     return final
 
 
-def resume_from(accelerator, output_dir: str | Path) -> int:
+def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | Path = "latest") -> Path | None:
     """
-    Loads the newest checkpoint, if there is one.
+    The checkpoint that a run resumes from.
+
+    Args:
+        output_dir (`str` or `Path`): The run's folder; it need not exist.
+        resume_from_checkpoint (`str` or `Path`, defaults to `"latest"`):
+            `"latest"`, `"never"`, or a checkpoint of the folder by its path or name.
+
+    Returns:
+        `Path`, or `None` for a fresh start.
+
+    Raises:
+        ValueError: if there is no such checkpoint in the folder, if there are later ones, which resuming would
+            overwrite, or if there are checkpoints and the run may not resume.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if str(resume_from_checkpoint) == "latest":
+        return checkpoints[-1] if checkpoints else None
+    names = [path.name for path in checkpoints]
+    if str(resume_from_checkpoint) == "never":
+        if checkpoints:
+            raise ValueError(
+                f"{output_dir} holds {', '.join(names)}; resume from the newest with --resume_from_checkpoint latest, "
+                "or use a new --output_dir."
+            )
+        return None
+    given = Path(resume_from_checkpoint)
+    inside = given.resolve().parent == Path(output_dir).resolve() or given == Path(given.name)
+    if not inside or given.name not in names:
+        raise ValueError(
+            f"{given} is no checkpoint of {output_dir}, which holds {', '.join(names) or 'none'}; pass one of them, "
+            "or --resume_from_checkpoint latest."
+        )
+    if later := names[names.index(given.name) + 1 :]:
+        raise ValueError(
+            f"{output_dir} also holds {', '.join(later)}, which resuming from {given.name} would overwrite; move or "
+            "delete what is later, or pass --resume_from_checkpoint latest."
+        )
+    return checkpoints[-1]
+
+
+def resume_from(accelerator, output_dir: str | Path, resume_from_checkpoint: str | Path = "latest") -> int:
+    """
+    Loads a checkpoint, if there is one to resume from.
 
     Args:
         accelerator (`accelerate.Accelerator`): Prepared as when the checkpoint was saved.
         output_dir (`str` or `Path`): The run's folder.
+        resume_from_checkpoint (`str` or `Path`, defaults to `"latest"`): As for [`checkpoint_to_resume`].
 
     Returns:
         `int`: the number of finished steps, 0 for a fresh start.
+
+    Raises:
+        ValueError: as [`checkpoint_to_resume`].
     """
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
+    checkpoint = checkpoint_to_resume(output_dir, resume_from_checkpoint)
+    if checkpoint is None:
         return 0
-    accelerator.load_state(str(checkpoints[-1]))
-    return checkpoint_step(checkpoints[-1])
+    accelerator.load_state(str(checkpoint))
+    return checkpoint_step(checkpoint)
 
 
-def check_same_settings(file: str | Path, settings: dict, may_change: tuple[str, ...]) -> None:
+def check_same_settings(
+    file: str | Path,
+    settings: Mapping[str, Any],
+    may_change: Collection[str],
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """
     Refuses to resume a run with other settings than it was started with.
 
     Args:
         file (`str` or `Path`): What [`record_settings`] wrote; it need not exist.
-        settings (`dict`): All settings; values are compared as JSON.
-        may_change (`tuple[str, ...]`): Settings that a resumed run may change, such as the number of steps.
+        settings (`Mapping`): All settings; values are compared as JSON.
+        may_change (`Collection[str]`): Settings that a resumed run may change, such as the number of steps.
+        defaults (`Mapping`, *optional*):
+            Values that stand for settings which the record of an older version lacks. A setting that is in neither is
+            not compared.
 
     Raises:
         ValueError: naming the settings that differ.
@@ -112,14 +168,31 @@ def check_same_settings(file: str | Path, settings: dict, may_change: tuple[str,
     file = Path(file)
     if not file.exists():
         return
-    before = json.loads(file.read_text())
+    before = json.loads(json.dumps(dict(defaults or {}), default=str)) | read_settings(file)
     changed = [
-        f"{name} was {before.get(name)!r} and is {value!r}"
-        for name, value in json.loads(json.dumps(settings, default=str)).items()
-        if name not in may_change and before.get(name) != value
+        f"{name} was {before[name]!r} and is {value!r}"
+        for name, value in json.loads(json.dumps(dict(settings), default=str)).items()
+        if name not in may_change and name in before and before[name] != value
     ]
     if changed:
         raise ValueError(f"{file.parent} holds a run with other settings: {'; '.join(changed)}. Use a new folder.")
+
+
+def read_settings(file: str | Path) -> dict[str, Any]:
+    """
+    Reads what [`record_settings`] wrote.
+
+    Args:
+        file (`str` or `Path`): The record.
+
+    Returns:
+        `dict`: as this version names settings. Version 0.1 named the total batch size `train_batch_size`, and knew no
+        fingerprint of images without a cache.
+    """
+    settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    if "total_batch_size" not in settings and "train_batch_size" in settings:
+        settings["total_batch_size"] = settings.pop("train_batch_size")
+    return {name: value for name, value in settings.items() if (name, value) != ("latents", None)}
 
 
 def record_settings(file: str | Path, settings: dict) -> None:
@@ -139,7 +212,7 @@ def record_settings(file: str | Path, settings: dict) -> None:
 
 def truncate_log(file: str | Path, step: int) -> None:
     """
-    Drops the lines of steps that were done after the checkpoint a run resumes from, as they are done again.
+    Removes the lines of steps after the checkpoint that a run resumes from, as these steps are repeated.
 
     Args:
         file (`str` or `Path`): JSON lines with a `step` each; it need not exist.

@@ -1,8 +1,8 @@
 """Averages of the weights while they are trained.
 
-`WeightAverage` is diffusers' `EMAModel`, which is used as it is but for checkpoints of sharded weights. `PowerAverages`
+`WeightAverage` is diffusers' `EMAModel` with a constant decay and checkpoints of sharded weights. `PowerAverages`
 keeps two averages with power-function profiles (Karras et al., https://arxiv.org/abs/2312.02696), from whose snapshots
-an average of any length can be put together when training is over.
+an average of any length can be put together after training.
 """
 
 import re
@@ -31,9 +31,21 @@ def _sharded_like(tensor, like):
 
 
 class WeightAverage(EMAModel):
-    """diffusers' `EMAModel`, whose checkpoints hold whole weights even where each process has a part of them."""
+    """
+    diffusers' `EMAModel` with the papers' constant decay: in each step, average = decay · average + (1 - decay) ·
+    weights, starting from the initial weights. Checkpoints hold whole weights, also where each process has a part.
+
+    Args:
+        parameters (`Iterable[torch.nn.Parameter]`): The weights before the first step.
+        decay (`float`, defaults to 0.9999): Of every step.
+        options: For `EMAModel`; with `use_ema_warmup=True` the decay rises to `decay` as there.
+    """
 
     shadow_params: list[torch.Tensor]
+
+    def get_decay(self, optimization_step: int) -> float:
+        """The decay of a step; `EMAModel` alone would raise it slowly even without `use_ema_warmup`."""
+        return super().get_decay(optimization_step) if self.use_ema_warmup else self.decay
 
     def state_dict(self) -> dict:
         """As `EMAModel`'s; with sharded weights every process has to call it."""
@@ -88,7 +100,7 @@ class PowerAverages:
 
     @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Takes in the weights after an optimizer step."""
+        """Updates the averages with the weights after an optimizer step."""
         self.steps += 1
         parameters = list(parameters)
         for width, averages in self.averages.items():
@@ -103,7 +115,8 @@ class PowerAverages:
         Args:
             folder (`str` or `Path`): Created if it does not exist.
             names (`list[str]`): Of the parameters.
-            is_main_process (`bool`, defaults to `True`): Who writes; with sharded weights every process has to call it.
+            is_main_process (`bool`, defaults to `True`):
+                Whether to write; with sharded weights every process has to call this.
         """
         for width, averages in self.averages.items():
             whole = {name: _full(weight).half().cpu() for name, weight in zip(names, averages, strict=True)}
@@ -117,11 +130,11 @@ class PowerAverages:
     @staticmethod
     def drop_snapshots(folder: str | Path, step: int) -> None:
         """
-        Removes what a resumed run will write again.
+        Removes snapshots that a resumed run will write again.
 
         Args:
             folder (`str` or `Path`): With snapshots; it need not exist.
-            step (`int`): The checkpoint's; later snapshots go.
+            step (`int`): The checkpoint's; later snapshots are removed.
         """
         for path in Path(folder).glob("ema-*.safetensors"):
             if (match := SNAPSHOT.fullmatch(path.name)) and int(match[1]) > step:
@@ -133,7 +146,7 @@ class PowerAverages:
         return {"steps": self.steps, "averages": averages}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up where a checkpoint left off."""
+        """Restores what `state_dict` returned."""
         self.steps = state["steps"]
         for width, averages in self.averages.items():
             saved = state["averages"][width]

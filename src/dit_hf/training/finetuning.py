@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
-from ..pipeline_dit_class_cond import DiTClassCondPipeline, find_class
-from ..transformer_dit import DiTTransformer2DModel
+from ..models import DiTTransformer2DModel
+from ..pipeline import DiTClassCondPipeline
+from ..pipeline_dit_class_cond import find_class
 
 
 logger = logging.get_logger(__name__)
@@ -21,7 +22,7 @@ def load_for_classes(
     Args:
         pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id of a pipeline.
         names (`list[str]`): New class names, by id.
-        class_dropout_prob (`float`): Of the new model; 0 leaves the null class out.
+        class_dropout_prob (`float`): Of the new model; with 0 it has no null class.
 
     Returns:
         `DiTTransformer2DModel`
@@ -33,8 +34,8 @@ def load_for_classes(
     mapped = match_names(names, known)
     if mapped != [*range(model.config.num_classes)]:
         logger.warning(
-            f"The label table is remapped: {len(names) - mapped.count(None)} of {len(names)} classes keep their row by "
-            "name, the others start from the mean."
+            f"The label table is remapped: {len(names) - mapped.count(None)} of {len(names)} classes keep their row "
+            "by name, the others start from the mean."
         )
     remap_classes(model, mapped, class_dropout_prob)
     return model
@@ -73,7 +74,7 @@ def match_names(names: list[str], known: dict[int, str]) -> list[int | None]:
     try:
         return [next(places[name]) if name in shared else find_class(known, name) for name in names]
     except ValueError as error:
-        raise ValueError(f"{error} of the pretrained model; take a synonym that is one's alone.") from None
+        raise ValueError(f"{error} of the pretrained model; use a synonym that only one of them has.") from None
 
 
 @torch.no_grad()
@@ -84,7 +85,7 @@ def remap_classes(model: DiTTransformer2DModel, mapped: list[int | None], class_
     Args:
         model (`DiTTransformer2DModel`): Changed in place.
         mapped (`list[int | None]`): For each new class the old one whose row it takes.
-        class_dropout_prob (`float`): Of the new model; with more than 0 it has a null class, the old one's if there is.
+        class_dropout_prob (`float`): Of the new model; above 0 it has a null class, the old one's if there is one.
     """
     old = model.class_embed.weight
     mean = old[: model.config.num_classes].mean(dim=0)
@@ -97,20 +98,20 @@ def remap_classes(model: DiTTransformer2DModel, mapped: list[int | None], class_
 
 def freeze(model: DiTTransformer2DModel, prefixes: list[str]) -> None:
     """
-    Keeps parts of a model as they are.
+    Freezes parts of a model.
 
     Args:
         model (`DiTTransformer2DModel`): Changed in place.
-        prefixes (`list[str]`): Beginnings of parameter names, whole words: `transformer_blocks.0`, `time_embed` …
+        prefixes (`list[str]`): Prefixes of parameter names, up to a dot: `transformer_blocks.0`, `time_embed` …
 
     Raises:
-        ValueError: if a prefix fits no parameter, or nothing is left to train.
+        ValueError: if a prefix matches no parameter, or nothing is left to train.
     """
     for prefix in prefixes:
         fitting = [p for name, p in model.named_parameters() if f"{name}.".startswith(f"{prefix}.")]
         if not fitting:
             parts = ", ".join(name for name, _ in model.named_children())
-            raise ValueError(f"--freeze {prefix} fits no parameter; the model's parts are {parts}.")
+            raise ValueError(f"--freeze {prefix} matches no parameter; the model's parts are {parts}.")
         for parameter in fitting:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):

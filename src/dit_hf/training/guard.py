@@ -1,4 +1,4 @@
-"""What to do when a loss or gradient is not finite, or leaps: skip the step, go back, or stop with a diagnosis."""
+"""What to do when a loss or gradient is not finite, or spikes: skip the step, rewind, or stop with a diagnosis."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ COUNTS = ("in_a_row", "skipped", "draw_offset", "rewound_to", "rewinds")
 
 
 class TrainingStopped(ValueError):
-    """Training can't go on; the message is the diagnosis."""
+    """Training can't continue; the message is the diagnosis."""
 
 
 class LossGuard:
@@ -24,8 +24,8 @@ class LossGuard:
 
     Args:
         policy (`str`, defaults to `"skip"`):
-            What a finite spike leads to: `"skip"` leaves the step out, `"rewind"` goes back to the last checkpoint and on
-            with other batches, `"stop"` ends the run. A step that is not finite is left out in any case.
+            What a finite spike leads to: `"skip"` skips the step, `"rewind"` returns to the last checkpoint and
+            continues with other batches, `"stop"` ends the run. A step that is not finite is always skipped.
         max_in_a_row (`int`, defaults to 10): More bad steps than this one after the other end the run.
 
     Raises:
@@ -76,7 +76,7 @@ class LossGuard:
                 "that is too high, fp16 where bf16 is needed, latents that are not normalised, a damaged image."
             )
         if finite and self.policy == "stop":
-            raise TrainingStopped(f"The loss leapt at step {step}: {what}.")
+            raise TrainingStopped(f"The loss spiked at step {step}: {what}.")
         return "rewind" if finite and self.policy == "rewind" else "skip"
 
     def rewound(self, from_step: int, to_step: int, before: "LossGuard") -> None:
@@ -84,9 +84,9 @@ class LossGuard:
         After a checkpoint was loaded: later steps get other batches than those that led to the spike.
 
         Args:
-            from_step (`int`): The step that leapt.
+            from_step (`int`): The step that spiked.
             to_step (`int`): The checkpoint's.
-            before (`LossGuard`): This guard's counts as they were at the leap.
+            before (`LossGuard`): This guard's counts as they were at the spike.
 
         Raises:
             TrainingStopped: if that has not helped `max_in_a_row` times.
@@ -94,8 +94,8 @@ class LossGuard:
         self.rewound_to, self.rewinds = to_step, before.rewinds + 1 if to_step == before.rewound_to else 1
         if self.rewinds > self.max_in_a_row:
             raise TrainingStopped(
-                f"The loss leapt again at step {from_step}, after {before.rewinds} returns to step {to_step} with other "
-                "batches; a lower learning rate or longer warm-up may help."
+                f"The loss spiked again at step {from_step}, after {before.rewinds} returns to step {to_step} with "
+                "other batches; a lower learning rate or longer warm-up may help."
             )
         self.draw_offset = before.draw_offset + from_step - to_step
         self.skipped, self.in_a_row = before.skipped, before.in_a_row
@@ -105,7 +105,7 @@ class LossGuard:
         return {name: getattr(self, name) for name in COUNTS} | {"recent": list(self.recent)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up where a checkpoint left off."""
+        """Restores what `state_dict` returned."""
         self.recent = deque(state["recent"], maxlen=WINDOW)
         for name in COUNTS:
             setattr(self, name, state.get(name, getattr(self, name)))  # an older checkpoint has fewer

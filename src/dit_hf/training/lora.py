@@ -1,11 +1,11 @@
-"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) for every part of a DiT that a style or class lives in."""
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) for the layers of a DiT that a style or class needs."""
 
 from pathlib import Path
 
 from diffusers.training_utils import _collate_lora_metadata
 
-from ..pipeline_dit_class_cond import DiTClassCondPipeline
-from ..transformer_dit import DiTTransformer2DModel
+from ..models import DiTTransformer2DModel
+from ..pipeline import DiTClassCondPipeline
 
 
 try:

@@ -1,84 +1,258 @@
-"""One step's random choices and its loss, for the diffusion of the paper and for flow matching.
+"""Training objectives: what a transformer learns to predict, at which times, and how one step's samples are drawn.
+
+An objective is an object with the interface of [`Objective`]. A new one is a subclass and, to be chosen by a flag, a
+row of [`OBJECTIVES`]; `Trainer` takes any instance.
 
 Shapes: `B` samples, `C` latent channels, `h w` latent size.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from diffusers import SchedulerMixin
 
 from ..data.latents import normalise_latents
-from ..schedulers import make_scheduler
+from ..schedulers import DIFFUSION, SchedulerRecipe, make_scheduler
 from .losses import diffusion_loss, min_snr_weight, velocity_loss
 
 
-# Of flow matching: sigma 1 is this timestep.
+# The timestep that the transformer is given for sigma = 1.
 NUM_TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
-class Objective:
+class Uniform:
+    """Times uniform in [0, 1) (SiT, https://arxiv.org/abs/2401.08740)."""
+
+    def __call__(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Times of shape `(count,)`."""
+        return torch.rand(count, generator=generator)
+
+    def __str__(self):
+        return "uniform"
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """Times whose logit is normal (Stable Diffusion 3, https://arxiv.org/abs/2403.03206, eq. 19)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Times of shape `(count,)`."""
+        return (self.mean + self.std * torch.randn(count, generator=generator)).sigmoid()
+
+    def __str__(self):
+        return "logit_normal" if self == LogitNormal() else f"logit_normal({self.mean}, {self.std})"
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """Weights min(SNR, gamma) / SNR of an epsilon loss (Min-SNR, https://arxiv.org/abs/2303.09556)."""
+
+    gamma: float = 5.0
+
+    def __call__(self, timestep: torch.Tensor, diffusion: SchedulerMixin) -> torch.Tensor:
+        """Weights of shape `(B,)` for timesteps of shape `(B,)`."""
+        return min_snr_weight(timestep, diffusion, self.gamma)
+
+
+class Objective(ABC):
     """
-    What a transformer learns to predict, and at which times.
+    What a transformer is trained on. Subclasses define the four methods; `loss` is their composition and may be
+    overridden when one forward pass is not enough.
 
-    Args:
-        prediction (`str`, defaults to `"velocity"`): `"velocity"` of flow matching, or `"epsilon"` of the paper.
-        time_sampling (`str`, defaults to `"logit_normal"`): Of flow matching's sigma; or `"uniform"`.
-        snr_gamma (`float`, *optional*): Bound of min-SNR weights for epsilon.
-        cosine_loss (`bool`, defaults to `False`): Whether velocity's direction counts as well.
-        diffusion (`SchedulerMixin`, defaults to the paper's): That adds epsilon's noise.
+    Attributes:
+        name (`str`): Recorded with the run and on the model card.
+        prediction (`str`): What the sampler takes the output for, as `dit_hf.schedulers.trained_prediction` names it.
+        sampler (`str`): Recipe of `make_scheduler` that samples a model trained with this objective.
+        learn_sigma (`bool`): Whether a new model also predicts its variance.
     """
 
-    prediction: str = "velocity"
-    time_sampling: str = "logit_normal"
-    snr_gamma: float | None = None
-    cosine_loss: bool = False
-    diffusion: SchedulerMixin = field(default_factory=lambda: make_scheduler("ddpm"))
+    name: ClassVar[str]
+    prediction: ClassVar[str]
+    sampler: ClassVar[SchedulerRecipe]
+    learn_sigma: ClassVar[bool] = False
 
+    @abstractmethod
     def draw_time(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """
-        Times of `count` samples.
+        Draws the times of `count` samples.
 
         Args:
             count (`int`): B.
             generator (`torch.Generator`): On the CPU.
 
         Returns:
-            `torch.Tensor` of shape `(B,)`: timesteps of the diffusion (int64) for epsilon, sigma in [0, 1] for velocity.
+            `torch.Tensor` whose first dimension is B.
         """
-        if self.prediction == "epsilon":
-            return torch.randint(0, self.diffusion.config.num_train_timesteps, (count,), generator=generator)
-        if self.time_sampling == "uniform":
-            return torch.rand(count, generator=generator)
-        return torch.randn(count, generator=generator).sigmoid()
 
-    def loss(self, transformer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    @abstractmethod
+    def add_noise(self, x_start: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """
-        The loss of each sample.
+        Makes the noisy input.
 
         Args:
-            transformer (`DiTTransformer2DModel`): Possibly wrapped.
+            x_start (`torch.Tensor` of shape `(B, C, h, w)`): Clean latents of unit variance.
+            noise (`torch.Tensor` of shape `(B, C, h, w)`): Gaussian noise.
+            time (`torch.Tensor`): From `draw_time`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, h, w)`
+        """
+
+    @abstractmethod
+    def timestep(self, time: torch.Tensor) -> torch.Tensor:
+        """The timestep that the transformer is called with, for a time from `draw_time`."""
+
+    @abstractmethod
+    def sample_losses(self, output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Compares the transformer's output with its target.
+
+        Args:
+            output (`torch.Tensor`): Of the transformer.
             batch (`dict[str, torch.Tensor]`): From [`draw_batch`].
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`: one loss per sample.
+        """
+
+    def loss(self, transformer: Callable[..., Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        The loss per sample of one forward pass.
+
+        Args:
+            transformer (`DiTTransformer2DModel`): Possibly wrapped for distributed training.
+            batch (`dict[str, torch.Tensor]`): From [`draw_batch`]; without `drop`, no label is dropped by the caller.
 
         Returns:
             `torch.Tensor` of shape `(B,)`
         """
-        x_start, noise, time = batch["x_start"], batch["noise"], batch["time"]
-        if self.prediction == "epsilon":
-            noisy, timestep = self.diffusion.add_noise(x_start, noise, time), time
-        else:
-            sigma = time[:, None, None, None]
-            noisy, timestep = (1 - sigma) * x_start + sigma * noise, time * NUM_TRAIN_TIMESTEPS
-        # Without `drop`, which a model without null class takes not, nothing is dropped either.
-        output = transformer(noisy, timestep, batch["label"], force_drop_ids=batch.get("drop"), return_dict=False)[0]
-        if self.prediction == "velocity":
-            terms = velocity_loss(output, x_start, noise)
-            return terms["loss"] + terms["cosine"] if self.cosine_loss else terms["loss"]
-        terms = diffusion_loss(output, x_start, noise, time, self.diffusion)
-        if self.snr_gamma is None:
+        noisy = self.add_noise(batch["x_start"], batch["noise"], batch["time"])
+        options = {"force_drop_ids": batch.get("drop"), "return_dict": False}
+        output = transformer(noisy, self.timestep(batch["time"]), batch["label"], **options)[0]
+        return self.sample_losses(output, batch)
+
+    def settings(self) -> dict[str, Any]:
+        """What makes a run with this objective the same run when it is resumed, as JSON values."""
+        return {"objective": self.name}
+
+
+@dataclass(frozen=True)
+class VelocityObjective(Objective):
+    """
+    Flow matching on the straight path from data to noise: the target is noise - data.
+
+    Args:
+        time_sampler (`Callable`, defaults to `LogitNormal()`): Draws sigma in [0, 1] from a count and a generator.
+        cosine_loss (`bool`, defaults to `False`): Adds LightningDiT's direction loss.
+    """
+
+    time_sampler: Callable[[int, torch.Generator], torch.Tensor] = LogitNormal()
+    cosine_loss: bool = False
+    name: ClassVar[str] = "velocity"
+    prediction: ClassVar[str] = "velocity"
+    sampler: ClassVar[SchedulerRecipe] = "flow_euler"
+
+    def draw_time(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Sigma of each sample, shape `(B,)`."""
+        return self.time_sampler(count, generator)
+
+    def add_noise(self, x_start: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """(1 - sigma) · data + sigma · noise."""
+        sigma = time[:, None, None, None]
+        return (1 - sigma) * x_start + sigma * noise
+
+    def timestep(self, time: torch.Tensor) -> torch.Tensor:
+        """1000 · sigma, as diffusers' flow matching schedulers count."""
+        return time * NUM_TRAIN_TIMESTEPS
+
+    def sample_losses(self, output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[`velocity_loss`], with the direction loss if asked for."""
+        terms = velocity_loss(output, batch["x_start"], batch["noise"])
+        return terms["loss"] + terms["cosine"] if self.cosine_loss else terms["loss"]
+
+    def settings(self) -> dict[str, Any]:
+        """Time sampling and direction loss."""
+        return {
+            "objective": self.name,
+            "time_sampling": str(self.time_sampler),
+            "cosine_loss": self.cosine_loss,
+        }
+
+
+@dataclass(frozen=True)
+class EpsilonObjective(Objective):
+    """
+    The paper's diffusion: the target is the noise, and the variational bound trains a learned variance.
+
+    Args:
+        diffusion (`SchedulerMixin`, defaults to the paper's): Adds the noise.
+        weight (`MinSNR`, *optional*): Weights of the squared error, by timestep.
+    """
+
+    diffusion: SchedulerMixin = field(default_factory=lambda: make_scheduler("ddpm"))
+    weight: MinSNR | None = None
+    name: ClassVar[str] = "epsilon"
+    prediction: ClassVar[str] = "epsilon"
+    sampler: ClassVar[SchedulerRecipe] = "ddpm"
+    learn_sigma: ClassVar[bool] = True
+
+    def draw_time(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Timesteps of the diffusion, int64, shape `(B,)`."""
+        return torch.randint(0, self.diffusion.config.num_train_timesteps, (count,), generator=generator)
+
+    def add_noise(self, x_start: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """As the diffusion's forward process."""
+        return self.diffusion.add_noise(x_start, noise, time)
+
+    def timestep(self, time: torch.Tensor) -> torch.Tensor:
+        """The diffusion's own."""
+        return time
+
+    def sample_losses(self, output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[`diffusion_loss`], with weights on its squared error if asked for."""
+        terms = diffusion_loss(output, batch["x_start"], batch["noise"], batch["time"], self.diffusion)
+        if self.weight is None:
             return terms["loss"]
-        return min_snr_weight(time, self.diffusion, self.snr_gamma) * terms["mse"] + terms.get("vb", 0.0)
+        return self.weight(batch["time"], self.diffusion) * terms["mse"] + terms.get("vb", 0.0)
+
+    def settings(self) -> dict[str, Any]:
+        """Bound of the min-SNR weights, and the diffusion."""
+        gamma = None if self.weight is None else self.weight.gamma
+        diffusion = {name: value for name, value in self.diffusion.config.items() if name in DIFFUSION}
+        return {"objective": self.name, "snr_gamma": gamma, "diffusion": diffusion}
+
+
+TIME_SAMPLERS = {"uniform": Uniform, "logit_normal": LogitNormal}
+
+
+@dataclass(frozen=True)
+class ObjectiveRow:
+    """A row of [`OBJECTIVES`]: the class, the flags it takes, and how it is built from a scheduler and these flags."""
+
+    kind: type[Objective]
+    flags: tuple[str, ...]
+    build: Callable[..., Objective]
+
+
+OBJECTIVES = {
+    "velocity": ObjectiveRow(
+        VelocityObjective,
+        ("time_sampling", "cosine_loss"),
+        lambda scheduler, time_sampling, cosine_loss: VelocityObjective(TIME_SAMPLERS[time_sampling](), cosine_loss),
+    ),
+    "epsilon": ObjectiveRow(
+        EpsilonObjective,
+        ("snr_gamma",),
+        lambda scheduler, snr_gamma: EpsilonObjective(scheduler, None if snr_gamma is None else MinSNR(snr_gamma)),
+    ),
+}
 
 
 def draw_batch(
@@ -86,33 +260,34 @@ def draw_batch(
     objective: Objective,
     indices: torch.Tensor,
     generator: torch.Generator,
-    share: slice,
+    process_slice: slice,
     flip_probability: float,
     class_dropout_prob: float,
 ) -> dict[str, torch.Tensor]:
     """
-    A process's share of one step. All choices are drawn for the whole batch, so that they do not depend on the share.
+    One process's slice of one step's batch. Random choices are drawn for the whole batch and then sliced, so that they
+    do not depend on the number of processes.
 
     Args:
         latents (`CachedLatents` or `EncodedImages`): Where posteriors come from.
         objective (`Objective`): Draws the times.
         indices (`torch.Tensor` of shape `(batch,)`, int64): The step's samples, of all processes.
         generator (`torch.Generator`): The step's, on the CPU.
-        share (`slice`): Of the batch; B samples.
-        flip_probability (`float`): Share of mirrored images.
-        class_dropout_prob (`float`): Share of samples whose label is dropped.
+        process_slice (`slice`): The process's B samples.
+        flip_probability (`float`): Fraction of mirrored images.
+        class_dropout_prob (`float`): Fraction of samples whose label is dropped.
 
     Returns:
-        `dict[str, torch.Tensor]`: `x_start` and `noise` of shape `(B, C, h, w)`; `time` and `label` of shape `(B,)`; `drop`
-        `(B,)` if labels are dropped at all; `features` if there are.
+        `dict[str, torch.Tensor]`: `x_start` and `noise` of shape `(B, C, h, w)`; `time`, `label` and `drop` (bool)
+        with first dimension B; `features` if the latents have them.
     """
     count = len(indices)
     flipped = torch.rand(count, generator=generator) < flip_probability
     dropped = torch.rand(count, generator=generator) < class_dropout_prob
     time = objective.draw_time(count, generator)
-    read = latents.read(indices[share], flipped[share])
+    read = latents.read(indices[process_slice], flipped[process_slice])
     mean = normalise_latents(read.pop("mean"), *latents.statistics)
     std = normalise_latents(read.pop("std"), [0.0], latents.statistics[1])
-    draws = torch.randn((2, count, *mean.shape[1:]), generator=generator)[:, share]
-    batch = read | {"x_start": mean + std * draws[0], "noise": draws[1], "time": time[share]}
-    return batch | ({"drop": dropped[share]} if class_dropout_prob > 0 else {})
+    draws = torch.randn((2, count, *mean.shape[1:]), generator=generator)[:, process_slice]
+    batch = {"x_start": mean + std * draws[0], "noise": draws[1]}
+    return read | batch | {"time": time[process_slice], "drop": dropped[process_slice]}

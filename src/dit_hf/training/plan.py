@@ -2,28 +2,47 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
 
 from ..complexity import count_macs
-from ..transformer_dit import DiTTransformer2DModel
+from ..models import DiTTransformer2DModel
+from .config import TrainingConfig
+from .objectives import Objective
 
 
-def training_plan(transformer: DiTTransformer2DModel, one_step: Callable[[], object], num_steps: int) -> dict:
+def training_plan(
+    transformer: DiTTransformer2DModel, objective: Objective, config: TrainingConfig, accelerator: Accelerator
+) -> dict[str, Any]:
     """
-    Size, compute, memory that is there from the first step, and hours by three timed steps.
+    Size, compute, memory that is taken from the first step, and hours by three timed steps on random latents.
 
     Args:
         transformer (`DiTTransformer2DModel`): The model, with what is not trained frozen.
-        one_step (`Callable`): Runs forward and backward of one step.
-        num_steps (`int`): Steps of the run.
+        objective (`Objective`): Its loss.
+        config (`TrainingConfig`): Batch size, micro-batches and number of steps.
+        accelerator (`accelerate.Accelerator`): Device and precision.
 
     Returns:
         `dict`: to print as JSON.
     """
+    transformer.to(accelerator.device).train()
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    wrapped = accelerator.prepare(transformer)
+    count = config.total_batch_size // accelerator.num_processes // config.gradient_accumulation_steps
+    size = transformer.config.sample_size
+    latents = torch.randn(2, count, transformer.config.in_channels, size, size)
+    batch = {"x_start": latents[0], "noise": latents[1], "time": objective.draw_time(count, torch.Generator())}
+    batch["label"] = torch.zeros(count, dtype=torch.int64)
+    batch = {name: values.to(accelerator.device) for name, values in batch.items()}
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
-        one_step()
+        for _ in range(config.gradient_accumulation_steps):
+            accelerator.backward(objective.loss(wrapped, batch).mean())
         seconds.append(time.perf_counter() - started)
     step = statistics.median(seconds[1:])  # the first one warms up
     trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
@@ -33,7 +52,7 @@ def training_plan(transformer: DiTTransformer2DModel, one_step: Callable[[], obj
         "Gflops a sample, forward": round(count_macs(transformer.config) / 1e9, 3),
         # Weights; gradients, two moments and the average of what is trained; float32.
         "memory without activations (GB)": round(4 * (transformer.num_parameters() + 4 * trained) / 1e9, 3),
-        "steps": num_steps,
+        "steps": config.max_train_steps,
         "seconds a step, forward and backward": round(step, 3),
-        "hours": round(step * num_steps / 3600, 2),
+        "hours": round(step * config.max_train_steps / 3600, 2),
     }

@@ -1,4 +1,4 @@
-"""Looking at a model while it is trained: averaged weights, sample grids, the curve of losses."""
+"""Validation during training: averaged weights, sample grids, distances to held-out images, the loss curve."""
 
 import math
 from contextlib import contextmanager
@@ -7,6 +7,11 @@ from pathlib import Path
 import torch
 from diffusers.utils import make_image_grid
 
+from ..evaluation.extractors import extract, load_extractor
+from ..evaluation.frechet import frechet_distance
+from ..evaluation.metrics import gaussian
+from ..evaluation.samples import sample_images
+from ..hub import BackgroundUploads
 from ..seeds import seeded_generator
 
 
@@ -49,9 +54,69 @@ def sample_grid(pipe, classes: list[int], columns: int, seed: int, **options):
     return make_image_grid(images, rows=len(classes), cols=columns)
 
 
+class Validation:
+    """
+    A sample grid and, with held-out images, a Fréchet distance; for `Trainer.train`.
+
+    Args:
+        pipe (`DiTClassCondPipeline`): With the transformer that is trained.
+        output_dir (`str` or `Path`): Grids go to `samples/step-N.png` in it.
+        seed (`int`): Of the noise, the same at every step.
+        classes (`int`, defaults to 10): Rows of a grid at most.
+        images_per_class (`int`, defaults to 8): Its columns.
+        held_out (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Images `(N, 3, H, W)`, uint8, and class ids `(N,)`.
+        uploads (`BackgroundUploads`, *optional*): Sends the grids to the Hub.
+        is_main_process (`bool`, defaults to `True`): Who writes; all processes have to sample.
+        options: For the pipeline: `guidance_scale`, `num_inference_steps` …
+    """
+
+    def __init__(
+        self,
+        pipe,
+        output_dir: str | Path,
+        seed: int,
+        classes: int = 10,
+        images_per_class: int = 8,
+        held_out: tuple[torch.Tensor, torch.Tensor] | None = None,
+        uploads: BackgroundUploads | None = None,
+        is_main_process: bool = True,
+        **options,
+    ):
+        self.pipe, self.folder, self.seed, self.options = pipe, Path(output_dir) / "samples", seed, options
+        self.classes, self.images_per_class = list(pipe.id2label)[:classes], images_per_class
+        self.held_out, self.uploads, self.is_main_process = held_out, uploads, is_main_process
+        if held_out is not None:
+            self.extractor = load_extractor("efficientnet-lite0")
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """
+        Samples with the pipeline's weights.
+
+        Args:
+            step (`int`): Finished steps.
+
+        Returns:
+            `dict[str, float]`: `fd`, if there are held-out images.
+        """
+        grid = sample_grid(self.pipe, self.classes, self.images_per_class, self.seed, **self.options)
+        metrics = {}
+        if self.held_out is not None:
+            images, labels = self.held_out
+            samples = sample_images(self.pipe, labels, self.seed, **self.options)
+            seen = [gaussian(extract(part, self.extractor).features) for part in (samples, images)]
+            metrics = {"fd": frechet_distance(*seen)}
+        if self.is_main_process:
+            path = self.folder / f"step-{step:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
+            if self.uploads is not None:
+                self.uploads.send(path, f"samples/{path.name}")
+        return metrics
+
+
 def plot_losses(steps: list[int], losses: list[float], path: str | Path) -> None:
     """
-    Draws the loss, with its running mean.
+    Plots the loss, with its running mean.
 
     Args:
         steps (`list[int]`): The steps.

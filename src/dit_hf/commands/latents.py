@@ -1,0 +1,90 @@
+"""Encodes a dataset's images once, with any number of processes, for `train --latents_dir`."""
+
+import argparse
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+
+from ..command_line import run
+from ..data.folders import check_output_outside_data
+from ..data.latents import verify_latents
+from ..training.alignment import load_encoder
+from ..training.data import ImageData, write_latents
+from ..training.model import image_resolution, load_vae
+from ..training.running import only_run, start_accelerator
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the data and the VAE, the same for `latents` and `train`."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_name", help="Hub id or local dataset for `datasets.load_dataset`.")
+    data.add_argument("--train_data_dir", type=Path, help="Folder of class folders, WebDataset or Parquet shards.")
+    data.add_argument("--streaming", action="store_true", help="Read images while they are encoded; keep no copy.")
+    data.add_argument("--split", default="train", help="Split to train on.")
+    data.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        help="Fraction of the images that data with one split hold out as `test`.",
+    )
+    data.add_argument("--image_column", default="image", help="Column with images.")
+    data.add_argument("--label_column", default="label", help="Column with class ids or names.")
+    data.add_argument("--resolution", type=positive, help="Pixels per side; 64, or those of given latents or weights.")
+    data.add_argument("--vae", help="Folder or Hub id of an autoencoder; by default the pretrained pipeline's.")
+    data.add_argument("--shard_size", type=positive, default=2048, help="Images in one file of the cache of latents.")
+    data.add_argument(
+        "--alignment_encoder",
+        default="efficientnet-lite0",
+        help="Frozen encoder of the alignment's features: efficientnet-lite0, or a vision model of transformers.",
+    )
+
+
+def image_data(args: argparse.Namespace) -> ImageData:
+    """The dataset that the flags name; the output must not lie in it."""
+    data = ImageData(**{entry.name: getattr(args, entry.name) for entry in fields(ImageData)})
+    check_output_outside_data(args.output_dir, data.source)
+    return data
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_data_arguments(parser)
+    parser.add_argument("--output_dir", type=Path, required=True, help="The cache, and the VAE with its statistics.")
+    parser.add_argument("--features", action="store_true", help="Cache the alignment encoder's features as well.")
+    args = parser.parse_args()
+    if args.vae is None:
+        parser.error("--vae is missing: a folder or Hub id of the autoencoder")
+    return args
+
+
+def main() -> None:
+    """Encodes as the command line says, verifies what was written, and saves the VAE with its statistics beside it."""
+    args = parse_args()
+    accelerator = start_accelerator()
+    vae = load_vae(args.vae).to(accelerator.device)
+    args.resolution = image_resolution(args.resolution, vae)
+    data = image_data(args)
+    reader = data.reader()
+    accelerator.print(reader.describe())
+    encoder = load_encoder(args.alignment_encoder).to(accelerator.device) if args.features else None
+    with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
+        write_latents(accelerator, vae, data, reader, args.output_dir, encoder, args.shard_size)
+        if accelerator.is_main_process:
+            index = verify_latents(args.output_dir)
+            statistics = {name: index[name] for name in ("latents_mean", "latents_std")}
+            vae.register_to_config(**statistics, scaling_factor=1.0, shift_factor=None)
+            vae.save_pretrained(args.output_dir / "vae")
+            print(f"{index['count']} images, {len(index['shards'])} shards, verified: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run(main)

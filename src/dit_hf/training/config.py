@@ -1,0 +1,105 @@
+"""Settings of a training run, and which of them a resumed run may change."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .guard import POLICIES
+
+
+def _may_change(default=MISSING):
+    """A field that a resumed run may set to another value."""
+    return field(default=default, metadata={"may_change": True})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """
+    What [`Trainer`] does with a transformer, latents and an objective. The defaults suit a model of a few million
+    parameters trained with flow matching.
+
+    Args:
+        output_dir (`str` or `Path`): Checkpoints, log and record of the settings.
+        total_batch_size (`int`, defaults to 128): Samples of one optimizer step, over all processes.
+        gradient_accumulation_steps (`int`, defaults to 1): Micro-batches that each process splits its samples into.
+        gradient_checkpointing (`bool`, defaults to `False`): Less memory for one more forward pass.
+        max_train_steps (`int`, defaults to 4000): Optimizer steps of the whole run.
+        learning_rate (`float`, defaults to 1e-3): Peak learning rate.
+        layer_decay (`float`, defaults to 1.0): A block's learning rate over that of the block after it.
+        lr_scheduler (`str`, defaults to `"cosine"`): A schedule of `diffusers.optimization.get_scheduler`.
+        lr_warmup_steps (`int`, defaults to 100): Steps of linear warm-up.
+        adam_beta2 (`float`, defaults to 0.99): AdamW's second beta.
+        weight_decay (`float`, defaults to 0.0): AdamW's weight decay.
+        use_8bit_adam (`bool`, defaults to `False`): AdamW of bitsandbytes.
+        max_grad_norm (`float`, defaults to 1.0): The norm that gradients are clipped to.
+        ema_decay (`float`, defaults to 0.999): Decay of the averaged weights, the same in every step.
+        ema_warmup (`bool`, defaults to `False`):
+            Whether the decay rises to `ema_decay` as 1 - step^(-3/4), which suits runs that are short for their decay.
+        ema_profiles (`bool`, defaults to `False`):
+            Whether to save what an average of any length can be put together from after training.
+        class_dropout_prob (`float`, defaults to 0.1): Fraction of samples whose label is replaced by the null class.
+        flip_probability (`float`, defaults to 0.5): Fraction of mirrored images.
+        balance_classes (`bool`, defaults to `False`): Draws all classes equally often.
+        proj_coeff (`float`, defaults to 0.0): Weight of REPA's alignment loss; 0 is none.
+        on_spike (`str`, defaults to `"skip"`): What a spike of the loss leads to; see [`LossGuard`].
+        checkpointing_steps (`int`, defaults to 500): Steps between checkpoints.
+        checkpoints_total_limit (`int`, *optional*, defaults to 2): Checkpoints that are kept.
+        resume_from_checkpoint (`str` or `Path`, defaults to `"latest"`):
+            `"latest"` resumes from the newest checkpoint, if there is one; a checkpoint's folder or name resumes from
+            that one; `"never"` refuses a folder that holds checkpoints.
+        validation_steps (`int`, defaults to 500): Steps between calls of the validation.
+        seed (`int`, defaults to 0): Of the order of samples and of all draws.
+
+    Raises:
+        ValueError: if a number is out of range, or a policy unknown.
+    """
+
+    output_dir: str | Path = _may_change()
+    total_batch_size: int = 128
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = _may_change(False)
+    max_train_steps: int = _may_change(4000)
+    learning_rate: float = 1e-3
+    layer_decay: float = 1.0
+    lr_scheduler: str = "cosine"
+    lr_warmup_steps: int = 100
+    adam_beta2: float = 0.99
+    weight_decay: float = 0.0
+    use_8bit_adam: bool = False
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    ema_warmup: bool = False
+    ema_profiles: bool = False
+    class_dropout_prob: float = 0.1
+    flip_probability: float = 0.5
+    balance_classes: bool = False
+    proj_coeff: float = 0.0
+    on_spike: str = _may_change("skip")
+    checkpointing_steps: int = _may_change(500)
+    checkpoints_total_limit: int | None = _may_change(2)
+    resume_from_checkpoint: str | Path = _may_change("latest")
+    validation_steps: int = _may_change(500)
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in (
+            *("total_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"),
+            *("checkpoints_total_limit", "validation_steps"),
+        ):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        for name in ("class_dropout_prob", "flip_probability"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"`{name}` is {value}; it must be between 0 and 1.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` is {self.ema_decay}; it must be at least 0 and below 1.")
+        if self.on_spike not in POLICIES:
+            raise ValueError(f"`on_spike` is {self.on_spike!r}; it must be one of {', '.join(POLICIES)}.")
+
+
+# Settings that a resumed run may change; any other makes it another run.
+MAY_CHANGE = tuple(entry.name for entry in fields(TrainingConfig) if entry.metadata.get("may_change"))
+# What a setting is that the record of an older run does not have.
+DEFAULTS: dict[str, Any] = {
+    entry.name: entry.default for entry in fields(TrainingConfig) if entry.default is not MISSING
+}

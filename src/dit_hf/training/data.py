@@ -1,0 +1,178 @@
+"""What a training reads: a dataset's images, the cache of their latents, held-out images for validation.
+
+Shapes: `N` images, `H W` pixels.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..data.autoencoders import latent_channels, spatial_factor, vae_statistics
+from ..data.fingerprints import cache_fingerprint, checksum
+from ..data.images import label_names, load_image_dataset
+from ..data.latents import DECODER, SHARD_SIZE, CachedLatents, cache_latents, index_latents, read_index
+from ..data.reader import ImageReader
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """
+    A labelled image dataset and how it is read.
+
+    Args:
+        resolution (`int`): Pixels per side that images are cropped and resized to.
+        dataset_name (`str`, *optional*): A Hub id or a local dataset.
+        train_data_dir (`str` or `Path`, *optional*):
+            Instead: a folder with one folder of images per class, or with shards.
+        split (`str`, defaults to `"train"`): The split to train on.
+        holdout (`float`, defaults to 0.0): Fraction of the images that data with one split hold out as split `"test"`.
+        streaming (`bool`, defaults to `False`): Whether to keep no copy of the images.
+        image_column (`str`, defaults to `"image"`): Column with images.
+        label_column (`str`, defaults to `"label"`): Column with class ids or names.
+    """
+
+    resolution: int
+    dataset_name: str | None = None
+    train_data_dir: str | Path | None = None
+    split: str = "train"
+    holdout: float = 0.0
+    streaming: bool = False
+    image_column: str = "image"
+    label_column: str = "label"
+
+    @property
+    def source(self) -> str | Path | None:
+        """Where the images come from."""
+        return self.dataset_name or self.train_data_dir
+
+    def load(self, split: str, streaming: bool = False):
+        """A split, as `datasets` has it; `ValueError` if there is none."""
+        return load_image_dataset(self.dataset_name, split, self.train_data_dir, streaming, holdout=self.holdout)
+
+    def reader(self) -> ImageReader:
+        """The images of the training split; `ValueError` if the dataset, the split or a column is missing."""
+        dataset = self.load(self.split, self.streaming)
+        names = label_names(dataset, self.label_column)
+        return ImageReader(dataset, names, self.resolution, self.image_column, self.label_column)
+
+    def fingerprint(self, reader: ImageReader, shard_size: int = SHARD_SIZE, **made_by) -> str:
+        """Changes when the images, or what is done to them, change; `made_by` are checksums of the networks."""
+        settings = {"split": self.split, "holdout": self.holdout, "resolution": self.resolution}
+        settings["classes"] = reader.names
+        settings |= {"columns": [self.image_column, self.label_column], "shard_size": shard_size}
+        return cache_fingerprint(reader.dataset, self.source or "", **settings, **made_by)
+
+    def held_out(
+        self, split: str, names: list[str], ids: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Images of another split, spread over it.
+
+        Args:
+            split (`str`): Its name.
+            names (`list[str]`): Classes of the split that is trained on, by id.
+            ids (`torch.Tensor` of shape `(classes,)`, int64): Their ids in the model.
+            count (`int`): Images at most.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: `(N, 3, H, W)`, uint8, and class ids of the model, `(N,)`.
+
+        Raises:
+            ValueError: if there is no such split, or it has other classes.
+        """
+        dataset = self.load(split)
+        if label_names(dataset, self.label_column) != names:
+            raise ValueError(f"Split {split!r} has other classes than {self.split!r}.")
+        dataset = dataset.select(torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist())
+        images, labels = ImageReader(dataset, names, self.resolution, self.image_column, self.label_column).stack()
+        return images, ids[torch.tensor(labels)]
+
+
+def latent_size(vae, resolution: int) -> int:
+    """Side of the latents of images of this resolution; `ValueError` if the autoencoder can't encode it."""
+    factor = spatial_factor(vae)
+    if resolution < factor or resolution % factor:
+        raise ValueError(f"--resolution {resolution} is not divisible by {factor}, the VAE's factor.")
+    return resolution // factor
+
+
+def checksums(vae, encoder=None) -> dict[str, str | None]:
+    """What latents and features are made by."""
+    return {"vae": checksum(vae, DECODER), "encoder": None if encoder is None else checksum(encoder)}
+
+
+def write_latents(
+    accelerator,
+    vae,
+    data: ImageData,
+    reader: ImageReader,
+    folder: str | Path,
+    encoder=None,
+    shard_size: int = SHARD_SIZE,
+) -> None:
+    """
+    Encodes a dataset, on all processes; what an earlier call has written is kept.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): The processes.
+        vae: An autoencoder from [`load_autoencoder`].
+        data (`ImageData`): The dataset.
+        reader (`ImageReader`): Its images.
+        folder (`str` or `Path`): Where the latents go.
+        encoder (`nn.Module`, *optional*): Of an alignment, whose features are kept as well.
+        shard_size (`int`, defaults to 2048): Images per file.
+    """
+    folder = Path(folder)
+    made_by = checksums(vae, encoder)
+    fingerprint = data.fingerprint(reader, shard_size, **made_by)
+    is_there = (folder / "index.json").exists() and read_index(folder)["fingerprint"] == fingerprint
+    accelerator.wait_for_everyone()  # before the main process removes an outdated index
+    if is_there:
+        return
+    rank, size = accelerator.process_index, accelerator.num_processes
+    num_shards = cache_latents(vae, reader, folder, fingerprint, rank, size, encoder, shard_size=shard_size)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        index_latents(folder, fingerprint, reader.names, num_shards, made_by)
+    accelerator.wait_for_everyone()
+
+
+def open_latents(
+    folder: str | Path, vae, resolution: int, encoder=None, keep_statistics: bool = False
+) -> CachedLatents:
+    """
+    Opens a cache of latents for training. The statistics that normalise them are written to the config of the
+    autoencoder, or taken from there.
+
+    Args:
+        folder (`str` or `Path`): The cache.
+        vae: The autoencoder that will decode samples; its config is changed unless `keep_statistics`.
+        resolution (`int`): Pixels per side of the images.
+        encoder (`nn.Module`, *optional*): Of an alignment.
+        keep_statistics (`bool`, defaults to `False`): Whether to normalise as the autoencoder's config says.
+
+    Returns:
+        `CachedLatents`
+
+    Raises:
+        ValueError: if the latents were made by another autoencoder or encoder, or have another shape.
+    """
+    latents = CachedLatents(folder)
+    made_by = checksums(vae, encoder)
+    for flag, name in (("--vae", "vae"), ("--alignment_encoder", "encoder")):
+        if made_by[name] is not None and latents.index.get(name) not in (None, made_by[name]):
+            raise ValueError(
+                f"{folder} was made with another {name} than {flag}; encode the images again with this one."
+            )
+    size, channels = latent_size(vae, resolution), latent_channels(vae)
+    if latents.shape != (channels, size, size):
+        raise ValueError(
+            f"{folder} holds latents {latents.shape}; the VAE makes {(channels, size, size)} of the images."
+        )
+    if keep_statistics:
+        latents.statistics = vae_statistics(vae)
+        return latents
+    mean, std = latents.statistics
+    vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+    return latents

@@ -1,0 +1,258 @@
+"""The transformer that is trained: new, or a pipeline's, and what its pipeline says of it."""
+
+import inspect
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+
+from ..data.autoencoders import load_autoencoder, spatial_factor
+from ..models import DiTTransformer2DModel
+from ..presets import PresetName
+from ..schedulers import make_scheduler, trained_options, trained_prediction
+from .finetuning import class_names, freeze, load_for_classes, match_names
+from .objectives import Objective
+
+
+def check_architecture(pretrained_model_name_or_path: str | Path) -> None:
+    """
+    Checks that a pipeline holds a DiT, by its configuration alone.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id of a pipeline.
+
+    Raises:
+        OSError: if it is no pipeline.
+        ValueError: if it is a pipeline of another architecture.
+    """
+    index = DiffusionPipeline.load_config(pretrained_model_name_or_path)
+    found = f"{pretrained_model_name_or_path} is a {index.get('_class_name', 'pipeline')}"
+    if "transformer" not in index:
+        raise ValueError(
+            f"{found}, which has no transformer; training starts from the folder of a class-conditional DiT."
+        )
+    config = transformer_config(pretrained_model_name_or_path)
+    architecture = config.get("_class_name")
+    older_stock = architecture == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
+    if architecture != "DiTTransformer2DModel" and not older_stock:
+        raise ValueError(f"{found} with a {architecture}; training starts from the folder of a class-conditional DiT.")
+
+
+def transformer_config(pretrained_model_name_or_path: str | Path) -> dict[str, Any]:
+    """The configuration of a pipeline's transformer."""
+    return dict(DiTTransformer2DModel.load_config(pretrained_model_name_or_path, subfolder="transformer"))
+
+
+@cache
+def scheduler_config(pretrained_model_name_or_path: str | Path) -> dict[str, Any]:
+    """The configuration of a pipeline's scheduler, of whichever class."""
+    return dict(DDPMScheduler.load_config(pretrained_model_name_or_path, subfolder="scheduler"))
+
+
+def check_prediction(pretrained_model_name_or_path: str | Path, objective: type[Objective]) -> None:
+    """
+    Checks that an objective continues what a pipeline was trained for, as its scheduler tells.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id of a pipeline.
+        objective (`type[Objective]`): The class of the objective.
+
+    Raises:
+        ValueError: if the model predicts something else.
+    """
+    prediction = trained_prediction(scheduler_config(pretrained_model_name_or_path))
+    if prediction not in ("epsilon", "velocity"):
+        raise ValueError(f"{pretrained_model_name_or_path} predicts {prediction}, which is not trained here.")
+    if prediction != objective.prediction:
+        raise ValueError(
+            f"{pretrained_model_name_or_path} predicts {prediction}, which --objective {objective.name} would spoil; "
+            f"pass --objective {prediction} (or a --recipe that has it)."
+        )
+
+
+def sampling_scheduler(
+    objective: type[Objective], learn_sigma: bool, pretrained_model_name_or_path: str | Path | None = None
+):
+    """
+    A scheduler that samples what is trained; the weights of a pipeline keep its diffusion, or the shift of its flow.
+
+    Args:
+        objective (`type[Objective]`): The class of the objective.
+        learn_sigma (`bool`): Whether the transformer predicts its variance.
+        pretrained_model_name_or_path (`str` or `Path`, *optional*): The pipeline that training starts from.
+
+    Returns:
+        `SchedulerMixin`
+    """
+    name, options = objective.sampler, {}
+    if pretrained_model_name_or_path is not None:
+        options = trained_options(name, scheduler_config(pretrained_model_name_or_path))
+    if name == "ddpm" and not learn_sigma:
+        options["variance_type"] = "fixed_large"
+    return make_scheduler(name, **options)
+
+
+def load_vae(vae: str | Path | None, pretrained_model_name_or_path: str | Path | None = None):
+    """
+    The autoencoder in float32, frozen: the given one, or that of the pipeline.
+
+    Args:
+        vae (`str` or `Path`, *optional*): Folder or Hub id.
+        pretrained_model_name_or_path (`str` or `Path`, *optional*): The pipeline that training starts from.
+
+    Raises:
+        ValueError: if a given one normalises latents in another way than the pipeline's.
+    """
+    if vae is not None:
+        loaded = load_autoencoder(vae)
+        if pretrained_model_name_or_path is not None:
+            _check_statistics(vae, loaded, pretrained_model_name_or_path)
+        return loaded
+    if pretrained_model_name_or_path is None:
+        raise ValueError("Pass --vae or --pretrained_model_name_or_path.")
+    return load_autoencoder(pretrained_model_name_or_path, subfolder="vae")
+
+
+def _check_statistics(name, vae, pretrained_model_name_or_path):
+    """A pipeline's weights were trained with the statistics of its own autoencoder."""
+    try:
+        own = AutoencoderKL.load_config(pretrained_model_name_or_path, subfolder="vae")
+    except OSError:  # a model without VAE
+        return
+    defaults = inspect.signature(type(vae).__init__).parameters
+    for setting in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        default = defaults[setting].default if setting in defaults else None
+        trained_with = own.get(setting, default)
+        if trained_with != vae.config.get(setting, default):
+            raise ValueError(
+                f"--vae {name} normalises latents by {setting} {vae.config.get(setting)}, the weights were trained "
+                f"with {trained_with}; leave out --vae."
+            )
+
+
+def image_resolution(
+    resolution: int | None, vae, source: str | Path | None = None, size: int | None = None, default: int = 64
+) -> int:
+    """
+    Pixels per side of the images.
+
+    Args:
+        resolution (`int`, *optional*): What the user asked for.
+        vae: The autoencoder.
+        source (`str` or `Path`, *optional*): The latents or the pipeline that decide it.
+        size (`int`, *optional*): Side of their latents.
+        default (`int`, defaults to 64): Where nothing decides.
+
+    Returns:
+        `int`
+
+    Raises:
+        ValueError: if the user asked for another resolution than that of the latents or the pipeline.
+    """
+    if size is None:
+        return resolution or default
+    if resolution not in (None, size * spatial_factor(vae)):
+        raise ValueError(f"{source} is of {size * spatial_factor(vae)} pixels; leave out --resolution {resolution}.")
+    return size * spatial_factor(vae)
+
+
+def new_transformer(
+    preset: PresetName | None, config_file: str | Path | None = None, **config: Any
+) -> DiTTransformer2DModel:
+    """
+    A transformer with random weights, by a preset or by a file.
+
+    Args:
+        preset (`str`, *optional*): A size of the paper.
+        config_file (`str` or `Path`, *optional*): Instead, JSON with arguments of `DiTTransformer2DModel`.
+        config: Arguments that data, autoencoder and objective decide.
+
+    Raises:
+        ValueError: if the file sets one of these, or an argument that does not exist.
+    """
+    if preset is not None:
+        return DiTTransformer2DModel.from_preset(preset, **config)
+    if config_file is None:
+        raise ValueError("Pass --preset or --transformer_config.")
+    given = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    if clash := sorted(config.keys() & given.keys()):
+        raise ValueError(f"--transformer_config sets {', '.join(clash)}, which data, VAE and flags decide here.")
+    try:
+        return DiTTransformer2DModel(**(config | given))
+    except TypeError as error:
+        raise ValueError(f"--transformer_config {config_file}: {error}") from error
+
+
+def pretrained_transformer(
+    pretrained_model_name_or_path: str | Path,
+    names: list[str],
+    class_dropout_prob: float,
+    lora_rank: int | None = None,
+    lora_alpha: int | None = None,
+    frozen: list[str] | None = None,
+    **config,
+) -> DiTTransformer2DModel:
+    """
+    A pipeline's transformer for other classes, or with adapters for its own.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id of a pipeline.
+        names (`list[str]`): Class names, by id; with adapters those of the pipeline.
+        class_dropout_prob (`float`): Of the training.
+        lora_rank (`int`, *optional*): Rank of the adapters; without it all weights are trained.
+        lora_alpha (`int`, *optional*): The adapters count alpha / rank; the rank if not given.
+        frozen (`list[str]`, *optional*): Beginnings of the names of parameters to keep.
+        config: What the transformer's config must have for the data: `sample_size`, `in_channels`.
+
+    Raises:
+        ValueError: if the weights do not fit the data.
+    """
+    if lora_rank is None:
+        model = load_for_classes(pretrained_model_name_or_path, names, class_dropout_prob)
+    else:
+        options = {"subfolder": "transformer", "dtype": torch.float32}
+        model = DiTTransformer2DModel.from_pretrained(pretrained_model_name_or_path, **options)
+        if class_dropout_prob > 0 and model.config.class_dropout_prob == 0:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no null class, and adapters can't add one; pass "
+                "--class_dropout_prob 0."
+            )
+    for name, value in config.items():
+        if model.config[name] != value:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has {name}={model.config[name]}, where the data and the VAE need "
+                f"{value}."
+            )
+    if lora_rank is not None:
+        from .lora import add_lora  # needs peft
+
+        add_lora(model, lora_rank, lora_alpha or lora_rank)
+    freeze(model, frozen or [])
+    return model
+
+
+def classes_of_adapters(pretrained_model_name_or_path: str | Path, names: list[str]) -> tuple[list[str], torch.Tensor]:
+    """
+    The classes of a pipeline, which adapters keep, and the ids of the data's classes among them.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id of a pipeline.
+        names (`list[str]`): The data's class names, by id.
+
+    Returns:
+        `tuple[list[str], torch.Tensor]`: the pipeline's names by id, and ids of shape `(len(names),)`, int64.
+
+    Raises:
+        ValueError: if the pipeline lacks a class of the data.
+    """
+    known = class_names(pretrained_model_name_or_path)
+    ids = match_names(names, known)
+    if None in ids:
+        raise ValueError(
+            f"{pretrained_model_name_or_path} has no class {names[ids.index(None)]!r}, and adapters can't add one; "
+            "leave out --lora_rank."
+        )
+    return [known[key] for key in sorted(known)], torch.tensor(ids)

@@ -1,0 +1,387 @@
+"""The training loop: seeded batches, a guarded optimizer step, averages, checkpoints, validation, resuming to the bit.
+
+Shapes: `B` samples of one process.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
+from diffusers.utils import logging
+from tqdm import tqdm
+
+from ..models import DiTTransformer2DModel
+from .alignment import AlignmentHead
+from .batches import SeededBatches
+from .checkpointing import (
+    check_same_settings,
+    checkpoint_to_resume,
+    list_checkpoints,
+    record_settings,
+    resume_from,
+    save_checkpoint,
+    truncate_log,
+)
+from .config import DEFAULTS, MAY_CHANGE, TrainingConfig
+from .ema import PowerAverages, WeightAverage
+from .finetuning import parameter_groups
+from .guard import LossGuard
+from .objectives import Objective, draw_batch
+from .running import StopRequest, only_run, start_accelerator
+from .validation import averaged_weights
+
+
+logger = logging.get_logger(__name__)
+
+SETTINGS_FILE = "training_config.json"
+LOG_FILE = "train_log.jsonl"
+# More of the initial weights than this in the final average deserve a warning.
+MAX_INITIAL_WEIGHT = 0.05
+
+
+class Trainer:
+    """
+    Trains a transformer on latents. The result depends on the settings and the seed, not on the number of processes,
+    and a resumed run continues to the bit.
+
+    Args:
+        config (`TrainingConfig`): The settings.
+        transformer (`DiTTransformer2DModel`): What is trained: its parameters that require gradients.
+        latents (`CachedLatents` or `EncodedImages`):
+            The data: `labels`, `statistics`, `feature_dim` and `read(indices, flipped)`.
+        objective (`Objective`): Draws times, makes noisy inputs and computes the loss per sample.
+        accelerator (`accelerate.Accelerator`, *optional*): From [`start_accelerator`].
+        class_ids (`torch.Tensor` of shape `(classes,)`, int64, *optional*):
+            The model's id of each of the data's classes; the same ids if not given.
+        alignment (`AlignmentHead`, *optional*): Adds REPA's loss, weighted by `config.proj_coeff`.
+        facts (`Mapping`, *optional*):
+            What else a resumed run must have in common with this one, as JSON values; `latents` is the fingerprint of
+            the data, if they have none of their own.
+        notes (`Mapping`, *optional*): What else is recorded with the settings.
+
+    Raises:
+        ValueError: if arguments do not fit each other, or the output folder holds a run with other settings.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        transformer: DiTTransformer2DModel,
+        latents,
+        objective: Objective,
+        *,
+        accelerator: Accelerator | None = None,
+        class_ids: torch.Tensor | None = None,
+        alignment: AlignmentHead | None = None,
+        facts: Mapping[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ):
+        self.config, self.latents, self.objective = config, latents, objective
+        self.accelerator = accelerator or start_accelerator()
+        self.output_dir = Path(config.output_dir)
+        check_batch(config.total_batch_size, self.accelerator.num_processes, config.gradient_accumulation_steps)
+        self.has_null_class = transformer.config.class_dropout_prob > 0
+        if config.class_dropout_prob > 0 and not self.has_null_class:
+            raise ValueError(
+                f"`class_dropout_prob` is {config.class_dropout_prob}, but the transformer has no null class; build "
+                "it with a positive `class_dropout_prob`, or train with 0."
+            )
+        if (alignment is not None) != (config.proj_coeff > 0):
+            raise ValueError("An alignment head and a positive `proj_coeff` go together; pass both or neither.")
+        self.class_ids = class_ids
+        balanced = latents.labels if config.balance_classes else None
+        self.batches = SeededBatches(len(latents.labels), config.total_batch_size, config.seed, balanced)
+        facts = {"latents": getattr(latents, "index", {}).get("fingerprint"), **(facts or {})}
+        settings = run_settings(config, transformer, objective, self.accelerator, facts)
+        check_resume(config, settings)
+        initial = 0.0 if config.ema_warmup else config.ema_decay**config.max_train_steps
+        if initial > MAX_INITIAL_WEIGHT:
+            logger.warning(
+                f"With --ema_decay {config.ema_decay} the initial weights are {100 * initial:.0f} % of the average "
+                f"after {config.max_train_steps} steps; for a run this short lower it, or pass --ema_warmup."
+            )
+        self.settings = {**(notes or {}), **settings}
+        self._prepare(transformer, alignment)
+        self.metrics: dict[str, float] = {}
+        self.stopped_by = 0
+
+    def _prepare(self, transformer, alignment):
+        """Wraps what is trained with accelerate, and registers all state for the checkpoints."""
+        config, accelerator = self.config, self.accelerator
+        transformer.to(accelerator.device).train()
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self.alignment = None if alignment is None else alignment.to(accelerator.device)
+        optimizer = build_optimizer(config, transformer, self.alignment)
+        steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
+        self.schedule = get_scheduler(config.lr_scheduler, optimizer, **steps)
+        self.wrapped, self.optimizer = accelerator.prepare(transformer, optimizer)
+        if self.alignment is not None:
+            self.alignment = accelerator.prepare(self.alignment)
+        self.transformer = accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)
+        self.guard = LossGuard(config.on_spike)
+        average = {"decay": config.ema_decay, "use_ema_warmup": config.ema_warmup, "power": 0.75}
+        self.ema = WeightAverage(self.trainable(), **average)
+        self.profiles = PowerAverages(self.trainable()) if config.ema_profiles else None
+        kept = (self.ema, self.schedule, self.guard, *([self.profiles] if self.profiles else []))
+        accelerator.register_for_checkpointing(*kept)
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """All parameters of the transformer, or the adapters'."""
+        return [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
+
+    @property
+    def process_slice(self) -> slice:
+        """This process's samples of a batch."""
+        count = self.config.total_batch_size // self.accelerator.num_processes
+        return slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
+
+    def draw(self, step: int) -> dict[str, torch.Tensor]:
+        """This process's samples of a step, counted from 0: a function of the seed and the step."""
+        draw = step + self.guard.draw_offset
+        indices, generator = self.batches.indices(draw), self.batches.generator(draw)
+        probabilities = (self.config.flip_probability, self.config.class_dropout_prob)
+        batch = draw_batch(self.latents, self.objective, indices, generator, self.process_slice, *probabilities)
+        if not self.has_null_class:
+            del batch["drop"]
+        if self.class_ids is not None:
+            batch["label"] = self.class_ids[batch["label"]]
+        return batch
+
+    def train(self, validate: Callable[[int], dict[str, float]] | None = None) -> int:
+        """
+        Trains until `max_train_steps`, or until SIGTERM or Ctrl-C; writes a checkpoint in either case.
+
+        Args:
+            validate (`Callable`, *optional*):
+                Called on every process each `validation_steps` and after the last step, with the number of finished
+                steps, while the transformer holds its averaged weights. What it returns goes into the log and
+                `self.metrics`.
+
+        Returns:
+            `int`: finished steps. If they are fewer than `max_train_steps`, `self.stopped_by` is the signal's number.
+
+        Raises:
+            ValueError: if another process trains in the output folder.
+            TrainingStopped: if the loss does not recover; see [`LossGuard`].
+        """
+        main = self.accelerator.is_main_process
+        with only_run(self.output_dir) if main else nullcontext(), StopRequest() as stop:
+            step = self._start()
+            progress = tqdm(total=self.config.max_train_steps, initial=step, mininterval=10, disable=not main)
+            started = time.time()
+            while step < self.config.max_train_steps and not self.stopped_by:
+                record = self._step(step)
+                step = record["step"]
+                if record.pop("rewound", False):
+                    continue
+                progress.update()
+                finished = step == self.config.max_train_steps
+                record["seconds"] = round(time.time() - started, 2)
+                # Every process has to leave at the same step.
+                signals = torch.tensor([stop.signal], device=self.accelerator.device)
+                self.stopped_by = 0 if finished else int(self.accelerator.gather(signals).max())
+                if validate is not None and (step % self.config.validation_steps == 0 or finished):
+                    with self.averaged():
+                        self.metrics = validate(step)
+                    record |= self.metrics
+                    self.accelerator.print(json.dumps(record))
+                self._log(record)
+                if step % self.config.checkpointing_steps == 0 or finished or self.stopped_by:
+                    self._save_profiles()  # first, as a run that is killed in between would not come back for them
+                    save_checkpoint(self.accelerator, self.output_dir, step, self.config.checkpoints_total_limit)
+        return step
+
+    def _start(self):
+        """Records the settings and resumes; returns the number of finished steps."""
+        if self.accelerator.is_main_process:
+            record_settings(self.output_dir / SETTINGS_FILE, self.settings)
+        step = resume_from(self.accelerator, self.output_dir, self.config.resume_from_checkpoint)
+        if step:
+            self.accelerator.print(f"Resuming from step {step} of {self.config.max_train_steps} in {self.output_dir}.")
+        if self.accelerator.is_main_process:
+            truncate_log(self.output_dir / LOG_FILE, step)
+            PowerAverages.drop_snapshots(self.output_dir / "ema", step)
+        return step
+
+    def _step(self, step):
+        """One optimizer step, or what the guard does in its place; returns the record for the log."""
+        accelerator = self.accelerator
+        losses = self.backward(self.draw(step))
+        modules = (self.wrapped, *(() if self.alignment is None else (self.alignment,)))
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        gradient_norm = float(accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
+        verdict = self.guard.judge(step + 1, losses["loss"], gradient_norm)
+        skipped = {}
+        if verdict == "step":
+            self.optimizer.step()
+            self.ema.step(self.trainable())
+            if self.profiles is not None:
+                self.profiles.step(self.trainable())
+        else:
+            samples = self.batches.indices(step + self.guard.draw_offset).tolist()
+            accelerator.print(f"{verdict} at step {step + 1}: {losses}, samples {samples}")
+            skipped = {"skipped": True, "samples": samples}
+            if accelerator.scaler is not None:
+                self._close_scaled_step(gradient_norm)
+        if verdict == "rewind" and list_checkpoints(self.output_dir):
+            return {"step": self._rewind(step + 1), "rewound": True}
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return (
+            {"step": step + 1} | losses | {"grad_norm": gradient_norm, "lr": self.schedule.get_last_lr()[-1]} | skipped
+        )
+
+    def backward(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+        """
+        Gradients of the mean loss, in micro-batches.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`): This process's samples, from `draw`.
+
+        Returns:
+            `dict[str, float]`: the mean over all processes of `loss` and, with an alignment head, of `alignment`.
+        """
+        accelerator, count = self.accelerator, len(batch["label"])
+        micro = count // self.config.gradient_accumulation_steps
+        totals = torch.zeros(2, device=accelerator.device)
+        for start in range(0, count, micro):
+            part = {name: values[start : start + micro].to(accelerator.device) for name, values in batch.items()}
+            with nullcontext() if start + micro == count else accelerator.no_sync(self.wrapped):
+                loss = self.objective.loss(self.wrapped, part).sum() / count
+                totals[0] += loss.detach()
+                if self.alignment is not None:
+                    alignment = self.alignment(part["features"]).sum() / count
+                    totals[1] += alignment.detach()
+                    loss = loss + self.config.proj_coeff * alignment
+                accelerator.backward(loss)
+        loss, alignment = accelerator.reduce(totals, "mean").tolist()
+        return {"loss": loss} | ({} if self.alignment is None else {"alignment": alignment})
+
+    def _close_scaled_step(self, gradient_norm):
+        """fp16: a skipped step has to be ended all the same; one that overflowed lowers the loss's scale."""
+        if math.isfinite(gradient_norm):
+            self.accelerator.scaler.update()
+        else:
+            self.optimizer.step()  # changes no weight
+
+    def _rewind(self, from_step):
+        """Returns to the last checkpoint, to continue with other batches; its step."""
+        self.optimizer.zero_grad()
+        before = copy(self.guard)
+        step = resume_from(self.accelerator, self.output_dir)
+        self.guard.rewound(from_step, step, before)
+        if self.accelerator.is_main_process:
+            truncate_log(self.output_dir / LOG_FILE, step)
+        return step
+
+    def _log(self, record):
+        """One line of the log, and accelerate's trackers."""
+        if self.accelerator.is_main_process:
+            with open(self.output_dir / LOG_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        self.accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+
+    def _save_profiles(self):
+        """Snapshots to choose an average from when training is over."""
+        if self.profiles is not None:
+            names = [name for name, parameter in self.transformer.named_parameters() if parameter.requires_grad]
+            self.profiles.save_snapshot(self.output_dir / "ema", names, self.accelerator.is_main_process)
+
+    def averaged(self):
+        """A context manager: the averaged weights in the transformer, in eval mode."""
+        return averaged_weights(self.ema, self.transformer)
+
+    @contextmanager
+    def averaged_transformer(self) -> Iterator[DiTTransformer2DModel | None]:
+        """
+        A context manager: the averaged weights as an ordinary model, also where each process holds a part of them;
+        then only the main process gets one. Every process has to enter it.
+        """
+        with self.averaged():
+            if self.accelerator.distributed_type != DistributedType.FSDP:
+                yield self.transformer
+                return
+            weights = self.accelerator.get_state_dict(self.wrapped)
+            model = None
+            if self.accelerator.is_main_process:
+                model = DiTTransformer2DModel.from_config(self.transformer.config)
+                model.load_state_dict(weights)
+            yield model
+
+
+def run_settings(
+    config: TrainingConfig,
+    transformer: DiTTransformer2DModel,
+    objective: Objective,
+    accelerator: Accelerator,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """
+    What makes a run the run that it is: recorded when it starts, compared when it resumes.
+
+    Args:
+        config (`TrainingConfig`): The settings.
+        transformer (`DiTTransformer2DModel`): Its config counts.
+        objective (`Objective`): Its settings count.
+        accelerator (`accelerate.Accelerator`): Its mixed precision counts.
+        facts (`Mapping`): As for [`Trainer`].
+
+    Returns:
+        `dict[str, Any]`
+    """
+    model = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    computed = {"mixed_precision": accelerator.mixed_precision, "transformer": model}
+    return {**facts, **asdict(config), **objective.settings(), **computed}
+
+
+def check_resume(config: TrainingConfig, settings: Mapping[str, Any]) -> None:
+    """
+    Checks that the checkpoint which a run would resume from is one of the same run.
+
+    Args:
+        config (`TrainingConfig`): Names the folder and the checkpoint.
+        settings (`Mapping`): From [`run_settings`].
+
+    Raises:
+        ValueError: if there is no such checkpoint, or it is of a run with other settings.
+    """
+    checkpoint = checkpoint_to_resume(config.output_dir, config.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_same_settings(checkpoint.parent / SETTINGS_FILE, settings, MAY_CHANGE, DEFAULTS)
+
+
+def check_batch(total_batch_size: int, num_processes: int, gradient_accumulation_steps: int) -> None:
+    """Checks that processes and micro-batches split a batch evenly; `ValueError` if not."""
+    if total_batch_size % (num_processes * gradient_accumulation_steps):
+        raise ValueError(
+            f"--total_batch_size {total_batch_size} can't be split evenly over {num_processes} processes with "
+            f"--gradient_accumulation_steps {gradient_accumulation_steps}."
+        )
+
+
+def build_optimizer(
+    config: TrainingConfig, transformer: DiTTransformer2DModel, alignment: AlignmentHead | None = None
+) -> torch.optim.Optimizer:
+    """AdamW for what is trained, in 8 bits if asked for."""
+    groups = parameter_groups(transformer, config.learning_rate, config.layer_decay)
+    if alignment is not None:
+        groups.append({"params": list(alignment.parameters()), "lr": config.learning_rate})
+    options: dict[str, Any] = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW(groups, fused=True, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`.") from None
+    return AdamW8bit(groups, **options)
