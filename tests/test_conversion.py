@@ -219,7 +219,7 @@ def test_other_mistakes_are_named(tmp_path):
         DiTTransformer2DModel.from_single_file(file, num_attention_heads=4, weights="average")
     with pytest.raises(ValueError, match="'unet'"):
         DiTTransformer2DModel.from_single_file(file, num_attention_heads=4, family="unet")
-    (tmp_path / "names.json").write_text("[1, 2]")
+    (tmp_path / "names.json").write_text('["one", "two"]')
     result = convert(
         *("--checkpoint_path", file, "--output_dir", tmp_path / "out", "--num_attention_heads", 4),
         *("--id2label", tmp_path / "names.json"),

@@ -14,7 +14,7 @@ from testing_utils.scripts import run_forked
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.checkpoints import DIT, FAMILIES
-from dit_hf.checkpoints.loading import understand
+from dit_hf.checkpoints.parsing import parse_checkpoint
 from dit_hf.checkpoints.reference import reference_forward
 from dit_hf.checkpoints.saving import original_state_dict, save_original
 
@@ -78,7 +78,7 @@ def test_euler_sampling_equals_the_original(name):
 def test_the_oracle_equals_the_original(name):
     """The forward pass that conversions are verified with is itself held against the recorded outputs."""
     golden = load_golden(f"{name}.io")
-    weights = understand(FIXTURES / f"{name}.pt", 4, ALL[name]).original
+    weights = parse_checkpoint(FIXTURES / f"{name}.pt", 4, ALL[name]).original
     output = reference_forward(weights, 4, golden["x"], golden["t"], golden["y"])[:, : golden["out"].shape[1]]
     torch.testing.assert_close(output, golden["out"], rtol=0, atol=2e-5)
 
@@ -86,22 +86,22 @@ def test_the_oracle_equals_the_original(name):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_round_trip(name, ending, tmp_path):
-    checkpoint = understand(FIXTURES / f"{name}.pt", 4, ALL[name])
-    save_file(checkpoint.aside or {"none": torch.zeros(1)}, tmp_path / "aside.safetensors")
+    checkpoint = parse_checkpoint(FIXTURES / f"{name}.pt", 4, ALL[name])
+    save_file(checkpoint.training_only or {"none": torch.zeros(1)}, tmp_path / "projectors.safetensors")
     save_original(
         load(name, family=ALL[name]),
         FAMILIES[ALL[name]],
         tmp_path / f"back.{ending}",
-        tmp_path / "aside.safetensors",
+        tmp_path / "projectors.safetensors",
     )
     file = tmp_path / f"back.{ending}"
     back = torch.load(file, weights_only=True) if ending == "pt" else load_file(file)
     back = back.get("ema", back)
-    given = checkpoint.original | checkpoint.aside
+    given = checkpoint.original | checkpoint.training_only
     assert back.keys() == given.keys()
     inexact = {key for key in given if not torch.equal(given[key], back[key])}
     baked = {"t_embedder.mlp.0.weight"} if ALL[name] in ("sit", "lightningdit") else set()
-    assert inexact <= baked | set(FAMILIES[ALL[name]].computed)
+    assert inexact <= baked | set(FAMILIES[ALL[name]].tables)
     assert max((given[key] - back[key]).abs().max() for key in given) <= 1e-6
     if ALL[name] == "repa":  # its code takes `["ema"]` without asking
         assert ending == "safetensors" or torch.load(file, weights_only=True).keys() == {"ema"}
@@ -111,24 +111,24 @@ def test_families_are_told_by_their_keys(tmp_path, caplog):
     expected = {name: "dit" if family == "sit" else family for name, family in ALL.items()}
     for name, family in expected.items():
         caplog.clear()
-        assert understand(FIXTURES / f"{name}.pt", 4).family.name == family
+        assert parse_checkpoint(FIXTURES / f"{name}.pt", 4).family.name == family
         assert ("--family sit" in caplog.text) == (family == "dit")
     weights = torch.load(FIXTURES / "sit_p2.pt", weights_only=True)
     arguments = argparse.Namespace(path_type="Linear", prediction="velocity", num_classes=10)
     torch.save({"ema": weights, "args": arguments}, tmp_path / "sit.pt")
-    assert understand(tmp_path / "sit.pt", 4).family.name == "sit"
+    assert parse_checkpoint(tmp_path / "sit.pt", 4).family.name == "sit"
     arguments.prediction = "noise"
     torch.save({"ema": weights, "args": arguments}, tmp_path / "sit.pt")
     with pytest.raises(ValueError, match="prediction='noise'"):
-        understand(tmp_path / "sit.pt", 4)
+        parse_checkpoint(tmp_path / "sit.pt", 4)
 
 
 def test_no_null_class_is_told_by_the_arguments(tmp_path):
     weights = torch.load(FIXTURES / "dit_p2.pt", weights_only=True)
     torch.save({"ema": weights, "args": argparse.Namespace(num_classes=11)}, tmp_path / "a.pt")
-    config = understand(tmp_path / "a.pt", 4).config
+    config = parse_checkpoint(tmp_path / "a.pt", 4).config
     assert (config["num_classes"], config["class_dropout_prob"]) == (11, 0.0)
-    assert understand(FIXTURES / "dit_p2.pt", 4).config["num_classes"] == 10
+    assert parse_checkpoint(FIXTURES / "dit_p2.pt", 4).config["num_classes"] == 10
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_no_null_class_is_told_by_the_arguments(tmp_path):
 )
 def test_another_family_than_the_keys_say_is_refused(name, asked, looks):
     with pytest.raises(ValueError, match=f"is no {asked} model; its keys look like {looks}"):
-        understand(FIXTURES / f"{name}.pt", 4, asked)
+        parse_checkpoint(FIXTURES / f"{name}.pt", 4, asked)
 
 
 def test_any_feed_forward_width_is_read(tmp_path):
@@ -157,7 +157,7 @@ def test_any_feed_forward_width_is_read(tmp_path):
 @pytest.mark.parametrize("heads", [0, -4])
 def test_impossible_heads_are_refused(heads):
     with pytest.raises(ValueError, match=f"not divisible by {heads} attention heads"):
-        understand(FIXTURES / "dit_p2.pt", heads)
+        parse_checkpoint(FIXTURES / "dit_p2.pt", heads)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_unused_variance_of_sit_is_kept():
     weights = original_state_dict(model, FAMILIES["sit"])
     assert torch.equal(
         weights["final_layer.linear.weight"],
-        understand(FIXTURES / "sit_p2.pt", 4).original["final_layer.linear.weight"],
+        parse_checkpoint(FIXTURES / "sit_p2.pt", 4).original["final_layer.linear.weight"],
     )
 
 
@@ -197,7 +197,8 @@ def test_unused_variance_of_sit_is_kept():
         ({"timestep_scale": 0.001}, "repa", "learn_sigma"),
         ({"timestep_scale": 0.001, "learn_sigma": False}, "repa", "projectors"),
         ({"norm": "rms_norm", "timestep_scale": 0.001}, "sit", "families that fit: lightningdit"),
-        ({"class_dropout_prob": 0.0}, "diffusers", "no null class"),
+        ({"class_dropout_prob": 0.0}, "diffusers", "has_null_class=False"),
+        ({"mlp_ratio": 2.0}, "diffusers", "mlp_ratio=2.0"),
     ],
 )
 def test_what_a_family_has_no_place_for_is_refused(overrides, family, message, tmp_path):
@@ -255,7 +256,7 @@ def test_stock_configurations_that_we_do_not_compute_are_refused(change, message
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change if isinstance(change, dict) else change))
     with pytest.raises(ValueError, match=message):
-        understand(tmp_path, 4)
+        parse_checkpoint(tmp_path, 4)
 
 
 def test_incomplete_stock_folders_are_refused(tmp_path):
@@ -276,7 +277,7 @@ def test_what_is_not_of_one_model_is_told(tmp_path):
     assert "patch_size=4 and the model 2" in result.stderr
     file = tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(ValueError, match="in this package's format already"):
-        understand(file)
+        parse_checkpoint(file)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_what_is_not_of_one_model_is_told(tmp_path):
     [
         (1.0, make_scheduler("flow_euler"), "dit", "no original code base computes those"),
         (1.0, make_scheduler("flow_dpm++"), "sit", "no original code base computes those"),
-        (0.001, make_scheduler("flow_euler"), "dit", "dit's code would sample it as a diffusion model"),
+        (0.001, make_scheduler("flow_euler"), "dit", "predicts velocity, and dit's code would take it for epsilon"),
         (1.0, make_scheduler("ddim", prediction_type="v_prediction"), "dit", "predicts v_prediction"),
     ],
 )
@@ -302,7 +303,7 @@ def test_what_a_family_does_not_predict_is_not_exported_to_it(tmp_path, scale, s
 def test_a_missing_folder_is_not_looked_for_on_the_hub(name, tmp_path):
     result = run_script("convert_hf_to_original", model_path=name, family="dit", checkpoint_path=tmp_path / "a.pt")
     assert result.returncode == 2
-    assert f"--model_path {name} must be the folder" in result.stderr
+    assert f"{name} must be the folder" in result.stderr
 
 
 def test_dry_run_half_precision_and_no_verification(tmp_path):
@@ -441,7 +442,7 @@ def test_older_stock_folders_are_read(custom_pipeline, tmp_path):
         pipe = DiTClassCondPipeline.from_pretrained(tmp_path)
         converted = run_script("convert_original_to_hf", checkpoint_path=tmp_path, output_dir=tmp_path / "out")
         assert converted.returncode == 0, converted.stderr
-        result = understand(tmp_path)
+        result = parse_checkpoint(tmp_path)
         assert (result.family.name, result.config["sample_size"]) == ("diffusers", 8)
     assert_is_stock(pipe.transformer, stock_model())
 
