@@ -25,7 +25,7 @@ def serve(model, folder, *flags, app=APP, **variables):
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(HIDING)}
     environment |= {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | variables
-    command = [sys.executable, app, "--model", str(model), *flags]
+    command = [sys.executable, app, "--pretrained_model_name_or_path", str(model), *flags]
     lines = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder

@@ -7,14 +7,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from diffusers.utils import logging
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.file_download import http_get
 
 
 logger = logging.get_logger(__name__)
 
-# Seconds that the Hub has for its first answer.
+# Seconds that a server has for its first answer; without one, downloads would be tried again for half a minute.
 TIMEOUT = 10
 HUB_HOSTS = ("huggingface.co", "hf.co")
 # Path of a link to a file on the Hub: `USER/NAME/blob/REVISION/PATH`, or `resolve`.
@@ -44,7 +44,7 @@ def download(link: str) -> Path:
     if address.hostname in HUB_HOSTS or f"{address.scheme}://{address.netloc}" == constants.ENDPOINT:
         found = HUB_FILE.match(address.path)
         if not found:
-            raise ValueError(f"{link} is no link to a file; those look like …/USER/NAME/blob/main/FILE.pt.")
+            raise ValueError(f"{link} is no link to a model's file; those look like …/USER/NAME/blob/main/FILE.pt.")
         repo_id, revision, file = map(unquote, found.groups())
         return download_from_hub(repo_id, file, revision)
     return download_from_server(link)
@@ -66,7 +66,7 @@ def download_from_hub(repo_id: str, file: str, revision: str | None = None) -> P
         OSError: if there is no network and no cached file, no such repository, or no such file.
     """
     try:
-        HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT)  # which does not try again, as downloads do
+        HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT)
         return Path(hf_hub_download(repo_id, file, revision=revision))
     except HfHubHTTPError as error:
         raise OSError(f"Can't download {file} of {repo_id}: {_first_line(error)}") from None
@@ -100,12 +100,13 @@ def download_from_server(link: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{os.getpid()}-{name}")
     try:
+        get_session().head(link, timeout=TIMEOUT)
         with partial.open("wb") as stream:
             http_get(link, stream)
         os.replace(partial, file)
     except (HTTPError, OSError) as error:
         raise OSError(
-            f"Can't download {link}: {_first_line(error)} Check the address and the network, or download the file "
+            f"Can't download {link}: {_first_line(error)}. Check the address and the network, or download the file "
             "yourself and pass its path."
         ) from None
     finally:
@@ -115,5 +116,5 @@ def download_from_server(link: str) -> Path:
 
 
 def _first_line(error):
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else f"{type(error).__name__}."
+    lines = [line.strip(" .") for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
