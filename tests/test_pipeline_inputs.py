@@ -48,18 +48,31 @@ def generators(count):
 def test_defaults_are_the_documented_ones():
     defaults = {name: p.default for name, p in inspect.signature(DiTClassCondPipeline.__call__).parameters.items()}
     expected = {
-        "guidance_scale": 4.0,
-        "guidance_channels": None,
-        "guidance_interval": (0.0, 1.0),
-        "num_inference_steps": 50,
         "num_images_per_label": 1,
         "eta": 0.0,
         "output_type": "pil",
         "callback_on_step_end_tensor_inputs": ["latents"],
         "return_dict": True,
     }
-    optional = ("timesteps", "sigmas", "generator", "latents", "height", "width", "callback_on_step_end")
-    assert defaults.items() >= (expected | dict.fromkeys(optional)).items()
+    optional = (
+        "guidance_scale",
+        "guidance_channels",
+        "guidance_interval",
+        "num_inference_steps",
+        "timesteps",
+        "sigmas",
+        "generator",
+        "latents",
+        "height",
+        "width",
+        "callback_on_step_end",
+    )
+    expected |= dict.fromkeys(optional)
+    assert {name: defaults[name] for name in expected} == expected
+    settings = {"num_inference_steps": 50, "guidance_scale": 4.0, "guidance_channels": None}
+    settings["guidance_interval"] = (0.0, 1.0)
+    assert tiny_pipeline().resolve_call() == settings
+    assert tiny_pipeline(class_dropout_prob=0.0).resolve_call()["guidance_scale"] == 1.0
 
 
 # name -> (pipeline, call, every word of it in the message: what was given and what is allowed)
@@ -77,7 +90,12 @@ REFUSED = {
     "label bool in a tensor": ({}, {"class_labels": torch.tensor([True])}, ["True", "int", "str"]),
     "label float": ({}, {"class_labels": 1.0}, ["1.0", "int", "str"]),
     "label float in a tensor": ({}, {"class_labels": torch.tensor([1.0])}, ["1.0", "int", "str"]),
-    "label None": ({}, {"class_labels": None}, ["None", "int", "str"]),
+    "null class of a model without": (
+        {"class_dropout_prob": 0.0},
+        {"class_labels": [1, None]},
+        ["None", "null class", "without"],
+    ),
+    "one-hot labels": ({}, {"class_labels": torch.eye(10).long()[3:4]}, ["(1, 10)", "one id per image", "argmax"]),
     "labels nested": ({}, {"class_labels": [[1, 2]]}, ["[1, 2]", "int", "str"]),
     "name unknown": ({}, {"class_labels": ["goldfsh"]}, ["goldfsh", "Did you mean 'goldfish'"]),
     "name without names": ({"id2label": None}, {"class_labels": "goldfish"}, ["goldfish", "no `id2label`"]),
@@ -109,7 +127,7 @@ REFUSED = {
     "scale negative": ({}, {"guidance_scale": -1.0}, ["guidance_scale", "-1.0"]),
     "no null class": (
         {"class_dropout_prob": 0.0},
-        {},
+        {"guidance_scale": 4.0},
         ["guidance_scale", "4.0", "class_dropout_prob=0", "null class"],
     ),
     "guided channels none": ({}, {"guidance_channels": 0}, ["guidance_channels", "0", "1 to 4"]),
@@ -199,6 +217,7 @@ def test_what_looks_bad_but_is_not():
         (torch.tensor([9], dtype=torch.int32), [9]),
         (np.array([5, 0]), [5, 0]),
         (np.int64(6), [6]),
+        ([None, 2], [10, 2]),  # the null class
     ],
 )
 def test_ways_to_give_labels(labels, ids):
@@ -266,14 +285,14 @@ def test_labels_that_a_callback_gives_unasked_count():
 
 
 class Cutoff(PipelineCallback):
-    """Ends guidance at a step, as diffusers' own cutoff callbacks do."""
+    """Ends guidance at a step: with scale 1, as 0 would ignore the class."""
 
     tensor_inputs = ["class_labels"]
 
     def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
         assert list(callback_kwargs) == ["class_labels"]
         if step_index == self.config.cutoff_step_index:
-            pipeline._guidance_scale = 0.0
+            pipeline._guidance_scale = 1.0
         return callback_kwargs
 
 
@@ -322,7 +341,8 @@ def test_label_ids(name, ids):
 def test_labels_and_suggestions():
     pipe = tiny_pipeline()
     assert list(pipe.labels) == sorted(pipe.labels)
-    assert pipe.labels["goldfish"] == pipe.labels["Carassius auratus"] == 1 and "crane" in pipe.labels
+    assert pipe.labels["goldfish"] == pipe.labels["Carassius auratus"] == 1 and "crane" not in pipe.labels
+    assert all(pipe.get_label_ids(name) == [label] for name, label in pipe.labels.items())
     with pytest.raises(ValueError, match=re.escape("'carasius auratus'. Did you mean 'Carassius auratus'")):
         pipe.get_label_ids(["tench", "carasius auratus"])
     with pytest.raises(ValueError, match="There is no class 'qqqq'. There are 'tench, .*, 'crane'"):

@@ -1,16 +1,33 @@
 """Class-conditional Diffusion Transformers for diffusers."""
 
-# diffusers names a component's library after its module and looks for these two base classes in it.
-from diffusers import ModelMixin, SchedulerMixin
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .mixing import mix_classes
-from .optimization import optimize, restore
-from .pipeline_dit_class_cond import DiTClassCondPipeline
-from .schedulers import make_scheduler
-from .transformer_dit import DiTTransformer2DModel
 
+
+if TYPE_CHECKING:
+    # diffusers names a component's library after its module, and looks for these two base classes in it.
+    from diffusers import ModelMixin, SchedulerMixin
+
+    from .mixing import mix_classes
+    from .models import DiTTransformer2DModel
+    from .optimization import optimize, restore
+    from .pipeline import DiTClassCondPipeline
+    from .schedulers import make_scheduler
+
+# Public name -> its module, imported when the name is used first.
+_MODULES = {
+    "DiTClassCondPipeline": ".pipeline",
+    "DiTTransformer2DModel": ".models",
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+    "make_scheduler": ".schedulers",
+    "mix_classes": ".mixing",
+    "optimize": ".optimization",
+    "restore": ".optimization",
+}
 
 __all__ = [
     "DiTClassCondPipeline",
@@ -24,5 +41,20 @@ __all__ = [
     "restore",
 ]
 
-# Then saved folders name the library `dit_hf`, and a repository that does so is not taken for a mistake.
-LOADABLE_CLASSES.setdefault(__name__, LOADABLE_CLASSES["diffusers"])
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Libraries that diffusers finds installed warn of each other while it is imported, on every import anew.
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
+    try:
+        value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+    finally:
+        logging.disable(disabled)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals() | dict.fromkeys(__all__))

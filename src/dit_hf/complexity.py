@@ -5,9 +5,10 @@ Shapes: `N` tokens, `D` width, `L` layers.
 
 from collections.abc import Mapping
 
+from .transformer_dit import FREQUENCY_DIM, count_modulation_vectors
 
-# Width of the sinusoidal timestep embedding; a condition is one token for time and one for the class.
-FREQUENCY_DIM = 256
+
+# A condition is one token for time and one for the class.
 CONDITION_TOKENS = 2
 
 
@@ -51,10 +52,8 @@ def count_macs(config: Mapping, height: int | None = None, width: int | None = N
     block = _attention_macs(tokens, tokens, dim) + tokens * dim * ff_widths
     if conditioning == "cross_attention":
         block += _attention_macs(tokens, CONDITION_TOKENS, dim)
-    # Adaptive layer norms regress their vectors once a sample: two or three a branch, and two for the head.
-    vectors = {"adaln_zero": 6, "adaln": 4}.get(conditioning, 0)
-    if vectors and not config["modulation_shift"]:
-        vectors -= 2
+    # Adaptive layer norms regress their vectors once per sample, and the head two.
+    vectors = count_modulation_vectors(conditioning, config["modulation_shift"])
     block += vectors * dim**2
     head_modulation = 2 * dim**2 if vectors else 0
 

@@ -1,16 +1,19 @@
 """Named presets for speed. What each switches on is one table, applied with diffusers' and torch's own calls, and undone
-by `restore`, which brings weights and pictures back to the bit."""
+by `restore`, which brings weights and images back to the bit."""
 
 import importlib.util
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from diffusers.utils import logging
 from torch import nn
 
-from .pipeline_dit_class_cond import DiTClassCondPipeline
+from .modulation_table import ModulationTable
+from .pipeline import DiTClassCondPipeline
 from .schedulers import make_scheduler, trained_options
 
+
+logger = logging.get_logger(__name__)
 
 # Guided and unguided steps of some batch sizes each are a compilation of their own; torch's default is 8.
 RECOMPILE_LIMIT = 64
@@ -18,41 +21,44 @@ RECOMPILE_LIMIT = 64
 
 class SpeedPreset(NamedTuple):
     """
-    What a preset switches on: the precision of the compiled network and decoder, a solver for few steps, how many, and
-    a guidance interval. Measured on `emoji64` in docs/speed.md.
+    What a preset switches on: the precision of the compiled network and decoder, a solver for few steps, how many, a
+    guidance interval, and how long the first call compiles on two CPU cores, in words. Measured in docs/speed.md.
     """
 
     precision: str
     solver: str | None
     num_inference_steps: int | None
     guidance_interval: tuple[float, float] | None
+    compilation: str
 
+
+SpeedPresetName = Literal["exact", "int8", "balanced", "fastest"]
 
 # fmt: off
-SPEED_PRESETS = {
-    #                       precision   solver   steps  guidance interval
-    "exact":    SpeedPreset("float32",  None,    None,  None),
-    "int8":     SpeedPreset("int8",     None,    None,  None),
-    "balanced": SpeedPreset("bfloat16", "unipc",    8,  (0.0, 0.5)),
-    "fastest":  SpeedPreset("bfloat16", "unipc",    6,  (0.0, 0.5)),
+SPEED_PRESETS: dict[SpeedPresetName, SpeedPreset] = {
+    #                       precision   solver   steps  guidance interval  compilation
+    "exact":    SpeedPreset("float32",  None,    None,  None,              "half a minute"),
+    "int8":     SpeedPreset("int8",     None,    None,  None,              "two minutes"),
+    "balanced": SpeedPreset("bfloat16", "unipc",    8,  (0.0, 0.5),        "a minute"),
+    "fastest":  SpeedPreset("bfloat16", "unipc",    6,  (0.0, 0.5),        "a minute"),
 }
 # fmt: on
 
 
-def optimize(pipe: DiTClassCondPipeline, preset: str = "exact", device: str | torch.device | None = None) -> dict:
+def optimize(
+    pipe: DiTClassCondPipeline, preset: SpeedPresetName = "exact", device: str | torch.device | None = None
+) -> None:
     """
-    Makes a pipeline faster, in place; the first call of each batch size then compiles, for some seconds to minutes.
+    Makes a pipeline faster, in place. The first call of each batch size then compiles, for some seconds to minutes.
 
     Args:
         pipe (`DiTClassCondPipeline`): The pipeline; if it is optimized already, that is undone first.
         preset (`str`, defaults to `"exact"`):
             `"exact"` compiles and changes no pixel beyond rounding; `"int8"` computes the blocks in 8-bit integers too;
-            `"balanced"` and `"fastest"` compute in bfloat16, which older processors are slow at, take a solver for few
-            steps, and guide in a part of them only.
+            `"balanced"` and `"fastest"` compute in bfloat16, which older processors are slow at, use a solver for few
+            steps, and guide in a part of them only. Their steps and interval become the pipeline's `recommended_call`, so
+            that `pipe(labels)` uses them.
         device (`str` or `torch.device`, *optional*): Where to move the pipeline.
-
-    Returns:
-        `dict`: what to call the pipeline with, `num_inference_steps` and `guidance_interval`; nothing for the first two.
 
     Raises:
         ValueError: if there is no such preset, or the pipeline is offloaded.
@@ -62,8 +68,9 @@ def optimize(pipe: DiTClassCondPipeline, preset: str = "exact", device: str | to
 
         >>> import dit_hf
         >>> pipe = dit_hf.DiTClassCondPipeline.from_bundled("emoji64")
-        >>> dit_hf.optimize(pipe, "fastest")  # what to call it with: pipe("flags", **settings)
-        {'num_inference_steps': 6, 'guidance_interval': (0.0, 0.5)}
+        >>> dit_hf.optimize(pipe, "fastest")
+        >>> pipe.resolve_call()["num_inference_steps"]
+        6
         >>> dit_hf.restore(pipe)
     """
     if preset not in SPEED_PRESETS:
@@ -72,14 +79,14 @@ def optimize(pipe: DiTClassCondPipeline, preset: str = "exact", device: str | to
     if settings.precision == "int8" and importlib.util.find_spec("torchao") is None:
         raise ImportError(f"The preset {preset!r} needs torchao: pip install 'dit_hf[quantize]'.")
     networks = compiled_networks(pipe)
-    hooked = any(hasattr(module, "_hf_hook") for network in networks for module in network.modules())
-    if hooked or any(map(_is_group_offload_enabled, networks)):
+    if any(is_offloaded(network) for network in networks):
         raise ValueError("The pipeline is offloaded and can't be optimized; load it without offloading.")
     restore(pipe)
     pipe._before_optimization = before = {
         "device": pipe.device,
         "compiled": [(network, network._compiled_call_impl) for network in networks],
         "weights": [],
+        "recommended_call": pipe.config.get("recommended_call"),
     }
     try:
         if device is not None:
@@ -91,11 +98,19 @@ def optimize(pipe: DiTClassCondPipeline, preset: str = "exact", device: str | to
             pipe.scheduler = few_step_scheduler(pipe, settings.solver)
         for network in networks:
             compile_network(network, pipe.device.type, settings.precision == "bfloat16")
+        if pipe.device.type == "cpu" and pipe.transformer.is_adaptive:
+            use_modulation_table(pipe)
     except BaseException:
         restore(pipe)
         raise
     call = {"num_inference_steps": settings.num_inference_steps, "guidance_interval": settings.guidance_interval}
-    return {name: value for name, value in call.items() if value is not None}
+    call = {name: value for name, value in call.items() if value is not None}
+    pipe.register_to_config(recommended_call=(before["recommended_call"] or {}) | call or None)
+    names = " and ".join(type(network).__name__ for network in networks)
+    logger.warning(
+        f"{names} will be compiled by the first call of each batch size: about {settings.compilation} for a small model "
+        "on two CPU cores."
+    )
 
 
 def restore(pipe: DiTClassCondPipeline) -> None:
@@ -114,7 +129,31 @@ def restore(pipe: DiTClassCondPipeline) -> None:
         layer.weight = weight
         vars(layer).pop("extra_repr", None)  # torchao's
     pipe.scheduler = before.get("scheduler", pipe.scheduler)
+    pipe.register_to_config(recommended_call=before["recommended_call"])
     pipe.to(before["device"])
+
+
+def is_offloaded(network: nn.Module) -> bool:
+    """Whether accelerate or diffusers moves a network's weights while it runs."""
+    modules = list(network.modules())
+    if any(hasattr(module, "_hf_hook") for module in modules):
+        return True
+    # Group offloading is a hook of diffusers' registry.
+    registries = (getattr(module, "_diffusers_hook", None) for module in modules)
+    return any(registry is not None and "group_offloading" in registry.hooks for registry in registries)
+
+
+def use_modulation_table(pipe):
+    """Has the compiled transformer take its adaptive norms' vectors from a table; caches of blocks go without it."""
+    compiled, table = pipe.transformer._compiled_call_impl, ModulationTable(pipe)
+
+    def call(*args, **inputs):
+        if not args and not pipe.transformer.is_cache_enabled:
+            inputs["modulation"] = table.rows(inputs["timestep"], inputs["class_labels"])
+        return compiled(*args, **inputs)
+
+    call.embeds_classes_eagerly = True  # so `mix_classes` works
+    pipe.transformer._compiled_call_impl = call
 
 
 def compiled_networks(pipe):

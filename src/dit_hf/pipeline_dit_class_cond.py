@@ -2,24 +2,32 @@
 
 Shapes: `B` images, `C` channels, `H W` latent size.
 
-The file is self-contained: it imports torch and diffusers only, so that it is also the code a Hub repository carries.
+This file imports torch and diffusers only: it is also the code that a Hub repository carries, so it loads with any
+diffusers from `MIN_DIFFUSERS` on. Names that are private to diffusers are optional: without them only the feature that
+needs them is missing.
 """
 
 import difflib
-import importlib
-import importlib.util
 import inspect
 import json
+import operator
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
+
+
+MIN_DIFFUSERS = "0.38.0"
+if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 38):
+    raise ImportError(
+        f"DiTClassCondPipeline needs diffusers >= {MIN_DIFFUSERS}; this is {diffusers.__version__}. "
+        "Run `pip install --upgrade diffusers`."
+    )
+
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.hooks import FasterCacheConfig
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -36,56 +44,93 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 
-try:
-    # The loader for pipelines whose only adapted part is the transformer; nothing in it is Sana's.
-    from diffusers.loaders import SanaLoraLoaderMixin as LoraLoaderMixin
-except ImportError:  # diffusers has none without transformers
-
-    class LoraLoaderMixin:  # type: ignore[no-redef]
-        """Adapters need transformers and peft."""
+try:  # LoRA adapters; diffusers has these names only where peft and transformers are installed
+    from diffusers.loaders import SD3LoraLoaderMixin
+    from diffusers.loaders.lora_base import LoraBaseMixin
+except ImportError:
+    SD3LoraLoaderMixin, LoraBaseMixin = None, object  # type: ignore[assignment,misc]
 
 
 logger = logging.get_logger(__name__)
 
 LEARNED_VARIANCE = ("learned", "learned_range")
-# Steps × classes whose modulation is held at a time: 200 MB for XL/2 in float32.
-MODULATION_ROWS = 256
-BUNDLED = Path(__file__).parent / "bundled"
+# Settings of a call that neither the caller nor `recommended_call` gives.
+CALL_DEFAULTS = {
+    "num_inference_steps": 50,
+    "guidance_scale": 4.0,
+    "guidance_channels": None,
+    "guidance_interval": (0.0, 1.0),
+}
 
 
-def _is_flow_matching(scheduler):
-    """Whether a scheduler samples flow-matching models; the others sample diffusion models."""
-    flow_sigmas = scheduler.config.get("prediction_type") == "flow_prediction" or scheduler.config.get(
-        "use_flow_sigmas"
-    )
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(flow_sigmas)
+def trained_prediction(scheduler_config: Mapping) -> str:
+    """
+    What a model predicts, by the scheduler that samples it.
+
+    Args:
+        scheduler_config (`Mapping`): The scheduler's config with its `_class_name`.
+
+    Returns:
+        `str`: `"velocity"` for flow matching, `"edm"` for EDM's preconditioned output, else the `prediction_type`.
+
+    Raises:
+        ValueError: if only one of the two options is set that make a solver of diffusion models sample flow matching.
+    """
+    name, prediction = scheduler_config.get("_class_name", ""), scheduler_config.get("prediction_type", "epsilon")
+    if name.startswith("FlowMatch"):
+        return "velocity"
+    uses_flow_sigmas = bool(scheduler_config.get("use_flow_sigmas"))
+    if uses_flow_sigmas != (prediction == "flow_prediction"):
+        raise ValueError(
+            f"{name} has use_flow_sigmas={uses_flow_sigmas} and prediction_type={prediction!r}: for flow matching pass "
+            "use_flow_sigmas=True and prediction_type='flow_prediction', for diffusion neither."
+        )
+    if uses_flow_sigmas:
+        return "velocity"
+    return "edm" if name.startswith("EDM") else prediction
 
 
-def _correct_stock_model(transformer):
-    """Diffusers' own DiT computes the timestep embedding with a shift that its weights were not trained with."""
-    stock = _package("checkpoints.diffusers_dit")
-    logger.warning(f"{stock.CORRECTED[0].upper()}{stock.CORRECTED[1:]}.")
-    return stock.correct_stock_model(_package("transformer_dit").DiTTransformer2DModel, transformer)
+class ClassNames:
+    """
+    Finds classes by name.
+
+    Args:
+        id2label (`Mapping[int, str]`): The class names; synonyms are separated by commas.
+    """
+
+    def __init__(self, id2label: Mapping[int, str]):
+        # The whole entry goes before a synonym and the spelling as written before another case: ImageNet has a
+        # "Cardigan" that is a dog and a "cardigan" that is not.
+        self._ids: list[dict[str, set[int]]] = [{}, {}, {}, {}]
+        for key, entry in id2label.items():
+            for level, names in enumerate(([entry], entry.split(","))):
+                for name in map(str.strip, names):
+                    self._ids[level].setdefault(name, set()).add(key)
+                    self._ids[level + 2].setdefault(name.casefold(), set()).add(key)
+
+    def find(self, name: str) -> int | None:
+        """The id of a whole entry or a synonym, in any case; None if there is none, `ValueError` if there are several."""
+        spellings = (name.strip(), name.strip().casefold())
+        for level, ids in enumerate(self._ids):
+            if found := ids.get(spellings[level // 2]):
+                if len(found) > 1:
+                    raise ValueError(f"{name!r} is the name of classes {', '.join(map(str, sorted(found)))}")
+                return min(found)
+        return None
+
+    def unambiguous(self) -> dict[str, int]:
+        """Every entry and synonym that `find` resolves, as written -> id, in alphabetical order."""
+        whole, synonyms = self._ids[:2]
+        found = {name: whole.get(name) or synonyms[name] for name in sorted(whole.keys() | synonyms.keys())}
+        return {name: min(ids) for name, ids in found.items() if len(ids) == 1}
 
 
-def _package(module):
-    """A module of the installed package: this file also travels alone."""
-    if importlib.util.find_spec("dit_hf") is None:
-        raise ImportError("This needs the dit_hf package, which is not installed.")
-    return importlib.import_module(f"dit_hf.{module}")
-
-
-def _is_installed():
-    """Whether this file is the package's, not a copy that came with a model."""
-    return __name__.startswith("dit_hf.")
-
-
-def find_class(id2label: dict[int, str], name: str) -> int | None:
+def find_class(id2label: Mapping[int, str], name: str) -> int | None:
     """
     The class of a name.
 
     Args:
-        id2label (`dict[int, str]`): Class names; synonyms are separated by commas.
+        id2label (`Mapping[int, str]`): The class names; synonyms are separated by commas.
         name (`str`): A whole entry or a synonym, in any case.
 
     Returns:
@@ -94,49 +139,94 @@ def find_class(id2label: dict[int, str], name: str) -> int | None:
     Raises:
         ValueError: if several classes have the name.
     """
-    # The whole entry goes before a synonym and the spelling as written before another case: ImageNet has a
-    # "Cardigan" that is a dog and a "cardigan" that is not.
-    for fold in (str.strip, lambda text: text.strip().casefold()):
-        for whole in (True, False):
-            ids = [
-                key
-                for key, names in id2label.items()
-                if fold(name) in [fold(part) for part in ([names] if whole else names.split(","))]
-            ]
-            if len(ids) > 1:
-                raise ValueError(f"{name!r} is the name of classes {', '.join(map(str, ids))}")
-            if ids:
-                return ids[0]
-    return None
+    return ClassNames(id2label).find(name)
 
 
-class ModulationTable:
-    """What the adaptive norms get at each step, once a step and class: computed ahead, shared by images of a class."""
+class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
+    """Loads, fuses and saves LoRA adapters of the transformer."""
 
-    def __init__(self, transformer, schedule, class_ids):
-        has_null_class = transformer.config.class_dropout_prob > 0
-        classes = sorted(set(class_ids)) + [transformer.config.num_classes] * has_null_class
-        self.transformer, self.schedule = transformer, schedule
-        self.classes = torch.tensor(classes, device=schedule.device)
-        self.conditional_rows = torch.tensor([classes.index(label) for label in class_ids], device=schedule.device)
-        null_rows = torch.full_like(self.conditional_rows, len(classes) - 1)
-        self.guided_rows = torch.cat([null_rows, self.conditional_rows])
-        self.steps_at_a_time = max(1, MODULATION_ROWS // len(classes))
-        self.first, self.vectors = 0, None
+    _lora_loadable_modules = ["transformer"]
+    transformer_name = "transformer"
 
-    def rows(self, index, guided):
-        """`(B, M)` of a step, or guided `(2B, M)`, unconditional first."""
-        first = index - index % self.steps_at_a_time
-        if self.vectors is None or first != self.first:
-            self.vectors = None  # before the next ones are made
-            steps = self.schedule[first : first + self.steps_at_a_time]
-            timesteps, classes = steps.repeat_interleave(len(self.classes)), self.classes.repeat(len(steps))
-            self.vectors = self.transformer.compute_modulation(timesteps, classes).unflatten(0, (len(steps), -1))
-            self.first = first
-        return self.vectors[index - first].index_select(0, self.guided_rows if guided else self.conditional_rows)
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
+        """
+        Puts adapters on the transformer.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `Path` or `dict`): A file, a folder or a Hub id with
+                `pytorch_lora_weights.safetensors`, or the tensors by their keys.
+            adapter_name (`str`, *optional*): A name for the adapters.
+            kwargs: `weight_name`, `subfolder`, `revision`, `token` … as with every diffusers pipeline.
+
+        Raises:
+            ImportError: if peft or transformers is missing.
+            ValueError: if a key belongs to no layer of the transformer; nothing is loaded then.
+        """
+        if SD3LoraLoaderMixin is None:
+            raise ImportError("LoRA adapters need peft and transformers: pip install peft transformers.")
+        options = {name: kwargs.pop(name) for name in ("low_cpu_mem_usage", "hotswap") if name in kwargs}
+        kwargs = {"use_safetensors": True, "return_lora_metadata": True} | kwargs
+        weights, metadata = SD3LoraLoaderMixin.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        prefix, layers = f"{self.transformer_name}.", {name for name, _ in self.transformer.named_modules()}
+        stray = [
+            key
+            for key in weights
+            if not key.startswith(prefix)
+            or ".lora_" not in key
+            or key.removeprefix(prefix).split(".lora_")[0] not in layers
+        ]
+        if stray or not weights:
+            example = f"{prefix}transformer_blocks.0.attn.to_q.lora_A.weight"
+            raise ValueError(
+                f"{len(weights) - len(stray)} of the adapters' {len(weights)} keys belong to a layer of the transformer; "
+                f"keys look like {example!r}, and these are not: {', '.join(map(repr, stray[:2])) or 'none'}."
+            )
+        self.transformer.load_lora_adapter(
+            dict(weights), prefix=self.transformer_name, adapter_name=adapter_name, metadata=metadata, **options
+        )
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | Path,
+        transformer_lora_layers: dict[str, torch.Tensor],
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict | None = None,
+    ):
+        """
+        Writes adapters for `load_lora_weights`.
+
+        Args:
+            save_directory (`str` or `Path`): Created if it does not exist.
+            transformer_lora_layers (`dict[str, torch.Tensor]`): From `peft.get_peft_model_state_dict`.
+            is_main_process, weight_name, save_function, safe_serialization: As with every diffusers pipeline.
+            transformer_lora_adapter_metadata (`dict`, *optional*): Rank and alpha.
+        """
+        if SD3LoraLoaderMixin is None:
+            raise ImportError("LoRA adapters need peft and transformers: pip install peft transformers.")
+        SD3LoraLoaderMixin.save_lora_weights(
+            save_directory,
+            transformer_lora_layers=transformer_lora_layers,
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            transformer_lora_adapter_metadata=transformer_lora_adapter_metadata,
+        )
+
+    def fuse_lora(self, components: list[str] = ["transformer"], **kwargs):
+        """Adds the adapters to the weights; `unfuse_lora` subtracts them."""
+        super().fuse_lora(components=components, **kwargs)
+
+    def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs):
+        """Subtracts the adapters that `fuse_lora` has added."""
+        super().unfuse_lora(components=components, **kwargs)
 
 
-class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
+class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     r"""
     Pipeline for class-conditional image generation with DiT (https://arxiv.org/abs/2212.09748).
 
@@ -144,10 +234,17 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         transformer (`DiTTransformer2DModel`): Predicts noise, velocity or whatever the scheduler's
             `prediction_type` says, from latents, timestep and class.
         scheduler (`SchedulerMixin`):
-            Any of diffusers' samplers for what the model was trained on; EDM's are for models trained inside EDM's
-            preconditioning, which is not the diffusion of DiT.
+            A sampler for what the model was trained on. It defines that for the pipeline: a scheduler that is set later
+            must sample the same. EDM's are for models trained inside EDM's preconditioning, which is not the diffusion
+            of DiT.
         vae (`AutoencoderKL`, *optional*): Decodes latents; without one the model works on pixels in [-1, 1].
         id2label (`dict[int, str]`, *optional*): Class names; synonyms are separated by commas.
+        recommended_call (`dict`, *optional*):
+            Settings for calls that don't give them: `num_inference_steps`, `guidance_scale`, `guidance_channels`,
+            `guidance_interval`.
+
+    Raises:
+        ValueError: if the components don't fit together; the message names what differs.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -160,151 +257,93 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         scheduler: SchedulerMixin,
         vae: ModelMixin | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
+        recommended_call: dict | None = None,
     ):
         super().__init__()
-        if isinstance(transformer, StockDiTTransformer2DModel):
-            transformer = _correct_stock_model(transformer)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self._built_for_flow_matching = _is_flow_matching(scheduler)
+        self._trained_prediction = self._scheduler_prediction()
+        self._trained_alphas = getattr(scheduler, "alphas_cumprod", None)
         # JSON turns the keys into strings; they are numbers again here.
         self.id2label = dict(sorted((int(key), name) for key, name in (id2label or {}).items()))
-        self.register_to_config(id2label=self.id2label or None)
-        self.vae_scale_factor = 1
-        if vae is not None:
-            ratio = getattr(vae, "spatial_compression_ratio", None)  # AutoencoderDC
-            self.vae_scale_factor = ratio or 2 ** (len(vae.config.block_out_channels) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        if stray := [key for key, name in self.id2label.items() if not isinstance(name, str)]:
+            raise ValueError(
+                f"`id2label` has {self.id2label[stray[0]]!r} for class {stray[0]}; names must be strings."
+            )
+        if unknown := sorted((recommended_call or {}).keys() - CALL_DEFAULTS.keys()):
+            raise ValueError(f"`recommended_call` has {unknown[0]!r}; it may hold {', '.join(CALL_DEFAULTS)}.")
+        self.register_to_config(id2label=self.id2label or None, recommended_call=recommended_call)
+        self._check_vae()
         self._current_timestep = None
 
     @classmethod
-    def from_bundled(cls, name: str = "emoji64", **kwargs) -> "DiTClassCondPipeline":
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
         """
-        Loads a small trained pipeline that comes with the package.
+        A pipeline of this class that shares another one's components.
 
         Args:
-            name (`str`, defaults to `"emoji64"`): Folder under `dit_hf/bundled`.
-            kwargs: Passed on to `from_pretrained`.
+            pipeline (`DiffusionPipeline`): With a `transformer`, a `scheduler` and perhaps a `vae`.
+            kwargs: Components and arguments of the constructor that replace the pipeline's.
 
         Returns:
-            `DiTClassCondPipeline`: in float32 unless `dtype` says otherwise.
-
-        Raises:
-            ValueError: if there is no such pipeline.
+            `DiTClassCondPipeline`
         """
-        folder = BUNDLED / name
-        if not (folder / "model_index.json").is_file():
-            have = ", ".join(sorted(path.parent.name for path in BUNDLED.glob("*/model_index.json"))) or "none"
-            raise ValueError(f"There is no bundled pipeline {name!r}; this installation has {have}.")
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", torch.float32)  # the files are float16
-        return cls.from_pretrained(folder, **kwargs)
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file):
-        """
-        Reads a `model_index.json`; for the installed class, whatever it names as code is this package's.
-
-        Then no remote code is needed, and a folder of diffusers' own DiT is read by our transformer, which corrects it.
-        """
-        config = super()._dict_from_json_file(json_file)
-        if _is_installed() and isinstance(config.get("transformer"), list):
-            config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", "DiTTransformer2DModel"]}
-            config.pop("auto_map", None)
-        return config
+        names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        known = {name: pipeline.config[name] for name in names if name in pipeline.config} | pipeline.components
+        return cls(**({name: known[name] for name in names if name in known} | kwargs))
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """Leaves out what only tells diffusers where the code is."""
+        """Drops `auto_map`, which only tells diffusers where the code is."""
         config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         return super().extract_init_dict(config_dict, **kwargs)
 
-    def save_pretrained(
-        self,
-        save_directory,
-        safe_serialization=True,
-        variant=None,
-        max_shard_size=None,
-        push_to_hub=False,
-        use_flashpack=False,
-        *,
-        card=None,
-        **kwargs,
-    ):
-        """
-        Saves the pipeline, its code and a model card, so that the folder and its copy on the Hub load anywhere.
-
-        Args:
-            save_directory (`str` or `Path`): Created if it does not exist.
-            safe_serialization, variant, max_shard_size, use_flashpack: As with every pipeline.
-            push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
-            card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
-            kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
-        """
-        if "_before_optimization" in vars(self):
-            raise ValueError("The pipeline is optimized for speed; call `dit_hf.restore(pipe)` before saving it.")
-        hub = _package("hub") if push_to_hub or _is_installed() else None
-        folder = Path(save_directory)
-        own_card = folder / "transformer" / "README.md"
-        keep = own_card.exists()
-        super().save_pretrained(folder, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack)
-        if not keep:
-            own_card.unlink(missing_ok=True)  # a component needs no card of its own
-        if hub is not None:
-            hub.carry_over(self, folder, "transformer/projectors.safetensors")
-            hub.write_card(self, folder, facts=card)
-        else:
-            source = Path(str(self.config.get("_name_or_path"))) / "README.md"
-            if source.is_file() and source.parent.resolve() != folder.resolve():
-                shutil.copyfile(source, folder / source.name)
-        if push_to_hub:
-            hub.publish_folder(folder, kwargs.pop("repo_id", folder.resolve().name), self, card, **kwargs)
-
     def save_config(self, save_directory, push_to_hub=False, **kwargs):
-        """Writes `model_index.json`, naming the code that lies beside it for `trust_remote_code=True`."""
-        super().save_config(save_directory)
+        """Writes `model_index.json`, and beside it this file, which `trust_remote_code=True` runs."""
         folder = Path(save_directory)
-        index = json.loads((folder / self.config_name).read_text())
-        index["_class_name"] = ["pipeline_dit_class_cond", "DiTClassCondPipeline"]
-        index["transformer"] = ["transformer_dit", "DiTTransformer2DModel"]
-        index["auto_map"] = {"AutoModel": "transformer_dit.DiTTransformer2DModel"}
-        (folder / self.config_name).write_text(json.dumps(index))
-        parts = [folder / part / name for part in self.components for name in ("config.json", "scheduler_config.json")]
-        for file in (folder / self.config_name, *filter(Path.is_file, parts)):
-            # Where the parts were loaded from is of no use to others, and may be a path of this machine.
-            config = json.loads(file.read_text())
-            config.pop("_name_or_path", None)
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        shutil.copyfile(__file__, folder / "pipeline_dit_class_cond.py")
-        if push_to_hub:
-            _package("hub").publish_folder(folder, kwargs.pop("repo_id", folder.resolve().name), self, **kwargs)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, folder / Path(__file__).name)
+        self._remove_origins(folder)
+        super().save_config(folder, push_to_hub, **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """
-        Publishes the pipeline: weights, code, and a model card; a card on the Hub is updated, not overwritten.
+    def to_json_string(self):
+        """The index, which names this file and the transformer's as the code, and not where the parts came from."""
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)  # may be a path of this machine
+        index["_class_name"] = [Path(__file__).stem, type(self).__name__]
+        auto_map = json.loads(self.transformer.to_json_string()).get("auto_map")
+        if auto_map is not None:
+            index |= {"transformer": auto_map["AutoModel"].split("."), "auto_map": auto_map}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
-        Args:
-            repo_id (`str`): `"name"` or `"user/name"`; created if it does not exist.
-            kwargs: `commit_message`, `private`, `token`, `create_pr`, `variant`, `max_shard_size` as with every
-                pipeline, and `card` ([`dit_hf.hub.CardFacts`]), what the model can't tell of itself.
-
-        Returns:
-            `str`: address of the commit.
-
-        Raises:
-            OSError: if the upload fails; the message says how to go on.
-        """
-        return _package("hub.publish").push(self, repo_id, **kwargs)
+    def _remove_origins(self, folder):
+        """Where the other components were loaded from is of no use to others, and may be a path of this machine."""
+        for name in self.components:
+            for file in filter(Path.is_file, (folder / name / "config.json", folder / name / "scheduler_config.json")):
+                config = json.loads(file.read_text(encoding="utf-8"))
+                if config.pop("_name_or_path", None) is not None:
+                    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @property
     def is_flow_matching(self) -> bool:
-        """Whether the pipeline was built with a sampler of flow matching, and so with a model that was trained for it."""
-        return self._built_for_flow_matching
+        """Whether the model was trained with flow matching, by the scheduler that the pipeline was built with."""
+        return self._trained_prediction == "velocity"
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels along one side of a latent value."""
+        if self.vae is None:
+            return 1
+        ratio = getattr(self.vae, "spatial_compression_ratio", None)  # AutoencoderDC
+        return ratio or 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class name -> id, in alphabetical order; every synonym is a name of its own."""
-        pairs = [(name.strip(), key) for key, names in self.id2label.items() for name in names.split(",")]
-        return dict(sorted(pairs))
+        """Class name -> id, in alphabetical order, synonyms too; a name of several classes is not in it."""
+        return ClassNames(self.id2label).unambiguous()
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """
@@ -319,18 +358,19 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: if a name is unknown, the message suggests the nearest; or if it is the name of several classes.
         """
-        return [self._get_label_id(name) for name in ([label] if isinstance(label, str) else label)]
+        names = ClassNames(self.id2label)
+        return [self._get_label_id(names, name) for name in ([label] if isinstance(label, str) else label)]
 
-    def _get_label_id(self, name):
+    def _get_label_id(self, names, name):
         try:
-            known_id = find_class(self.id2label, name)
+            known_id = names.find(name)
         except ValueError as error:
-            raise ValueError(f"{error}; give the id.") from None
+            raise ValueError(f"{error}; pass the id.") from None
         if known_id is not None:
             return known_id
         if not self.id2label:
-            raise ValueError(f"There is no class {name!r}: this pipeline has no `id2label`; use ids.")
-        spelling = {known.casefold(): known for known in self.labels}
+            raise ValueError(f"There is no class {name!r}: this pipeline has no `id2label`; pass ids.")
+        spelling = {known.casefold(): known for known in names.unambiguous()}
         nearest = [spelling[known] for known in difflib.get_close_matches(name.casefold(), spelling, n=3, cutoff=0.5)]
         hint = f"Did you mean {' or '.join(map(repr, nearest))}?" if nearest else "See `pipe.labels`."
         if not nearest and len(self.id2label) <= 20:
@@ -343,7 +383,7 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
+        return self._guidance_scale != 1
 
     @property
     def num_timesteps(self) -> int:
@@ -358,12 +398,36 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def resolve_class_labels(self, class_labels):
+    @property
+    def _has_null_class(self):
+        return self.transformer.config.class_dropout_prob > 0
+
+    def resolve_call(self, **given) -> dict:
+        """
+        The settings that a call uses.
+
+        Args:
+            given: `num_inference_steps`, `guidance_scale`, `guidance_channels`, `guidance_interval`; None counts as not
+                given.
+
+        Returns:
+            `dict`: all four: those given, else those of `recommended_call`, else 50 steps at scale 4, or 1 for a model
+            without a null class.
+        """
+        defaults = CALL_DEFAULTS if self._has_null_class else CALL_DEFAULTS | {"guidance_scale": 1.0}
+        settings = defaults | (self.config.get("recommended_call") or {})
+        settings |= {name: value for name, value in given.items() if value is not None}
+        if isinstance(settings["guidance_interval"], list):  # as JSON has it
+            settings["guidance_interval"] = tuple(settings["guidance_interval"])
+        return settings
+
+    def resolve_class_labels(self, class_labels) -> list[int]:
         """
         What `class_labels` takes, as ids.
 
         Args:
-            class_labels (`int`, `str`, `list` of either, or `torch.Tensor`): Class ids or names.
+            class_labels (`int`, `str`, None, `list` of these, or a 1-D `torch.Tensor`):
+                Class ids or names; None is the null class.
 
         Returns:
             `list[int]`
@@ -371,46 +435,108 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: if there is none, or one is unknown or out of range.
         """
-        if hasattr(class_labels, "tolist"):  # torch's and numpy's
+        shape = getattr(class_labels, "shape", ())  # torch's and numpy's
+        if any(side != 1 for side in shape[1:]):
+            raise ValueError(
+                f"`class_labels` has shape {tuple(shape)}; it must have one id per image. One-hot labels become ids by "
+                "`.argmax(-1)`."
+            )
+        if hasattr(class_labels, "tolist"):
             class_labels = class_labels.reshape(-1).tolist()
         if not isinstance(class_labels, (list, tuple, range)):
             class_labels = [class_labels]
         if len(class_labels) == 0:
             raise ValueError("`class_labels` is empty; give at least one class id or name.")
-        class_labels = [label.tolist() if hasattr(label, "tolist") else label for label in class_labels]
-        ids = [self._get_label_id(label) if isinstance(label, str) else label for label in class_labels]
+        names = [label for label in class_labels if isinstance(label, str)]
+        ids_by_name = dict(zip(names, self.get_label_ids(names), strict=True)) if names else {}
+        return [self._check_label(ids_by_name[label] if isinstance(label, str) else label) for label in class_labels]
+
+    def _check_label(self, label):
         num_classes = self.transformer.config.num_classes
-        for label in ids:
-            if isinstance(label, bool) or not isinstance(label, int):
-                raise ValueError(f"`class_labels` holds {label!r}; it must hold ids (int) or names (str).")
-            if not 0 <= label < num_classes:
-                raise ValueError(f"`class_labels` holds {label}; the model's classes are 0 to {num_classes - 1}.")
-        return ids
+        if label is None and not self._has_null_class:
+            raise ValueError("`class_labels` holds None, the null class, which this model was trained without.")
+        if label is None:
+            return num_classes
+        try:
+            number = operator.index(label)
+        except TypeError:
+            number = None
+        if number is None or isinstance(label, bool):
+            raise ValueError(f"`class_labels` holds {label!r}; it must hold ids (int) or names (str).")
+        if not 0 <= number < num_classes:
+            raise ValueError(f"`class_labels` holds {number}; the model's classes are 0 to {num_classes - 1}.")
+        return number
+
+    def _check_count(self, argument, number, largest=None, multiple=1):
+        """A whole number, numpy's too, as an int."""
+        try:
+            count = 0 if isinstance(number, bool) else operator.index(number)
+        except TypeError:
+            count = 0
+        if count < 1 or count % multiple or (largest is not None and count > largest):
+            allowed = "a whole number from 1" if largest is None else f"None (all) or 1 to {largest}"
+            allowed = allowed if multiple == 1 else f"a positive multiple of {multiple} pixels"
+            raise ValueError(f"`{argument}` is {number!r}; it must be {allowed}.")
+        return count
 
     def _check_guidance(self, guidance_scale, guidance_channels, guidance_interval):
         config = self.transformer.config
-        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
+        try:
+            finite = 0 <= float(guidance_scale) < float("inf")
+        except (TypeError, ValueError):
+            finite = False
+        if not finite or isinstance(guidance_scale, (str, bool)):
             raise ValueError(
-                f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 (1 or less is no guidance)."
+                f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 (0 ignores the class, 1 is no "
+                "guidance)."
             )
-        if guidance_scale > 1 and config.class_dropout_prob == 0:
+        if guidance_scale != 1 and not self._has_null_class:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but the model was built with `class_dropout_prob=0` and has "
                 "no null class to guide away from; pass `guidance_scale=1`."
             )
-        whole = isinstance(guidance_channels, int) and not isinstance(guidance_channels, bool)
-        if guidance_channels is not None and not (whole and 1 <= guidance_channels <= config.in_channels):
-            raise ValueError(
-                f"`guidance_channels` is {guidance_channels}; it must be None (all) or 1 to {config.in_channels}."
-            )
+        if guidance_channels is not None:
+            self._check_count("guidance_channels", guidance_channels, config.in_channels)
         pair = isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2
         if not pair or not 0.0 <= guidance_interval[0] < guidance_interval[1] <= 1.0:
             raise ValueError(
                 f"`guidance_interval` is {guidance_interval}; it must be (start, end) with 0 ≤ start < end ≤ 1."
             )
 
+    def _scheduler_prediction(self):
+        return trained_prediction(dict(self.scheduler.config) | {"_class_name": type(self.scheduler).__name__})
+
     def _check_scheduler(self, timesteps, sigmas, eta):
-        name = type(self.scheduler).__name__
+        """Refuses a scheduler that samples something else than the model was trained for, and options it lacks."""
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        prediction = self._scheduler_prediction()
+        if prediction != self._trained_prediction:
+            raise ValueError(
+                f"{name} samples models that predict {prediction!r}, and this pipeline was built for "
+                f"{self._trained_prediction!r}; `dit_hf.make_scheduler` builds schedulers of both kinds."
+            )
+        alphas = getattr(self.scheduler, "alphas_cumprod", None)
+        if not self.is_flow_matching and alphas is not None and self._trained_alphas is not None:
+            same_shape = alphas.shape == self._trained_alphas.shape
+            if not same_shape or not torch.allclose(alphas.cpu(), self._trained_alphas.cpu(), rtol=1e-3, atol=1e-6):
+                raise ValueError(
+                    f"{name} has other betas than the scheduler that this pipeline was built with; build it with "
+                    f"`{name}.from_config(pipe.scheduler.config)` of that one."
+                )
+        in_latent_space = self.vae is not None or self.transformer.config.in_channels not in (1, 3)
+        for option in ("clip_sample", "thresholding"):
+            if config.get(option) and in_latent_space:
+                raise ValueError(
+                    f"{name} has {option}=True, which limits samples to the range of pixels, and this model works on "
+                    f"latents; set it with {option}=False."
+                )
+        if config.get("use_dynamic_shifting"):
+            raise ValueError(f"{name} has use_dynamic_shifting=True, which is for text-to-image; set a fixed shift.")
+        if self._scheduler_takes_variance and not self.transformer.config.learn_sigma:
+            raise ValueError(
+                f"{name} has variance_type={config.variance_type!r}, but the model predicts no variance "
+                "(`learn_sigma=False`); use variance_type='fixed_large'."
+            )
         accepted = inspect.signature(self.scheduler.set_timesteps).parameters
         if timesteps is not None and sigmas is not None:
             raise ValueError("`timesteps` and `sigmas` were both given; a schedule is one or the other.")
@@ -426,33 +552,30 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
             raise ValueError(f"`eta` is {eta}; it must be from 0 to 1.")
         if eta != 0 and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"`eta` is {eta}, but {name} has no such parameter; leave it at 0.")
-        if self._scheduler_takes_variance and not self.transformer.config.learn_sigma:
+
+    def _check_vae(self):
+        """Refuses a VAE whose latents are not the transformer's."""
+        channels = None if self.vae is None else self.vae.config.get("latent_channels")
+        if channels is not None and channels != self.transformer.config.in_channels:
             raise ValueError(
-                f"{name} has variance_type={self.scheduler.config.variance_type!r}, but the model predicts no "
-                "variance (`learn_sigma=False`); use variance_type='fixed_large'."
+                f"The VAE has {channels} latent channels and the transformer {self.transformer.config.in_channels}; they "
+                "don't belong together."
             )
-        if _is_flow_matching(self.scheduler) != self._built_for_flow_matching:
-            built, given = (
-                ("flow matching", "diffusion") if self._built_for_flow_matching else ("diffusion", "flow matching")
-            )
-            logger.warning(
-                f"This pipeline was built with a scheduler for {built} and {name} samples {given}: unless the model was "
-                "trained for it, the images are noise. See `dit_hf.make_scheduler` for schedulers of both kinds."
-            )
-        if self.scheduler.config.get("use_dynamic_shifting"):
-            raise ValueError(f"{name} has use_dynamic_shifting=True, which is for text-to-image; set a fixed shift.")
 
     def _check_size(self, height, width, latents, batch_size):
         """The shape of the latents that the arguments ask for."""
         config = self.transformer.config
-        multiple = self.vae_scale_factor * config.patch_size
-        for argument, pixels in (("height", height), ("width", width)):
-            if pixels is not None and (not isinstance(pixels, int) or pixels < multiple or pixels % multiple):
-                raise ValueError(f"`{argument}` is {pixels}; it must be a positive multiple of {multiple} pixels.")
-        default = config.sample_size * self.vae_scale_factor
+        factor = self.vae_scale_factor
+        sizes = {"height": height, "width": width}
+        sizes = {
+            argument: None
+            if pixels is None
+            else self._check_count(argument, pixels, multiple=factor * config.patch_size)
+            for argument, pixels in sizes.items()
+        }
         if latents is not None and height is None and width is None and latents.ndim == 4:
-            height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
-        sides = [(pixels or default) // self.vae_scale_factor for pixels in (height, width)]
+            sizes = dict(zip(sizes, (side * factor for side in latents.shape[-2:]), strict=True))
+        sides = [(pixels or config.sample_size * factor) // factor for pixels in sizes.values()]
         shape = (batch_size, config.in_channels, *sides)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}; these arguments need {shape}.")
@@ -461,6 +584,16 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
                 f"`latents` of {sides[0]}×{sides[1]} are not divisible by patches of {config.patch_size}."
             )
         return shape
+
+    def _check_output(self, output_type):
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
+        channels = self.transformer.config.in_channels
+        if self.vae is None and output_type != "latent" and channels not in (1, 3):
+            raise ValueError(
+                f"`output_type` is {output_type!r}, but this pipeline has no VAE and its model's {channels} channels are "
+                "no image; pass `output_type='latent'`, or set `vae`."
+            )
 
     def _check_callback(self, callback_on_step_end_tensor_inputs):
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -490,12 +623,13 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     @contextmanager
     def _trajectory(self):
-        """Nothing of a trajectory outlives it, not even of one that a callback breaks off: neither timestep nor caches."""
+        """Neither timestep nor cached blocks outlive a trajectory, not even one that a callback breaks off."""
         try:
             yield
         finally:
             self._current_timestep = None
-            self.transformer._reset_stateful_cache()
+            if hasattr(self.transformer, "_reset_stateful_cache"):
+                self.transformer._reset_stateful_cache()
 
     def _set_timesteps(self, num_inference_steps, timesteps, sigmas, device):
         """The scheduler's own spacing, the caller's, or for flow matching N equal steps from noise to data."""
@@ -512,8 +646,10 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
             # It takes no sigmas; its own spacing would waste a step between 1/1000 and 0.
             sigma_min, scheduler.sigma_min = scheduler.sigma_min, 1.0 / num_inference_steps
-            scheduler.set_timesteps(num_inference_steps, device=device)
-            scheduler.sigma_min = sigma_min
+            try:
+                scheduler.set_timesteps(num_inference_steps, device=device)
+            finally:
+                scheduler.sigma_min = sigma_min
         else:
             scheduler.set_timesteps(num_inference_steps, device=device)
         if hasattr(scheduler, "set_begin_index"):
@@ -527,21 +663,7 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         latents = latents.to(device, torch.float32)
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
-    def _prepare_modulation(self, schedule, class_ids):
-        """A table, or None where the model has to embed time and class by itself."""
-        transformer = self.transformer
-        if not getattr(transformer, "is_adaptive", False) or not hasattr(transformer, "compute_modulation"):
-            return None
-        # Offloaded blocks have their weights only while they run; FasterCache cuts the batch but not these rows.
-        # So have sharded ones, whose parameters are tensors of another type.
-        sharded = any(type(parameter).__name__ == "DTensor" for parameter in transformer.parameters())
-        hooked = hasattr(transformer, "_hf_hook") or hasattr(transformer.transformer_blocks[0], "_hf_hook")
-        cuts_batch = isinstance(transformer._cache_config, FasterCacheConfig)
-        if sharded or hooked or cuts_batch or _is_group_offload_enabled(transformer):
-            return None
-        return ModulationTable(transformer, schedule, class_ids)
-
-    def _predict(self, model_input, timestep, class_labels, guidance_channels, guided, modulation=None, **position):
+    def _predict(self, model_input, timestep, class_labels, guidance_channels, guided, position=None):
         """One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32."""
         channels = model_input.shape[1]
         model_input = model_input.to(self.transformer.dtype)
@@ -550,14 +672,12 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
             null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
             model_input = torch.cat([model_input, model_input])
             class_labels = torch.cat([null_labels, class_labels])
-        precomputed = {} if modulation is None else {"modulation": modulation}
-        with self.transformer.cache_context("guided" if guided else "conditional", timestep=timestep, **position):
+        with self.transformer.cache_context("guided" if guided else "conditional", **(position or {})):
             output = self.transformer(
                 hidden_states=model_input,
                 timestep=timestep.expand(len(model_input)),
                 class_labels=class_labels,
                 return_dict=False,
-                **precomputed,
             )[0].float()
         if guided:
             unconditional, conditional = output.chunk(2)
@@ -567,28 +687,72 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
             output = torch.cat([mean, conditional[:, count:]], dim=1)  # the rest, variance too, is conditional
         return output if self._scheduler_takes_variance else output[:, :channels]
 
-    def _decode(self, latents):
-        """Latents -> images in [-1, 1], `(B, 3, height, width)`; pixel-space models are there already."""
+    @torch.no_grad()
+    def decode_latents(
+        self,
+        latents: torch.Tensor,
+        output_type: str = "pil",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ):
+        """
+        Decodes what a call with `output_type="latent"` returns.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, H, W)`): Latents as the transformer works on them.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"` (values in [0, 1]).
+            generator (`torch.Generator` or `list`, *optional*): For decoders that sample, such as a consistency decoder.
+
+        Returns:
+            `list[PIL.Image.Image]`, `np.ndarray` of shape `(B, height, width, 3)` or `torch.Tensor` of shape
+            `(B, 3, height, width)`.
+
+        Raises:
+            ValueError: if an image has values that are not finite.
+        """
+        self._check_output(output_type)
+        if output_type == "latent":
+            raise ValueError("`output_type` is 'latent'; decoded images are 'pil', 'np' or 'pt'.")
+        self._check_vae()
         if self.vae is None:
-            return latents
+            return self.image_processor.postprocess(latents, output_type=output_type)
         config = self.vae.config
-        latents = latents / (config.get("scaling_factor") or 1.0)
+        latents = latents.float() / (config.get("scaling_factor") or 1.0)
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
             mean, std = (
                 latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
             )
             latents = latents * std + mean
         latents = latents + (config.get("shift_factor") or 0.0)
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        takes_generator = "generator" in inspect.signature(self.vae.decode).parameters
+        options = {"generator": generator} if takes_generator else {}
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0].float()
+        dtype = self.vae.dtype
+        if not torch.isfinite(images).all() and dtype != torch.float32:
+            logger.warning(f"The VAE overflows in {dtype}; the images are decoded in float32.")
+            self.vae.to(torch.float32)
+            try:
+                images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0]
+            finally:
+                self.vae.to(dtype)
+        self._check_finite("decoded images", images)
+        return self.image_processor.postprocess(images, output_type=output_type)
+
+    def _check_finite(self, what, values):
+        bad = ~torch.isfinite(values).flatten(1).all(dim=1)
+        if bad.any():
+            raise ValueError(
+                f"The {what} {bad.nonzero().flatten().tolist()} are not finite. Try float32 or bfloat16 weights, another "
+                "scheduler or fewer steps than the training's timesteps."
+            )
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | list[int | str] | torch.Tensor,
-        guidance_scale: float = 4.0,
+        class_labels: int | str | None | list[int | str | None] | torch.Tensor,
+        guidance_scale: float | None = None,
         guidance_channels: int | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        num_inference_steps: int = 50,
+        guidance_interval: tuple[float, float] | None = None,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -603,26 +767,29 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Draws images of the given classes.
+        Generates images of the given classes.
 
         Args:
-            class_labels (`int`, `str`, `list` of either, or `torch.Tensor`): Class ids or names (see `labels`).
-            guidance_scale (`float`, defaults to 4.0): Classifier-free guidance; 1 or less turns it off.
+            class_labels (`int`, `str`, None, `list` of these, or `torch.Tensor` of shape `(B,)`):
+                Class ids or names (see `labels`); None is the null class.
+            guidance_scale (`float`, *optional*):
+                Classifier-free guidance: 0 ignores the class, 1 is no guidance. The pipeline's recommended one if not
+                given (see `resolve_call`), as the next three.
             guidance_channels (`int`, *optional*):
-                Guide the first channels only; all if not given. The paper's figures guide 3 of 4.
-            guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
+                How many of the first channels are guided. The paper's results guide 3 of 4.
+            guidance_interval (`tuple[float, float]`, *optional*):
                 Fractions of the trajectory, counted in model evaluations, 0 the first: guidance from `start` to before
                 `end`. Outside only the conditional half is computed.
-            num_inference_steps (`int`, defaults to 50): Steps; the scheduler's spacing.
+            num_inference_steps (`int`, *optional*): Steps; the scheduler's spacing.
             timesteps (`list[int]`, *optional*): Timesteps in place of the scheduler's own, if it takes them.
             sigmas (`list[float]`, *optional*):
                 Sigmas in place of the scheduler's own, if it takes them; with a last 0 where it wants one.
             generator (`torch.Generator` or `list`, *optional*):
-                One, or one an image: then each image depends on its own generator only.
+                One, or one per image: then each image depends on its own generator only.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Unit noise to start from.
             height, width (`int`, *optional*): Pixels; the model's own size if not given.
             num_images_per_label (`int`, defaults to 1): Images of each label, one after the other.
-            eta (`float`, defaults to 0.0): DDIM's noise share, for schedulers that have it.
+            eta (`float`, defaults to 0.0): DDIM's eta, for schedulers that have it.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` (values in [0, 1]) or `"latent"`.
             callback_on_step_end (`Callable`, *optional*):
                 `f(pipe, step, timestep, tensors) -> tensors`, called after each step; None changes nothing.
@@ -633,7 +800,8 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
             `ImagePipelineOutput` or `tuple`: `images`.
 
         Raises:
-            ValueError: on any argument that is out of range or contradicts another, before any compute.
+            ValueError: if an argument is out of range or contradicts another, before any compute; or if the latents or
+                images are not finite at the end.
 
         Example:
 
@@ -648,39 +816,41 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
 
         # 1. Check everything before any compute
         class_ids = self.resolve_class_labels(class_labels)
-        counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
-        for argument, count in counts.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"`{argument}` is {count!r}; it must be a whole number from 1.")
-        class_ids = [label for label in class_ids for _ in range(num_images_per_label)]
+        count = self._check_count("num_images_per_label", num_images_per_label)
+        class_ids = [label for label in class_ids for _ in range(count)]
+        settings = self.resolve_call(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_channels=guidance_channels,
+            guidance_interval=guidance_interval,
+        )
+        num_inference_steps = self._check_count("num_inference_steps", settings["num_inference_steps"])
+        guidance_channels, guidance_interval = settings["guidance_channels"], settings["guidance_interval"]
+        self._check_guidance(settings["guidance_scale"], guidance_channels, guidance_interval)
         generator = list(generator) if isinstance(generator, tuple) else generator
         if isinstance(generator, list) and len(generator) != len(class_ids):
-            raise ValueError(f"{len(generator)} generators were given for {len(class_ids)} images; give one an image.")
+            raise ValueError(
+                f"{len(generator)} generators were given for {len(class_ids)} images; pass one per image."
+            )
         if not isinstance(generator, (torch.Generator, list, type(None))):
             raise ValueError(f"`generator` is a {type(generator).__name__}; it must be a torch.Generator or a list.")
         if not isinstance(latents, (torch.Tensor, type(None))):
             raise ValueError(f"`latents` is a {type(latents).__name__}; it must be a torch.Tensor.")
-        if self.transformer.training and self.transformer.config.class_dropout_prob > 0:
+        if self.transformer.training and self._has_null_class:
             raise ValueError("The transformer is in training mode and drops labels; call `pipe.transformer.eval()`.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
-        self._check_guidance(guidance_scale, guidance_channels, guidance_interval)
+        self._check_output(output_type)
+        self._check_vae()
         self._check_scheduler(timesteps, sigmas, eta)
         self._check_callback(callback_on_step_end_tensor_inputs)
         shape = self._check_size(height, width, latents, len(class_ids))
-        channels = self.transformer.config.in_channels
-        if self.vae is None and output_type != "latent" and channels not in (1, 3):
-            raise ValueError(
-                f"`output_type` is {output_type!r}, but this pipeline has no VAE and its model draws {channels} channels, "
-                "which are no image; pass `output_type='latent'`, or set `vae`."
-            )
-        self._guidance_scale = guidance_scale
+        self._guidance_scale = float(settings["guidance_scale"])
         self._interrupt = False
 
         # 2. Prepare schedule, labels and noise
-        device = self._execution_device
+        device = getattr(self, "_execution_device", self.device)
         # The scheduler's part stays on the CPU, where its tables are, and the model's goes to the device at once: looking
-        # up a GPU's timestep waits for the GPU, and so does taking one there. Some are float64, which not every device has.
+        # up a GPU's timestep waits for the GPU, and so does taking one there. Some are float64, which not every device
+        # has.
         schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, "cpu")
         model_schedule = schedule.float().to(device)
         self._num_timesteps = len(schedule)
@@ -689,7 +859,8 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
         step_options = {"eta": eta, "generator": generator}
         accepted = inspect.signature(self.scheduler.step).parameters
         step_options = {name: value for name, value in step_options.items() if name in accepted}
-        table = self._prepare_modulation(model_schedule, class_ids)
+        # Before diffusers 0.41 the caches know nothing of the trajectory.
+        tells_position = "kwargs" in inspect.signature(self.transformer.cache_context).parameters
 
         # 3. Denoise
         steps = self.progress_bar(total=len(schedule))
@@ -700,15 +871,17 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
                 fraction = index / len(schedule)
                 guided = self.do_classifier_free_guidance and guidance_interval[0] <= fraction < guidance_interval[1]
                 self._current_timestep = timestep
-                position: dict[str, float] = {"step_index": index, "num_inference_steps": len(schedule)}
-                if hasattr(self.scheduler, "sigmas"):
-                    position["sigma"] = float(self.scheduler.sigmas[index])
-                modulation = None if table is None else table.rows(index, guided)
+                position = {}
+                if tells_position:
+                    position = {"timestep": model_schedule[index], "step_index": index}
+                    position["num_inference_steps"] = len(schedule)
+                    if hasattr(self.scheduler, "sigmas"):
+                        position["sigma"] = float(self.scheduler.sigmas[index])
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, timestep)
                 output = self._predict(
-                    model_input, model_schedule[index], class_labels, guidance_channels, guided, modulation, **position
+                    model_input, model_schedule[index], class_labels, guidance_channels, guided, position
                 )
                 latents = self.scheduler.step(output, timestep, latents, **step_options, return_dict=False)[0]
                 if callback_on_step_end is not None:
@@ -717,15 +890,11 @@ class DiTClassCondPipeline(DiffusionPipeline, LoraLoaderMixin):
                     changed = callback_on_step_end(self, index, timestep, tensors) or {}
                     latents = changed.get("latents", latents)
                     class_labels = changed.get("class_labels", class_labels)
-                    if "class_labels" in (*tensors, *changed):
-                        table = None  # they may have been changed, in place too
                 progress_bar.update()
+        self._check_finite("latents", latents)
 
         # 4. Decode
-        if output_type == "latent":
-            images = latents
-        else:
-            images = self.image_processor.postprocess(self._decode(latents), output_type=output_type)
+        images = latents if output_type == "latent" else self.decode_latents(latents, output_type, generator)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)

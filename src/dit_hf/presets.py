@@ -1,6 +1,6 @@
 """The twelve model sizes of the paper, with what it reports of them (DiT tables 1 and 4)."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Preset(NamedTuple):
@@ -19,7 +19,14 @@ class Preset(NamedTuple):
 
 
 # fmt: off
-PRESETS = {
+PresetName = Literal[
+    "DiT-S/8", "DiT-S/4", "DiT-S/2", "DiT-B/8", "DiT-B/4", "DiT-B/2",
+    "DiT-L/8", "DiT-L/4", "DiT-L/2", "DiT-XL/8", "DiT-XL/4", "DiT-XL/2",
+]
+# fmt: on
+
+# fmt: off
+PRESETS: dict[PresetName, Preset] = {
     #                    layers heads head_dim patch  params  Gflops     FID
     "DiT-S/8":  Preset(      12,    6,      64,    8,   33.0,   0.36, 153.60),
     "DiT-S/4":  Preset(      12,    6,      64,    4,   33.0,   1.41, 100.41),
@@ -37,7 +44,7 @@ PRESETS = {
 # fmt: on
 
 
-def preset_config(name: str) -> dict:
+def preset_config(name: PresetName) -> dict[str, int]:
     """
     Constructor arguments of a preset.
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from typing import Any, Literal
 
 from diffusers import (
     DDIMScheduler,
@@ -14,6 +15,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from .pipeline_dit_class_cond import trained_prediction
+
+
+__all__ = ["RECIPES", "SchedulerRecipe", "make_scheduler", "trained_options", "trained_prediction"]
+
 
 # The training diffusion: linear betas over 1000 steps (DiT §4, ADM's hyperparameters).
 TRAINING_DIFFUSION = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -24,7 +30,10 @@ DDPM = {"variance_type": "learned_range", "clip_sample": False, "timestep_spacin
 DDIM = {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "leading"}
 MULTISTEP = {"timestep_spacing": "linspace", "lower_order_final": True}
 
-RECIPES = {
+SchedulerRecipe = Literal[
+    "ddpm", "ddim", "dpm++", "dpm++_singlestep", "unipc", "flow_euler", "flow_heun", "flow_dpm++", "flow_unipc"
+]
+RECIPES: dict[SchedulerRecipe, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, TRAINING_DIFFUSION | DDPM),
     "ddim": (DDIMScheduler, TRAINING_DIFFUSION | DDIM),
     "dpm++": (DPMSolverMultistepScheduler, TRAINING_DIFFUSION | MULTISTEP),
@@ -43,7 +52,7 @@ RECIPES = {
 }
 
 
-def make_scheduler(name: str, **overrides) -> SchedulerMixin:
+def make_scheduler(name: SchedulerRecipe, **overrides: Any) -> SchedulerMixin:
     """
     Builds a scheduler by the name of its recipe.
 
@@ -67,7 +76,7 @@ def make_scheduler(name: str, **overrides) -> SchedulerMixin:
     return scheduler_class(**(config | overrides))
 
 
-def trained_options(name: str, config: Mapping) -> dict:
+def trained_options(name: SchedulerRecipe, config: Mapping) -> dict[str, Any]:
     """
     What `make_scheduler` has to be told to build another sampler of the same model.
 
@@ -83,20 +92,3 @@ def trained_options(name: str, config: Mapping) -> dict:
         return {"flow_shift" if "flow_shift" in RECIPES[name][1] else "shift": shift}
     accepted = inspect.signature(RECIPES[name][0].__init__).parameters
     return {option: config[option] for option in DIFFUSION if option in accepted and config.get(option) is not None}
-
-
-def trained_prediction(config: Mapping) -> str:
-    """
-    What a pipeline's model predicts, as its scheduler's config tells.
-
-    Args:
-        config (`Mapping`): Of the scheduler, with its `_class_name`.
-
-    Returns:
-        `str`: `"velocity"` for flow matching, `"edm"` for EDM's preconditioned output, else the `prediction_type`.
-    """
-    name, prediction = config.get("_class_name", ""), config.get("prediction_type", "epsilon")
-    if name.startswith("EDM"):
-        return "edm"
-    flow = name.startswith("FlowMatch") or config.get("use_flow_sigmas") or prediction == "flow_prediction"
-    return "velocity" if flow else prediction

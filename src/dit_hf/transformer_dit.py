@@ -6,44 +6,77 @@ Options cover the family that grew from it: SiT (https://arxiv.org/abs/2401.0874
 Shapes: `B` batch, `C` channels, `H W` latent size, `p` patch size, `h w` = `H/p W/p`, `N` = `h·w` tokens (two more
 with in-context conditioning), `D` width, `heads` attention heads.
 
-The file is self-contained: it imports torch and diffusers only, so that it is also the code a Hub repository carries.
+This file imports torch and diffusers only: it is also the code that a Hub repository carries, so it loads with any diffusers
+from `MIN_DIFFUSERS` on. Names that are private to diffusers are optional: without them only the feature that needs
+them is missing.
 """
 
-import importlib
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+
+MIN_DIFFUSERS = "0.38.0"
+if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 38):
+    raise ImportError(
+        f"DiTTransformer2DModel needs diffusers >= {MIN_DIFFUSERS}; this is {diffusers.__version__}. "
+        "Run `pip install --upgrade diffusers`."
+    )
+
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks._helpers import (
-    AttentionProcessorMetadata,
-    AttentionProcessorRegistry,
-    TransformerBlockMetadata,
-    TransformerBlockRegistry,
-)
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb, get_1d_rotary_pos_embed
-from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import apply_lora_scale, logging
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
-logger = logging.get_logger(__name__)
+try:  # registration with diffusers' caches
+    from diffusers.hooks._helpers import (
+        AttentionProcessorMetadata,
+        AttentionProcessorRegistry,
+        TransformerBlockMetadata,
+        TransformerBlockRegistry,
+    )
+except ImportError:
+    TransformerBlockRegistry = None  # type: ignore[assignment,misc]
+try:  # the plan for context parallelism
+    from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+except ImportError:
+    ContextParallelInput = None  # type: ignore[assignment,misc]
+try:  # `attention_kwargs={"scale": s}`
+    from diffusers.utils import apply_lora_scale
+except ImportError:
 
-CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
+    def apply_lora_scale(argument):
+        """Refuses to scale LoRA adapters."""
+
+        def decorate(forward):
+            @wraps(forward)
+            def call(self, *args, **kwargs):
+                if (kwargs.get(argument) or {}).get("scale", 1.0) != 1.0:
+                    raise ImportError(
+                        f"diffusers {diffusers.__version__} can't scale LoRA adapters; use `set_adapters`."
+                    )
+                return forward(self, *args, **kwargs)
+
+            return call
+
+        return decorate
+
+
+ADAPTIVE = ("adaln_zero", "adaln")
+CONDITIONINGS = (*ADAPTIVE, "cross_attention", "in_context")
 POSITION_EMBEDDINGS = ("sincos", "sincos+rope")
 NORMS = ("layer_norm", "rms_norm")
 FEED_FORWARDS = ("gelu", "swiglu")
@@ -107,7 +140,7 @@ class DiTPatchEmbed(nn.Module):
         return known
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.proj(latents)  # (B, D, h, w)
+        hidden_states = self.proj(latents.to(self.proj.weight.dtype))  # (B, D, h, w)
         positions = self.positions_for(*hidden_states.shape[-2:])
         # Contiguous, or the whole residual stream inherits the transposed strides, and every norm copies it.
         hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous() + positions  # (B, N, D)
@@ -158,14 +191,11 @@ class DiTAttnProcessor:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if rotary_emb is not None:
             query, key = (apply_rotary_emb(states, rotary_emb, sequence_dim=1) for states in (query, key))
-        hidden_states = dispatch_attention_fn(
-            query,  # (B, N, heads, D/heads)
-            key,
-            value,
-            backend=self._attention_backend,
-            # Condition tokens are not split over ranks, so cross-attention is local.
-            parallel_config=self._parallel_config if encoder_hidden_states is None else None,
-        )
+        options = {"backend": self._attention_backend}
+        # Condition tokens are not split over ranks, so cross-attention is local.
+        if self._parallel_config is not None and encoder_hidden_states is None:
+            options["parallel_config"] = self._parallel_config
+        hidden_states = dispatch_attention_fn(query, key, value, **options)  # (B, N, heads, D/heads)
         return attn.to_out[0](hidden_states.flatten(2).to(query.dtype))
 
 
@@ -213,37 +243,6 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, encoder_hidden_states, rotary_emb)
 
 
-class DiTGELU(nn.Module):
-    """A linear layer and tanh GELU; CPU inference does both in one kernel, which spares a pass over memory."""
-
-    def __init__(self, proj: nn.Linear):
-        super().__init__()
-        self.proj = proj
-
-    def forward(self, hidden_states):
-        if self._is_fusible(hidden_states):
-            proj = self.proj
-            return torch.ops.mkldnn._linear_pointwise(hidden_states, proj.weight, proj.bias, "gelu", [], "tanh")
-        return F.gelu(self.proj(hidden_states), approximate="tanh")
-
-    def _is_fusible(self, hidden_states):
-        """Whether nothing but a plain float32 layer on the CPU is called: no adapter, quantization, hook, gradient."""
-        proj, weight = self.proj, self.proj.weight
-        return (
-            hidden_states.device.type == weight.device.type == "cpu"
-            and hidden_states.dtype == weight.dtype == torch.float32
-            and type(hidden_states) is torch.Tensor
-            and (type(proj), type(weight)) == (nn.Linear, nn.Parameter)
-            and not ("forward" in vars(proj) or proj._forward_hooks or proj._forward_pre_hooks)
-            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-            and forward_ad.unpack_dual(hidden_states).tangent is None  # the kernel has no forward-mode derivative
-            and not is_in_torch_dispatch_mode()
-            and torch.backends.mkldnn.is_available()
-            and torch.backends.mkldnn.enabled
-            and not torch.jit.is_tracing()
-        )
-
-
 class DiTSwiGLU(nn.Module):
     """Gated feed-forward; gate and value are two layers, so that tensor parallelism can split both."""
 
@@ -266,9 +265,7 @@ def build_feed_forward(kind, dim, mlp_ratio):
     """The two-layer perceptron of the paper's designs, tanh GELU inside, or LightningDiT's SwiGLU."""
     if kind == "swiglu":
         return DiTSwiGLU(dim, swiglu_width(dim, mlp_ratio))
-    feed_forward = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
-    feed_forward.net[0] = DiTGELU(feed_forward.net[0].proj)
-    return feed_forward
+    return FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
 
 
 def build_norm(kind, dim, affine):
@@ -283,10 +280,17 @@ def build_qk_norm(kind, head_dim):
     return nn.RMSNorm(head_dim, eps=NORM_EPS) if kind == "rms_norm" else nn.LayerNorm(head_dim)
 
 
+def count_modulation_vectors(conditioning: str, modulation_shift: bool) -> int:
+    """Vectors of width D that a block regresses from its condition: scale, gate and shift of each of two branches."""
+    if conditioning not in ADAPTIVE:
+        return 0
+    return 2 * (1 + (conditioning == "adaln_zero") + modulation_shift)
+
+
 class DiTBlock(nn.Module):
     """
-    Adaptive layer norm block; `gated` (adaLN-Zero) scales both branches by regressed gates (DiT fig. 3), and without
-    `shift` no shift is regressed (LightningDiT). `condition` is `(B, D)`, or already what `modulation` makes of it.
+    Adaptive layer norm block: `conditioning="adaln_zero"` scales both branches by regressed gates (DiT fig. 3), and
+    without `modulation_shift` no shift is regressed (LightningDiT).
     """
 
     def __init__(
@@ -297,27 +301,30 @@ class DiTBlock(nn.Module):
         norm: str = "layer_norm",
         qk_norm: bool = False,
         ff: str = "gelu",
-        gated: bool = True,
-        shift: bool = True,
+        conditioning: str = "adaln_zero",
+        modulation_shift: bool = True,
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        self.gated, self.shift = gated, shift
+        self.gated, self.shift = conditioning == "adaln_zero", modulation_shift
+        self.num_vectors = count_modulation_vectors(conditioning, modulation_shift)
         self.norm1 = build_norm(norm, dim, affine=False)
         self.attn = DiTAttention(num_attention_heads, attention_head_dim, qk_norm=norm if qk_norm else None)
         self.norm2 = build_norm(norm, dim, affine=False)
         self.ff = build_feed_forward(ff, dim, mlp_ratio)
-        self.modulation = nn.Linear(dim, 2 * (1 + gated + shift) * dim)
+        self.modulation = nn.Linear(dim, self.num_vectors * dim)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        condition: torch.Tensor,
+        condition: torch.Tensor | None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        modulation: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if condition.shape[1] == hidden_states.shape[2]:
-            condition = self.modulation(F.silu(condition))
-        vectors = iter(condition.chunk(2 * (1 + self.gated + self.shift), dim=1))  # (B, D)
+        """`modulation` `(B, num_vectors·D)` is what the linear layer makes of the condition `(B, D)`, if known."""
+        if modulation is None:
+            modulation = self.modulation(F.silu(condition))
+        vectors = iter(modulation.chunk(self.num_vectors, dim=1))  # (B, D)
         shift_attn = next(vectors) if self.shift else None
         scale_attn = next(vectors)
         gate_attn = next(vectors) if self.gated else None
@@ -361,6 +368,7 @@ class DiTContextBlock(nn.Module):
         hidden_states: torch.Tensor,
         condition: torch.Tensor,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        modulation: None = None,
     ) -> torch.Tensor:
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotary_emb=rotary_emb)
         if self.cross_attn is not None:
@@ -369,17 +377,17 @@ class DiTContextBlock(nn.Module):
 
 
 class DiTAdaLayerNormOut(nn.Module):
-    """Norm before the head, modulated by the condition `(B, D)`, or by what `linear` has made of it."""
+    """Norm before the head, modulated by the condition `(B, D)`, or by what `linear` makes of it, if known."""
 
     def __init__(self, dim: int, norm: str = "layer_norm"):
         super().__init__()
         self.norm = build_norm(norm, dim, affine=False)
         self.linear = nn.Linear(dim, 2 * dim)
 
-    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        if condition.shape[1] == hidden_states.shape[2]:
-            condition = self.linear(F.silu(condition))
-        shift, scale = condition.chunk(2, dim=1)
+    def forward(self, hidden_states, condition, modulation=None):
+        if modulation is None:
+            modulation = self.linear(F.silu(condition))
+        shift, scale = modulation.chunk(2, dim=1)
         return modulate(self.norm(hidden_states), shift, scale)
 
 
@@ -417,18 +425,18 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         ValueError: if an option is unknown or sizes do not fit; the message names the option.
     """
 
-    _auto_class = "AutoModel"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock", "DiTContextBlock"]
     _repeated_blocks = ["DiTBlock", "DiTContextBlock"]
     _keep_in_fp32_modules = ["time_embed"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
-    _cp_plan = {
-        "transformer_blocks.0": {
-            "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)
-        },
-        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
-    }
+    if ContextParallelInput is not None:
+        _cp_plan = {
+            "transformer_blocks.0": {
+                "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)
+            },
+            "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        }
     _tp_plan = {
         "transformer_blocks.*.attn.to_q": "colwise",
         "transformer_blocks.*.attn.to_k": "colwise",
@@ -470,7 +478,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         for name, (option, allowed) in options.items():
             if option not in allowed:
                 raise ValueError(f"`{name}` is {option!r}; it must be one of {', '.join(allowed)}.")
-        self.is_adaptive = conditioning in ("adaln_zero", "adaln")
+        self.is_adaptive = conditioning in ADAPTIVE
         if not self.is_adaptive and not modulation_shift:
             raise ValueError(
                 f"`modulation_shift=False` needs adaptive norms; `conditioning` {conditioning!r} has none."
@@ -505,13 +513,14 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         self.rotary_embed = None
         if rotary:
             self.rotary_embed = DiTRotaryEmbed(attention_head_dim)
-            angles = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
-            self._cp_plan = self._cp_plan | {"rotary_embed": {0: angles, 1: angles}}
+            if ContextParallelInput is not None:
+                angles = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
+                self._cp_plan = self._cp_plan | {"rotary_embed": {0: angles, 1: angles}}
 
         # 2. Blocks
         sizes = (num_attention_heads, attention_head_dim, mlp_ratio, norm, qk_norm, ff)
         self.transformer_blocks = nn.ModuleList(
-            DiTBlock(*sizes, gated=conditioning == "adaln_zero", shift=modulation_shift)
+            DiTBlock(*sizes, conditioning, modulation_shift)
             if self.is_adaptive
             else DiTContextBlock(*sizes, cross_attention=conditioning == "cross_attention")
             for _ in range(num_layers)
@@ -555,139 +564,33 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         nn.init.zeros_(self.proj_out.weight)
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> "DiTTransformer2DModel":
-        """
-        A freshly initialised model of a size of the paper.
-
-        Args:
-            name (`str`): `"DiT-S/8"` … `"DiT-XL/2"`; see `dit_hf.presets.PRESETS`.
-            overrides: Constructor arguments that replace the preset's.
-
-        Returns:
-            `DiTTransformer2DModel`
-
-        Raises:
-            ValueError: if there is no such preset.
-        """
-        return cls(**(_package("presets").preset_config(name) | overrides))
-
-    @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path: str,
-        num_attention_heads: int | None = None,
-        family: str = "auto",
-        weights: str = "ema",
-        torch_dtype: torch.dtype | None = None,
-    ) -> "DiTTransformer2DModel":
-        """
-        Loads a checkpoint of an original code base.
-
-        Args:
-            pretrained_model_link_or_path (`str`): A local `.pt` or `.safetensors` file.
-            num_attention_heads (`int`, *optional*):
-                Heads can't be read off the weights; the widths of the paper are known, others need this.
-            family (`str`, defaults to `"auto"`):
-                Code base the file comes from: `"dit"`, `"sit"`, `"repa"`, `"lightningdit"` or `"diffusers"`.
-            weights (`str`, defaults to `"ema"`): Which of a training checkpoint's weights, `"ema"` or `"model"`.
-            torch_dtype (`torch.dtype`, *optional*):
-                Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
-                `from_pretrained`.
-
-        Returns:
-            `DiTTransformer2DModel`: in eval mode.
-
-        Raises:
-            ValueError: if the file is not such a checkpoint; the message names the file and the key.
-        """
-        load_model = _package("checkpoints.loading").load_model
-        return load_model(cls, pretrained_model_link_or_path, num_attention_heads, family, weights, torch_dtype)
-
-    @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
-        """As every `ConfigMixin`'s; the configuration of diffusers' own DiT is read as well."""
-        if isinstance(config, dict):  # less what only tells diffusers where the code is
+        """As every `ConfigMixin`'s; `auto_map`, which tells diffusers where the code is, is no option of the model."""
+        if isinstance(config, dict):
             config = {name: value for name, value in config.items() if name != "auto_map"}
-        if isinstance(config, dict) and "num_embeds_ada_norm" in config:
-            config = _package("checkpoints.diffusers_dit").our_config(config)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
-    @classmethod
-    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, name, loaded_keys, **kwargs):
-        """Renames the weights of diffusers' own DiT; the weights of this class pass through."""
-        if "transformer_blocks.0.norm1.linear.weight" in loaded_keys:
-            if state_dict is None:
-                state_dict = {
-                    key: weight for file in resolved_model_file for key, weight in load_state_dict(file).items()
-                }
-            stock = _package("checkpoints.diffusers_dit")
-            try:
-                state_dict = stock.to_our_state_dict(state_dict)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-            loaded_keys = list(state_dict)
-            if unfit := set(loaded_keys) ^ set(model.state_dict()):
-                raise ValueError(f"{name}: the key {min(unfit)!r} is missing or unknown.")
-            logger.warning(f"{name}: {stock.CORRECTED}.")
-        return super()._load_pretrained_model(model, state_dict, resolved_model_file, name, loaded_keys, **kwargs)
+    def enable_cache(self, config):
+        """As every `CacheMixin`'s."""
+        if TransformerBlockRegistry is None:
+            raise ImportError(
+                f"diffusers {diffusers.__version__} has no registry of blocks (`diffusers.hooks._helpers`), which caches "
+                "need; use a diffusers between 0.38 and 0.42."
+            )
+        super().enable_cache(config)
 
-    def save_pretrained(
-        self,
-        save_directory,
-        is_main_process=True,
-        save_function=None,
-        safe_serialization=True,
-        variant=None,
-        max_shard_size="10GB",
-        push_to_hub=False,
-        use_flashpack=False,
-        *,
-        card=None,
-        **kwargs,
-    ):
-        """
-        Saves the model, its code and a model card, and what a conversion kept aside.
-
-        Args:
-            save_directory (`str` or `Path`): Created if it does not exist.
-            is_main_process, save_function, safe_serialization, variant, max_shard_size, use_flashpack: As with every
-                model.
-            push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
-            card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
-            kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
-        """
-        is_installed = __name__.startswith("dit_hf.")
-        hub = _package("hub") if push_to_hub or is_installed else None
-        folder = Path(save_directory)
-        options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        super().save_pretrained(folder, is_main_process, save_function, **options, use_flashpack=use_flashpack)
-        if not is_main_process:
-            return
-        if hub is not None:
-            hub.carry_over(self, folder, "projectors.safetensors")
-            hub.write_card(self, folder, facts=card)
-        else:
-            source = Path(str(self.config.get("_name_or_path")))
-            for file in (source / "projectors.safetensors", source / "README.md"):
-                if file.is_file() and source.resolve() != folder.resolve():
-                    shutil.copyfile(file, folder / file.name)
-        if push_to_hub:
-            hub.publish_folder(folder, kwargs.pop("repo_id", folder.resolve().name), self, card, **kwargs)
+    def to_json_string(self):
+        """The configuration, with `auto_map` for `trust_remote_code=True` and without where the model came from."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)  # may be a path of this machine
+        config["auto_map"] = {"AutoModel": f"{Path(__file__).stem}.{type(self).__name__}"}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory, push_to_hub=False, **kwargs):
-        """Writes the configuration, and this file beside it as the code for `trust_remote_code=True`."""
-        super().save_config(save_directory)
-        folder = Path(save_directory)
-        config = json.loads((folder / self.config_name).read_text())
-        config.pop("_name_or_path", None)  # may be a path of this machine
-        (folder / self.config_name).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        shutil.copyfile(__file__, folder / "transformer_dit.py")
-        if push_to_hub:
-            _package("hub").publish_folder(folder, kwargs.pop("repo_id", folder.resolve().name), self, **kwargs)
-
-    def push_to_hub(self, repo_id, **kwargs):
-        """As every `ModelMixin`'s, with a model card; see `DiTClassCondPipeline.push_to_hub`."""
-        return _package("hub.publish").push(self, repo_id, **kwargs)
+        """Writes the configuration, and beside it this file, which `trust_remote_code=True` runs."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory) / Path(__file__).name)
+        super().save_config(save_directory, push_to_hub, **kwargs)
 
     def _embed_condition(self, timestep, class_labels, force_drop_ids, batch_size):
         """Time and class as one vector `(B, D)`, or as two tokens `(B, 2, D)`; labels are dropped, once a sample."""
@@ -727,14 +630,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         layers: list[Any] = [*(block.modulation for block in self.transformer_blocks), self.norm_out.linear]
         return torch.cat([layer(condition) for layer in layers], dim=1)
 
-    def _split_modulation(self, modulation):
-        """What each block and the head get of `compute_modulation`'s rows."""
-        dim = self.config.num_attention_heads * self.config.attention_head_dim
-        block_size = 2 * (1 + (self.config.conditioning == "adaln_zero") + self.config.modulation_shift) * dim
-        return modulation.split([block_size] * len(self.transformer_blocks) + [2 * dim], dim=1)
-
     def _check_inputs(self, hidden_states, timestep, class_labels, force_drop_ids, modulation):
-        """Everything that can be told from shapes alone."""
+        """Refuses what does not fit; values of labels are checked on the CPU only, as a GPU would have to wait."""
         patch_size = self.config.patch_size
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
             raise ValueError(
@@ -749,6 +646,13 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
                 f"`class_labels` has shape {tuple(class_labels.shape)}; a batch of {hidden_states.shape[0]} needs "
                 f"({hidden_states.shape[0]},)."
             )
+        if class_labels.is_floating_point() or class_labels.dtype == torch.bool:
+            raise ValueError(f"`class_labels` has dtype {class_labels.dtype}; it must hold class ids (torch.int64).")
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling() and len(class_labels):
+            last = self.config.num_classes - (self.config.class_dropout_prob == 0)
+            low, high = (bound.item() for bound in class_labels.aminmax())
+            if not 0 <= low <= high <= last:
+                raise ValueError(f"`class_labels` holds {high if low >= 0 else low}; the allowed ids are 0 to {last}.")
         if isinstance(timestep, torch.Tensor) and timestep.shape not in ((), (1,), class_labels.shape):
             raise ValueError(
                 f"`timestep` has shape {tuple(timestep.shape)}; it must be a number or that of `class_labels`, "
@@ -762,10 +666,11 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         if force_drop_ids is not None and self.config.class_dropout_prob == 0:
             raise ValueError("`force_drop_ids` needs a null class, and a model with `class_dropout_prob=0` has none.")
         if modulation is not None and (force_drop_ids is not None or not self.is_adaptive):
-            raise ValueError("`modulation` fits adaptive norms only, and its labels can't be dropped any more.")
+            raise ValueError("`modulation` needs adaptive norms, and contains the labels: pass no `force_drop_ids`.")
         if modulation is not None and modulation.shape[:1] != hidden_states.shape[:1]:
             raise ValueError(
-                f"`modulation` has shape {tuple(modulation.shape)}; a batch of {hidden_states.shape[0]} needs as many rows."
+                f"`modulation` has shape {tuple(modulation.shape)}; a batch of {hidden_states.shape[0]} needs as many "
+                "rows."
             )
 
     @apply_lora_scale("attention_kwargs")
@@ -806,32 +711,40 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
         # 1. Embed
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
+        condition = None
+        modulations = [None] * (len(self.transformer_blocks) + 1)
         if modulation is None:
             condition = self._embed_condition(timestep, class_labels, force_drop_ids, batch_size)
-            conditions = [condition.to(hidden_states.dtype)] * (len(self.transformer_blocks) + 1)
+            condition = condition.to(hidden_states.dtype)  # (B, D), or two tokens (B, 2, D)
         else:
-            conditions = self._split_modulation(modulation)
+            dim = hidden_states.shape[-1]
+            modulations = modulation.split(
+                [block.num_vectors * dim for block in self.transformer_blocks] + [2 * dim], 1
+            )
         rotary_emb = None
         if self.rotary_embed is not None:
             rotary_emb = self.rotary_embed(*grid, hidden_states.device)
         in_context = self.config.conditioning == "in_context"
         if in_context:
-            hidden_states = torch.cat([conditions[0], hidden_states], dim=1)  # (B, 2 + N, D)
+            hidden_states = torch.cat([condition, hidden_states], dim=1)  # (B, 2 + N, D)
 
         # 2. Blocks
-        for block, condition in zip(self.transformer_blocks, conditions[:-1], strict=True):
+        for block, vectors in zip(self.transformer_blocks, modulations, strict=False):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition, rotary_emb)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition, rotary_emb, vectors)
             else:
-                hidden_states = block(hidden_states=hidden_states, condition=condition, rotary_emb=rotary_emb)
+                hidden_states = block(
+                    hidden_states=hidden_states, condition=condition, rotary_emb=rotary_emb, modulation=vectors
+                )
 
         # 3. Head
-        hidden_states = (
-            self.norm_out(hidden_states, conditions[-1]) if self.is_adaptive else self.norm_out(hidden_states)
-        )
+        if self.is_adaptive:
+            hidden_states = self.norm_out(hidden_states, condition, modulations[-1])
+        else:
+            hidden_states = self.norm_out(hidden_states)
         hidden_states = self.proj_out(hidden_states)  # (B, N, p·p·C)
         if in_context:
-            hidden_states = hidden_states[:, conditions[0].shape[1] :]
+            hidden_states = hidden_states[:, condition.shape[1] :]
 
         output = hidden_states.unflatten(1, grid).unflatten(-1, (patch_size, patch_size, self.out_channels))
         output = output.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
@@ -841,23 +754,17 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         return Transformer2DModelOutput(sample=output)
 
 
-def _package(module):
-    """A module of the installed package: this file also travels alone."""
-    if importlib.util.find_spec("dit_hf") is None:
-        raise ImportError("This needs the dit_hf package, which is not installed.")
-    return importlib.import_module(f"dit_hf.{module}")
-
-
 def _skip_attention(attn, hidden_states, encoder_hidden_states=None, rotary_emb=None):
     """What a cache that skips attention gets in its stead."""
     return hidden_states
 
 
-AttentionProcessorRegistry.register(
-    DiTAttnProcessor, AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)
-)
-for _block_class in (DiTBlock, DiTContextBlock):
-    TransformerBlockRegistry.register(
-        _block_class,
-        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+if TransformerBlockRegistry is not None:
+    AttentionProcessorRegistry.register(
+        DiTAttnProcessor, AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)
     )
+    for _block_class in (DiTBlock, DiTContextBlock):
+        TransformerBlockRegistry.register(
+            _block_class,
+            TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+        )

@@ -1,17 +1,24 @@
-"""Publishing: model cards, and folders on the Hub."""
+"""Saving and publishing: what a saved folder needs, model cards, and folders on the Hub."""
 
+from .connection import reachable, unreachable
 from .model_card import CardFacts, build_card, carry_over, join_cards, read_card, source_file, write_card
-from .publish import BackgroundUploads, publish_folder
+from .publish import PUBLISHING_ARGUMENTS, BackgroundUploads, publish_folder, push
+from .saved_weights import check_loads_again
 
 
 __all__ = [
+    "PUBLISHING_ARGUMENTS",
     "BackgroundUploads",
     "CardFacts",
     "build_card",
     "carry_over",
+    "check_loads_again",
     "join_cards",
     "publish_folder",
+    "push",
+    "reachable",
     "read_card",
     "source_file",
+    "unreachable",
     "write_card",
 ]

@@ -12,11 +12,14 @@ from huggingface_hub import CommitOperationAdd, create_commit, create_repo, hf_h
 # `HTTPError` is the network library's, whichever of them this huggingface_hub uses.
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
+from .connection import unreachable
 from .model_card import CardFacts, build_card, join_cards, read_card, source_repo
 
 
 logger = logging.get_logger(__name__)
 
+# Arguments of a `save_pretrained` that are for `push_to_hub=True`.
+PUBLISHING_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr")
 # The Hub's errors, the network's, and a file that changed while it was sent.
 UPLOAD_ERRORS = (HTTPError, OSError, RuntimeError)
 
@@ -58,8 +61,8 @@ def push(
 
 def publish_folder(
     folder: str | Path,
-    repo_id: str,
-    model,
+    repo_id: str | None = None,
+    model=None,
     card: CardFacts | None = None,
     commit_message: str | None = None,
     private: bool | None = None,
@@ -72,7 +75,8 @@ def publish_folder(
 
     Args:
         folder (`str` or `Path`): The folder.
-        repo_id (`str`): `"name"` or `"user/name"`; created if it does not exist.
+        repo_id (`str`, *optional*):
+            `"name"` or `"user/name"`, created if it does not exist; the folder's name if not given.
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What is in the folder.
         card (`CardFacts`, *optional*): What the model can't tell of itself.
         commit_message, private, token, create_pr, subfolder: As with every diffusers model.
@@ -84,6 +88,7 @@ def publish_folder(
         OSError: if the upload fails; the message says how to go on.
     """
     folder = Path(folder)
+    repo_id = repo_id or folder.resolve().name
     source = source_repo(model)
     if source is not None and (card is None or card.base_model is None):
         card = replace(card or CardFacts(), base_model=source)
@@ -113,7 +118,7 @@ def publish_folder(
         )
     except UPLOAD_ERRORS as error:
         raise OSError(
-            f"Publishing to {repo_id} failed: {_reason(error)}. Nothing is lost; do the same again. Files that have "
+            f"Publishing to {repo_id} failed: {_reason(error)}. Nothing is lost: run the same again. Files that have "
             "arrived are not sent twice."
         ) from None
     return str(commit)
@@ -169,6 +174,8 @@ def _reason(error):
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return f"the Hub refused the token ({status}); log in with `hf auth login` or pass another one"
+    if status is None and (no_connection := unreachable()) is not None:
+        return no_connection
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

@@ -1,0 +1,214 @@
+"""The models that the package exports: the carried architectures, with what an installed package adds.
+
+Shapes: `B` batch, `C` channels, `H W` latent size.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
+
+import diffusers
+import torch
+from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import logging
+from packaging.version import Version
+
+from . import hub, transformer_dit
+from .checkpoints import diffusers_dit
+from .checkpoints.loading import load_model
+from .checkpoints.saving import ASIDE_FILE as TRAINING_ONLY_FILE
+from .presets import PresetName, preset_config
+
+
+logger = logging.get_logger(__name__)
+
+# Before diffusers 0.40 it was `torch_dtype`, which is deprecated since.
+DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40.0.dev0") else "torch_dtype"
+# Arguments of `from_pretrained` that say where a config lies.
+CONFIG_ARGUMENTS = (*("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies"),)
+
+
+def parse_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
+    """
+    Arguments of a `from_pretrained` with a type that every supported diffusers understands.
+
+    Args:
+        arguments (`dict`): With `dtype` or `torch_dtype`, a `torch.dtype` or its name, or neither.
+
+    Returns:
+        `dict`: with the type, if there is one, as a `torch.dtype` under the argument's name of this diffusers.
+
+    Raises:
+        ValueError: if there is no such type.
+    """
+    arguments = dict(arguments)
+    given = [arguments.pop(name, None) for name in ("dtype", "torch_dtype")]
+    dtype = given[1] if given[0] is None else given[0]
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(named, torch.dtype):
+            raise ValueError(f"`dtype` is {dtype!r}; it must be a torch.dtype or the name of one, such as 'bfloat16'.")
+        dtype = named
+    return arguments if dtype is None else arguments | {DTYPE_ARGUMENT: dtype}
+
+
+class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
+    __doc__ = transformer_dit.DiTTransformer2DModel.__doc__
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            hidden_states: torch.Tensor,
+            timestep: torch.Tensor | float,
+            class_labels: torch.Tensor,
+            force_drop_ids: torch.Tensor | None = None,
+            modulation: torch.Tensor | None = None,
+            attention_kwargs: dict[str, Any] | None = None,
+            return_dict: Literal[True] = True,
+        ) -> Transformer2DModelOutput: ...
+
+        @overload
+        def __call__(
+            self,
+            hidden_states: torch.Tensor,
+            timestep: torch.Tensor | float,
+            class_labels: torch.Tensor,
+            force_drop_ids: torch.Tensor | None = None,
+            modulation: torch.Tensor | None = None,
+            attention_kwargs: dict[str, Any] | None = None,
+            *,
+            return_dict: Literal[False],
+        ) -> tuple[torch.Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    @classmethod
+    def from_preset(cls, name: PresetName, **overrides: Any) -> Self:
+        """
+        A freshly initialised model of a size of the paper.
+
+        Args:
+            name (`str`): `"DiT-S/8"` … `"DiT-XL/2"`; see `dit_hf.presets.PRESETS`.
+            overrides: Constructor arguments that replace the preset's.
+
+        Returns:
+            `DiTTransformer2DModel`
+
+        Raises:
+            ValueError: if there is no such preset.
+        """
+        return cls(**(preset_config(name) | overrides))
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        num_attention_heads: int | None = None,
+        family: str = "auto",
+        weights: str = "ema",
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+    ) -> Self:
+        """
+        Loads a checkpoint of an original code base.
+
+        Args:
+            pretrained_model_link_or_path (`str` or `Path`): A `.pt` or `.safetensors` file.
+            num_attention_heads (`int`, *optional*):
+                Heads can't be read off the weights; the widths of the paper are known, others need this.
+            family (`str`, defaults to `"auto"`):
+                Code base the file comes from: `"dit"`, `"sit"`, `"repa"`, `"lightningdit"` or `"diffusers"`.
+            weights (`str`, defaults to `"ema"`): Which of a training checkpoint's weights, `"ema"` or `"model"`.
+            dtype (`torch.dtype` or `str`, *optional*):
+                Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
+                `from_pretrained`. `torch_dtype` is the same.
+
+        Returns:
+            `DiTTransformer2DModel`: in eval mode.
+
+        Raises:
+            ValueError: if the file is not such a checkpoint; the message names the file and the key.
+        """
+        arguments = parse_dtype({"dtype": dtype, "torch_dtype": torch_dtype})
+        return load_model(
+            cls, pretrained_model_link_or_path, num_attention_heads, family, weights, arguments.get(DTYPE_ARGUMENT)
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """
+        As every `ModelMixin`'s; weights of diffusers' own DiT are read too, and their timestep embedding corrected.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id.
+            kwargs: `subfolder`, `dtype` (a `torch.dtype` or its name), `revision` … as with every diffusers model.
+
+        Returns:
+            `DiTTransformer2DModel`: in eval mode.
+
+        Raises:
+            ValueError: if an argument is not possible, or the folder holds something else.
+        """
+        kwargs = parse_dtype(kwargs)
+        if kwargs.get("low_cpu_mem_usage") is False:
+            raise ValueError(
+                "`low_cpu_mem_usage=False` is not possible, as the timestep embedding is kept in float32; leave it out."
+            )
+        places = {name: kwargs[name] for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
+        config = cls.load_config(pretrained_model_name_or_path, **places)
+        if diffusers_dit.CONFIG_MARK not in config:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        stock, info = StockDiTTransformer2DModel.from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
+        try:
+            if unfit := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+                raise ValueError(f"the key {unfit[0]!r} is missing or unknown.")
+            model = diffusers_dit.correct_stock_model(cls, stock)
+        except ValueError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: {error}") from None
+        logger.warning(f"{pretrained_model_name_or_path}: {diffusers_dit.CORRECTED}.")
+        return model
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As every `ConfigMixin`'s; the configuration of diffusers' own DiT is read as well."""
+        if isinstance(config, dict) and diffusers_dit.CONFIG_MARK in config:
+            config = diffusers_dit.our_config(config)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        card: hub.CardFacts | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Saves the model, its code and a model card.
+
+        Args:
+            save_directory (`str` or `Path`): Created if it does not exist.
+            push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
+            card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
+            kwargs: `variant`, `max_shard_size` … as with every model; `repo_id`, `commit_message`, `private`, `token`,
+                `create_pr` for `push_to_hub`.
+
+        Raises:
+            ValueError: if the model was changed in place so that the saved weights would not load.
+        """
+        hub.check_loads_again({"model": self})
+        publishing = {name: kwargs.pop(name) for name in hub.PUBLISHING_ARGUMENTS if name in kwargs}
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            hub.carry_over(self, save_directory, TRAINING_ONLY_FILE)
+            hub.write_card(self, save_directory, facts=card)
+            if push_to_hub:
+                hub.publish_folder(save_directory, model=self, card=card, **publishing)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """As every `ModelMixin`'s, with a model card; see `DiTClassCondPipeline.push_to_hub`."""
+        return hub.push(self, repo_id, **kwargs)

@@ -1,0 +1,187 @@
+"""The pipeline that the package exports: the carried one, with what an installed package adds.
+
+Shapes: `B` images, `C` channels, `H W` latent size.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
+
+import torch
+from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
+
+from . import hub, pipeline_dit_class_cond
+from .bundled import FOLDER, bundled_names, resolve_pipeline
+from .checkpoints import diffusers_dit
+from .checkpoints.saving import ASIDE_FILE as TRAINING_ONLY_FILE
+from .models import DTYPE_ARGUMENT, DiTTransformer2DModel, parse_dtype
+
+
+logger = logging.get_logger(__name__)
+
+# Then saved folders name the library `dit_hf`, and a repository that does so is not taken for a mistake.
+LOADABLE_CLASSES.setdefault("dit_hf", LOADABLE_CLASSES["diffusers"])
+
+
+class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
+    __doc__ = pipeline_dit_class_cond.DiTClassCondPipeline.__doc__
+
+    transformer: DiTTransformer2DModel
+    scheduler: SchedulerMixin
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        recommended_call: dict[str, Any] | None = None,
+    ):
+        if isinstance(transformer, StockDiTTransformer2DModel):
+            transformer = diffusers_dit.correct_stock_model(DiTTransformer2DModel, transformer)
+            logger.warning(f"{diffusers_dit.CORRECTED[0].upper()}{diffusers_dit.CORRECTED[1:]}.")
+        super().__init__(transformer, scheduler, vae, id2label, recommended_call)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            class_labels: int | str | None | list[int | str | None] | list[int] | list[str] | torch.Tensor,
+            guidance_scale: float | None = None,
+            guidance_channels: int | None = None,
+            guidance_interval: tuple[float, float] | None = None,
+            num_inference_steps: int | None = None,
+            timesteps: list[int] | None = None,
+            sigmas: list[float] | None = None,
+            generator: torch.Generator | list[torch.Generator] | None = None,
+            latents: torch.Tensor | None = None,
+            height: int | None = None,
+            width: int | None = None,
+            num_images_per_label: int = 1,
+            eta: float = 0.0,
+            output_type: str = "pil",
+            callback_on_step_end: Callable[..., Any] | None = None,
+            callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+            return_dict: Literal[True] = True,
+        ) -> ImagePipelineOutput: ...
+
+        @overload
+        def __call__(self, class_labels: Any, *, return_dict: Literal[False], **kwargs: Any) -> tuple[Any]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    @classmethod
+    def from_bundled(cls, name: str = "emoji64", **kwargs: Any) -> Self:
+        """
+        Loads a small trained pipeline that comes with the package.
+
+        Args:
+            name (`str`, defaults to `"emoji64"`): Folder under `dit_hf/bundled`.
+            kwargs: Passed on to `from_pretrained`.
+
+        Returns:
+            `DiTClassCondPipeline`: in float32 unless `dtype` says otherwise.
+
+        Raises:
+            ValueError: if there is no such pipeline.
+        """
+        if name not in bundled_names():
+            have = ", ".join(bundled_names()) or "none"
+            raise ValueError(f"There is no bundled pipeline {name!r}; this installation has {have}.")
+        return cls.from_pretrained(FOLDER / name, **({DTYPE_ARGUMENT: torch.float32} | parse_dtype(kwargs)))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """
+        Loads a pipeline; no remote code runs.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                A folder, a Hub id or the name of a bundled pipeline; diffusers' own DiT is read and corrected.
+            kwargs: `dtype` (a `torch.dtype` or its name), `revision` … as with every diffusers pipeline.
+
+        Returns:
+            `DiTClassCondPipeline`: bundled ones in float32 unless `dtype` says otherwise.
+
+        Raises:
+            ValueError: if an argument is not possible, or the folder holds another kind of pipeline.
+            OSError: if the folder or repository does not exist, or the Hub can't be reached.
+        """
+        kwargs = parse_dtype(kwargs)
+        folder = resolve_pipeline(pretrained_model_name_or_path)
+        if folder != str(pretrained_model_name_or_path):
+            kwargs.setdefault(DTYPE_ARGUMENT, torch.float32)  # the files are float16
+        with hub.reachable(folder):
+            return super().from_pretrained(folder, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """
+        Reads a `model_index.json`; whatever it names as code is this package's.
+
+        Then no remote code is needed, and a folder of diffusers' own DiT is read by our transformer, which corrects it.
+        """
+        config = super()._dict_from_json_file(json_file)
+        if isinstance(config.get("transformer"), list):
+            config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", "DiTTransformer2DModel"]}
+            config.pop("auto_map", None)
+        return config
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        card: hub.CardFacts | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Saves the pipeline, its code and a model card, so that the folder and its copy on the Hub load anywhere.
+
+        Args:
+            save_directory (`str` or `Path`): Created if it does not exist.
+            push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
+            card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
+            kwargs: `variant`, `max_shard_size` … as with every pipeline; `repo_id`, `commit_message`, `private`,
+                `token`, `create_pr` for `push_to_hub`.
+
+        Raises:
+            ValueError: if a component was changed in place so that its saved weights would not load.
+        """
+        if "_before_optimization" in vars(self):
+            raise ValueError("The pipeline is optimized for speed; call `dit_hf.restore(pipe)` before saving it.")
+        hub.check_loads_again(self.components)
+        publishing = {name: kwargs.pop(name) for name in hub.PUBLISHING_ARGUMENTS if name in kwargs}
+        folder = Path(save_directory)
+        own_card = folder / "transformer" / "README.md"
+        keep = own_card.exists()
+        super().save_pretrained(folder, **kwargs)
+        if not keep:
+            own_card.unlink(missing_ok=True)  # a component needs no card of its own
+        hub.carry_over(self, folder, f"transformer/{TRAINING_ONLY_FILE}")
+        hub.write_card(self, folder, facts=card)
+        if push_to_hub:
+            hub.publish_folder(folder, model=self, card=card, **publishing)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """
+        Publishes the pipeline: weights, code, and a model card; a card on the Hub is updated, not overwritten.
+
+        Args:
+            repo_id (`str`): `"name"` or `"user/name"`; created if it does not exist.
+            kwargs: `commit_message`, `private`, `token`, `create_pr`, `variant`, `max_shard_size` as with every
+                pipeline, and `card` ([`dit_hf.hub.CardFacts`]), what the model can't tell of itself.
+
+        Returns:
+            `str`: address of the commit.
+
+        Raises:
+            OSError: if the upload fails; the message says how to go on.
+        """
+        return hub.push(self, repo_id, **kwargs)
