@@ -123,12 +123,72 @@ def test_families_are_told_by_their_keys(tmp_path, caplog):
         parse_checkpoint(tmp_path / "sit.pt", 4)
 
 
-def test_no_null_class_is_told_by_the_arguments(tmp_path):
+def save_with_rows(rows, path, arguments=None):
+    """The fixture with a class table of this many rows."""
     weights = torch.load(FIXTURES / "dit_p2.pt", weights_only=True)
-    torch.save({"ema": weights, "args": argparse.Namespace(num_classes=11)}, tmp_path / "a.pt")
-    config = parse_checkpoint(tmp_path / "a.pt", 4).config
-    assert (config["num_classes"], config["class_dropout_prob"]) == (11, 0.0)
-    assert parse_checkpoint(FIXTURES / "dit_p2.pt", 4).config["num_classes"] == 10
+    weights["y_embedder.embedding_table.weight"] = 0.1 * torch.randn(rows, 48)
+    torch.save({"ema": weights} | ({"args": argparse.Namespace(**arguments)} if arguments else {}), path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "given", "classes", "is_guess"),
+    [
+        (11, {"num_classes": 11}, None, 11, False),
+        (11, {"num_classes": 10}, None, 10, False),
+        (11, {"num_classes": 11}, True, 10, False),
+        (11, None, None, 10, True),
+        (11, None, False, 11, False),
+        (1001, None, None, 1000, False),  # ImageNet's
+        (1000, None, None, 1000, True),
+        (1000, None, True, 999, False),
+        (1, None, None, 1, False),
+        (2, None, None, 1, True),
+    ],
+)
+def test_the_null_class(rows, arguments, given, classes, is_guess, tmp_path, caplog):
+    """Neither keys nor shapes tell whether the last row is the null class: a guess is logged."""
+    save_with_rows(rows, tmp_path / "a.pt", arguments)
+    config = parse_checkpoint(tmp_path / "a.pt", 4, "dit", has_null_class=given).config
+    assert config["num_classes"] == classes
+    assert (config.get("class_dropout_prob") == 0) == (rows == classes)
+    assert (f"class table of {rows} rows is read as" in caplog.text) == is_guess
+
+
+def test_a_null_class_that_can_not_be_is_refused(tmp_path):
+    save_with_rows(1, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt: its class table has one row"):
+        parse_checkpoint(tmp_path / "a.pt", 4, "dit", has_null_class=True)
+    stock_model().save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match="has_null_class=False, where True is needed"):
+        parse_checkpoint(tmp_path / "stock", has_null_class=False)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_class_converts_samples_and_goes_back(rows, tmp_path):
+    save_with_rows(rows, tmp_path / "one.pt")
+    flags = {"checkpoint_path": tmp_path / "one.pt", "family": "dit", "num_attention_heads": 4}
+    result = run_script("convert_original_to_hf", **flags, output_dir=tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert " 1 class," in result.stdout
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "out")
+    options = {"guidance_scale": 2.0} if rows == 2 else {}
+    assert pipe(0, num_inference_steps=1, output_type="latent", **options).images.isfinite().all()
+    save_original(pipe.transformer, DIT, tmp_path / "back.pt")
+    table = "y_embedder.embedding_table.weight"
+    back, given = (torch.load(tmp_path / name, weights_only=True) for name in ("back.pt", "one.pt"))
+    assert torch.equal(back[table], given["ema"][table])
+
+
+def test_no_row_is_lost_by_the_flag(tmp_path):
+    save_with_rows(10, tmp_path / "ten.pt")
+    flags = {"checkpoint_path": tmp_path / "ten.pt", "family": "dit", "num_attention_heads": 4}
+    result = run_script("convert_original_to_hf", **flags, output_dir=tmp_path / "out", no_null_class=True)
+    assert result.returncode == 0, result.stderr
+    assert "10 classes" in result.stdout and "no null class" in result.stdout
+    verified = run_script("verify_parity", **flags, model_path=tmp_path / "out", no_null_class=True)
+    assert verified.returncode == 0, verified.stderr
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "out")
+    assert pipe(9, num_inference_steps=1, output_type="latent").images.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +214,11 @@ def test_any_feed_forward_width_is_read(tmp_path):
         torch.testing.assert_close(forward(again), forward(model))
 
 
+def test_a_block_is_chosen_only_where_there_is_a_choice():
+    with pytest.raises(ValueError, match="dit_p2.pt: dit has one copy of its embedders"):
+        parse_checkpoint(FIXTURES / "dit_p2.pt", 4, embedders_of_block=1)
+
+
 @pytest.mark.parametrize("heads", [0, -4])
 def test_impossible_heads_are_refused(heads):
     with pytest.raises(ValueError, match=f"not divisible by {heads} attention heads"):
@@ -164,6 +229,9 @@ def test_impossible_heads_are_refused(heads):
     "wrap",
     [
         lambda weights: {"state_dict": weights},
+        lambda weights: {"module": weights},
+        lambda weights: {"model_ema": weights, "model": {}, "epoch": 3},
+        lambda weights: {"ema_model": weights, "optimizer": {"state": {}}},
         lambda weights: {"model": weights, "ema": weights},
         lambda weights: {f"module.{key}": value for key, value in weights.items()},
         lambda weights: {f"_orig_mod.module.{key}": value for key, value in weights.items()},
@@ -174,6 +242,16 @@ def test_wrappers_are_taken_off(wrap, tmp_path):
     torch.save(wrap(weights), tmp_path / "wrapped.pt")
     model = DiTTransformer2DModel.from_single_file(tmp_path / "wrapped.pt", num_attention_heads=4)
     assert torch.equal(forward(model), forward(load("dit_p2")))
+
+
+def test_the_weights_that_a_file_has_are_named(tmp_path):
+    weights = torch.load(FIXTURES / "dit_p2.pt", weights_only=True)
+    torch.save({"model": weights}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="no 'ema' weights; it holds model.*`--weights model`"):
+        parse_checkpoint(tmp_path / "model.pt", 4)
+    torch.save({"model_ema": weights}, tmp_path / "ema.pt")
+    with pytest.raises(ValueError, match="no 'model' weights; it holds model_ema.*`--weights ema`"):
+        parse_checkpoint(tmp_path / "ema.pt", 4, weights="model")
 
 
 def test_unused_variance_of_sit_is_kept():
@@ -265,7 +343,7 @@ def test_incomplete_stock_folders_are_refused(tmp_path):
     weights = load_file(file)
     del weights["proj_out_2.bias"]
     save_file(weights, file)
-    with pytest.raises(ValueError, match=r"proj_out\.bias"):
+    with pytest.raises(ValueError, match=r"proj_out_2\.bias"):
         DiTTransformer2DModel.from_pretrained(tmp_path)
 
 
@@ -297,6 +375,13 @@ def test_what_a_family_does_not_predict_is_not_exported_to_it(tmp_path, scale, s
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_bundled_pipeline_is_exported(tmp_path):
+    flags = {"pretrained_model_name_or_path": "emoji64", "family": "dit", "checkpoint_path": tmp_path / "a.pt"}
+    result = run_script("convert_hf_to_original", **flags)
+    assert result.returncode == 2  # found, and of no original code base
+    assert "emoji64 is a flow-matching model with timestep_scale=1" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["nowhere", "tests/nowhere"])

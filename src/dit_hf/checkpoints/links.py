@@ -11,6 +11,8 @@ from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.file_download import http_get
 
+from ..hub.connection import unreachable
+
 
 logger = logging.get_logger(__name__)
 
@@ -74,10 +76,8 @@ def download_from_hub(repo_id: str, file: str, revision: str | None = None) -> P
         try:
             return Path(hf_hub_download(repo_id, file, revision=revision, local_files_only=True))
         except OSError:
-            raise OSError(
-                f"Can't download {file} of {repo_id}: the Hub can't be reached ({_first_line(error)}), and the file "
-                "is not in the cache. Check the network, or pass a local path."
-            ) from None
+            reason = unreachable() or _first_line(error)
+            raise OSError(f"Can't download {file} of {repo_id}: {reason}, and it is not in the cache.") from None
 
 
 def download_from_server(link: str) -> Path:

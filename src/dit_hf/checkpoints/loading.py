@@ -16,7 +16,7 @@ def load_model(
     num_attention_heads: int | None = None,
     family: str = "auto",
     weights: str = "ema",
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | None = None,
     has_null_class: bool | None = None,
 ):
     """
@@ -27,7 +27,7 @@ def load_model(
         pretrained_model_link_or_path (`str` or `Path`):
             A file, the folder of a diffusers DiT, or the link to a file on the Hub or on another server.
         num_attention_heads, family, weights, has_null_class: As [`parse_checkpoint`] takes them.
-        dtype (`torch.dtype` or `str`, *optional*): As [`build_model`] takes it.
+        dtype (`torch.dtype`, *optional*): As [`build_model`] takes it.
 
     Returns:
         `DiTTransformer2DModel`: in eval mode.
@@ -36,33 +36,11 @@ def load_model(
         ValueError: if the file is no such checkpoint; the message names the file and the key.
         OSError: if a link can't be downloaded.
     """
-    dtype = parse_dtype(dtype)
     path = pretrained_model_link_or_path
     if is_link(path):
         path = download(str(path))
     checkpoint = parse_checkpoint(path, num_attention_heads, family, weights, has_null_class=has_null_class)
     return build_model(model_class, checkpoint, path, dtype)
-
-
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """
-    A type of weights, also by its name.
-
-    Args:
-        dtype (`torch.dtype` or `str`, *optional*): For example `torch.bfloat16`, `"bfloat16"` or `"torch.bfloat16"`.
-
-    Returns:
-        `torch.dtype`: None if none was given.
-
-    Raises:
-        ValueError: if it is no floating-point type.
-    """
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found is None and dtype is None:
-        return None
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"`dtype` is {dtype!r}; it must be a floating-point torch.dtype or its name, as 'bfloat16'.")
-    return found
 
 
 def build_model(model_class, checkpoint: Checkpoint, path: str | Path, dtype: torch.dtype | None = None):

@@ -47,6 +47,21 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]
     training_only: dict[str, torch.Tensor]
 
+    def describe(self) -> str:
+        """What the weights say about the model, in one line."""
+        config = self.config
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        classes = config["num_classes"]
+        parameters = sum(weight.numel() for weight in self.weights.values())
+        options = [name for name in ("swiglu", "rms_norm", "sincos+rope") if name in config.values()]
+        options += ["qk_norm"] * config["qk_norm"] + ["no shift"] * (not config["modulation_shift"])
+        options += ["no null class"] * (config.get("class_dropout_prob") == 0)
+        return (
+            f"{self.family.name}: {config['num_layers']} blocks of width {width}, patch {config['patch_size']}, "
+            f"{classes} class{'es' * (classes != 1)}, {parameters / 1e6:.2f} M parameters"
+            + "".join(f", {o}" for o in options)
+        )
+
 
 def has_marks(family: Family, state_dict: Mapping[str, torch.Tensor]) -> bool:
     """Whether a checkpoint has keys that identify a family."""

@@ -17,13 +17,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ..checkpoints.converting import build_pipeline, check_vae, describe
-from ..checkpoints.loading import parse_dtype
 from ..checkpoints.parsing import IMAGENET_CLASSES
 from ..checkpoints.saving import TRAINING_ONLY_FILE
 from ..command_line import run
+from ..conversion import build_pipeline, check_vae
 from ..hub import CardFacts, publish_folder, write_card
-from .verify import add_checkpoint_arguments, read, verify
+from .verify import DTYPES, add_checkpoint_arguments, read, verify
 
 
 def read_id2label(path):
@@ -121,7 +120,7 @@ def main():
     if is_occupied(args.output_dir) and (args.output_dir.is_file() or not args.push_to_hub):
         raise ValueError(f"--output_dir {args.output_dir} is not empty; choose a new folder.")
     checkpoint = read(args)
-    print(describe(checkpoint))
+    print(checkpoint.describe())
     if checkpoint.family.reading_note:
         print(f"Note: {checkpoint.family.reading_note}.")
     if checkpoint.training_only:
@@ -134,7 +133,7 @@ def main():
     id2label = check_names(args, checkpoint.config["num_classes"])
     if args.dry_run:
         return
-    pipe = build_pipeline(checkpoint, args.checkpoint_path, parse_dtype(args.dtype), args.vae, id2label)
+    pipe = build_pipeline(checkpoint, args.checkpoint_path, DTYPES[args.dtype], args.vae, id2label)
     save_whole(pipe, checkpoint, args)
     print(f"Pipeline: {args.output_dir}")
     if args.push_to_hub:

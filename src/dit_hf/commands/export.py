@@ -13,9 +13,9 @@ from diffusers import DDPMScheduler
 
 from ..bundled import resolve_pipeline
 from ..checkpoints import FAMILIES, Family
-from ..checkpoints.converting import load_transformer
 from ..checkpoints.saving import TRAINING_ONLY_FILE, save_original
 from ..command_line import run
+from ..conversion import load_transformer
 from ..hub import source_file
 from ..schedulers import trained_prediction
 

@@ -8,18 +8,19 @@ Expected: two forward passes each way of two samples; exit code 2 if a differenc
 import argparse
 from pathlib import Path
 
+import torch
+
 from ..checkpoints import FAMILIES
-from ..checkpoints.converting import load_transformer
 from ..checkpoints.links import download, is_link
-from ..checkpoints.loading import parse_dtype
 from ..checkpoints.parity import measure_parity
 from ..checkpoints.parsing import Checkpoint, parse_checkpoint
 from ..checkpoints.saving import TRAINING_ONLY_FILE
 from ..command_line import run
+from ..conversion import load_transformer
 from ..hub import source_file
 
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--embedders_of_block", type=int, help="Which copy to take where a diffusers DiT's were trained apart."
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the converted weights.")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Of the converted weights.")
 
 
 def read(args: argparse.Namespace) -> Checkpoint:
@@ -69,7 +70,7 @@ def read(args: argparse.Namespace) -> Checkpoint:
 
 def verify(checkpoint: Checkpoint, name: str | Path, dtype: str, label: str | Path | None = None) -> None:
     """Reloads a pipeline and compares; prints the differences, and raises if they are more than rounding."""
-    model, is_pipeline = load_transformer(str(name), parse_dtype(dtype))
+    model, is_pipeline = load_transformer(str(name), DTYPES[dtype])
     file = f"transformer/{TRAINING_ONLY_FILE}" if is_pipeline else TRAINING_ONLY_FILE
     parity = measure_parity(checkpoint, model, source_file(model, file))
     print(f"Parity: {parity}")

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..bundled import bundled_names, resolve_pipeline
 from ..mixing import mix_classes
 from ..optimization import SPEED_PRESETS
-from ..pipeline_dit_class_cond import DiTClassCondPipeline
+from ..pipeline import DiTClassCondPipeline
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import seeded_generator
 from .settings import OWN_SAMPLER, Settings
@@ -61,8 +60,7 @@ class ImageGenerator:
         self.max_minutes = max_minutes
         self.is_folder = Path(model).exists()
         self.model = Path(model).resolve().name if self.is_folder else model  # a folder's path is not published
-        self.loader = "from_bundled" if model in bundled_names() and not self.is_folder else "from_pretrained"
-        self.pipe = DiTClassCondPipeline.from_pretrained(resolve_pipeline(model))
+        self.pipe = DiTClassCondPipeline.from_pretrained(model)
         self.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         self.pipe.set_progress_bar_config(disable=True)
         count = self.pipe.transformer.config.num_classes
@@ -236,7 +234,7 @@ class ImageGenerator:
         return f"""from dit_hf import {imported}
 from dit_hf.seeds import seeded_generator
 
-pipe = DiTClassCondPipeline.{self.loader}({self.model!r}){remark}
+pipe = DiTClassCondPipeline.from_pretrained({self.model!r}){remark}
 {sampler}{call}"""
 
 

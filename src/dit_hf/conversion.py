@@ -6,35 +6,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoModel
 
-from ..bundled import bundled_names, resolve_pipeline
-from ..pipeline_dit_class_cond import DiTClassCondPipeline
-from ..schedulers import make_scheduler
-from ..transformer_dit import DiTTransformer2DModel
-from .links import download_from_hub
-from .loading import build_model
-from .parsing import Checkpoint
-
-
-def describe(checkpoint: Checkpoint) -> str:
-    """
-    What a checkpoint's weights say about the model, in one line.
-
-    Args:
-        checkpoint (`Checkpoint`): From [`dit_hf.checkpoints.parsing.parse_checkpoint`].
-
-    Returns:
-        `str`
-    """
-    config = checkpoint.config
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    parameters = sum(weight.numel() for weight in checkpoint.weights.values())
-    options = [name for name in ("swiglu", "rms_norm", "sincos+rope") if name in config.values()]
-    options += ["qk_norm"] * config["qk_norm"] + ["no shift"] * (not config["modulation_shift"])
-    options += ["no null class"] * (config.get("class_dropout_prob") == 0)
-    return (
-        f"{checkpoint.family.name}: {config['num_layers']} blocks of width {width}, patch {config['patch_size']}, "
-        f"{config['num_classes']} classes, {parameters / 1e6:.2f} M parameters" + "".join(f", {o}" for o in options)
-    )
+from .bundled import bundled_names, resolve_pipeline
+from .checkpoints.links import download_from_hub
+from .checkpoints.loading import build_model
+from .checkpoints.parsing import Checkpoint
+from .models import DiTTransformer2DModel
+from .pipeline import DiTClassCondPipeline
+from .schedulers import make_scheduler
 
 
 def build_pipeline(
