@@ -41,7 +41,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("temporary")
-    with serve(model, folder) as address:
+    with serve(model, folder, app=None) as address:
         yield address
     assert list(folder.iterdir()) == []  # all that the server wrote is gone
 
@@ -55,8 +55,8 @@ def small(model, tmp_path):
         (folder / name).mkdir()
     copy = shutil.copytree(APP.parent, folder / "space", ignore=shutil.ignore_patterns("__pycache__"))
     before = sorted(folder.rglob("*"))
-    home = {"HOME": str(folder / "home")}
-    with serve(model, folder / "temporary", "--queue_size", "1", app=copy / APP.name, **home) as address:
+    variables = {"HOME": str(folder / "home"), "DIT_HF_MODEL": str(model), "GRADIO_SERVER_NAME": "127.0.0.1"}
+    with serve(None, folder / "temporary", "--queue_size", "1", app=copy / APP.name, **variables) as address:
         yield address
     assert sorted(folder.rglob("*")) == before
 
