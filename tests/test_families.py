@@ -171,8 +171,8 @@ def test_one_class_converts_samples_and_goes_back(rows, tmp_path):
     assert result.returncode == 0, result.stderr
     assert " 1 class," in result.stdout
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "out")
-    options = {"guidance_scale": 2.0} if rows == 2 else {}
-    assert pipe(0, num_inference_steps=1, output_type="latent", **options).images.isfinite().all()
+    assert pipe.resolve_call()["guidance_scale"] == (1.5 if rows == 2 else 1)
+    assert pipe(0, num_inference_steps=1, output_type="latent").images.isfinite().all()
     save_original(pipe.transformer, DIT, tmp_path / "back.pt")
     table = "y_embedder.embedding_table.weight"
     back, given = (torch.load(tmp_path / name, weights_only=True) for name in ("back.pt", "one.pt"))
@@ -188,6 +188,7 @@ def test_no_row_is_lost_by_the_flag(tmp_path):
     verified = run_script("verify_parity", **flags, model_path=tmp_path / "out", no_null_class=True)
     assert verified.returncode == 0, verified.stderr
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.resolve_call()["guidance_scale"] == 1
     assert pipe(9, num_inference_steps=1, output_type="latent").images.isfinite().all()
 
 
@@ -292,6 +293,8 @@ def test_scripts_convert_there_and_back(tmp_path):
     assert "38 of 38 weights come back to the bit" in there.stdout
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "out")
     assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    published = {"num_inference_steps": 250, "guidance_scale": 1.8, "guidance_interval": (0.3, 1.0)}
+    assert pipe.resolve_call() == published | {"guidance_channels": None}
     pipe.save_pretrained(tmp_path / "again")  # the projectors are not lost
     back = run_script(
         "convert_hf_to_original", model_path=tmp_path / "again", family="repa", checkpoint_path=tmp_path / "back.pt"

@@ -23,7 +23,7 @@ def build_pipeline(
     id2label: dict[int, str] | None = None,
 ) -> DiTClassCondPipeline:
     """
-    A checkpoint's model with its family's sampler.
+    A checkpoint's model with its family's sampler and published sampling settings.
 
     Args:
         checkpoint (`Checkpoint`): From [`dit_hf.checkpoints.parsing.parse_checkpoint`].
@@ -44,7 +44,11 @@ def build_pipeline(
     else:
         variance = {} if transformer.config.learn_sigma else {"variance_type": "fixed_large"}
         scheduler = make_scheduler("ddpm", **variance)
-    return DiTClassCondPipeline(transformer, scheduler, AutoModel.from_pretrained(vae) if vae else None, id2label)
+    call = dict(checkpoint.family.recommended_call)
+    if transformer.config.class_dropout_prob == 0:  # no null class, no guidance
+        call = {name: value for name, value in call.items() if not name.startswith("guidance")}
+    decoder = AutoModel.from_pretrained(vae) if vae else None
+    return DiTClassCondPipeline(transformer, scheduler, decoder, id2label, call)
 
 
 def check_vae(name: str, in_channels: int) -> None:

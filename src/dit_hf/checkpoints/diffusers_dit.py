@@ -151,7 +151,8 @@ def stock_reference_forward(
     """The stock format's weights as the DiT that they were trained as; see [`reference_forward`]."""
     ours = to_our_state_dict({key: value for key, value in weights.items() if key not in DIFFUSERS.tables})
     width, _, patch_size, _ = ours["pos_embed.proj.weight"].shape
-    positions = sincos_positions(*(size // patch_size for size in latents.shape[-2:]), width)
+    rows, columns = (size // patch_size for size in latents.shape[-2:])
+    positions = sincos_positions(rows, columns, width)
     original = DIT.to_original(ours, count_layers(weights)) | {"pos_embed": positions}
     return reference_forward(original, heads, latents, time, labels)
 
@@ -205,6 +206,7 @@ DIFFUSERS = Family(
     read_config=read_config_beside,
     save_folder=save_stock_folder,
     reference_forward=stock_reference_forward,
+    recommended_call=DIT.recommended_call,
     published_license=DIT.published_license,
     reading_note=CORRECTED,
     writing_note=STOCK_DIFFERS,

@@ -42,5 +42,6 @@ DIT = Family(
     tables={"pos_embed": "positions"},
     predictions=("epsilon",),
     can_lack_marks=True,
+    recommended_call={"num_inference_steps": 250, "guidance_scale": 1.5, "guidance_channels": 3},  # DiT §4
     published_license="cc-by-nc-4.0",
 )

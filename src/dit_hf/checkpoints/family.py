@@ -50,6 +50,7 @@ class Family:
         read_config (`Callable`, *optional*): The model's options in a file beside a checkpoint, by the latter's path.
         save_folder (`Callable`, *optional*): Writes a folder from the model's config, the original weights and a path.
         reference_forward (`Callable`): The forward pass of the original weights, see [`reference_forward`].
+        recommended_call (`dict`): Sampling settings of the published results, as the pipeline's `recommended_call`.
         published_license (`str`, *optional*): Licence of the code base's own 1000-class weights.
         reading_note (`str`, *optional*): What a user should know about a model that was read.
         writing_note (`str`, *optional*): What a user should know about a checkpoint that was written.
@@ -74,6 +75,7 @@ class Family:
     read_config: Callable[[Path], dict] | None = None
     save_folder: Callable[[Mapping, dict[str, torch.Tensor], Path], None] | None = None
     reference_forward: Callable[..., torch.Tensor] = reference_forward
+    recommended_call: dict = field(default_factory=dict)
     published_license: str | None = None
     reading_note: str | None = None
     writing_note: str | None = None

@@ -29,4 +29,6 @@ LIGHTNINGDIT = replace(
     tables=SIT.tables | {"feat_rope.freqs_cos": "rotary_cosines", "feat_rope.freqs_sin": "rotary_sines"},
     marks=("feat_rope.", "blocks.0.mlp.w12.", "blocks.0.norm1.", "blocks.0.attn.q_norm."),
     argument_marks=(),
+    # Its guidance belongs to its shift of time, and differs from checkpoint to checkpoint.
+    recommended_call={"num_inference_steps": 250},
 )

@@ -16,5 +16,6 @@ SIT = replace(
     argument_marks=("path_type",),
     trained_with=LINEAR_VELOCITY,
     data_at_one=True,
+    recommended_call={"num_inference_steps": 250, "guidance_scale": 1.5},
     published_license=None,
 )

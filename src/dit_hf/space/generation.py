@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..mixing import mix_classes
-from ..optimization import SPEED_PRESETS
+from ..optimization import SPEED_PRESETS, SpeedPresetName
 from ..pipeline import DiTClassCondPipeline
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import seeded_generator
@@ -85,11 +85,11 @@ class ImageGenerator:
             overrides["ddpm"]["variance_type"] = "fixed_large"
         return overrides
 
-    def speed_settings(self, name: str) -> tuple[int, str, float, float]:
+    def speed_settings(self, name: SpeedPresetName) -> list:
         """Steps, sampler and guidance interval of a preset of `dit_hf.optimize` that has them."""
         preset = SPEED_PRESETS[name]
         solver = f"flow_{preset.solver}" if self.pipe.is_flow_matching else preset.solver
-        return preset.num_inference_steps, solver, *preset.guidance_interval
+        return [preset.num_inference_steps, solver, *(preset.guidance_interval or (0.0, 1.0))]
 
     def check(self, settings: Settings) -> None:
         """Raises a `ValueError` if a value is out of its bounds, or the set would take too long."""
@@ -240,6 +240,6 @@ pipe = DiTClassCondPipeline.from_pretrained({self.model!r}){remark}
 
 def fit_colours(latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """The linear map `(C + 1, 3)` from latents `(B, C, h, w)` to colours that fits their images in [0, 1] best."""
-    colours = F.adaptive_avg_pool2d(images * 2 - 1, latents.shape[-2:])
+    colours = F.adaptive_avg_pool2d(images * 2 - 1, (latents.shape[-2], latents.shape[-1]))
     rows = F.pad(latents, (0, 0, 0, 0, 0, 1), value=1.0).movedim(1, -1).flatten(0, -2)
     return torch.linalg.lstsq(rows, colours.movedim(1, -1).flatten(0, -2)).solution

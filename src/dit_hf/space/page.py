@@ -5,7 +5,7 @@ import threading
 import uuid
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 try:
@@ -168,7 +168,7 @@ def build(page: Page, queue_size: int) -> gr.Blocks:
         gr.Markdown(INTRODUCTION.format(name=Path(generator.model).name))
         with gr.Row():
             with gr.Column(min_width=300):
-                controls = first_controls(generator.classes) | further_controls(generator)
+                controls = first_controls(generator) | further_controls(generator)
                 with gr.Row():
                     generate = gr.Button("Generate", variant="primary", min_width=120)
                     cancel = gr.Button("Cancel", min_width=120)
@@ -188,7 +188,7 @@ def build(page: Page, queue_size: int) -> gr.Blocks:
         job = generate.click(
             page.generate, inputs, outputs, api_name="generate", preprocess=False, show_progress_on=gallery
         )
-        hidden = {"api_visibility": "private", "queue": False, "preprocess": False}
+        hidden: dict[str, Any] = {"api_visibility": "private", "queue": False, "preprocess": False}
         job.failure(lambda: "Not generated.", None, status, **hidden)
         cancel.click(page.cancel, None, status, cancels=[job], queue=False, api_name="cancel")
         blocks.unload(page.leave)
@@ -211,16 +211,18 @@ def examples(generator):
     """Controls, and rows of their values: as the page opens, in few steps, and mixed with another class."""
     first, second, third = (generator.classes * 3)[:3]
     steps, sampler, start, end = generator.speed_settings(FEW_STEPS[0])
+    call = generator.pipe.resolve_call()
     rows = [
-        [[first], 30, OWN_SAMPLER, "", 0.5, 0, 1],
+        [[first], call["num_inference_steps"], OWN_SAMPLER, "", 0.5, *call["guidance_interval"]],
         [[second], steps, sampler, "", 0.5, start, end],
-        [[third], 30, OWN_SAMPLER, first, 0.5, 0, 1],
+        [[third], call["num_inference_steps"], OWN_SAMPLER, first, 0.5, *call["guidance_interval"]],
     ]
     return ("class_labels", "steps", "sampler", "mix_with", "mix_share", "guidance_start", "guidance_end"), rows
 
 
-def first_controls(classes):
+def first_controls(generator):
     """The controls that are always visible."""
+    classes, steps = generator.classes, generator.pipe.resolve_call()["num_inference_steps"]
     return {
         "class_labels": gr.Dropdown(
             classes, value=[classes[0]], multiselect=True, max_choices=MAX_IMAGES, label=LABELS["class_labels"]
@@ -231,21 +233,22 @@ def first_controls(classes):
         "images": gr.Slider(1, MAX_IMAGES, value=4, step=1, label=LABELS["images"]),
         "seed": gr.Number(0, label=LABELS["seed"], precision=0, minimum=0, maximum=MAX_SEED),
         "random_seed": gr.Checkbox(False, label=LABELS["random_seed"], info="A new seed for every set."),
-        "steps": gr.Slider(1, MAX_STEPS, value=30, step=1, label=LABELS["steps"]),
+        "steps": gr.Slider(1, MAX_STEPS, value=min(steps, MAX_STEPS), step=1, label=LABELS["steps"]),
     }
 
 
 def further_controls(generator):
     """The controls in the accordion."""
-    scale = min(4, generator.max_scale)
+    call = generator.pipe.resolve_call()
+    scale, (start, end) = min(call["guidance_scale"], generator.max_scale), call["guidance_interval"]
     own = f"model's own ({type(generator.pipe.scheduler).__name__.removesuffix('Scheduler')})"
     samplers = [(own if name == OWN_SAMPLER else name, name) for name in generator.samplers]
     others = [("none", ""), *((name, name) for name in generator.classes)]
     with gr.Accordion("Guidance, sampler, mixing", open=False):
         return {
             "guidance_scale": gr.Slider(0, generator.max_scale, value=scale, step=0.1, label=LABELS["guidance_scale"]),
-            "guidance_start": gr.Slider(0, 1, value=0, step=0.05, label=LABELS["guidance_start"]),
-            "guidance_end": gr.Slider(0, 1, value=1, step=0.05, label=LABELS["guidance_end"]),
+            "guidance_start": gr.Slider(0, 1, value=start, step=0.05, label=LABELS["guidance_start"]),
+            "guidance_end": gr.Slider(0, 1, value=end, step=0.05, label=LABELS["guidance_end"]),
             "sampler": gr.Dropdown(samplers, value=OWN_SAMPLER, label=LABELS["sampler"]),
             "mix_with": gr.Dropdown(others, value="", label=LABELS["mix_with"]),
             "mix_share": gr.Slider(0, 1, value=0.5, step=0.05, label=LABELS["mix_share"]),

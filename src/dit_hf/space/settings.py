@@ -57,10 +57,10 @@ class Settings:
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{LABELS[name]} must be a whole number from {low} to {high}.")
         maxima = {"guidance_scale": max_scale, "guidance_start": 1.0, "guidance_end": 1.0, "mix_share": 1.0}
-        for name, high in maxima.items():
+        for name, maximum in maxima.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
-                raise ValueError(f"{LABELS[name]} must be a number from 0 to {high:g}.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= maximum:
+                raise ValueError(f"{LABELS[name]} must be a number from 0 to {maximum:g}.")
         if self.guidance_start >= self.guidance_end:
             raise ValueError("Guidance must start before it ends.")
         if len(self.labels) > MAX_IMAGES:
