@@ -74,8 +74,8 @@ def check_vae(name: str, in_channels: int) -> None:
     channels = json.loads(file.read_text(encoding="utf-8")).get("latent_channels", in_channels)
     if channels != in_channels:
         raise ValueError(
-            f"--vae {name} has latents of {channels} channels, and the checkpoint's model takes {in_channels}; give the "
-            "autoencoder that it was trained with."
+            f"--vae {name} has latents of {channels} channels, and the checkpoint's model takes {in_channels}; give "
+            "the autoencoder that it was trained with."
         )
 
 
@@ -103,9 +103,8 @@ def load_transformer(name: str, dtype: torch.dtype | None = None) -> tuple[DiTTr
         is_pipeline = True
         download_from_hub(name, "transformer/config.json")
     else:
-        raise ValueError(
-            f"{name} must be the folder of a pipeline or a transformer, a Hub id, or one of {', '.join(bundled_names())}."
-        )
+        bundled = ", ".join(bundled_names())
+        raise ValueError(f"{name} must be the folder of a pipeline or a transformer, a Hub id, or one of {bundled}.")
     subfolder = "transformer" if is_pipeline else None
     return DiTTransformer2DModel.from_pretrained(str(folder), subfolder=subfolder, dtype=dtype), is_pipeline
 

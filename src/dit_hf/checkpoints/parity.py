@@ -70,8 +70,8 @@ def measure_parity(checkpoint: Checkpoint, model, training_only: str | Path | No
     for name, value in checkpoint.config.items():
         if config[name] != value:
             raise ValueError(
-                f"The checkpoint, read as {family.name}, has {name}={value!r} and the model {config[name]!r}: they are "
-                "not of one model, or the family is another."
+                f"The checkpoint, read as {family.name}, has {name}={value!r} and the model {config[name]!r}: they "
+                "are not of one model, or the family is another."
             )
     generator = seeded_generator(seed, 0)
     shape = (2, config.in_channels, config.sample_size, config.sample_size)

@@ -77,8 +77,8 @@ def detect_family(state_dict: Mapping[str, torch.Tensor], arguments: dict) -> Fa
         arguments (`dict`): Of the training script; empty if the file has none.
 
     Returns:
-        `Family`: the first of `FAMILIES` with a mark in it, or DiT. SiT's keys are DiT's, so such a file is DiT's unless
-        its arguments identify SiT.
+        `Family`: the first of `FAMILIES` with a mark in it, or DiT. SiT's keys are DiT's, so such a file is DiT's
+        unless its arguments identify SiT.
     """
     *marked, unmarked = FAMILIES.values()
     for family in marked:
@@ -177,7 +177,8 @@ def choose_family(asked: str, state_dict: Mapping[str, torch.Tensor], arguments:
         if lacks_marks and not any(name in arguments for name in detected.argument_marks):
             flags = " or ".join(f"`--family {name}`" for name in reversed(others))
             logger.warning(
-                f"Checkpoint {path} is read as {detected.name}, whose keys others have as well: pass {flags} if it is one."
+                f"Checkpoint {path} is read as {detected.name}, whose keys others have as well: pass {flags} if it is "
+                "one."
             )
         return detected
     if asked != detected.name and not (lacks_marks and FAMILIES[asked].can_lack_marks):
@@ -276,8 +277,8 @@ def _sample_size(tables, beside, patch_size, path):
         return math.isqrt(tokens) * patch_size
     if "sample_size" not in beside:
         raise ValueError(
-            f"Checkpoint {path} has no table of positions ('pos_embed') to read the latent size off, and no config.json "
-            "beside it."
+            f"Checkpoint {path} has no table of positions ('pos_embed') to read the latent size off, and no "
+            "config.json beside it."
         )
     return beside["sample_size"]
 

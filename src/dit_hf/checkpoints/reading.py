@@ -81,8 +81,8 @@ def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, t
     Args:
         content (`dict`): From [`read_checkpoint`].
         weights (`str`):
-            `"ema"` (entries `ema`, `model_ema`, `ema_model`) or `"model"` (`model`, `module`, `state_dict`); ignored if
-            the file is a state dict itself, or wraps its only one as `module` or `state_dict`.
+            `"ema"` (entries `ema`, `model_ema`, `ema_model`) or `"model"` (`model`, `module`, `state_dict`); ignored
+            if the file is a state dict itself, or wraps its only one as `module` or `state_dict`.
         path (`str` or `Path`): Named in errors.
 
     Returns:

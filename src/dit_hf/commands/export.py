@@ -48,9 +48,8 @@ def check_prediction(name: str, family: Family, timestep_scale: float) -> None:
             "base computes those."
         )
     if prediction not in family.predictions:
-        raise ValueError(
-            f"{name} predicts {prediction}, and {family.name}'s code would take it for {' or '.join(family.predictions)}."
-        )
+        expected = " or ".join(family.predictions)
+        raise ValueError(f"{name} predicts {prediction}, and {family.name}'s code would take it for {expected}.")
 
 
 def main():

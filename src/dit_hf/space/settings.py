@@ -49,7 +49,7 @@ class Settings:
         return [name for name in self.class_labels for _ in range(self.images)]
 
     def check(self, classes: list[str], samplers: list[str], max_scale: float) -> None:
-        """Raises a `ValueError` that names the control if a value is out of its bounds: requests come from anywhere."""
+        """Raises a `ValueError` that names the control of a value out of bounds: requests come from anywhere."""
         self._check_names(classes, samplers)
         bounds = {"images": (1, MAX_IMAGES), "seed": (0, MAX_SEED), "steps": (1, MAX_STEPS)}
         for name, (low, high) in bounds.items():
