@@ -12,23 +12,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_vae
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 from testing_utils.training_runs import kill_after
 
-from dit_hf.data.images import center_crop, label_names, load_image_dataset, stack_images, to_unit_range
+from dit_hf.data.fingerprints import cache_fingerprint, checksum
+from dit_hf.data.images import label_names, load_image_dataset
 from dit_hf.data.latents import (
     DECODER,
     CachedLatents,
     EncodedImages,
-    cache_fingerprint,
     cache_latents,
-    checksum,
     index_latents,
     normalise_latents,
     verify_latents,
 )
+from dit_hf.data.pixels import center_crop, normalize_pixels
 from dit_hf.data.reader import ImageReader
 
 
@@ -126,12 +126,13 @@ def test_cache_holds_the_posteriors_whatever_the_number_of_processes(workspace, 
     assert [shard["count"] for shard in indices[0]["shards"]] == [4] * 5
     assert verify_latents(tmp_path / "3") == indices[1]
     latents = CachedLatents(tmp_path / "3")
-    images = stack_images(dataset, 32)
+    images, labels = ImageReader(dataset, ["dark", "light"], 32).stack()
+    assert labels == dataset["label"]
     flipped = torch.tensor([True, False])
     read = latents.read(torch.tensor([5, 19]), flipped)
     for row, view in enumerate((images[5].flip(-1), images[19])):
         with torch.no_grad():
-            posterior = vae.encode(to_unit_range(view[None])).latent_dist
+            posterior = vae.encode(normalize_pixels(view[None])).latent_dist
         torch.testing.assert_close(read["mean"][row], posterior.mean[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(read["std"][row], posterior.std[0], rtol=0, atol=1e-5)
     assert read["label"].tolist() == [1, 1]
@@ -209,8 +210,6 @@ def damaged(workspace, count):
 
 
 def stored():
-    from datasets import Image
-
     return Image(decode=False)
 
 
@@ -237,7 +236,7 @@ def test_an_image_that_is_not_there_is_named(workspace, tmp_path):
     assert cache(tmp_path, tiny_vae(), dataset)["unreadable"][0].startswith("image 3 (in the dataset)")
 
 
-def test_damaged_images_are_left_out_and_named(workspace, tmp_path, caplog):
+def test_damaged_images_are_skipped_and_named(workspace, tmp_path, caplog):
     index = cache(tmp_path, tiny_vae(), damaged(workspace, 2))
     assert index["count"] == 18
     assert [line.split(" (")[0] for line in index["unreadable"]] == ["image 0", "image 1"]
@@ -246,7 +245,49 @@ def test_damaged_images_are_left_out_and_named(workspace, tmp_path, caplog):
         cache(tmp_path / "more", tiny_vae(), damaged(workspace, 3))
 
 
-def test_an_image_that_a_server_does_not_give_is_not_left_out(workspace):
+def test_a_class_that_can_not_be_decoded_is_refused(workspace, tmp_path):
+    rows = load_image_dataset(str(workspace / "data")).cast_column("image", stored()).to_list()
+    rows[14] = {"image": {"bytes": b"not an image", "path": None}, "label": 2}
+    dataset = Dataset.from_list(rows).cast_column("image", stored())
+    names = label_names(dataset)
+    with pytest.raises(ValueError, match="No image of the class '2' can be read, such as image 14"):
+        cache(tmp_path, tiny_vae(), dataset, names)
+    with pytest.raises(ValueError, match="No image of the class '2' can be read, such as image 14"):
+        EncodedImages(tiny_vae(), ImageReader(dataset, names, 32))
+
+
+def test_a_subset_keeps_the_ids_of_its_classes(workspace, tmp_path, caplog):
+    features = Features({"image": Image(), "label": ClassLabel(names=["dark", "light", "a", "b"])})
+    rows = load_image_dataset(str(workspace / "data")).cast_column("image", stored()).to_list()
+    dataset = Dataset.from_list(rows, features=features)
+    names = label_names(dataset)
+    index = cache(tmp_path, tiny_vae(), dataset, names)
+    assert index["classes"] == ["dark", "light", "a", "b"]
+    assert "2 of 4 classes have no images and keep their ids: a, b" in caplog.text
+    caplog.clear()
+    EncodedImages(tiny_vae(), ImageReader(dataset, names, 32))
+    assert "2 of 4 classes have no images" in caplog.text
+
+
+def test_the_fingerprint_follows_links_not_the_folder(tmp_path):
+    """A file behind a link counts; where the dataset's folder lies does not."""
+    write_class_folders(tmp_path / "store")
+    (tmp_path / "data").mkdir()
+    for name in ("cats", "dogs"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "store" / name)
+    dataset = load_image_dataset(train_data_dir=tmp_path / "data")
+    first = cache_fingerprint(dataset, tmp_path / "data", split="train")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert cache_fingerprint(dataset, os.path.relpath(tmp_path / "moved"), split="train") == first
+    assert cache_fingerprint(dataset, tmp_path / "moved", split="test") != first
+    PILImage.new("RGB", (40, 32), "red").save(tmp_path / "store" / "cats" / "01.png")
+    second = cache_fingerprint(dataset, tmp_path / "moved", split="train")
+    assert second != first
+    PILImage.new("RGB", (40, 32), "red").save(tmp_path / "store" / "cats" / "new.png")
+    assert cache_fingerprint(dataset, tmp_path / "moved", split="train") not in (first, second)
+
+
+def test_an_image_that_a_server_does_not_deliver_is_not_skipped(workspace):
     """It would be missing for good, as what is encoded is kept."""
     file = io.BytesIO()
     PILImage.new("RGB", (40, 40), "white").save(file, "PNG")
@@ -259,7 +300,7 @@ def test_an_image_that_a_server_does_not_give_is_not_left_out(workspace):
     with pytest.raises(OSError, match="image 6 .*none.png"):
         reader.read(row, 6)
     row["image"]["path"] = "http://127.0.0.1:9/none.png"
-    with pytest.raises(ValueError, match="image 7 .*none.png.* was not to be had"):
+    with pytest.raises(ValueError, match="image 7 .*none.png.* can't be fetched"):
         reader.read(row, 7)
 
 
@@ -270,9 +311,9 @@ def test_latents_as_images_are_drawn(workspace, caplog):
     assert latents.statistics == ([0.1], [2.0])
     read = latents.read(torch.tensor([0, 4]), torch.tensor([False, True]))  # 0 is damaged; 1 takes its place
     assert read["label"].tolist() == [1, 0]
-    image = stack_images(load_image_dataset(str(workspace / "data")), 32)[4]
+    image = ImageReader(load_image_dataset(str(workspace / "data")), resolution=32).stack()[0][4]
     with torch.no_grad():
-        posterior = vae.encode(to_unit_range(image.flip(-1)[None])).latent_dist
+        posterior = vae.encode(normalize_pixels(image.flip(-1)[None])).latent_dist
     torch.testing.assert_close(read["mean"][1], posterior.mean[0], rtol=0, atol=1e-5)
     stream = load_image_dataset(str(workspace / "data"), streaming=True)
     with pytest.raises(ValueError, match="--no-cache_latents"):
@@ -330,7 +371,7 @@ def test_bad_data_is_named(workspace, tmp_path):
         load_image_dataset(str(workspace / "data"), "validation")
     dataset = load_image_dataset(str(workspace / "data"))
     with pytest.raises(ValueError, match="'photo'.*image, label.*--image_column"):
-        stack_images(dataset, 32, "photo")
+        ImageReader(dataset, resolution=32, image_column="photo")
     with pytest.raises(ValueError, match="'class'.*image, label.*--label_column"):
         label_names(dataset, "class")
     with pytest.raises(ValueError, match="a class's id, from 0, or its name"):
@@ -345,7 +386,7 @@ def test_labels_of_every_kind():
     def dataset(*labels):
         return Dataset.from_dict({"label": list(labels)})
 
-    assert label_names(dataset(2, 0)) == ["0", "1", "2"]
+    assert label_names(dataset(1, 0)) == ["0", "1"]
     assert label_names(dataset("b", "a", "b")) == ["a", "b"]
     for labels, message in (((0, 0), "one class"), ((0.5, 1.0), "0.5"), ((-1, 1), "-1")):
         with pytest.raises(ValueError, match=message):

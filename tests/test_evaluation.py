@@ -8,7 +8,8 @@ import torch
 from conftest import ROOT
 from testing_utils.scripts import run_forked
 
-from dit_hf.data.images import load_image_dataset, stack_images
+from dit_hf.data.images import load_image_dataset
+from dit_hf.data.reader import ImageReader
 from dit_hf.evaluation.extractors import extract, load_extractor
 from dit_hf.evaluation.features import EfficientNetLite0
 from dit_hf.evaluation.metrics import compute_metrics
@@ -65,7 +66,7 @@ def test_rasterised_dataset(dataset_folder):
     assert names["test"]
     data = splits["train"]
     assert data.features["label"].int2str(data[0]["label"]) == ("flags" if "flag" in data[0]["name"] else "food")
-    images = stack_images(data, 64)
+    images, _ = ImageReader(data, resolution=64).stack()
     assert images.shape[1:] == (3, 64, 64)
     assert (images[:, :, 0, 0] == 255).all()
     assert (images[:, :, 32, 32] != 255).any(dim=1).all()
@@ -80,7 +81,7 @@ def test_missing_icon_sets_are_named(tmp_path):
 
 
 def test_features_do_not_depend_on_the_batch(extractor, dataset_folder):
-    images = stack_images(load_image_dataset(str(dataset_folder / "data")), 64)[:8]
+    images = ImageReader(load_image_dataset(str(dataset_folder / "data")), resolution=64).stack()[0][:8]
     features = extract(images, extractor.train(), batch_size=8)
     assert [features.features.shape, features.spatial.shape, features.logits.shape] == [(8, 1280), (8, 63), (8, 1000)]
     again = extract(images, extractor, batch_size=3)

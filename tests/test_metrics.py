@@ -17,7 +17,7 @@ from testing_utils.hub_server import HubServer
 from testing_utils.scripts import run_forked
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
-from dit_hf.data.images import center_crop, to_tensor
+from dit_hf.data.pixels import center_crop, to_tensor
 from dit_hf.evaluation.extractors import Features, load_extractor
 from dit_hf.evaluation.frechet import frechet_distance
 from dit_hf.evaluation.metrics import compute_metrics, gaussian

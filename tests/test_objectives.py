@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from testing_utils.training_runs import TRAIN_DIT, losses, read_log, run, train_command
 
 from dit_hf import make_scheduler
-from dit_hf.data.latents import CachedLatents, vae_statistics
+from dit_hf.data.autoencoders import vae_statistics
+from dit_hf.data.latents import CachedLatents
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.ema import WeightAverage
 from dit_hf.training.losses import diffusion_loss, min_snr_weight, velocity_loss

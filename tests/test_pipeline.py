@@ -21,7 +21,8 @@ from diffusers import (
 )
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
-from dit_hf.data.latents import normalise_latents, vae_statistics
+from dit_hf.data.autoencoders import vae_statistics
+from dit_hf.data.latents import normalise_latents
 
 
 ID2LABEL = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "hen", 10: "crane"}

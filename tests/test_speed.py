@@ -1,4 +1,4 @@
-"""Work done once before the loop, presets that can be undone, int8 weights."""
+"""The table of modulation, presets that can be undone, int8 weights."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from diffusers import FasterCacheConfig, TorchAoConfig
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
 import dit_hf
-from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, pipeline_dit_class_cond
-from dit_hf.optimization import SPEED_PRESETS, quantize_blocks
+from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, modulation_table
+from dit_hf.optimization import SPEED_PRESETS, quantize_blocks, use_modulation_table
 
 
 INT8 = TorchAoConfig(Int8DynamicActivationInt8WeightConfig(), modules_to_not_convert=["time_embed", "proj_out"])
@@ -16,7 +16,8 @@ ADAPTIVE = [name for name, design in DESIGNS.items() if design.get("conditioning
 
 
 def tiny_pipeline(scheduler="ddim", **overrides):
-    pipe = DiTClassCondPipeline(tiny_transformer(**overrides), make_scheduler(scheduler))
+    scheduler = make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
+    pipe = DiTClassCondPipeline(tiny_transformer(**overrides), scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -35,14 +36,10 @@ def embedded_rows(pipe, **options):
     return rows, images
 
 
-def without_table(pipe, **options):
-    """The same call, time and class embedded at every step: the callback gives the labels back, which drops the table."""
-
-    def give_back(pipe, step, timestep, tensors):
-        return {"class_labels": tensors["class_labels"]}
-
-    names = {"callback_on_step_end_tensor_inputs": ["class_labels"]}
-    return embedded_rows(pipe, callback_on_step_end=give_back, **names, **options)
+def tabulated_pipeline(*args, **overrides):
+    pipe = tiny_pipeline(*args, **overrides)
+    use_modulation_table(pipe)
+    return pipe
 
 
 @pytest.mark.parametrize("design", ADAPTIVE)
@@ -69,18 +66,28 @@ def test_modulation_is_refused_where_it_has_no_place():
         context.compute_modulation(torch.zeros(3), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="modulation"):
         context(**tiny_inputs(), modulation=torch.zeros(3, 48))
-    with pytest.raises(ValueError, match="dropped"):
+    with pytest.raises(ValueError, match="force_drop_ids"):
         tiny_transformer()(**tiny_inputs(), force_drop_ids=torch.ones(3), modulation=torch.zeros(3, 672))
 
 
 def test_time_and_class_are_embedded_once_for_all_steps():
     """Six steps of two distinct labels and the null class are 18 rows, in one call; without the table 6 calls."""
-    pipe = tiny_pipeline()
-    rows, images = embedded_rows(pipe)
+    rows, images = embedded_rows(tabulated_pipeline())
     assert rows == [6 * 3]
-    rows, expected = without_table(pipe)
-    assert rows == [18, 6, 6, 6, 6, 6]
+    rows, expected = embedded_rows(tiny_pipeline())
+    assert rows == [6] * 6
     assert (images - expected).norm() / expected.norm() < 1e-5
+
+
+def test_every_trajectory_has_a_table_of_its_own():
+    """What a call embedded is not used by the next, whose weights and schedule may be others."""
+    pipe = tabulated_pipeline()
+    assert embedded_rows(pipe, num_inference_steps=1)[0] == embedded_rows(pipe, num_inference_steps=1)[0] == [3]
+    first = draw(pipe)
+    with torch.no_grad():
+        pipe.transformer.class_embed.weight.mul_(2)
+    assert not torch.allclose(draw(pipe), first, atol=1e-3)
+    assert embedded_rows(pipe, num_inference_steps=4)[0] == [12]
 
 
 def test_no_timestep_is_taken_to_the_device_on_the_way():
@@ -95,36 +102,33 @@ def test_no_timestep_is_taken_to_the_device_on_the_way():
 
 @pytest.mark.parametrize("at_a_time", (3, 7, 2))
 def test_the_table_is_made_in_parts_when_it_is_large(at_a_time, monkeypatch):
-    pipe = tiny_pipeline("dpm++")
-    _, expected = embedded_rows(pipe, guidance_interval=(0.3, 0.8))
-    monkeypatch.setattr(pipeline_dit_class_cond, "MODULATION_ROWS", at_a_time)
-    rows, images = embedded_rows(pipe, guidance_interval=(0.3, 0.8))
+    _, expected = embedded_rows(tiny_pipeline("dpm++"), guidance_interval=(0.3, 0.8))
+    monkeypatch.setattr(modulation_table, "ROWS", at_a_time)
+    rows, images = embedded_rows(tabulated_pipeline("dpm++"), guidance_interval=(0.3, 0.8))
     assert max(rows) <= max(3, at_a_time) and sum(rows) == 18
     assert (images - expected).norm() / expected.norm() < 1e-5
 
 
 def test_models_without_a_null_class_get_a_table_too():
-    pipe = tiny_pipeline(class_dropout_prob=0.0)
-    rows, images = embedded_rows(pipe, guidance_scale=1.0)
+    rows, images = embedded_rows(tabulated_pipeline(class_dropout_prob=0.0))
     assert rows == [12]
-    torch.testing.assert_close(images, without_table(pipe, guidance_scale=1.0)[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(images, draw(tiny_pipeline(class_dropout_prob=0.0)), atol=1e-5, rtol=1e-5)
 
 
 def test_labels_changed_on_the_way_are_used():
-    pipe = tiny_pipeline()
-
     def change(pipe, step, timestep, tensors):
         return {"class_labels": torch.full_like(tensors["class_labels"], 7)} if step == 2 else {}
 
     options = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["class_labels"]}
+    pipe = tabulated_pipeline()
     changed = draw(pipe, **options)
     assert not torch.allclose(changed, draw(pipe), atol=1e-3)
-    pipe._prepare_modulation = lambda schedule, class_ids: None
-    torch.testing.assert_close(changed, draw(pipe, **options), atol=1e-5, rtol=1e-5)
+    expected = draw(tiny_pipeline(), **options)
+    assert (changed - expected).norm() / expected.norm() < 1e-5
 
 
-def test_where_there_can_be_no_table():
-    pipe = tiny_pipeline()
+def test_a_table_beside_caches_and_other_conditionings():
+    pipe = tabulated_pipeline()
     pipe.transformer.enable_cache(
         FasterCacheConfig(
             spatial_attention_block_identifiers=["transformer_blocks"],
@@ -135,27 +139,31 @@ def test_where_there_can_be_no_table():
     )
     assert len(embedded_rows(pipe)[0]) == 6
     pipe.transformer.disable_cache()
-    pipe.enable_model_cpu_offload(device="cpu")
-    assert len(embedded_rows(pipe)[0]) == 6
+    assert len(embedded_rows(pipe)[0]) == 1
     pipe = DiTClassCondPipeline(tiny_design("cross_attention"), make_scheduler("ddim"))
-    assert len(embedded_rows(pipe)[0]) == 6
+    dit_hf.optimize(pipe, "exact")
+    assert getattr(pipe.transformer._compiled_call_impl, "embeds_classes_eagerly", None) is None
 
 
 @pytest.mark.parametrize("preset", SPEED_PRESETS)
 def test_presets_are_undone_to_the_bit(preset):
     pipe = tiny_pipeline("flow_euler")
     weights = {name: (parameter, parameter.clone()) for name, parameter in pipe.transformer.named_parameters()}
-    scheduler, expected = pipe.scheduler, draw(pipe)
-    settings = dit_hf.optimize(pipe, preset=preset)
-    images = draw(pipe, **settings)
-    assert images.isfinite().all()
+    scheduler, expected = pipe.scheduler, draw(pipe, guidance_scale=3.0)
+    pipe.register_to_config(recommended_call={"guidance_scale": 3.0, "num_inference_steps": 9})
+    assert dit_hf.optimize(pipe, preset=preset) is None
+    steps, interval = SPEED_PRESETS[preset].num_inference_steps, SPEED_PRESETS[preset].guidance_interval
+    call = {"guidance_scale": 3.0, "num_inference_steps": steps or 9, "guidance_interval": interval or (0.0, 1.0)}
+    assert pipe.resolve_call() == {"guidance_channels": None} | call
+    images = draw(pipe)
+    assert images.isfinite().all() and pipe.num_timesteps == 6  # what a call gives goes before
     if preset == "exact":
-        assert settings == {}
         torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
     if SPEED_PRESETS[preset].precision == "int8":
         assert type(pipe.transformer.transformer_blocks[0].attn.to_q.weight).__name__ == "Int8Tensor"
         assert (images - expected).norm() / expected.norm() > 0
     dit_hf.restore(pipe)
+    assert pipe.resolve_call()["num_inference_steps"] == 9
     assert pipe.scheduler is scheduler and pipe.transformer._compiled_call_impl is None
     for name, parameter in pipe.transformer.named_parameters():
         assert parameter is weights[name][0] and torch.equal(parameter, weights[name][1]), name
@@ -166,13 +174,13 @@ def test_the_decoder_is_compiled_and_restored_too():
     pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"), tiny_vae())
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = pipe._decode(latents)
+        expected = pipe.decode_latents(latents, "pt")
         dit_hf.optimize(pipe, "exact")
         assert pipe.vae.decoder._compiled_call_impl is not None
-        torch.testing.assert_close(pipe._decode(latents), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(pipe.decode_latents(latents, "pt"), expected, atol=1e-5, rtol=1e-5)
         dit_hf.restore(pipe)
         assert pipe.vae.decoder._compiled_call_impl is None
-        assert torch.equal(pipe._decode(latents), expected)
+        assert torch.equal(pipe.decode_latents(latents, "pt"), expected)
 
 
 def test_weights_changed_after_a_restore_are_used():
@@ -188,8 +196,7 @@ def test_weights_changed_after_a_restore_are_used():
 
 
 def test_a_preset_takes_the_place_of_another():
-    pipe = tiny_pipeline()
-    pipe.scheduler = make_scheduler("ddim", beta_end=0.018, prediction_type="v_prediction")
+    pipe = tiny_pipeline(make_scheduler("ddim", beta_end=0.018, prediction_type="v_prediction"))
     weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
     dit_hf.optimize(pipe, "fastest")
     assert type(pipe.scheduler).__name__ == "UniPCMultistepScheduler"

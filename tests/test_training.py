@@ -18,8 +18,9 @@ from testing_utils.scripts import run_forked
 from testing_utils.training_runs import kill_after, losses, read_log, run, train_command
 
 from dit_hf import DiTClassCondPipeline
-from dit_hf.data.images import load_image_dataset, to_unit_range
+from dit_hf.data.images import load_image_dataset
 from dit_hf.data.latents import CachedLatents, normalise_latents
+from dit_hf.data.pixels import normalize_pixels
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import list_checkpoints, save_checkpoint, truncate_log
@@ -166,7 +167,7 @@ def test_no_label_dropout_and_a_shifted_autoencoder(workspace, tmp_path):
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.transformer.config.class_dropout_prob == 0
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    posterior = pipe.vae.encode(to_unit_range(images)).latent_dist.mean
+    posterior = pipe.vae.encode(normalize_pixels(images)).latent_dist.mean
     normal = normalise_latents(posterior, pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
     torch.testing.assert_close(pipe._decode(normal), pipe.vae.decode(posterior).sample)
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.command_line import run
 from dit_hf.complexity import count_macs
+from dit_hf.data.fingerprints import checksum
 from dit_hf.data.images import check_column, load_image_dataset
-from dit_hf.data.latents import checksum
 from dit_hf.evaluation.samples import SAMPLING_RECIPES, draw_missing, missing_samples, sample_labels, write_npz
 from dit_hf.evaluation.sources import SAMPLES
 from dit_hf.schedulers import trained_options

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Puts a few images of a new class beside images that the pretrained model draws of its old ones (prior preservation).
+"""Makes a training set of a new class and of generated images of a model's own classes (prior preservation).
 
     python examples/finetune/prepare_new_class.py --dataset_name outputs/coins --num_images 24 --class_name coins \
-        --pretrained_model_name_or_path src/dit_hf/bundled/emoji64 --output_dir outputs/emoji64-coins
+        --pretrained_model_name_or_path emoji64 --output_dir outputs/emoji64-coins
 
-Expected: one to three minutes on 2 cores; Ctrl-C leaves nothing. The result has one folder a class; `train_dit.py --train_data_dir` reads it, and old classes
-keep their labels by their names.
+Expected: one to three minutes on 2 cores; Ctrl-C leaves nothing. The result has one folder per class, which
+`--train_data_dir` of the training reads; the model's own classes keep their labels by their names.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline
 from dit_hf.command_line import run
-from dit_hf.data.images import center_crop, check_column, load_image_dataset
-from dit_hf.evaluation.sources import pictures
+from dit_hf.data.folders import check_output_outside_data
+from dit_hf.data.images import load_image_dataset, load_unlabelled_folder
+from dit_hf.data.reader import ImageReader
 from dit_hf.pipeline_dit_class_cond import find_class
 from dit_hf.seeds import seeded_generator
 
@@ -29,13 +30,13 @@ def parse_args():
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--dataset_name", help="Hub id or local dataset with images of the new class.")
-    parser.add_argument("--train_data_dir", type=Path, help="Or a folder in which such images lie.")
+    parser.add_argument("--train_data_dir", type=Path, help="Or a folder with such images.")
     parser.add_argument("--image_column", default="image", help="Column with images.")
     parser.add_argument("--num_images", type=int, default=24, help="How many of them to take.")
     parser.add_argument("--class_name", required=True, help="Name of the new class.")
-    parser.add_argument("--pretrained_model_name_or_path", required=True, help="Pipeline folder or Hub id.")
-    parser.add_argument("--prior_images_per_class", type=int, default=48, help="Images drawn of each old class.")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="Guidance of those.")
+    parser.add_argument("--pretrained_model_name_or_path", required=True, help="Folder, Hub id or bundled name.")
+    parser.add_argument("--prior_images_per_class", type=int, default=48, help="Images generated per old class.")
+    parser.add_argument("--guidance_scale", type=float, default=2.0, help="Guidance scale of those.")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="Sampler steps of those.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of those.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Must not exist.")
@@ -46,7 +47,8 @@ def main():
     args = parse_args()
     if args.output_dir.exists():
         raise ValueError(f"{args.output_dir} exists; choose another folder.")
-    images = new_images(args)
+    check_output_outside_data(args.output_dir, args.train_data_dir or args.dataset_name)
+    dataset = new_class_dataset(args)
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
     if find_class(pipe.id2label, args.class_name) is not None:  # among the synonyms, and in any case, too
         raise ValueError(f"The model has a class {args.class_name!r} already; choose another --class_name.")
@@ -55,16 +57,17 @@ def main():
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     resolution = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    images = new_images(args, dataset, resolution)
     args.output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output_dir.parent, prefix=f".{args.output_dir.name}-") as folder:
-        save(Path(folder) / "images" / names[0], [center_crop(image, resolution) for image in images])
-        draw_prior(pipe, args, Path(folder) / "images")
+        save(Path(folder) / "images" / names[0], images)
+        generate_prior(pipe, args, Path(folder) / "images")
         (Path(folder) / "images").rename(args.output_dir)
     print(f"{len(names)} classes: {args.output_dir}")
 
 
-def draw_prior(pipe, args, folder):
-    """What the model draws of its own classes, a folder a class."""
+def generate_prior(pipe, args, folder):
+    """Images of the model's own classes, one folder per class."""
     for label, name in tqdm(pipe.id2label.items(), desc="prior"):
         images = pipe(
             label,
@@ -77,7 +80,7 @@ def draw_prior(pipe, args, folder):
 
 
 def check_names(names):
-    """That every class can have a folder of its own by its name."""
+    """Checks that every class can have a folder of its name."""
     folded = [name.strip().casefold() for name in names]
     for name in names:
         if "/" in name or name.startswith("."):
@@ -93,19 +96,22 @@ def save(folder, images):
         image.save(folder / f"{index:04d}.png")
 
 
-def new_images(args):
-    """The new class's images, spread over the folder or dataset."""
-    if args.train_data_dir is not None:
-        images = pictures(args.train_data_dir)
-    else:
-        dataset = load_image_dataset(args.dataset_name)
-        check_column(dataset, args.image_column, "--image_column")
-        images = dataset[args.image_column]
-    if not len(images) or args.num_images < 1:
-        raise ValueError(f"There are no images of the new class in {args.train_data_dir or args.dataset_name}.")
-    count = min(args.num_images, len(images))
-    chosen = [images[index] for index in torch.linspace(0, len(images) - 1, count).long().tolist()]
-    return [Image.open(image) if isinstance(image, Path) else image for image in chosen]
+def new_class_dataset(args):
+    """The images of the new class, whatever their labels."""
+    if args.num_images < 1:
+        raise ValueError(f"--num_images {args.num_images} must be at least 1.")
+    if args.train_data_dir is not None and args.dataset_name is None:
+        return load_unlabelled_folder(args.train_data_dir)
+    return load_image_dataset(args.dataset_name, train_data_dir=args.train_data_dir)
+
+
+def new_images(args, dataset, resolution):
+    """`--num_images` of them, evenly spaced."""
+    count = min(args.num_images, len(dataset))
+    chosen = dataset.select(torch.linspace(0, len(dataset) - 1, count).long().tolist())
+    reader = ImageReader(chosen, resolution=resolution, image_column=args.image_column)
+    images, _ = reader.stack()
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 #!/usr/bin/env python
 """Rasterises seven emoji sets from npm into a class-conditional image dataset (Parquet, `datasets` layout).
 
-    npm i --prefix outputs/npm --ignore-scripts @iconify-json/{noto@1.2.9,noto-v1@1.2.5,twemoji@1.2.5,fluent-emoji-flat@1.2.6,fluent-emoji@1.2.7,fxemoji@1.2.2,emojione@1.2.3}
-    python examples/train_autoencoder/prepare_emoji.py --icons_dir outputs/npm/node_modules/@iconify-json --output_dir outputs/emoji64
+    npm i --prefix outputs/npm --ignore-scripts \
+        @iconify-json/{noto@1.2.9,noto-v1@1.2.5,twemoji@1.2.5,fluent-emoji-flat@1.2.6,fluent-emoji@1.2.7} \
+        @iconify-json/{fxemoji@1.2.2,emojione@1.2.3}
+    python examples/train_autoencoder/prepare_emoji.py --icons_dir outputs/npm/node_modules/@iconify-json \
+        --output_dir outputs/emoji64
 
-Expected: two minutes; 10 thousand images in 9 classes, one skin tone a glyph. A tenth of the glyph names is held out, in
-every set at once, and of those only what has no near twin in training: not `man-pilot` when `woman-pilot` is trained on,
-and no picture that is drawn under a second name. Blank icons and exact copies are left out.
+Expected: two minutes; 10 thousand images in 9 classes, one skin tone per glyph. A tenth of the glyph names is held
+out, in all sets at once. Held-out images with a near duplicate in training are dropped: `man-pilot` if `woman-pilot`
+is trained on, and an image that occurs under a second name. Blank icons and exact copies are dropped.
 """
 
 import argparse
@@ -54,7 +57,7 @@ def glyph_key(name):
 
 
 def is_skin_tone_variant(name, names):
-    """True for every tone but the neutral one, which all sets draw."""
+    """True for every tone but the neutral one, which all sets have."""
     if SKIN_TONE.search(name):
         return True
     match = FLUENT_SKIN_TONE.search(name)
@@ -102,7 +105,7 @@ def rasterise(icon, defaults, resolution):
 
 
 def rows_of_set(icons_dir, icon_set, classes, resolution, one_class=None):
-    """Yields one row a glyph, of its own class or of one for all; without a class and blank ones are left out."""
+    """Yields one row per glyph, of its own class or of one for all; skips blank ones and those without a class."""
     icons = json.loads((icons_dir / icon_set / "icons.json").read_text())
     own = own_classes(icons_dir, icon_set)
     for name, icon in tqdm(sorted(icons["icons"].items()), desc=icon_set):
@@ -121,23 +124,23 @@ def rows_of_set(icons_dir, icon_set, classes, resolution, one_class=None):
         yield {"image": {"bytes": buffer.getvalue(), "path": None}, "label": label, "name": name, "set": icon_set}
 
 
-def is_held_out(name, share):
+def is_held_out(name, fraction):
     """A decision by hash, so that it needs no list and never changes."""
     digest = hashlib.sha256(glyph_key(name).encode()).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32 < share
+    return int.from_bytes(digest[:4], "big") / 2**32 < fraction
 
 
 def without_copies(rows):
-    """Rows whose picture has not been seen before."""
+    """Rows whose image has not been seen before."""
     seen = set()
-    return [row for row in rows if (picture := row["image"]["bytes"]) not in seen and not seen.add(picture)]
+    return [row for row in rows if (image := row["image"]["bytes"]) not in seen and not seen.add(image)]
 
 
-def split_rows(rows, share):
-    """(train, test): glyphs held out by name, less those of which training has a variant or the same picture."""
-    train = without_copies(row for row in rows if not is_held_out(row["name"], share))
+def split_rows(rows, fraction):
+    """(train, test): glyphs held out by name, less those of which training has a variant or the same image."""
+    train = without_copies(row for row in rows if not is_held_out(row["name"], fraction))
     variants = {glyph_key(PERSON_PREFIX.sub("", row["name"])) for row in train}
-    test = [row for row in rows if is_held_out(row["name"], share)]
+    test = [row for row in rows if is_held_out(row["name"], fraction)]
     test = [row for row in test if glyph_key(PERSON_PREFIX.sub("", row["name"])) not in variants]
     return train, without_copies(train + test)[len(train) :]
 
@@ -150,8 +153,8 @@ def parse_args():
     parser.add_argument("--output_dir", type=Path, required=True, help="Where train.parquet and test.parquet go.")
     parser.add_argument("--icon_sets", nargs="+", default=ICON_SETS, help="Packages to take icons from.")
     parser.add_argument("--one_class", help="Give all icons this class, whatever they show.")
-    parser.add_argument("--resolution", type=int, default=64, help="Pixels a side.")
-    parser.add_argument("--held_out", type=float, default=0.1, help="Share of glyph names kept for evaluation.")
+    parser.add_argument("--resolution", type=int, default=64, help="Pixels per side.")
+    parser.add_argument("--held_out", type=float, default=0.1, help="Fraction of glyph names kept for evaluation.")
     args = parser.parse_args()
     needed = (*args.icon_sets, *(() if args.one_class else REFERENCE_SETS))
     missing = [name for name in needed if not (args.icons_dir / name / "icons.json").exists()]

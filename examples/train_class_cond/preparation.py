@@ -10,19 +10,11 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from dit_hf import DiTTransformer2DModel, make_scheduler
-from dit_hf.data.images import label_names, load_image_dataset, stack_images
-from dit_hf.data.latents import (
-    DECODER,
-    CachedLatents,
-    EncodedImages,
-    ImageReader,
-    cache_fingerprint,
-    cache_latents,
-    checksum,
-    index_latents,
-    read_index,
-    vae_statistics,
-)
+from dit_hf.data.autoencoders import vae_statistics
+from dit_hf.data.fingerprints import cache_fingerprint, checksum
+from dit_hf.data.images import label_names, load_image_dataset
+from dit_hf.data.latents import DECODER, CachedLatents, EncodedImages, cache_latents, index_latents, read_index
+from dit_hf.data.reader import ImageReader
 from dit_hf.schedulers import trained_options, trained_prediction
 from dit_hf.training.finetuning import class_names, freeze, load_for_classes, match_names
 from dit_hf.training.lora import add_lora
@@ -252,8 +244,9 @@ def validation_images(args, data):
         raise ValueError(f"Split {args.validation_split!r} has other classes than {args.split!r}.")
     count = min(args.validation_images, len(dataset))
     dataset = dataset.select(torch.linspace(0, len(dataset) - 1, count).long().tolist())
-    labels = [data.reader.label_id(label, index) for index, label in enumerate(dataset[args.label_column])]
-    return stack_images(dataset, args.resolution, args.image_column), data.ids[torch.tensor(labels)]
+    reader = ImageReader(dataset, data.reader.names, args.resolution, args.image_column, args.label_column)
+    images, labels = reader.stack()
+    return images, data.ids[torch.tensor(labels)]
 
 
 def positive(text):

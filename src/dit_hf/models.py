@@ -3,6 +3,7 @@
 Shapes: `B` batch, `C` channels, `H W` latent size.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -11,7 +12,6 @@ import torch
 from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import logging
-from packaging.version import Version
 
 from . import hub, transformer_dit
 from .checkpoints import diffusers_dit
@@ -23,7 +23,7 @@ from .presets import PresetName, preset_config
 logger = logging.get_logger(__name__)
 
 # Before diffusers 0.40 it was `torch_dtype`, which is deprecated since.
-DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40.0.dev0") else "torch_dtype"
+DTYPE_ARGUMENT = "torch_dtype" if diffusers.__version__.startswith(("0.38.", "0.39.")) else "dtype"
 # Arguments of `from_pretrained` that say where a config lies.
 CONFIG_ARGUMENTS = (*("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies"),)
 
@@ -57,6 +57,8 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
 
     if TYPE_CHECKING:
 
+        def __init__(self, **config: Any) -> None: ...
+
         @overload
         def __call__(
             self,
@@ -83,6 +85,8 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         ) -> tuple[torch.Tensor]: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        forward = __call__
 
     @classmethod
     def from_preset(cls, name: PresetName, **overrides: Any) -> Self:
@@ -188,8 +192,14 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
     def save_pretrained(
         self,
         save_directory: str | Path,
-        *,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
         push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        *,
         card: hub.CardFacts | None = None,
         **kwargs: Any,
     ) -> None:
@@ -198,22 +208,24 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
 
         Args:
             save_directory (`str` or `Path`): Created if it does not exist.
+            is_main_process, save_function, safe_serialization, variant, max_shard_size, use_flashpack: As with every
+                model.
             push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
             card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
-            kwargs: `variant`, `max_shard_size` … as with every model; `repo_id`, `commit_message`, `private`, `token`,
-                `create_pr` for `push_to_hub`.
+            kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
 
         Raises:
             ValueError: if the model was changed in place so that the saved weights would not load.
         """
         hub.check_loads_again({"model": self})
-        publishing = {name: kwargs.pop(name) for name in hub.PUBLISHING_ARGUMENTS if name in kwargs}
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
+        options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        options |= {"use_flashpack": use_flashpack}
+        super().save_pretrained(save_directory, is_main_process, save_function, **options)
+        if is_main_process:
             hub.carry_over(self, save_directory, TRAINING_ONLY_FILE)
             hub.write_card(self, save_directory, facts=card)
             if push_to_hub:
-                hub.publish_folder(save_directory, model=self, card=card, **publishing)
+                hub.publish_folder(save_directory, model=self, card=card, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """As every `ModelMixin`'s, with a model card; see `DiTClassCondPipeline.push_to_hub`."""

@@ -144,16 +144,17 @@ def is_offloaded(network: nn.Module) -> bool:
 
 
 def use_modulation_table(pipe):
-    """Has the compiled transformer take its adaptive norms' vectors from a table; caches of blocks go without it."""
-    compiled, table = pipe.transformer._compiled_call_impl, ModulationTable(pipe)
+    """Gives the transformer its adaptive norms' vectors from a table; with caches of blocks it goes without."""
+    transformer, table = pipe.transformer, ModulationTable(pipe)
+    forward = transformer._compiled_call_impl or transformer._call_impl
 
     def call(*args, **inputs):
-        if not args and not pipe.transformer.is_cache_enabled:
+        if not args and not transformer.is_cache_enabled:
             inputs["modulation"] = table.rows(inputs["timestep"], inputs["class_labels"])
-        return compiled(*args, **inputs)
+        return forward(*args, **inputs)
 
     call.embeds_classes_eagerly = True  # so `mix_classes` works
-    pipe.transformer._compiled_call_impl = call
+    transformer._compiled_call_impl = call
 
 
 def compiled_networks(pipe):

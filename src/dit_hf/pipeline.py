@@ -3,7 +3,7 @@
 Shapes: `B` images, `C` channels, `H W` latent size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -49,10 +49,10 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
 
     if TYPE_CHECKING:
 
-        @overload
+        @overload  # type: ignore[override]
         def __call__(
             self,
-            class_labels: int | str | None | list[int | str | None] | list[int] | list[str] | torch.Tensor,
+            class_labels: int | str | None | Sequence[int | str | None] | torch.Tensor,
             guidance_scale: float | None = None,
             guidance_channels: int | None = None,
             guidance_interval: tuple[float, float] | None = None,
@@ -121,13 +121,13 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             return super().from_pretrained(folder, **kwargs)
 
     @classmethod
-    def _dict_from_json_file(cls, json_file):
+    def _dict_from_json_file(cls, json_file, **kwargs):
         """
         Reads a `model_index.json`; whatever it names as code is this package's.
 
         Then no remote code is needed, and a folder of diffusers' own DiT is read by our transformer, which corrects it.
         """
-        config = super()._dict_from_json_file(json_file)
+        config = super()._dict_from_json_file(json_file, **kwargs)
         if isinstance(config.get("transformer"), list):
             config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", "DiTTransformer2DModel"]}
             config.pop("auto_map", None)
@@ -136,8 +136,12 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
     def save_pretrained(
         self,
         save_directory: str | Path,
-        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        *,
         card: hub.CardFacts | None = None,
         **kwargs: Any,
     ) -> None:
@@ -146,10 +150,10 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
 
         Args:
             save_directory (`str` or `Path`): Created if it does not exist.
+            safe_serialization, variant, max_shard_size, use_flashpack: As with every pipeline.
             push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
             card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
-            kwargs: `variant`, `max_shard_size` … as with every pipeline; `repo_id`, `commit_message`, `private`,
-                `token`, `create_pr` for `push_to_hub`.
+            kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
 
         Raises:
             ValueError: if a component was changed in place so that its saved weights would not load.
@@ -157,17 +161,16 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         if "_before_optimization" in vars(self):
             raise ValueError("The pipeline is optimized for speed; call `dit_hf.restore(pipe)` before saving it.")
         hub.check_loads_again(self.components)
-        publishing = {name: kwargs.pop(name) for name in hub.PUBLISHING_ARGUMENTS if name in kwargs}
         folder = Path(save_directory)
         own_card = folder / "transformer" / "README.md"
         keep = own_card.exists()
-        super().save_pretrained(folder, **kwargs)
+        super().save_pretrained(folder, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack)
         if not keep:
             own_card.unlink(missing_ok=True)  # a component needs no card of its own
         hub.carry_over(self, folder, f"transformer/{TRAINING_ONLY_FILE}")
         hub.write_card(self, folder, facts=card)
         if push_to_hub:
-            hub.publish_folder(folder, model=self, card=card, **publishing)
+            hub.publish_folder(folder, model=self, card=card, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """

@@ -12,7 +12,7 @@ import inspect
 import json
 import operator
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -748,7 +748,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | None | list[int | str | None] | torch.Tensor,
+        class_labels: int | str | None | Sequence[int | str | None] | torch.Tensor,
         guidance_scale: float | None = None,
         guidance_channels: int | None = None,
         guidance_interval: tuple[float, float] | None = None,

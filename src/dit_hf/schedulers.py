@@ -11,9 +11,9 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .pipeline_dit_class_cond import trained_prediction
 

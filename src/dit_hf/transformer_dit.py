@@ -317,7 +317,7 @@ class DiTBlock(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        condition: torch.Tensor | None,
+        condition: Any,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         modulation: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -711,16 +711,15 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
         # 1. Embed
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D)
-        condition = None
-        modulations = [None] * (len(self.transformer_blocks) + 1)
+        condition: Any = None
+        modulations: Any = [None] * (len(self.transformer_blocks) + 1)
         if modulation is None:
             condition = self._embed_condition(timestep, class_labels, force_drop_ids, batch_size)
             condition = condition.to(hidden_states.dtype)  # (B, D), or two tokens (B, 2, D)
         else:
             dim = hidden_states.shape[-1]
-            modulations = modulation.split(
-                [block.num_vectors * dim for block in self.transformer_blocks] + [2 * dim], 1
-            )
+            size = dim * count_modulation_vectors(self.config.conditioning, self.config.modulation_shift)
+            modulations = modulation.split([size] * len(self.transformer_blocks) + [2 * dim], dim=1)
         rotary_emb = None
         if self.rotary_embed is not None:
             rotary_emb = self.rotary_embed(*grid, hidden_states.device)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from .. import __version__
+from .._version import __version__
 from ..command_line import run
 
 

@@ -1,18 +1,32 @@
-"""Class-labelled images from `datasets`: load, centre-crop, stack.
-
-Shapes: `N` images, `S` pixels a side.
-"""
+"""Datasets of class-labelled images: from the Hub, from shards, from folders."""
 
 import glob
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
+from diffusers.utils import logging
+
+from .folders import (
+    IMAGE_SUFFIXES,
+    canonical_split,
+    find_image_folders,
+    listed,
+    normalize_name,
+    read_tree,
+    split_folders,
+    split_name,
+    walk,
+)
+from .holdout import hold_out
+from .library import datasets
 
 
-SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
+logger = logging.get_logger(__name__)
+
+SHARDS = {".tar": "webdataset", ".parquet": "parquet"}
+# Other formats that `datasets` reads.
+TABLES = (".arrow", ".csv", ".json", ".jsonl", ".zip")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def load_image_dataset(
@@ -20,61 +34,157 @@ def load_image_dataset(
     split: str = "train",
     train_data_dir: str | Path | None = None,
     streaming: bool = False,
+    holdout: float = 0.0,
 ):
     """
     Loads labelled images by Hub id, from a local dataset, or from a folder.
 
     Args:
-        dataset_name (`str`, *optional*): Anything `datasets.load_dataset` takes.
+        dataset_name (`str`, *optional*):
+            Anything that `datasets.load_dataset` takes, or a local folder as for `train_data_dir`.
         split (`str`, defaults to `"train"`): Name of the split.
         train_data_dir (`str` or `Path`, *optional*):
-            Instead of a dataset's name: a folder with one folder of images a class, or with WebDataset (`.tar`) or
-            Parquet shards.
-        streaming (`bool`, defaults to `False`): Whether to read while training goes on, without a copy on this machine.
+            Instead of a dataset's name: a folder with one folder of images per class, as described in
+            [`find_image_folders`], with WebDataset (`.tar`) or Parquet shards, or written by `save_to_disk`.
+        streaming (`bool`, defaults to `False`): Whether to read during training, without a copy on this machine.
+        holdout (`float`, defaults to 0.0):
+            Fraction of the images to hold out, for data with one split: split `"train"` is without them, split
+            `"test"` consists of them. A hash of each image's bytes decides, so they are the same in any order or
+            format. A stream's images then stay encoded, as [`~dit_hf.data.reader.ImageReader`] reads them.
 
     Returns:
-        `datasets.Dataset`, or `datasets.IterableDataset` if streaming.
+        `datasets.Dataset`, or `datasets.IterableDataset` if streaming. Images without class folders have no column
+        `label`. Of a folder of images, `info.description` states the splits and the skipped files.
 
     Raises:
         ValueError: if the dataset or the split can't be found; the message says what was tried.
     """
-    from datasets import load_dataset
-
     source = dataset_name or train_data_dir
     if source is None or (dataset_name and train_data_dir):
         raise ValueError("Pass either --dataset_name or --train_data_dir.")
-    if Path(source).is_dir() and not any(path.is_file() for path in Path(source).rglob("*")):
-        raise ValueError(f"The dataset folder {str(source)!r} is empty.")
-    arguments: dict[str, Any] = {"path": dataset_name} if train_data_dir is None else _folder_arguments(train_data_dir)
-    try:
-        return load_dataset(**arguments, split=split, streaming=streaming)
-    except Exception as error:
-        hint = " Folders named by split, above the class folders, are splits." if Path(source).is_dir() else ""
-        raise ValueError(f"Can't load split {split!r} of dataset {str(source)!r}: {error}{hint}") from error
+    if train_data_dir is not None and not Path(train_data_dir).is_dir():
+        raise ValueError(f"There is no folder {str(train_data_dir)!r}.")
+    if not 0 <= holdout < 1:
+        raise ValueError(f"--holdout {holdout} must be at least 0 and less than 1, such as 0.1.")
+    if holdout and split not in ("train", "test"):
+        raise ValueError(f"--holdout makes the splits train and test; there is no split {split!r}.")
+    wanted = None if holdout else split
+    if Path(source).is_dir():
+        dataset = _load_local(Path(source), wanted, streaming)
+    else:
+        dataset = _load_library(str(source), wanted, streaming, path=str(source))
+    return hold_out(dataset, split, holdout) if holdout else dataset
 
 
-def _folder_arguments(folder):
-    """What `load_dataset` needs for a folder of shards or of images."""
-    folder = Path(folder)
-    if not folder.is_dir():
+def _load_local(folder, split, streaming):
+    """A split of a local dataset; its only one if none is given."""
+    if not any(files for _, _, files in walk(folder)):
+        raise ValueError(f"The dataset folder {str(folder)!r} is empty.")
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        return _load_saved(folder, split, streaming)
+    readme = folder / "README.md"
+    if readme.exists() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace"):
+        return _load_library(str(folder), split, streaming, path=str(folder))
+    root, _ = read_tree(folder)
+    if any(path.name in METADATA for pattern in ("metadata.*", "*/metadata.*") for path in folder.glob(pattern)):
+        parts = split_folders(root) or {"train": root}
+        files = {name: f"{glob.escape(part.path)}/**" for name, part in parts.items()}
+        return _load_library(str(folder), canonical_split(split), streaming, path="imagefolder", data_files=files)
+    for suffix in SHARDS:
+        shards = sorted(path for pattern in (f"*{suffix}", f"*/*{suffix}") for path in folder.glob(pattern))
+        if shards:
+            return _load_shards(folder, root, shards, split, streaming)
+    if not root.all_images and any(file.name.endswith(TABLES) for _, _, files in walk(folder) for file in files):
+        return _load_library(str(folder), split, streaming, path=str(folder))
+    return _load_folders(folder, split, streaming)
+
+
+def _load_shards(folder, root, shards, split, streaming):
+    """A split of WebDataset or Parquet shards; image files beside them may be previews, but no class folders."""
+    suffix = shards[0].suffix
+    if sum(bool(inner.all_images) for inner in root.folders.values()) > 1:
+        raise ValueError(f"{str(folder)!r} holds {suffix} shards and folders of images; move one kind away.")
+    if root.all_images:
+        logger.warning(f"Skipped images beside the {suffix} shards: {listed(root.all_images)}")
+    files = _shards_by_split(folder, shards)
+    return _load_library(str(folder), canonical_split(split), streaming, path=SHARDS[suffix], data_files=files)
+
+
+def load_unlabelled_folder(folder: str | Path):
+    """
+    All images below a folder, in the order of their paths, whatever its folders mean.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+
+    Returns:
+        `datasets.Dataset`: with the column `image`.
+
+    Raises:
+        ValueError: if there is no such folder, or no image in it.
+    """
+    if not Path(folder).is_dir():
         raise ValueError(f"There is no folder {str(folder)!r}.")
-    for builder, suffix in (("webdataset", ".tar"), ("parquet", ".parquet")):
-        if next(folder.glob(f"*{suffix}"), None) or next(folder.glob(f"*/*{suffix}"), None):
-            return {"path": builder, "data_dir": str(folder)}
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not classes:
-        raise ValueError(f"{str(folder)!r} has no folders, one a class, and no .tar or .parquet shards.")
-    splits = [path.name for path in classes if path.name in SPLITS]
-    if len(splits) == len(classes):
-        return {"path": "imagefolder", "data_dir": str(folder), "drop_labels": False}
+    root, _ = read_tree(folder)
+    if not root.all_images:
+        raise ValueError(f"{str(folder)!r} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+    features = datasets.Features({"image": datasets.Image()})
+    return datasets.Dataset.from_dict({"image": root.all_images}, features=features)
+
+
+def _load_folders(folder, split, streaming):
+    """A split of a folder of images."""
+    found = find_image_folders(folder)
+    part = found.split(_only(found.splits) if split is None else split)
+    features, columns = {"image": datasets.Image()}, {"image": part.unlabelled}
+    if part.classes:
+        names = found.names
+        features["label"] = datasets.ClassLabel(names=names)
+        columns = {"image": [path for name in names for path in part.classes.get(name, ())]}
+        columns["label"] = [label for label, name in enumerate(names) for _ in part.classes.get(name, ())]
+    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    dataset.info.description = str(found)
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def _load_saved(folder, split, streaming):
+    """A split of what `save_to_disk` wrote."""
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.Dataset):
+        saved = {str(saved.split or "train"): saved}
+    name = _only(saved) if split is None else split
+    if name not in saved:
+        raise ValueError(f"{str(folder)!r} has no split {name!r}; it has {', '.join(saved)}.")
+    return saved[name].to_iterable_dataset() if streaming else saved[name]
+
+
+def _load_library(source, split, streaming, **arguments):
+    """A split as `datasets` finds it."""
+    try:
+        dataset = datasets.load_dataset(**arguments, split=split, streaming=streaming)
+    except Exception as error:
+        which = "" if split is None else f"split {split!r} of "
+        raise ValueError(f"Can't load {which}dataset {source!r}: {error}") from error
+    return dataset[_only(dataset)] if split is None else dataset
+
+
+def _shards_by_split(folder, shards):
+    """Shards by the split that their folder or else their own name is called for; all are training's if none is."""
+    files: dict[str | None, list[str]] = {}
+    for shard in shards:
+        parts = (*shard.relative_to(folder).parts[:-1], shard.stem)
+        found = next((named[0] for part in parts if (named := split_name(part))), None)
+        files.setdefault(found, []).append(str(shard))
+    if None in files and len(files) > 1:
+        raise ValueError(f"{str(folder)!r} has splits, and shards whose names name none: {listed(files[None])}.")
+    return {split or "train": found for split, found in files.items()}
+
+
+def _only(splits):
+    """The name of the only split."""
     if len(splits) > 1:
-        other = next(path.name for path in classes if path.name not in SPLITS)
-        raise ValueError(
-            f"{str(folder)!r} has the splits {', '.join(splits)} and beside them {other!r}: move it away."
-        )
-    # Named one by one, or a class whose name sounds like a split's would be taken for one.
-    files = [f"{glob.escape(str(path))}/**" for path in classes]
-    return {"path": "imagefolder", "data_files": {"train": files}, "drop_labels": False}
+        raise ValueError(f"--holdout is for data with one split; there are {', '.join(splits)}. Omit --holdout.")
+    return next(iter(splits))
 
 
 def label_names(dataset, label_column: str = "label") -> list[str]:
@@ -84,36 +194,58 @@ def label_names(dataset, label_column: str = "label") -> list[str]:
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): The dataset.
         label_column (`str`, defaults to `"label"`):
-            Column with a `ClassLabel` feature, or with integers or strings, which are then read through once; integers
-            are ids named by themselves, strings get ids in sorted order.
+            Column with a `ClassLabel` feature, whose ids are kept, or with integers or strings, which are then read
+            once. The integers or strings that occur are the classes, in sorted order, and an integer is the name of
+            its class. Strings are stripped and normalised to Unicode's NFC.
 
     Returns:
         `list[str]`
 
     Raises:
-        ValueError: if the column is missing, holds something else, or there are not at least two classes.
+        ValueError: if the column is missing or holds something else, or there are not at least two classes.
     """
     feature = check_column(dataset, label_column, "--label_column")
     if hasattr(feature, "names"):
-        names = list(feature.names)
+        names = [normalize_name(name) for name in feature.names]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(
+                f"Column {label_column!r} has classes whose names differ only by space or Unicode form, such as "
+                f"{twice[0]!r}; rename one, or give both the same id."
+            )
     else:
-        found = set()
-        for row in dataset.select_columns(label_column):
-            label = row[label_column]
-            if not isinstance(label, str) and (not isinstance(label, int) or label < 0):
-                raise ValueError(
-                    f"Column {label_column!r} holds {label!r}; a label is a class's id, from 0, or its name."
-                )
-            found.add(label)
-        if len({type(label) for label in found}) > 1:
-            raise ValueError(f"Column {label_column!r} holds numbers and names; use one of them.")
-        are_ids = isinstance(next(iter(found), ""), int)
-        names = [str(label) for label in range(max(int(label) for label in found) + 1)] if are_ids else sorted(found)
+        names = _names_that_occur(dataset, label_column)
     if len(names) < 2:
         raise ValueError(
             f"Column {label_column!r} has one class, {names}; a class-conditional model needs at least two."
         )
     return names
+
+
+def _names_that_occur(dataset, column):
+    """Class names of a column of integers or strings."""
+    found = set()
+    for row in dataset.select_columns(column):
+        label = row[column]
+        if not isinstance(label, str) and (not isinstance(label, int) or label < 0):
+            raise ValueError(f"Column {column!r} holds {label!r}; a label is a class's id, from 0, or its name.")
+        found.add(label)
+    if len({type(label) for label in found}) > 1:
+        raise ValueError(f"Column {column!r} holds numbers and names; use one of them.")
+    if not isinstance(next(iter(found), ""), str):
+        ids = sorted(found)
+        if ids != list(range(len(ids))):
+            logger.warning(
+                f"Column {column!r} has the labels {listed(ids)}: they are the classes 0 to {len(ids) - 1} in this "
+                "order, each named by its label."
+            )
+        return [str(label) for label in ids]
+    forms: dict[str, list[str]] = {}
+    for label in sorted(found):
+        forms.setdefault(normalize_name(label), []).append(label)
+    for name, labels in forms.items():
+        if len(labels) > 1:
+            logger.warning(f"The labels {listed(map(repr, labels))} are one class, {name!r}.")
+    return sorted(forms)
 
 
 def check_column(dataset, column: str, flag: str):
@@ -133,92 +265,8 @@ def check_column(dataset, column: str, flag: str):
     """
     columns = dataset.column_names or list(next(iter(dataset)))
     if column not in columns:
-        raise ValueError(f"There is no column {column!r}; the dataset has {', '.join(columns)}. Pass {flag}.")
+        unlabelled = " Its images are not in class folders." if columns == ["image"] and column == "label" else ""
+        raise ValueError(
+            f"There is no column {column!r}; the dataset has {', '.join(columns)}.{unlabelled} Pass {flag}."
+        )
     return (dataset.features or {}).get(column)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """
-    Any image as one sees it.
-
-    Args:
-        image (`PIL.Image.Image`): Any mode; turned as its EXIF says; what is transparent becomes white.
-
-    Returns:
-        `PIL.Image.Image`: RGB.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """
-    The crop of ADM and DiT: halve with a box filter while possible, resize the short side, cut the middle.
-
-    Args:
-        image (`PIL.Image.Image`): Any size and mode; turned as its EXIF says; what is transparent becomes white.
-        size (`int`): Pixels a side of the result.
-
-    Returns:
-        `PIL.Image.Image`: RGB, `size` × `size`.
-    """
-    image = to_rgb(image)
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def stack_images(dataset, resolution: int, image_column: str = "image") -> torch.Tensor:
-    """
-    Decodes a dataset that fits in memory.
-
-    Args:
-        dataset (`datasets.Dataset`): The dataset.
-        resolution (`int`): Pixels a side.
-        image_column (`str`, defaults to `"image"`): Column with an `Image` feature.
-
-    Returns:
-        `torch.Tensor` of shape `(N, 3, S, S)`, uint8.
-
-    Raises:
-        ValueError: if there is no such column.
-    """
-    check_column(dataset, image_column, "--image_column")
-    images = torch.empty(len(dataset), 3, resolution, resolution, dtype=torch.uint8)
-    for index, image in enumerate(dataset[image_column]):
-        images[index] = to_tensor(center_crop(image, resolution))
-    return images
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """
-    Pixels as a tensor.
-
-    Args:
-        image (`PIL.Image.Image`): RGB, of height H and width W.
-
-    Returns:
-        `torch.Tensor` of shape `(3, H, W)`, uint8.
-    """
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
-
-
-def to_unit_range(images: torch.Tensor) -> torch.Tensor:
-    """
-    8-bit pixels to the VAE's range.
-
-    Args:
-        images (`torch.Tensor`): uint8, any shape.
-
-    Returns:
-        `torch.Tensor`: float32 in [-1, 1], same shape.
-    """
-    return images.float() / 127.5 - 1.0

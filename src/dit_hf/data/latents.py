@@ -1,9 +1,9 @@
-"""Latents of a dataset, encoded once: sharded safetensors with posteriors, their mirror images and statistics.
+"""Latents of a dataset, encoded once: sharded safetensors with posteriors, those of mirrored images, and statistics.
 
 Shapes: `N` images of a shard, `C` latent channels, `h w` latent size, `F` channels of an alignment's features.
 
-A shard holds the images of one stretch of the dataset, so that its content does not depend on the number of processes,
-and each is written by one process, to the side and then renamed. What is there already is kept.
+A shard holds consecutive images of the dataset, so its content does not depend on the number of processes. One process
+writes it under a temporary name and renames it. Finished shards are kept.
 """
 
 import hashlib
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import IterableDataset
 from diffusers.utils import logging
-from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .images import to_unit_range
-from .reader import ImageReader
+from .autoencoders import encode_posterior, vae_statistics
+from .library import datasets
+from .pixels import normalize_pixels
+from .reader import ImageReader, check_classes, check_skipped
 
 
 logger = logging.get_logger(__name__)
@@ -31,31 +31,27 @@ INDEX = "index.json"
 # One entry of metadata, as safetensors writes several in any order, and checksums are to be the same.
 FACTS = "dit_hf"
 SHARD_SIZE = 2048
-# Counted up when the same images would give other pixels than before.
-PREPROCESSING = 1
-# What of a VAE has no part in encoding.
+# Prefixes of a VAE's weights that have no part in encoding.
 DECODER = ("decoder.", "post_quant_conv.")
-# More unreadable images than this share are no accident.
-MAX_UNREADABLE = 0.1
 
 
 @torch.no_grad()
 def encode_images(vae, pixels: torch.Tensor, encoder=None) -> dict[str, torch.Tensor]:
     """
-    The VAE's posteriors of images, and what an alignment's encoder sees in them.
+    Posteriors of images under an autoencoder, and an alignment encoder's features of them.
 
     Args:
-        vae (`AutoencoderKL`): In eval mode.
+        vae (`diffusers.ModelMixin`): From [`~dit_hf.data.autoencoders.load_autoencoder`].
         pixels (`torch.Tensor` of shape `(N, 3, H, W)`): uint8.
         encoder (`nn.Module`, *optional*): From `dit_hf.training.alignment.load_encoder`, on the VAE's device.
 
     Returns:
-        `dict[str, torch.Tensor]`: `mean`, `std` of shape `(N, C, h, w)`, with an encoder also `features` of shape
-        `(N, F, h, w)` in half precision; on the CPU.
+        `dict[str, torch.Tensor]`: `mean`, `std` of shape `(N, C, h, w)`, std 0 where the autoencoder is deterministic;
+        with an encoder also `features` of shape `(N, F, h, w)` in half precision; on the CPU.
     """
-    pixels = to_unit_range(pixels).to(vae.device, vae.dtype)
-    posterior = vae.encode(pixels).latent_dist
-    tensors = {"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu()}
+    pixels = normalize_pixels(pixels).to(vae.device, vae.dtype)
+    mean, std = encode_posterior(vae, pixels)
+    tensors = {"mean": mean.float().cpu(), "std": std.float().cpu()}
     if encoder is not None:
         tensors["features"] = encoder(pixels.float()).half().cpu()
     return tensors
@@ -73,18 +69,19 @@ def cache_latents(
     shard_size: int = SHARD_SIZE,
 ) -> int:
     """
-    Encodes this process's shards, those that are not there yet; [`index_latents`] completes the cache when all are done.
+    Encodes this process's missing shards; [`index_latents`] completes the cache when all processes are done.
 
     Args:
-        vae (`AutoencoderKL`): In eval mode.
+        vae (`diffusers.ModelMixin`): The autoencoder, in eval mode.
         reader (`ImageReader`): The images.
         cache_dir (`str` or `Path`): The cache's folder.
-        fingerprint (`str`): From [`cache_fingerprint`]; shards with another one are written anew.
+        fingerprint (`str`): From [`~dit_hf.data.fingerprints.cache_fingerprint`]; shards with another one
+            are encoded again.
         process_index (`int`, defaults to 0): This process.
         num_processes (`int`, defaults to 1): Shard k is written by process k modulo this.
         encoder (`nn.Module`, *optional*): Of an alignment.
         batch_size (`int`, defaults to 64): Images encoded at once.
-        shard_size (`int`, defaults to 2048): Images a shard, but the last.
+        shard_size (`int`, defaults to 2048): Images per shard, except the last.
 
     Returns:
         `int`: the number of shards, of all processes.
@@ -104,25 +101,21 @@ def cache_latents(
             continue
         rows = list(rows)
         parts: list[dict[str, torch.Tensor]] = []
-        labels, unreadable = [], []
+        labels: list[int | None] = []
+        skipped: list[tuple[str, int | None]] = []
         for start in tqdm(range(0, len(rows), batch_size), desc=f"latents, shard {number}", mininterval=5):
-            images = []
-            for offset, row in enumerate(rows[start : start + batch_size], start=start):
-                try:
-                    image, label = reader.read(row, number * shard_size + offset)
-                except OSError as error:
-                    unreadable.append(str(error))
-                    continue
-                images.append(image)
-                labels.append(label)
-            if images:
-                pixels = torch.stack(images)
+            batch = rows[start : start + batch_size]
+            read = list(reader.readable(batch, skipped, number * shard_size + start))
+            labels += [label for _, label in read]
+            if read:
+                pixels = torch.stack([image for image, _ in read])
                 part = encode_images(vae, pixels, encoder)
                 mirrored = encode_images(vae, pixels.flip(-1), encoder)
                 parts.append(part | {f"{name}_flipped": tensor for name, tensor in mirrored.items()})
         tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
         tensors["label"] = torch.tensor(labels, dtype=torch.int64)
-        facts: dict[str, Any] = {"fingerprint": fingerprint, "unreadable": unreadable}
+        facts: dict[str, Any] = {"fingerprint": fingerprint, "unreadable": [message for message, _ in skipped]}
+        facts["unreadable_labels"] = [label for _, label in skipped]
         if parts:
             facts["moments"] = _moments(tensors["mean"], tensors["std"])
         partial = path.with_name(f"partial-{path.name}")
@@ -144,40 +137,34 @@ def index_latents(
     Args:
         cache_dir (`str` or `Path`): The cache's folder.
         fingerprint (`str`): The shards'.
-        names (`list[str]`): Class names, by id.
-        num_shards (`int`): How many there are; what is left of another cache is removed.
-        made_by (`dict[str, str | None]`): Checksums of `vae` and `encoder`, to hold a training against.
+        names (`list[str]`): Class names by id.
+        num_shards (`int`): How many there are; further shards, of another cache, are removed.
+        made_by (`dict[str, str | None]`): Checksums of `vae` and `encoder`, which training compares with its own.
 
     Returns:
         `dict`: the content of `index.json`.
 
     Raises:
-        ValueError: if a shard is missing, or more than a tenth of the images could not be read.
+        ValueError: if a shard is missing, or more than a tenth of all images or all images of a class can't be read.
     """
     cache_dir = Path(cache_dir)
-    shards, moments, unreadable = [], [], []
+    shards, moments, unreadable, unreadable_labels, labels = [], [], [], [], []
     for path in sorted(cache_dir.glob("shard-*.safetensors"))[num_shards:]:
         path.unlink()
     for number in range(num_shards):
         path = cache_dir / f"shard-{number:05d}.safetensors"
         facts = _facts(path)
         if facts.get("fingerprint") != fingerprint:
-            raise ValueError(f"{path} is missing or of another cache; run the same command again.")
+            raise ValueError(f"{path} is missing or of another cache; re-run the same command.")
         unreadable += facts["unreadable"]
+        unreadable_labels += facts.get("unreadable_labels", [])
+        labels += _labels(path).tolist()
         if "moments" in facts:
             moments.append(facts["moments"])
-        shards.append({"file": path.name, "count": _count(path), "sha256": _checksum(path)})
+        shards.append({"file": path.name, "count": len(_labels(path)), "sha256": _checksum(path)})
     count = sum(shard["count"] for shard in shards)
-    if unreadable:
-        logger.warning(f"{len(unreadable)} of {count + len(unreadable)} images can't be read and are left out:")
-        for line in unreadable[:20]:
-            logger.warning(line)
-    if len(unreadable) > MAX_UNREADABLE * (count + len(unreadable)):
-        raise ValueError(
-            f"{len(unreadable)} of {count + len(unreadable)} images can't be read, such as {unreadable[0]}"
-        )
-    if count == 0:
-        raise ValueError("The dataset has no images.")
+    check_skipped(unreadable, count)
+    check_classes(names, labels, zip(unreadable, unreadable_labels, strict=False))
     mean, std = _statistics(moments)
     index = {"fingerprint": fingerprint, "count": count, "unreadable": unreadable, "classes": names} | made_by
     index |= {"latents_mean": mean, "latents_std": std, "shards": shards}
@@ -189,7 +176,7 @@ def index_latents(
 
 def verify_latents(cache_dir: str | Path) -> dict:
     """
-    Holds a cache against its index.
+    Compares a cache with its index.
 
     Args:
         cache_dir (`str` or `Path`): The cache's folder.
@@ -203,8 +190,8 @@ def verify_latents(cache_dir: str | Path) -> dict:
     index = read_index(cache_dir)
     for shard in index["shards"]:
         path = Path(cache_dir) / shard["file"]
-        if not path.exists() or _checksum(path) != shard["sha256"] or _count(path) != shard["count"]:
-            raise ValueError(f"{path} is not what was written; delete it and run precompute_latents.py again.")
+        if not path.exists() or _checksum(path) != shard["sha256"] or len(_labels(path)) != shard["count"]:
+            raise ValueError(f"{path} is not what was written; delete it and encode the dataset again.")
     return index
 
 
@@ -223,9 +210,7 @@ def read_index(cache_dir: str | Path) -> dict:
     """
     file = Path(cache_dir) / INDEX
     if not file.exists():
-        raise ValueError(
-            f"{cache_dir} holds no cache of latents ({INDEX} is missing); precompute_latents.py makes one."
-        )
+        raise ValueError(f"{cache_dir} holds no cache of latents ({INDEX} is missing); `dit-hf latents` makes one.")
     return json.loads(file.read_text())
 
 
@@ -251,8 +236,8 @@ class CachedLatents:
         self._shards, self._starts, labels, start = [], [], [], 0
         for shard in self.index["shards"]:
             path = Path(cache_dir) / shard["file"]
-            if _facts(path).get("fingerprint") != self.index["fingerprint"] or _count(path) != shard["count"]:
-                raise ValueError(f"{path} is missing or of another cache; run precompute_latents.py again.")
+            if _facts(path).get("fingerprint") != self.index["fingerprint"] or len(_labels(path)) != shard["count"]:
+                raise ValueError(f"{path} is missing or of another cache; encode the dataset again.")
             file = safe_open(path, "pt")
             if shard["count"]:
                 names = file.keys()
@@ -290,7 +275,7 @@ class CachedLatents:
 
 class EncodedImages:
     """
-    Latents encoded as they are drawn, without a cache; the VAE's own scale or statistics normalise them.
+    Latents that are encoded when a batch needs them, without a cache; the autoencoder's config normalises them.
 
     Args:
         vae (`AutoencoderKL`): In eval mode.
@@ -298,22 +283,21 @@ class EncodedImages:
         encoder (`nn.Module`, *optional*): Of an alignment.
 
     Raises:
-        ValueError: if the dataset is streamed.
+        ValueError: if the dataset is streamed, or no image of a class can be read.
     """
 
     def __init__(self, vae, reader: ImageReader, encoder=None):
-        if isinstance(reader.dataset, IterableDataset):
-            raise ValueError("A streamed dataset has no order to draw from; leave out --no-cache_latents.")
+        if isinstance(reader.dataset, datasets.IterableDataset):
+            raise ValueError("A streamed dataset can't be read at random positions; omit --no-cache_latents.")
         self.vae, self.reader, self.encoder = vae, reader, encoder
-        self.labels = torch.tensor(
-            [reader.label_id(label, i) for i, label in enumerate(reader.dataset[reader.label_column])]
-        )
+        self.labels = torch.tensor(reader.label_ids())
+        self._check_classes()
         first = self.read(torch.tensor([0]), torch.tensor([False]))
         self.feature_dim = first["features"].shape[1] if encoder is not None else None
         self.statistics = vae_statistics(vae)
 
     def read(self, indices: torch.Tensor, flipped: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As [`CachedLatents.read`]; the next readable image takes the place of one that is not, and a line names it."""
+        """As [`CachedLatents.read`]; the next image replaces one that can't be read, and a warning names it."""
         found = [self._next_readable(index) for index in indices.tolist()]
         images = torch.stack([image for image, _ in found])
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
@@ -322,73 +306,23 @@ class EncodedImages:
             "label": torch.tensor([label for _, label in found])
         }
 
+    def _check_classes(self):
+        """Decodes images of each class until one can be read."""
+        found: set[int] = set()
+        skipped: list[tuple[str, int | None]] = []
+        for position, label in enumerate(self.labels.tolist()):
+            if label not in found and list(self.reader.readable([self.reader.dataset[position]], skipped, position)):
+                found.add(label)
+        check_classes(self.reader.names, found, skipped)
+
     def _next_readable(self, index):
         count = len(self.reader.dataset)
         for position in (*range(index, count), *range(index)):
             try:
                 return self.reader.read(self.reader.dataset[position], position)
             except OSError as error:
-                logger.warning(f"Left out: {error}")
+                logger.warning(f"Skipped: {error}")
         raise ValueError("None of the dataset's images can be read.")
-
-
-def checksum(module: torch.nn.Module, leave_out: tuple[str, ...] = ()) -> str:
-    """
-    A hash of a network's weights.
-
-    Args:
-        module (`torch.nn.Module`): The network.
-        leave_out (`tuple[str, ...]`): Beginnings of parameter names that do not count.
-
-    Returns:
-        `str`
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if not name.startswith(leave_out):
-            digest.update(
-                name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
-    return digest.hexdigest()
-
-
-def cache_fingerprint(dataset, source: str | Path, **settings: Any) -> str:
-    """
-    Changes when the data or what is done to them change.
-
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The data.
-        source (`str` or `Path`): Where they come from; a local folder's files count by size and date.
-        settings: Whatever else the latents depend on, as JSON: checksums of VAE and encoder among it.
-
-    Returns:
-        `str`
-    """
-    if Path(source).exists():
-        files = sorted(path for path in Path(source).rglob("*") if path.is_file())
-        data: Any = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    elif isinstance(dataset, IterableDataset):
-        data = HfApi().dataset_info(str(source)).sha
-    else:
-        data = dataset._fingerprint
-    settings |= {"preprocessing": PREPROCESSING, "source": str(source), "data": data}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def vae_statistics(vae) -> tuple[list[float], list[float]]:
-    """
-    What a VAE's config normalises latents by.
-
-    Args:
-        vae (`AutoencoderKL`): The VAE.
-
-    Returns:
-        `tuple[list[float], list[float]]`: mean and standard deviation, a value a channel or one for all.
-    """
-    config = vae.config
-    mean, std = ([0.0], [1.0]) if config.latents_mean is None else (config.latents_mean, config.latents_std)
-    shift, scale = config.shift_factor or 0.0, config.scaling_factor or 1.0
-    return [value + shift for value in mean], [value / scale for value in std]
 
 
 def normalise_latents(latents: torch.Tensor, latents_mean: list[float], latents_std: list[float]) -> torch.Tensor:
@@ -408,7 +342,7 @@ def normalise_latents(latents: torch.Tensor, latents_mean: list[float], latents_
 
 
 def _facts(path):
-    """What a shard says of itself; nothing if there is no such file, or a damaged one."""
+    """A shard's metadata; empty if there is no such file, or a damaged one."""
     try:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {}).get(FACTS, "{}"))
@@ -416,9 +350,9 @@ def _facts(path):
         return {}
 
 
-def _count(path):
+def _labels(path):
     with safe_open(path, "pt") as file:
-        return file.get_slice("label").get_shape()[0]
+        return file.get_tensor("label")
 
 
 def _checksum(path):

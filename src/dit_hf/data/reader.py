@@ -1,41 +1,41 @@
-"""A dataset's rows as tensors, one at a time; damaged images do not end a run.
+"""A dataset's rows as tensors, one at a time; images that can't be decoded are skipped and named.
 
-Shapes: `S` pixels a side.
+Shapes: `N` images, `S` pixels per side, `H W` pixels.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from itertools import islice
-from pathlib import Path
 
 import torch
-from datasets import Image as ImageFeature
-from datasets import IterableDataset
-from datasets.utils.file_utils import xopen
+from diffusers.utils import logging
 from PIL import Image
 
-from .images import center_crop, check_column, to_tensor
+from .encoded import image_bytes
+from .folders import listed, normalize_name
+from .images import check_column
+from .library import datasets
+from .pixels import center_crop, to_rgb, to_tensor
 
 
-def fetch(address: str, name: str) -> bytes:
-    """What a server or archive holds; `OSError` if there is no such file, `ValueError` if it was not to be had."""
-    try:
-        with xopen(address, "rb") as file:
-            return file.read()
-    except FileNotFoundError as error:
-        raise OSError(f"{name}: {error}") from error
-    except Exception as error:  # of whichever library fetches; it may come another time, and is not left out for good
-        raise ValueError(f"{name} was not to be had: {error}. Do the same again.") from error
+logger = logging.get_logger(__name__)
+
+# More undecodable images than this fraction are no accident.
+MAX_UNREADABLE = 0.1
+# Undecodable images that a warning names.
+MAX_NAMED = 20
 
 
 class ImageReader:
     """
-    Decodes and crops a dataset's rows, and counts and names those it can't use.
+    Decodes and crops a dataset's rows, and names those it can't decode.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): The dataset.
-        names (`list[str]`): Class names, by id.
-        resolution (`int`): Pixels a side.
+        names (`list[str]`, *optional*):
+            Class names by id, from [`~dit_hf.data.images.label_names`]. If not given, labels are not read.
+        resolution (`int`, *optional*): Pixels per side; images keep their size if not given.
         image_column (`str`, defaults to `"image"`): Column with images.
         label_column (`str`, defaults to `"label"`): Column with class ids or names.
 
@@ -43,60 +43,180 @@ class ImageReader:
         ValueError: if a column is missing.
     """
 
-    def __init__(self, dataset, names, resolution, image_column="image", label_column="label"):
-        for column, flag in ((image_column, "--image_column"), (label_column, "--label_column")):
-            check_column(dataset, column, flag)
+    def __init__(self, dataset, names=None, resolution=None, image_column="image", label_column="label"):
+        columns = [image_column]
+        check_column(dataset, image_column, "--image_column")
+        feature = None
+        if names is not None:
+            feature = check_column(dataset, label_column, "--label_column")
+            columns.append(label_column)
         # Undecoded, so that one damaged image does not end the run.
-        self.dataset = dataset.select_columns([image_column, label_column]).cast_column(
-            image_column, ImageFeature(decode=False)
-        )
+        self.dataset = dataset.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
         self.names, self.resolution = names, resolution
         self.image_column, self.label_column = image_column, label_column
-        self._ids = {name: key for key, name in enumerate(names)}
+        self._feature_names = getattr(feature, "names", None)
+        self._ids = {name: key for key, name in enumerate(names or ())}
 
-    def read(self, row: dict, position: int) -> tuple[torch.Tensor, int]:
+    def read(self, row: dict, position: int) -> tuple[torch.Tensor, int | None]:
         """
         One image and its class.
 
         Args:
             row (`dict`): Of `self.dataset`.
-            position (`int`): Its place in the dataset, for messages.
+            position (`int`): Its position in the dataset, for messages.
 
         Returns:
-            `tuple[torch.Tensor, int]`: `(3, S, S)`, uint8, and the class's id.
+            `tuple[torch.Tensor, int or None]`: `(3, S, S)` or `(3, H, W)`, uint8, and the class's id, None without
+            names.
 
         Raises:
-            OSError: if the image can't be read; the message names it.
-            ValueError: if the label is none of the classes, or a server does not give the image.
+            OSError: if the image can't be decoded; the message names it.
+            ValueError: if the label is none of the classes, or a server does not deliver the image.
         """
-        label = self.label_id(row[self.label_column], position)
-        stored = row[self.image_column] or {"path": None, "bytes": None}
-        path, content = stored["path"], stored["bytes"]
-        name = f"image {position} ({path or 'in the dataset'})"
-        if content is None and "://" in str(path):
-            content = fetch(path, name)
+        label = None if self.names is None else self.label_id(row[self.label_column], position)
+        stored = row[self.image_column]
+        name = f"image {position} ({(stored or {}).get('path') or 'in the dataset'})"
+        content = image_bytes(stored, name)
         try:
-            content = Path(path).read_bytes() if content is None else content
-            return to_tensor(center_crop(Image.open(BytesIO(content)), self.resolution)), label
+            stored_image = Image.open(BytesIO(content))
+            image = to_rgb(stored_image) if self.resolution is None else center_crop(stored_image, self.resolution)
         except Exception as error:  # decoders raise all kinds
             raise OSError(f"{name}: {error}") from error
+        return to_tensor(image), label
 
-    def label_id(self, label: int | str, position: int) -> int:
+    def readable(
+        self, rows: Iterable[dict], skipped: list[tuple[str, int | None]], start: int = 0
+    ) -> Iterator[tuple[torch.Tensor, int | None]]:
+        """
+        Images and classes of those rows whose image can be decoded.
+
+        Args:
+            rows (`Iterable[dict]`): Of `self.dataset`, or that itself.
+            skipped (`list[tuple[str, int or None]]`): The message and the class of each other row are added to it.
+            start (`int`, defaults to 0): Position of the first row in the dataset.
+
+        Returns:
+            `Iterator[tuple[torch.Tensor, int or None]]`: as [`read`] returns them.
+        """
+        for position, row in enumerate(rows, start=start):
+            try:
+                yield self.read(row, position)
+            except OSError as error:
+                label = None if self.names is None else self.label_id(row[self.label_column], position)
+                skipped.append((str(error), label))
+
+    def stack(self) -> tuple[torch.Tensor, list[int | None]]:
+        """
+        All images that can be decoded, of a dataset that fits in memory; a warning names the others.
+
+        Returns:
+            `tuple[torch.Tensor, list[int or None]]`: `(N, 3, S, S)`, uint8, and the N classes' ids.
+
+        Raises:
+            ValueError: if there are no images, or more than a tenth can't be decoded.
+        """
+        skipped: list[tuple[str, int | None]] = []
+        images = torch.empty(len(self.dataset), 3, self.resolution, self.resolution, dtype=torch.uint8)
+        labels: list[int | None] = []
+        for image, label in self.readable(self.dataset, skipped):
+            images[len(labels)] = image
+            labels.append(label)
+        check_skipped([message for message, _ in skipped], len(labels))
+        return images[: len(labels)], labels
+
+    def label_id(self, label: int | str | None, position: int) -> int:
         """The id of a class given by id or name; `ValueError` names the image whose label is neither."""
-        key = self._ids.get(label, label)
-        if not isinstance(key, int) or not 0 <= key < len(self.names):
+        known, name = self._feature_names, label
+        if known is not None and isinstance(
+            label, int
+        ):  # by name, as the splits of a dataset may number them differently
+            name = known[label] if 0 <= label < len(known) else None
+        key = None if name is None else self._ids.get(normalize_name(str(name)))
+        if key is None:
+            classes = listed(self.names) if known is None else f"0 to {len(self.names) - 1}"
             raise ValueError(
-                f"Image {position} has the label {label!r}; the classes are 0 to {len(self.names) - 1}. "
-                "Leave such images out, or name another --label_column."
+                f"Image {position} has the label {label!r}; the classes are {classes}. Remove such images, or pass "
+                "another --label_column."
             )
         return key
 
+    def label_ids(self) -> list[int]:
+        """The class of each row of a dataset that is not streamed."""
+        return [self.label_id(label, position) for position, label in enumerate(self.dataset[self.label_column])]
+
+    def describe(self) -> str:
+        """
+        What is read, to be printed before work starts.
+
+        Returns:
+            `str`: a few lines: the images per class, and of a folder its splits and its skipped files.
+        """
+        description = self.dataset.info.description
+        if isinstance(self.dataset, datasets.IterableDataset):
+            classes = "" if self.names is None else f" in {len(self.names)} classes: {listed(self.names)}"
+            lines = [f"a stream of images{classes}"]
+        elif self.names is None:
+            lines = [f"{len(self.dataset)} images"]
+        else:
+            counts = Counter(self.label_ids())
+            classes = listed(f"{name} {counts[key]}" for key, name in enumerate(self.names))
+            lines = [f"{len(self.dataset)} images in {len(self.names)} classes: {classes}"]
+            empty = [name for key, name in enumerate(self.names) if not counts[key]]
+            if empty:
+                lines.append(f"{len(empty)} of {len(self.names)} classes have no images: {listed(empty)}")
+        return "\n".join([*lines, *filter(None, [description])])
+
     def shards(self, size: int) -> Iterator[Iterable[dict]]:
-        """Stretches of rows, in the dataset's order; those of a stream are read, others when they are gone through."""
-        if isinstance(self.dataset, IterableDataset):
+        """Successive slices of the rows, in the dataset's order; those of a stream are read in advance."""
+        if isinstance(self.dataset, datasets.IterableDataset):
             rows = iter(self.dataset)
             while shard := list(islice(rows, size)):
                 yield shard
         else:
             for start in range(0, len(self.dataset), size):
                 yield self.dataset.select(range(start, min(start + size, len(self.dataset))))
+
+
+def check_skipped(messages: list[str], count: int) -> None:
+    """
+    Warns of images that can't be decoded.
+
+    Args:
+        messages (`list[str]`): What [`ImageReader.read`] said of each.
+        count (`int`): Number of images that can be decoded.
+
+    Raises:
+        ValueError: if they are more than a tenth of all images, or there are no images.
+    """
+    total = count + len(messages)
+    if messages:
+        logger.warning(f"{len(messages)} of {total} images can't be read and are skipped:")
+        for message in messages[:MAX_NAMED]:
+            logger.warning(message)
+    if len(messages) > MAX_UNREADABLE * total:
+        raise ValueError(f"{len(messages)} of {total} images can't be read, such as {messages[0]}")
+    if count == 0:
+        raise ValueError("The dataset has no images.")
+
+
+def check_classes(names: list[str], labels: Iterable[int], skipped: Iterable[tuple[str, int | None]]) -> None:
+    """
+    Warns of classes without images, as in a subset of a larger dataset.
+
+    Args:
+        names (`list[str]`): Class names by id.
+        labels (`Iterable[int]`): Classes of the images that can be read.
+        skipped (`Iterable[tuple[str, int or None]]`): Message and class of each other image.
+
+    Raises:
+        ValueError: if a class has images, but none that can be read.
+    """
+    missing = set(range(len(names))) - set(labels)
+    for message, label in skipped:
+        if label in missing:
+            raise ValueError(f"No image of the class {names[label]!r} can be read, such as {message}")
+    if missing:
+        logger.warning(
+            f"{len(missing)} of {len(names)} classes have no images and keep their ids: "
+            f"{listed(names[label] for label in sorted(missing))}"
+        )

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..data.images import to_unit_range
-from ..data.latents import checksum
+from ..data.fingerprints import checksum
+from ..data.pixels import normalize_pixels
 from .features import EfficientNetLite0
 
 
@@ -245,7 +245,7 @@ def extract(images: torch.Tensor, extractor: nn.Module, batch_size: int = 64) ->
         `Features`
     """
     device = next(extractor.parameters()).device
-    parts = [extractor(to_unit_range(batch).to(device)) for batch in images.split(batch_size)]
+    parts = [extractor(normalize_pixels(batch).to(device)) for batch in images.split(batch_size)]
     found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     if bad := [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"The extractor gives `{bad[0]}` that are not finite.")

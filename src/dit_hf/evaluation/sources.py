@@ -15,7 +15,8 @@ import torch
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from ..data.images import center_crop, check_column, load_image_dataset, to_rgb, to_tensor
+from ..data.images import check_column, load_image_dataset
+from ..data.pixels import center_crop, to_rgb, to_tensor
 from .extractors import Features
 from .metrics import gaussian
 from .statistics import GaussianStatistics

@@ -2,12 +2,11 @@
 
 from .connection import reachable, unreachable
 from .model_card import CardFacts, build_card, carry_over, join_cards, read_card, source_file, write_card
-from .publish import PUBLISHING_ARGUMENTS, BackgroundUploads, publish_folder, push
+from .publish import BackgroundUploads, publish_folder, push
 from .saved_weights import check_loads_again
 
 
 __all__ = [
-    "PUBLISHING_ARGUMENTS",
     "BackgroundUploads",
     "CardFacts",
     "build_card",

@@ -14,6 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from ..transformer_dit import MIN_DIFFUSERS
+
 
 # Between these lines the text is ours and is written anew; all else on a card is its owner's.
 START = "<!-- dit_hf: written by the package from here; write outside, edits inside are lost -->"
@@ -23,7 +25,7 @@ TAGS = ["diffusers", "dit_hf", "class-conditional-image-generation", "diffusion-
 PIPELINE_TAG = "unconditional-image-generation"
 # Pictures that lie in the folder under these names are shown.
 SAMPLES, LOSS = "samples.png", "loss.png"
-PICTURES = {SAMPLES: "Samples, one row a class", LOSS: "Training loss"}
+PICTURES = {SAMPLES: "Samples, one row per class", LOSS: "Training loss"}
 NAMES_SHOWN = 40
 HEADINGS = ("Use", "Classes", "Model", "Training", "Results", "Limits")
 
@@ -280,9 +282,12 @@ def _describe(model, title, facts, results, region, files):
         "## Use\n\n```python\n" + (_pipeline_code(model, title) if is_pipeline else _model_code(title)) + "\n```"
     )
     parts.append(
-        "`trust_remote_code=True` runs the code in this repository; where the `dit_hf` package is installed it is not needed: "
-        f"`dit_hf.{type(model).__name__}.from_pretrained` loads the same."
+        f"Needs diffusers {MIN_DIFFUSERS} or newer. `trust_remote_code=True` runs the code in this repository; where the "
+        f"`dit_hf` package is installed it is not needed: `dit_hf.{type(model).__name__}.from_pretrained` loads the same."
     )
+    if is_pipeline:
+        settings = ", ".join(f"`{name}={value!r}`" for name, value in model.resolve_call().items())
+        parts.append(f"Arguments of the call that are not given: {settings}.")
     if is_pipeline and model.id2label:
         names = [name for _, name in sorted(model.id2label.items())]
         more = f" … ({len(names)} in all; see `pipe.labels`)" if len(names) > NAMES_SHOWN else ""
@@ -307,7 +312,7 @@ def _describe(model, title, facts, results, region, files):
     limits = (
         facts.limits
         or _section(region, "Limits")
-        or ("Not stated. The model draws only its classes, and repeats the biases of its training data.")
+        or ("Not stated. The model knows only its classes, and repeats the biases of its training data.")
     )
     parts.append(f"## Limits\n\n{limits}")
     return "\n\n".join(parts)

@@ -18,8 +18,6 @@ from .model_card import CardFacts, build_card, join_cards, read_card, source_rep
 
 logger = logging.get_logger(__name__)
 
-# Arguments of a `save_pretrained` that are for `push_to_hub=True`.
-PUBLISHING_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr")
 # The Hub's errors, the network's, and a file that changed while it was sent.
 UPLOAD_ERRORS = (HTTPError, OSError, RuntimeError)
 

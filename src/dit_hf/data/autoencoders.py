@@ -1,0 +1,139 @@
+"""Any image autoencoder of diffusers: loading it, and what training must know of it.
+
+Shapes: `N` images, `C` latent channels, `H W` pixels, `h w` latent size.
+"""
+
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL
+
+
+def load_autoencoder(
+    pretrained_model_name_or_path: str | Path, subfolder: str | None = None, dtype: torch.dtype = torch.float32
+):
+    """
+    Loads an autoencoder of any class, as its config names it, frozen and in eval mode.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`): A folder or Hub id.
+        subfolder (`str`, *optional*): Where it lies in a pipeline, usually `"vae"`.
+        dtype (`torch.dtype`, defaults to `torch.float32`): Type of the weights.
+
+    Returns:
+        `diffusers.ModelMixin`: for example `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: if the model does not encode RGB images to a grid of latents.
+    """
+    source = str(pretrained_model_name_or_path)
+    config = AutoencoderKL.load_config(source, subfolder=subfolder)
+    name = config.get("_class_name", "a model without a class name")
+    model_class = getattr(diffusers, name, None)
+    if model_class is None or not hasattr(model_class, "encode"):
+        raise ValueError(f"{source} holds {name}; pass an autoencoder of diffusers, such as AutoencoderKL.")
+    vae = model_class.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+    try:
+        check_autoencoder(vae)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return vae.eval().requires_grad_(False)
+
+
+def check_autoencoder(vae) -> None:
+    """
+    Checks that a model encodes RGB images to a grid of latents.
+
+    Args:
+        vae (`diffusers.ModelMixin`): The autoencoder.
+
+    Raises:
+        ValueError: if it encodes something else.
+    """
+    channels = vae.config.get("in_channels", 3)
+    if channels != 3:
+        raise ValueError(
+            f"{type(vae).__name__} encodes images of {channels} channels; images are read as RGB, with 3."
+        )
+    if any(isinstance(module, torch.nn.Conv3d) for module in vae.modules()):
+        raise ValueError(f"{type(vae).__name__} encodes videos; pass an autoencoder of images.")
+    spatial_factor(vae)
+    latent_channels(vae)
+
+
+def spatial_factor(vae) -> int:
+    """
+    Pixels per latent position along one side.
+
+    Args:
+        vae (`diffusers.ModelMixin`): The autoencoder.
+
+    Returns:
+        `int`
+
+    Raises:
+        ValueError: if neither the model nor its config states it.
+    """
+    if isinstance(ratio := getattr(vae, "spatial_compression_ratio", None), int):
+        return ratio
+    if "block_out_channels" not in vae.config:
+        raise ValueError(f"{type(vae).__name__} does not state its spatial compression; it is not supported.")
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_channels(vae) -> int:
+    """
+    Number of channels of the latents.
+
+    Args:
+        vae (`diffusers.ModelMixin`): The autoencoder.
+
+    Returns:
+        `int`
+
+    Raises:
+        ValueError: if its config does not state it.
+    """
+    if not isinstance(channels := vae.config.get("latent_channels"), int):
+        raise ValueError(f"The config of {type(vae).__name__} has no latent_channels; it is not supported.")
+    return channels
+
+
+def vae_statistics(vae) -> tuple[list[float], list[float]]:
+    """
+    Mean and standard deviation that the config of an autoencoder normalises latents by.
+
+    Args:
+        vae (`diffusers.ModelMixin`): The autoencoder.
+
+    Returns:
+        `tuple[list[float], list[float]]`: one value per channel, or one for all.
+    """
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = [0.0], [1.0]
+    shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
+    return [value + shift for value in mean], [value / scale for value in std]
+
+
+@torch.no_grad()
+def encode_posterior(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Mean and standard deviation of the latents of images.
+
+    Args:
+        vae (`diffusers.ModelMixin`): In eval mode.
+        pixels (`torch.Tensor` of shape `(N, 3, H, W)`): In [-1, 1], on the model's device and of its type.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: both `(N, C, h, w)`. The standard deviation of a deterministic encoder
+        is 0.
+    """
+    output = vae.encode(pixels)
+    if "latent_dist" in output:
+        return output.latent_dist.mean, output.latent_dist.std
+    latents = output["latents" if "latents" in output else "latent"]
+    return latents, torch.zeros_like(latents)

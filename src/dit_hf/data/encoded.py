@@ -1,0 +1,44 @@
+"""Encoded images of a dataset's rows, as bytes: stored in the row, in a file, in an archive or on a server."""
+
+from pathlib import Path
+
+from .library import datasets
+
+
+def image_bytes(stored: dict | None, name: str) -> bytes:
+    """
+    The encoded image of a row whose column is read without decoding.
+
+    Args:
+        stored (`dict`, *optional*): With `bytes` and `path`, either of which may be None.
+        name (`str`): What messages call the image.
+
+    Returns:
+        `bytes`
+
+    Raises:
+        OSError: if there is no such image.
+        ValueError: if a server does not deliver it now.
+    """
+    path, content = (stored["path"], stored["bytes"]) if stored else (None, None)
+    if content is not None:
+        return content
+    if path is None:
+        raise OSError(f"{name}: the row holds no image")
+    if "://" in path:
+        return fetch(path, name)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise OSError(f"{name}: {error}") from error
+
+
+def fetch(address: str, name: str) -> bytes:
+    """What a server or archive holds; `OSError` if there is no such file, `ValueError` if it can't be read now."""
+    try:
+        with datasets.utils.file_utils.xopen(address, "rb") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise OSError(f"{name}: {error}") from error
+    except Exception as error:  # of whichever library fetches; it may succeed later, so the image is not skipped
+        raise ValueError(f"{name} can't be fetched: {error}. Re-run the same command.") from error

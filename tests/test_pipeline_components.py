@@ -1,0 +1,325 @@
+"""Components that don't fit together, are set later or were changed in place; names, adapters, images that overflow."""
+
+import json
+import logging
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_transformer, tiny_vae
+from diffusers import (
+    AutoencoderKL,
+    ConsistencyDecoderVAE,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from peft import LoraConfig, get_peft_model
+
+from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf.training.lora import add_lora, save_lora
+
+
+def tiny_pipeline(scheduler="ddim", vae=None, id2label=None, recommended_call=None, **config):
+    scheduler = make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
+    pipe = DiTClassCondPipeline(tiny_transformer(**config), scheduler, vae, id2label, recommended_call)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, labels=1, **options):
+    options = {"num_inference_steps": 2, "output_type": "latent"} | options
+    return pipe(labels, generator=torch.Generator().manual_seed(0), **options).images
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+# The scheduler a pipeline is built with, the one it is given later, and what the message says.
+OTHER_SCHEDULERS = {
+    "flow sigmas alone": ("flow_euler", lambda: UniPCMultistepScheduler(use_flow_sigmas=True), "flow_prediction"),
+    "flow prediction alone": (
+        "flow_euler",
+        lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+        "use_flow_sigmas=True",
+    ),
+    "diffusion for flow": ("flow_euler", UniPCMultistepScheduler, "'epsilon', and this pipeline was built for 'vel"),
+    "flow for diffusion": ("ddim", lambda: UniPCMultistepScheduler(**FLOW), "'velocity', and this pipeline was"),
+    "other prediction": ("ddim", lambda: make_scheduler("ddim", prediction_type="v_prediction"), "'v_prediction'"),
+    "other betas": ("ddim", lambda: make_scheduler("ddim", beta_schedule="scaled_linear"), "other betas"),
+    "other length": ("ddim", lambda: make_scheduler("ddim", num_train_timesteps=500), "other betas"),
+    "clipped": ("ddim", lambda: DDIMScheduler(), "clip_sample=False"),
+    "clipped DDPM": ("ddim", lambda: DDPMScheduler(), "clip_sample=False"),
+    "thresholding": ("dpm++", lambda: make_scheduler("dpm++", thresholding=True), "thresholding=False"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SCHEDULERS)
+def test_a_scheduler_that_samples_something_else_is_refused(case):
+    built_with, other, message = OTHER_SCHEDULERS[case]
+    pipe = tiny_pipeline(built_with)
+    pipe.scheduler = other()
+    with pytest.raises(ValueError, match=message):
+        sample(pipe)
+
+
+def test_schedulers_of_the_same_kind_are_taken():
+    pipe = tiny_pipeline("ddpm")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    sample(pipe)
+    pipe.scheduler = make_scheduler("dpm++", algorithm_type="dpmsolver++")
+    sample(pipe)
+    pipe = tiny_pipeline("flow_euler")
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, **FLOW)
+    sample(pipe)
+    pixels = tiny_pipeline(DDIMScheduler(), in_channels=3)  # in [-1, 1], where clipping is right
+    sample(pixels, output_type="np")
+
+
+def test_a_half_flow_scheduler_is_refused_at_construction():
+    with pytest.raises(ValueError, match="use_flow_sigmas=True and prediction_type='epsilon'"):
+        tiny_pipeline(UniPCMultistepScheduler(use_flow_sigmas=True))
+
+
+def test_heun_keeps_its_sigmas_when_a_call_fails(monkeypatch):
+    pipe = tiny_pipeline(FlowMatchHeunDiscreteScheduler())
+    before = pipe.scheduler.sigma_min
+    with pytest.raises(TypeError):
+        pipe._set_timesteps(4, None, None, device=object())
+    assert pipe.scheduler.sigma_min == before
+
+
+def test_the_vae_may_be_set_later():
+    pipe = tiny_pipeline()
+    with pytest.raises(ValueError, match="no VAE"):
+        pipe(1)
+    pipe.vae = tiny_vae()
+    assert pipe.vae_scale_factor == 4
+    assert pipe(1, height=64, width=32, num_inference_steps=1).images[0].size == (32, 64)
+
+
+def test_a_vae_of_other_channels_is_refused():
+    vae = AutoencoderKL(latent_channels=16, block_out_channels=(32,))
+    with pytest.raises(ValueError, match="16 latent channels and the transformer 4"):
+        tiny_pipeline(vae=vae)
+    pipe = tiny_pipeline()
+    pipe.vae = vae
+    pipe.transformer.register_forward_pre_hook(lambda *args: pytest.fail("the transformer was called"))
+    with pytest.raises(ValueError, match="16 latent channels and the transformer 4"):
+        pipe(1)
+
+
+def test_a_vae_that_overflows_is_decoded_in_float32(caplog):
+    pipe = tiny_pipeline(vae=tiny_vae())
+    with torch.no_grad():
+        for name, layer in pipe.vae.decoder.named_modules():  # the same function with large values inside
+            if name == "conv_in" or name.endswith("conv2"):
+                layer.weight.mul_(4e4)
+                layer.bias.mul_(4e4)
+    expected = sample(pipe, output_type="np")
+    pipe.vae.half()
+    with caplog.at_level(logging.WARNING):
+        images = sample(pipe, output_type="np")
+    assert "overflows in torch.float16" in caplog.text and pipe.vae.dtype == torch.float16
+    np.testing.assert_allclose(images, expected, atol=0.01)
+
+
+def test_what_is_not_finite_is_not_returned():
+    pipe = tiny_pipeline(vae=tiny_vae())
+    with pytest.raises(ValueError, match=r"latents \[1\] are not finite"):
+        sample(pipe, [1, 2], latents=torch.stack([torch.zeros(4, 8, 8), torch.full((4, 8, 8), float("nan"))]))
+    torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, float("inf"))
+    with pytest.raises(ValueError, match=r"decoded images \[0\] are not finite"):
+        sample(pipe, output_type="np")
+
+
+def test_latents_are_decoded_as_the_call_decodes_them():
+    vae = tiny_vae()
+    vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0], shift_factor=0.5)
+    pipe = tiny_pipeline(vae=vae)
+    latents, images = sample(pipe, [1, 2]), sample(pipe, [1, 2], output_type="np")
+    assert np.array_equal(pipe.decode_latents(latents, "np"), images)
+    assert [image.size for image in pipe.decode_latents(latents)] == [(32, 32)] * 2
+    with pytest.raises(ValueError, match="'latent'"):
+        pipe.decode_latents(latents, "latent")
+
+
+def test_a_decoder_that_samples_gets_the_generator():
+    blocks = ("DownEncoderBlock2D",) * 2
+    vae = ConsistencyDecoderVAE(
+        encoder_block_out_channels=(8, 8),
+        encoder_down_block_types=blocks,
+        encoder_layers_per_block=1,
+        encoder_norm_num_groups=4,
+        decoder_block_out_channels=(32, 64),
+        decoder_down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        decoder_up_block_types=("ResnetUpsampleBlock2D",) * 2,
+        decoder_layers_per_block=1,
+    )
+    pipe = tiny_pipeline("flow_euler", vae.eval(), learn_sigma=False)
+    first, again = (sample(pipe, num_inference_steps=1, output_type="np") for _ in range(2))
+    assert np.array_equal(first, again)
+
+
+def test_from_pipe_shares_components():
+    pipe = tiny_pipeline(vae=tiny_vae(), id2label={0: "cat"}, recommended_call={"guidance_scale": 2.0})
+    again = DiTClassCondPipeline.from_pipe(pipe)
+    assert again.transformer is pipe.transformer and again.vae is pipe.vae and again.id2label == {0: "cat"}
+    assert again.resolve_call()["guidance_scale"] == 2.0
+    assert torch.equal(sample(again), sample(pipe))
+    assert DiTClassCondPipeline.from_pipe(pipe, vae=None).vae is None
+
+
+def test_a_pipeline_carries_its_recommended_call(tmp_path):
+    recommended = {"num_inference_steps": 3, "guidance_scale": 2.5, "guidance_interval": (0.0, 0.5)}
+    pipe = tiny_pipeline(recommended_call=recommended)
+    pipe.save_pretrained(tmp_path)
+    again = DiTClassCondPipeline.from_pretrained(tmp_path)
+    assert again.resolve_call() == recommended | {"guidance_channels": None}
+    assert again.resolve_call(guidance_scale=1, num_inference_steps=None) == again.resolve_call() | {
+        "guidance_scale": 1
+    }
+    again(1, output_type="latent")
+    assert (again.num_timesteps, again.guidance_scale) == (3, 2.5)
+    assert "`num_inference_steps=3`" in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="`recommended_call` has 'steps'"):
+        tiny_pipeline(recommended_call={"steps": 4})
+
+
+# ImageNet has the first four at 134, 638, 639 and 517.
+NAMES = ["crane", "maillot", "maillot, tank suit", "crane", "flag, Japan", "Café"]
+
+
+def test_labels_agree_with_what_the_call_finds():
+    pipe = tiny_pipeline(id2label=dict(enumerate(NAMES)))
+    assert pipe.labels == {"Café": 5, "Japan": 4, "flag": 4, "flag, Japan": 4, "maillot": 1} | {
+        "maillot, tank suit": 2,
+        "tank suit": 2,
+    }
+    assert all(pipe.get_label_ids(name) == [label] for name, label in pipe.labels.items())
+    with pytest.raises(ValueError, match="'crane' is the name of classes 0, 3; pass the id"):
+        pipe("crane")
+
+
+def test_names_of_many_classes_are_found_quickly():
+    pipe = tiny_pipeline(id2label={key: f"class {key}, synonym {key}" for key in range(21_841)}, num_classes=21_841)
+    started = time.perf_counter()
+    assert pipe.get_label_ids(["class 21840", "SYNONYM 7"] * 50) == [21840, 7] * 50
+    assert len(pipe.labels) == 3 * 21_841
+    assert time.perf_counter() - started < 2
+
+
+def test_names_must_be_strings():
+    with pytest.raises(ValueError, match="`id2label` has 7 for class 1; names must be strings"):
+        tiny_pipeline(id2label={0: "a", 1: 7})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"height": np.int64(8)},
+        {"num_inference_steps": np.arange(4, 9)[0]},
+        {"guidance_scale": np.float32(3)},
+        {"num_images_per_label": np.int32(2)},
+        {"guidance_channels": np.int64(3)},
+    ],
+)
+def test_numbers_of_numpy_are_numbers(options):
+    assert sample(tiny_pipeline(), np.int64(3), **options).isfinite().all()
+
+
+def adapted_pipeline(tmp_path):
+    source = tiny_pipeline("flow_euler")
+    add_lora(source.transformer, rank=2, alpha=2)
+    for name, parameter in source.transformer.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_lora(source.transformer, tmp_path / "lora")
+    pipe = tiny_pipeline("flow_euler")
+    pipe.load_lora_weights(tmp_path / "lora", adapter_name="style")
+    return pipe
+
+
+def test_adapters_are_never_saved_with_the_weights(tmp_path):
+    pipe = adapted_pipeline(tmp_path)
+    adapted = sample(pipe)
+    for change in (lambda: None, pipe.disable_lora, pipe.enable_lora, pipe.fuse_lora):
+        change()
+        for save in (pipe.save_pretrained, pipe.transformer.save_pretrained):
+            with pytest.raises(ValueError, match="LoRA adapters: call `pipe.unload_lora_weights"):
+                save(tmp_path / "saved")
+            assert not (tmp_path / "saved").exists()
+    pipe.unload_lora_weights()  # the fused weights stay
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiTClassCondPipeline.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(sample(again), adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_parts_changed_in_place_are_not_saved(tmp_path):
+    pipe = tiny_pipeline(vae=tiny_vae())
+    decoder = pipe.vae.decoder
+    pipe.vae.decoder = torch.compile(decoder, backend="eager")
+    with pytest.raises(ValueError, match="The vae was changed in place.*torch.compile"):
+        pipe.save_pretrained(tmp_path / "saved")
+    pipe.vae.decoder = decoder
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="The transformer was changed in place.*unfuse_qkv_projections"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    pipe.transformer.unfuse_qkv_projections()
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(sample(DiTClassCondPipeline.from_pretrained(tmp_path / "saved")), sample(pipe))
+
+
+def test_adapters_that_fit_no_layer_are_refused(tmp_path):
+    weights = {f"transformer_blocks.0.attn.to_q.lora_{part}.weight": torch.randn(4, 48) for part in "AB"}
+    get_peft_model(tiny_transformer(), LoraConfig(r=4, target_modules=["to_q"])).save_pretrained(tmp_path)
+    right = {f"transformer.{key}": value for key, value in weights.items()}
+    sources = {
+        "0 of the adapters' 4 keys.*'base_model.model": tmp_path,
+        "0 of the adapters' 2 keys.*'transformer_blocks.0": weights,
+        "0 of the adapters' 1 keys.*'lora_transformer_": {
+            "lora_transformer_blocks_0.lora_down.weight": torch.zeros(1)
+        },
+        "2 of the adapters' 3 keys.*blocks.7": right | {"transformer.blocks.7.to_q.lora_A.weight": torch.zeros(4, 48)},
+        "0 of the adapters' 0 keys": {},
+    }
+    for message, source in sources.items():
+        pipe = tiny_pipeline()
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(source)
+        assert not getattr(pipe.transformer, "peft_config", None)
+
+
+def test_types_by_name_and_arguments_that_are_not_possible(tmp_path):
+    tiny_pipeline(vae=tiny_vae()).save_pretrained(tmp_path)
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path, dtype="bfloat16")
+    assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
+    model = DiTTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer", torch_dtype="float16")
+    assert model.proj_out.weight.dtype == torch.float16
+    with pytest.raises(ValueError, match="`dtype` is 'half4'"):
+        DiTClassCondPipeline.from_pretrained(tmp_path, dtype="half4")
+    for call in (
+        DiTClassCondPipeline.from_bundled,
+        lambda **options: DiTTransformer2DModel.from_pretrained(tmp_path / "transformer", **options),
+    ):
+        with pytest.raises(ValueError, match="`low_cpu_mem_usage=False` is not possible"):
+            call(low_cpu_mem_usage=False)
+
+
+def test_the_bundled_name_is_a_pipeline_name(tmp_path, monkeypatch):
+    assert DiTClassCondPipeline.from_pretrained("emoji64").transformer.dtype == torch.float32
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save_pretrained("emoji64")  # a folder of that name goes before
+    assert DiTClassCondPipeline.from_pretrained("emoji64").transformer.config.num_layers == 2
+    assert DiTClassCondPipeline.from_bundled("emoji64").transformer.config.num_layers > 2
+
+
+def test_the_index_names_the_code_and_no_place(tmp_path):
+    pipe = DiTClassCondPipeline.from_bundled()
+    pipe.save_pretrained(tmp_path)
+    files = [path for path in tmp_path.rglob("*.json") if "_name_or_path" in path.read_text()]
+    assert files == []
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["transformer_dit", "DiTTransformer2DModel"]
