@@ -9,6 +9,7 @@ figure is the peak of `RssAnon`, sampled every 5 ms.
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -33,9 +34,9 @@ def measure(preset, folder):
     model = DiTTransformer2DModel.from_preset(preset)
     torch.nn.init.normal_(model.proj_out.weight)  # a fresh head is zero, and so are all outputs
     torch.save(original_state_dict(model, DIT), file)
-    imports = f"import runpy, time; runpy.run_path({str(CONVERT)!r}); time.sleep(0.5)"
-    path = f"import sys; sys.path.insert(0, {str(CONVERT.parent)!r}); "
-    baseline = peak_memory([sys.executable, "-c", path + imports])
+    # Otherwise glibc keeps freed tensors for itself, as many as chance has it: the figure varied by 34 MB.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
+    baseline = peak_memory([sys.executable, "-c", "import dit_hf.commands.convert, time; time.sleep(0.5)"])
     started = time.time()
     command = [sys.executable, CONVERT, "--checkpoint_path", file, "--output_dir", folder / "out", "--family", "dit"]
     peak = peak_memory(command)

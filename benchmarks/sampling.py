@@ -16,7 +16,7 @@ from diffusers import DiTTransformer2DModel as StockDiT
 from timing import compare
 
 from dit_hf import DiTClassCondPipeline, make_scheduler, optimize
-from dit_hf.checkpoints.diffusers_dit import DIFFUSERS, give_embedders, stock_config
+from dit_hf.checkpoints.diffusers_dit import DIFFUSERS, stock_config
 from dit_hf.data.fingerprints import checksum
 from dit_hf.evaluation.extractors import Features, extract, load_extractor
 from dit_hf.evaluation.metrics import compute_metrics
@@ -130,13 +130,9 @@ def stock_pipeline(device: torch.device) -> DiTPipeline:
     table[: ours.config.num_classes], table[1000] = weights["class_embed.weight"].split([ours.config.num_classes, 1])
     weights["class_embed.weight"] = table
     layers = ours.config.num_layers
-    embedders = give_embedders(weights, layers)
-    for name in list(weights):
-        if name.startswith(("class_embed", "time_embed")):
-            del weights[name]
     config = stock_config(dict(ours.config)) | {"num_embeds_ada_norm": 1000, "norm_type": "ada_norm_zero"}
     stock = StockDiT(**config, activation_fn="gelu-approximate").eval()
-    stock.load_state_dict(DIFFUSERS.to_original(weights, layers) | embedders, strict=False)
+    stock.load_state_dict(DIFFUSERS.to_original(weights, layers), strict=False)
     for block in stock.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     vae = copy.deepcopy(pipe.vae)

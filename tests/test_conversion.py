@@ -1,16 +1,22 @@
 """Original checkpoints in: every dimension is read off the weights, and what does not fit is named."""
 
 import argparse
+import functools
+import http.server
 import json
+import os
 import pickle
 import re
+import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, load_golden, tiny_inputs
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
+from testing_utils.hub_server import HubServer, Repo
 from testing_utils.scripts import run_forked
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel
@@ -26,9 +32,10 @@ EXPECTED = {
 COMMON = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 12, "num_classes": 10, "mlp_ratio": 4.0}
 
 
-def tiny_vae():
+def tiny_vae(**options):
     torch.manual_seed(0)
     return AutoencoderKL(
+        **options,
         block_out_channels=(8, 8),
         norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -219,10 +226,137 @@ def test_other_mistakes_are_named(tmp_path):
         DiTTransformer2DModel.from_single_file(file, num_attention_heads=4, weights="average")
     with pytest.raises(ValueError, match="'unet'"):
         DiTTransformer2DModel.from_single_file(file, num_attention_heads=4, family="unet")
-    (tmp_path / "names.json").write_text("[1, 2]")
+    (tmp_path / "names.json").write_text('["one", "two"]')
     result = convert(
         *("--checkpoint_path", file, "--output_dir", tmp_path / "out", "--num_attention_heads", 4),
         *("--id2label", tmp_path / "names.json"),
     )
     assert result.returncode == 2
     assert "names 2 classes" in result.stderr
+
+
+# Links
+
+
+LOAD = """
+import sys, time
+from dit_hf import DiTTransformer2DModel
+started = time.monotonic()
+for link in sys.argv[1:]:
+    try:
+        model = DiTTransformer2DModel.from_single_file(link, num_attention_heads=4, family="dit", dtype="bfloat16")
+        print(model.dtype, model.config.num_classes)
+    except (OSError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}")
+print(time.monotonic() - started)
+"""
+
+
+def load_links(links, environment):
+    """What each link gives in a fresh process, and the seconds that loading took."""
+    command = [sys.executable, "-c", LOAD, *links]
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | environment
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    *lines, seconds = result.stdout.splitlines()
+    return lines, float(seconds)
+
+
+@pytest.fixture
+def file_server():
+    """Any server: the fixtures' folder on loopback, with the paths that were asked for."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            asked.append((self.command, self.path))
+
+    asked = []
+    handler = functools.partial(Handler, directory=FIXTURES)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_links_are_downloaded_once(tmp_path, file_server):
+    address, asked = file_server
+    with HubServer() as hub:
+        repo = hub.repos["models", "user/dit"] = Repo()
+        repo.commit("main", {"weights/dit.pt": (FIXTURES / "dit_p2.pt").read_bytes()})
+        links = [f"{hub.endpoint}/user/dit/{kind}/main/weights/dit.pt" for kind in ("blob", "resolve")]
+        links += [f"{address}/dit_p2.pt", f"{address}/absent.pt", f"{hub.endpoint}/user/dit/blob/main/absent.pt"]
+        links += [f"{hub.endpoint}/user/dit", f"{hub.endpoint}/user/absent/blob/main/dit.pt"]
+        lines, _ = load_links(links, hub.environment(tmp_path))
+        assert lines[:3] == ["torch.bfloat16 10"] * 3
+        assert lines[3].startswith(f"OSError: Can't download {address}/absent.pt: ") and "404" in lines[3]
+        assert lines[4].startswith("OSError: Can't download absent.pt of user/dit: ")
+        assert lines[5].startswith("ValueError: ") and "is no link to a model's file" in lines[5]
+        assert lines[6].startswith("OSError: Can't download dit.pt of user/absent: ")
+        assert len(lines) == 7  # one line each
+        assert asked.count(("GET", "/dit_p2.pt")) == 1
+        offline, _ = load_links(links[:3], hub.environment(tmp_path) | {"HF_HUB_OFFLINE": "1"})
+        assert offline == lines[:3]
+        assert asked.count(("GET", "/dit_p2.pt")) == 1
+
+
+def test_no_network_is_reported_at_once(tmp_path):
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    links = ["http://127.0.0.1:9/user/dit/blob/main/dit.pt", "http://127.0.0.1:10/dit.pt"]
+    lines, seconds = load_links(links, environment)
+    assert seconds < 10  # huggingface_hub alone would try for half a minute
+    assert "no connection to http://127.0.0.1:9" in lines[0] and "not in the cache" in lines[0]
+    assert "Check the address and the network" in lines[1]
+
+
+# `dit-hf convert`
+
+
+def test_a_vae_of_other_channels_is_refused_before_anything_is_read(tmp_path):
+    tiny_vae(latent_channels=16).save_pretrained(tmp_path / "vae")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_text("not read")
+    flags = ["--checkpoint_path", FIXTURES / "dit_p2.pt", "--output_dir", tmp_path / "out"]
+    flags += ["--num_attention_heads", 4]
+    for more, message in (
+        (["--vae", tmp_path / "vae"], "has latents of 16 channels, and the checkpoint's model takes 4"),
+        (["--vae", tmp_path / "vae", "--dry_run"], "has latents of 16 channels"),
+        (["--vae", tmp_path], "has no config.json"),
+        (["--vae", tmp_path / "nowhere"], "must be the folder or the Hub id of an autoencoder"),
+        (["--vae", "user/vae"], "Can't download config.json of user/vae: HF_HUB_OFFLINE keeps it"),
+    ):
+        result = convert(*flags, *more)
+        assert result.returncode == 2
+        assert message in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_publishes_what_the_first_could_not(tmp_path):
+    """The folder is converted again to the side and compared; one that differs is not published."""
+    names = [f"Klasse {index} ü" for index in range(10)]
+    (tmp_path / "names.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    command = [sys.executable, SCRIPT, "--checkpoint_path", FIXTURES / "dit_p2.pt", "--output_dir", tmp_path / "out"]
+    command += ["--num_attention_heads", "4", "--family", "dit", "--vae", tmp_path / "vae"]
+    command += ["--id2label", tmp_path / "names.json", "--push_to_hub", "--hub_model_id", "user/tiny"]
+
+    with HubServer() as hub:
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= hub.environment(tmp_path / "home")
+
+        def run():
+            return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+        hub.fail("POST", "/commit/", 400)
+        failed = run()
+        assert failed.returncode == 2
+        assert "Publishing to user/tiny failed" in failed.stderr
+        with (tmp_path / "out" / "README.md").open("a", encoding="utf-8") as card:
+            card.write("\nMy words.\n")
+        again = run()
+        assert again.returncode == 0, again.stderr
+        assert "Published:" in again.stdout
+        assert "pipeline_dit_class_cond.py" in hub.files("user/tiny")
+        assert "My words." in hub.files("user/tiny")["README.md"].decode()
+    other = run_forked([*command, "--dtype", "bfloat16"])  # refused before it asks the Hub
+    assert other.returncode == 2
+    assert "is not empty, and its transformer/" in other.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "names.json", "out", "vae"]

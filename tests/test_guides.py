@@ -18,7 +18,9 @@ SNIPPETS = [
     for snippet in re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
 ]
 FLAG = r'"(--\w+)"'
-SCRIPTS = [script for folder in ("examples", "conversion", "benchmarks") for script in (ROOT / folder).rglob("*.py")]
+COMMAND_FOLDER = ROOT / "src" / "dit_hf" / "commands"
+FOLDERS = (ROOT / "examples", ROOT / "conversion", ROOT / "benchmarks", COMMAND_FOLDER)
+SCRIPTS = [script for folder in FOLDERS for script in folder.rglob("*.py")]
 FLAGS = {"--help", *(flag for script in SCRIPTS for flag in re.findall(FLAG, script.read_text()))}
 COMMANDS = [
     (guide.name, line)
@@ -91,12 +93,19 @@ def test_commands_run_one_after_the_other(tmp_path):
     assert {"tiny-dit", "back.pt", "mine", "watched", "metrics.json", "reference.npz", "tuned", "lora"} <= written
 
 
+def sources(script):
+    """A script, the modules beside it, the command it runs, and the commands that this one takes flags from."""
+    commands = re.findall(r"dit_hf\.commands\.(\w+)", script.read_text())
+    for command in commands:
+        commands += re.findall(r"^from \.(\w+) import", (COMMAND_FOLDER / f"{command}.py").read_text(), re.MULTILINE)
+    return [*script.parent.glob("*.py"), *(COMMAND_FOLDER / f"{command}.py" for command in commands)]
+
+
 def test_commands_name_scripts_and_flags_that_exist():
-    """Flags are those of the script or of a module beside it, which it takes them from."""
+    """Flags are those of the script, or of the modules that it takes them from."""
     assert len(COMMANDS) >= 10
     for guide, line in COMMANDS:
         name, arguments = re.search(r"((?:examples|conversion)/\S+\.py)(.*)", line).groups()
         assert (ROOT / name).exists(), (guide, name)
-        texts = [path.read_text() for path in (ROOT / name).parent.glob("*.py")]
-        known = {flag for text in texts for flag in re.findall(FLAG, text)} | {"--help"}
+        known = {flag for path in sources(ROOT / name) for flag in re.findall(FLAG, path.read_text())} | {"--help"}
         assert set(re.findall(r"--\w+", arguments)) <= known, (guide, line)

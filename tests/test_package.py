@@ -16,7 +16,7 @@ LAYERS = (
     ("_version", "command_line", "seeds", "bundled", "transformer_dit", "presets", "complexity"),
     ("pipeline_dit_class_cond", "schedulers", "mixing", "modulation_table"),
     ("hub", "data", "checkpoints"),
-    ("models", "pipeline", "optimization"),
+    ("models", "pipeline", "optimization", "conversion"),
     ("evaluation",),
     ("training",),
     ("space",),
@@ -43,10 +43,11 @@ NEEDS = {
     "dit_hf.data.images": ("datasets", "train"),
     "dit_hf.training.lora": ("peft", "train"),
     "dit_hf.evaluation.extractors": ("datasets", "evaluate"),
+    "dit_hf.space.page": ("gradio", "demo"),
 }
 WITHOUT = """
 import importlib, sys
-sys.modules |= dict.fromkeys(("datasets", "peft"))
+sys.modules |= dict.fromkeys(("datasets", "gradio", "peft"))
 for module in sys.argv[1:]:
     try:
         importlib.import_module(module)

@@ -24,6 +24,8 @@ from testing_utils.space_server import APP, serve
 
 from dit_hf import DiTClassCondPipeline, __version__, make_scheduler, mix_classes
 from dit_hf.seeds import seeded_generator
+from dit_hf.space.generation import ImageGenerator
+from dit_hf.space.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("temporary")
-    with serve(model, folder) as address:
+    with serve(model, folder, app=None) as address:
         yield address
     assert list(folder.iterdir()) == []  # all that the server wrote is gone
 
@@ -53,8 +55,8 @@ def small(model, tmp_path):
         (folder / name).mkdir()
     copy = shutil.copytree(APP.parent, folder / "space", ignore=shutil.ignore_patterns("__pycache__"))
     before = sorted(folder.rglob("*"))
-    home = {"HOME": str(folder / "home")}
-    with serve(model, folder / "temporary", "--queue_size", "1", app=copy / APP.name, **home) as address:
+    variables = {"HOME": str(folder / "home"), "DIT_HF_MODEL": str(model), "GRADIO_SERVER_NAME": "127.0.0.1"}
+    with serve(None, folder / "temporary", "--queue_size", "1", app=copy / APP.name, **variables) as address:
         yield address
     assert sorted(folder.rglob("*")) == before
 
@@ -79,7 +81,7 @@ def test_the_same_settings_give_the_same_pictures_here_and_by_the_snippet(addres
     options |= {"guidance_end": 0.5, "sampler": "flow_heun", "mix_with": "tench, Tinca tinca", "mix_share": 0.5}
     pictures, status, seed, snippet = answer = client.predict(**options, seed=5, api_name="/generate")
     assert str(model.parent) not in repr(answer)
-    assert status == "Pictures: 4, steps: 3, seed: 5."
+    assert status == "Images: 4, steps: 3, seed: 5."
     assert [picture["caption"] for picture in pictures] == ["goldfish", "goldfish", "shark", "shark"]
     again = client.predict(**options, seed=5, api_name="/generate")[0]
     other = client.predict(**options, seed=6, api_name="/generate")[0]
@@ -190,8 +192,8 @@ def test_cancel_ends_a_drawing(address, tmp_path):
         time.sleep(0.05)
     assert client.predict(api_name="/cancel") == "Cancelled."
     assert job.result(timeout=60)[1] == "Cancelled."
-    assert client.predict(class_labels="shark", images=1, steps=1, api_name="/generate")[1].startswith("Pictures: 1,")
-    assert client.predict(api_name="/cancel") == "Nothing is being drawn."
+    assert client.predict(class_labels="shark", images=1, steps=1, api_name="/generate")[1].startswith("Images: 1,")
+    assert client.predict(api_name="/cancel") == "Nothing is being generated."
 
 
 def test_a_full_queue_says_so(small, tmp_path):
@@ -210,7 +212,7 @@ def test_a_full_queue_says_so(small, tmp_path):
     with pytest.raises(QueueError, match="Queue is full"):
         third.predict(**quick)
     assert direct(small, "run/cancel", session=first.session_hash).json()["data"] == ["Cancelled."]
-    assert waiting.result(timeout=60)[1].startswith("Pictures: 1,")
+    assert waiting.result(timeout=60)[1].startswith("Images: 1,")
     # The server has to end with one under way and another waiting, as well.
     drawing, waiting = (client.submit(**long) for client in (first, second))
     while not any("Step" in (output[1] or "") for output in [*drawing.outputs(), *waiting.outputs()]):
@@ -222,24 +224,20 @@ def test_the_queue_is_the_only_way_to_a_drawing(address):
         answer = direct(address, route)
         assert answer.status_code == 404
         assert "join the queue" in answer.text
-    assert direct(address, "run/cancel").json()["data"] == ["Nothing is being drawn."]
+    assert direct(address, "run/cancel").json()["data"] == ["Nothing is being generated."]
 
 
-def test_a_set_that_would_take_too_long_is_refused(model, monkeypatch):
-    monkeypatch.syspath_prepend(APP.parent)
-    from settings import Settings
-    from studio import Studio
-
-    studio = Studio(str(model))
+def test_a_set_that_would_take_too_long_is_refused(model):
+    generator = ImageGenerator(str(model))
     plain = Settings(["shark"], images=4, steps=20, guidance_scale=1.0)
     started = time.perf_counter()
-    assert list(studio.draw(plain, threading.Event()))[-1].finished
+    assert list(generator.generate(plain, threading.Event()))[-1].finished
     taken = time.perf_counter() - started
-    assert taken / 10 < studio.estimate(plain) < taken * 10
+    assert taken / 10 < generator.estimate(plain) < taken * 10
 
     def ten_steps(**changes):
         changed = replace(plain, **changes)
-        return studio.estimate(replace(changed, steps=30)) - studio.estimate(changed)
+        return generator.estimate(replace(changed, steps=30)) - generator.estimate(changed)
 
     once = ten_steps()
     for times, changes in (
@@ -249,10 +247,10 @@ def test_a_set_that_would_take_too_long_is_refused(model, monkeypatch):
         (4, {"guidance_scale": 2.0, "sampler": "flow_heun"}),
     ):
         assert ten_steps(**changes) == pytest.approx(times * once)
-    studio.max_minutes = 2 * studio.estimate(plain) / 60
-    studio.check(plain)
+    generator.max_minutes = 2 * generator.estimate(plain) / 60
+    generator.check(plain)
     with pytest.raises(ValueError, match=r"would take about \d+ minutes; choose fewer images or steps"):
-        studio.check(replace(plain, images=12))
+        generator.check(replace(plain, images=12))
 
 
 def test_the_space_asks_for_the_gradio_that_is_tested():
@@ -261,32 +259,28 @@ def test_the_space_asks_for_the_gradio_that_is_tested():
     assert f"gradio=={asked}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
-def test_any_model_is_served(tmp_path, monkeypatch):
+def test_any_model_is_served(tmp_path):
     """A diffusion model with its own schedule, equal names, no learned variance, no null class; one visitor stops."""
-    monkeypatch.syspath_prepend(APP.parent)
-    from settings import Settings
-    from studio import Studio
-
     scheduler = make_scheduler("ddim", beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     transformer = tiny_transformer(num_classes=2, learn_sigma=False, class_dropout_prob=0)
     DiTClassCondPipeline(transformer, scheduler, tiny_vae(), {0: "crane", 1: "crane"}).save_pretrained(tmp_path / "m")
-    studio = Studio(str(tmp_path / "m"))
-    assert studio.classes == ["crane (0)", "crane (1)"]
-    assert studio.max_scale == 1
-    for name in studio.samplers:
+    generator = ImageGenerator(str(tmp_path / "m"))
+    assert generator.classes == ["crane (0)", "crane (1)"]
+    assert generator.max_scale == 1
+    for name in generator.samplers:
         drawn = list(
-            studio.draw(Settings(["crane (1)"], steps=3, guidance_scale=1.0, sampler=name), threading.Event())
+            generator.generate(Settings(["crane (1)"], steps=3, guidance_scale=1.0, sampler=name), threading.Event())
         )
         assert drawn[-1].finished
-        config = studio.pipe.scheduler.config
+        config = generator.pipe.scheduler.config
         assert (config["beta_schedule"], config["prediction_type"]) == ("squaredcos_cap_v2", "v_prediction")
     with pytest.raises(ValueError, match="number from 0 to 1"):
-        studio.check(Settings(["crane (1)"]))
+        generator.check(Settings(["crane (1)"]))
     settings = Settings(["crane (0)"], images=8, steps=200, guidance_scale=1.0)
     calls = []
-    studio.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    generator.pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
     stop, other = threading.Event(), threading.Event()
-    mine, theirs = studio.draw(settings, stop), studio.draw(settings, other)
+    mine, theirs = generator.generate(settings, stop), generator.generate(settings, other)
     assert not next(mine).finished
     waiting = threading.Thread(target=lambda: drawings.extend(theirs))
     drawings = []
@@ -295,23 +289,23 @@ def test_any_model_is_served(tmp_path, monkeypatch):
     assert list(mine) == []
     waiting.join(60)
     assert drawings[-1].finished
-    assert len(drawings[-1].pictures) == 8
+    assert len(drawings[-1].images) == 8
     assert 200 < len(calls) < 300  # all of one, and the other's up to where it was stopped
-    with studio._lock:
+    with generator._lock:
         late = threading.Event()
-        cancelled = threading.Thread(target=lambda: drawings.extend(studio.draw(settings, late)))
+        cancelled = threading.Thread(target=lambda: drawings.extend(generator.generate(settings, late)))
         cancelled.start()
         late.set()  # while it waits for its turn
     before = len(calls)
     cancelled.join(60)
     time.sleep(0.5)
-    studio.close()
+    generator.close()
     assert len(calls) == before
 
 
 def test_help_starts_no_server():
     result = run_forked([sys.executable, APP, "--help"], check=True)
-    assert "--model" in result.stdout
+    assert "--pretrained_model_name_or_path" in result.stdout
     assert "http" not in result.stdout.split("options")[1]
 
 

@@ -16,7 +16,7 @@ from diffusers.utils import logging
 from . import hub, transformer_dit
 from .checkpoints import diffusers_dit
 from .checkpoints.loading import load_model
-from .checkpoints.saving import ASIDE_FILE as TRAINING_ONLY_FILE
+from .checkpoints.saving import TRAINING_ONLY_FILE
 from .presets import PresetName, preset_config
 
 
@@ -114,12 +114,14 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         weights: str = "ema",
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
+        has_null_class: bool | None = None,
     ) -> Self:
         """
         Loads a checkpoint of an original code base.
 
         Args:
-            pretrained_model_link_or_path (`str` or `Path`): A `.pt` or `.safetensors` file.
+            pretrained_model_link_or_path (`str` or `Path`):
+                A `.pt` or `.safetensors` file, or the link to one on the Hub or another server.
             num_attention_heads (`int`, *optional*):
                 Heads can't be read off the weights; the widths of the paper are known, others need this.
             family (`str`, defaults to `"auto"`):
@@ -128,17 +130,20 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             dtype (`torch.dtype` or `str`, *optional*):
                 Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
                 `from_pretrained`. `torch_dtype` is the same.
+            has_null_class (`bool`, *optional*):
+                Whether the last row of the class table is the null class of classifier-free guidance. If nothing tells,
+                tables of 1000 rows or one have none, and any other has one.
 
         Returns:
             `DiTTransformer2DModel`: in eval mode.
 
         Raises:
             ValueError: if the file is not such a checkpoint; the message names the file and the key.
+            OSError: if a link can't be downloaded.
         """
-        arguments = parse_dtype({"dtype": dtype, "torch_dtype": torch_dtype})
-        return load_model(
-            cls, pretrained_model_link_or_path, num_attention_heads, family, weights, arguments.get(DTYPE_ARGUMENT)
-        )
+        dtype = parse_dtype({"dtype": dtype, "torch_dtype": torch_dtype}).get(DTYPE_ARGUMENT)
+        path = pretrained_model_link_or_path
+        return load_model(cls, path, num_attention_heads, family, weights, dtype, has_null_class)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -168,7 +173,8 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
         try:
-            if unfit := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+            unexpected = set(info["unexpected_keys"]) - set(diffusers_dit.DIFFUSERS.tables)  # stored by old versions
+            if unfit := sorted({*info["missing_keys"], *unexpected}):
                 raise ValueError(f"the key {unfit[0]!r} is missing or unknown.")
             model = diffusers_dit.correct_stock_model(cls, stock)
         except ValueError as error:

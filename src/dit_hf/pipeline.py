@@ -18,7 +18,7 @@ from diffusers.utils import logging
 from . import hub, pipeline_dit_class_cond
 from .bundled import FOLDER, bundled_names, resolve_pipeline
 from .checkpoints import diffusers_dit
-from .checkpoints.saving import ASIDE_FILE as TRAINING_ONLY_FILE
+from .checkpoints.saving import TRAINING_ONLY_FILE
 from .models import DTYPE_ARGUMENT, DiTTransformer2DModel, parse_dtype
 
 

@@ -85,7 +85,7 @@ def choose_class(page, name):
     box.press("Escape")
 
 
-def test_a_class_is_drawn_and_the_seed_decides(page):
+def test_a_class_is_generated_and_the_seed_decides(page):
     choose_class(page, "smileys")
     first = draw(page, seed=1)
     other = draw(page, seed=2)
@@ -157,7 +157,7 @@ def test_drawing_is_cancelled(page):
     set_number(page, "number input for Images of each class", 8)
     set_number(page, "number input for Steps", 250)
     page.get_by_role("button", name="Cancel").click()
-    expect(status(page)).to_contain_text("Nothing is being drawn.")
+    expect(status(page)).to_contain_text("Nothing is being generated.")
     page.get_by_role("button", name="Generate").click()
     expect(status(page)).to_contain_text("Step", timeout=60_000)
     expect(page.locator(".caption-label")).to_have_count(8)  # previews too say what they are
@@ -167,7 +167,7 @@ def test_drawing_is_cancelled(page):
 
 
 def test_a_waiting_set_is_cancelled(browser, address):
-    """What waits is taken from the queue: it is not drawn when its turn would come."""
+    """What waits is taken from the queue: it is not generated when its turn would come."""
     for first in opened(browser, address, 1400, "light"):
         set_number(first, "number input for Images of each class", 8)
         set_number(first, "number input for Steps", 250)
@@ -177,11 +177,11 @@ def test_a_waiting_set_is_cancelled(browser, address):
             second.get_by_role("button", name="Generate").click()
             expect(second.get_by_text("queue: ")).to_be_visible()
             second.get_by_role("button", name="Cancel").click()
-            expect(status(second)).to_contain_text("Not drawn.")
+            expect(status(second)).to_contain_text("Not generated.")
             first.get_by_role("button", name="Cancel").click()
             expect(status(first)).to_contain_text("Cancelled.")
             second.wait_for_timeout(1000)
-            expect(status(second)).to_contain_text("Not drawn.")
+            expect(status(second)).to_contain_text("Not generated.")
             draw(second, seed=2, steps=1)
 
 
@@ -200,7 +200,7 @@ def test_faults_are_messages(page):
     box.press("Escape")
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_test_id("toast-body")).to_contain_text("Choose at least one class.")  # the snippet has it too
-    expect(status(page)).to_contain_text("Not drawn.")
+    expect(status(page)).to_contain_text("Not generated.")
     assert "Traceback" not in page.content()
 
 
@@ -242,7 +242,7 @@ def test_the_keyboard_is_enough(page):
     press("ArrowRight")
     tab_to(page, "Generate")
     press("Enter")
-    expect(status(page)).to_contain_text("Pictures: 4, steps: 7, seed:", timeout=60_000)
+    expect(status(page)).to_contain_text("Images: 4, steps: 7, seed:", timeout=60_000)
     seed = re.search(r"seed: (\d+)", status(page).inner_text())[1]
     tab_to(page, "Reuse settings")
     press("Enter")

@@ -1,4 +1,4 @@
-"""Checkpoints of the DiT family's code bases, in and out: one key table a family, used in both directions."""
+"""Checkpoints of the DiT family's code bases: one row of data per family, used to read and to write."""
 
 from .diffusers_dit import DIFFUSERS
 from .dit import DIT
@@ -8,4 +8,5 @@ from .repa import REPA
 from .sit import SIT
 
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (DIT, SIT, REPA, LIGHTNINGDIT, DIFFUSERS)}
+# In the order in which a checkpoint is compared with them: the most specific marks first, the family without any last.
+FAMILIES: dict[str, Family] = {family.name: family for family in (DIFFUSERS, REPA, LIGHTNINGDIT, SIT, DIT)}

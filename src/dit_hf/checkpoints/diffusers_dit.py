@@ -1,9 +1,17 @@
 """The format of diffusers' own DiT, which keeps a copy of the embedders in every block."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 from accelerate import init_empty_weights
+from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 
+from ..transformer_dit import sincos_positions
+from .dit import DIT
 from .family import Family
+from .reference import reference_forward
 
 
 KEYS = {
@@ -23,7 +31,6 @@ BLOCK_LAYERS: dict[str, tuple[str, ...]] = {
     "ff.net.2": ("ff.net.2",),
     "norm1.linear": ("modulation",),
 }
-# Embedders, in every block: original -> ours.
 EMBEDDERS = {
     "norm1.emb.timestep_embedder.linear_1.weight": "time_embed.linear_1.weight",
     "norm1.emb.timestep_embedder.linear_1.bias": "time_embed.linear_1.bias",
@@ -31,78 +38,26 @@ EMBEDDERS = {
     "norm1.emb.timestep_embedder.linear_2.bias": "time_embed.linear_2.bias",
     "norm1.emb.class_embedder.embedding_table.weight": "class_embed.weight",
 }
-# In a state dict or a configuration, what only the stock format has.
-MARK = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight"
+# In a configuration, what only the stock format has.
 CONFIG_MARK = "num_embeds_ada_norm"
 CORRECTED = (
     "a diffusers DiT was read: its timestep embedding is corrected (frequency shift 0, as the weights were trained, "
     "not 1; norm epsilon 1e-6)"
 )
+STOCK_DIFFERS = (
+    "diffusers' own DiT computes these weights differently: its timestep embedding has a frequency shift of 1, and "
+    "the weights were trained with 0. Load it with dit_hf for the right images"
+)
 
-# What a stock configuration leaves out, and what it must not change.
+# The defaults of a stock configuration, and the options that must not be changed.
 STOCK_DEFAULTS = {
     **{"sample_size": 32, "patch_size": 2, "in_channels": 4, "num_layers": 28},
     **{"num_attention_heads": 16, "attention_head_dim": 72, "num_embeds_ada_norm": 1000},
 }
 STOCK_NEEDED = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
 
-DIFFUSERS = Family("diffusers", KEYS, BLOCK_LAYERS, blocks="transformer_blocks", computed=("pos_embed.pos_embed",))
 
-
-def take_embedders(
-    stock: dict[str, torch.Tensor], num_layers: int, block: int | None = None
-) -> dict[str, torch.Tensor]:
-    """
-    The embedders of a stock state dict, once.
-
-    Args:
-        stock (`dict[str, torch.Tensor]`): In the stock model's words.
-        num_layers (`int`): Blocks of the model.
-        block (`int`, *optional*): Take this block's copy, whatever the others hold.
-
-    Returns:
-        `dict[str, torch.Tensor]`: in our words.
-
-    Raises:
-        ValueError: if a copy is missing, or the copies differ and no block was named.
-    """
-    if block is not None and not 0 <= block < num_layers:
-        raise ValueError(f"There is no block {block} to take the embedders from; the model has 0 to {num_layers - 1}.")
-    embedders = {}
-    for name, ours in EMBEDDERS.items():
-        keys = [f"transformer_blocks.{index}.{name}" for index in range(num_layers)]
-        missing = [key for key in keys if key not in stock]
-        if missing:
-            raise ValueError(f"the key {missing[0]!r} is missing.")
-        apart = [index for index, key in enumerate(keys) if not torch.equal(stock[key], stock[keys[0]])]
-        if apart and block is None:
-            raise ValueError(
-                f"the copies of {name!r} were trained apart: {len(apart)} of {num_layers} blocks differ from block 0 "
-                f"(the first is {apart[0]}). Choose one with `convert_original_to_hf.py --embedders_of_block N`."
-            )
-        embedders[ours] = stock[keys[block or 0]]
-    return embedders
-
-
-def give_embedders(ours: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
-    """
-    The reverse of [`take_embedders`]: a copy of the embedders for every block.
-
-    Args:
-        ours (`dict[str, torch.Tensor]`): In our words.
-        num_layers (`int`): Blocks of the model.
-
-    Returns:
-        `dict[str, torch.Tensor]`: in the stock model's words.
-    """
-    return {
-        f"transformer_blocks.{index}.{name}": ours[key].clone()
-        for index in range(num_layers)
-        for name, key in EMBEDDERS.items()
-    }
-
-
-def our_config(stock: dict) -> dict:
+def our_config(stock: Mapping) -> dict:
     """
     A stock configuration in the arguments of `DiTTransformer2DModel`.
 
@@ -115,7 +70,7 @@ def our_config(stock: dict) -> dict:
     Raises:
         ValueError: if an option that leaves no trace in the weights is not the one we compute.
     """
-    stock = STOCK_DEFAULTS | stock
+    stock = STOCK_DEFAULTS | dict(stock)
     for name, needed in STOCK_NEEDED.items():
         if stock.get(name, needed) != needed:
             raise ValueError(f"A diffusers DiT with {name}={stock[name]!r} can't be read; only {needed!r} can.")
@@ -132,7 +87,7 @@ def our_config(stock: dict) -> dict:
     }
 
 
-def stock_config(ours: dict) -> dict:
+def stock_config(ours: Mapping) -> dict:
     """
     The reverse of [`our_config`].
 
@@ -167,22 +122,92 @@ def correct_stock_model(model_class, stock):
     return model.eval()
 
 
-def to_our_state_dict(stock: dict[str, torch.Tensor], block: int | None = None) -> dict[str, torch.Tensor]:
+def to_our_state_dict(stock: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     Renames a stock state dict; what it does not know stays under its own name, so that it is noticed.
 
     Args:
-        stock (`dict[str, torch.Tensor]`): In the stock model's words.
-        block (`int`, *optional*): Take this block's embedders, whatever the others hold.
+        stock (`dict[str, torch.Tensor]`): With the stock model's keys.
 
     Returns:
-        `dict[str, torch.Tensor]`: in our words, sharing the tensors.
+        `dict[str, torch.Tensor]`: with our keys, sharing the tensors.
 
     Raises:
-        ValueError: if the copies of the embedders differ and no block was named.
+        ValueError: if a copy of the embedders is missing, or the copies differ.
     """
-    num_layers = 1 + max(int(key.split(".")[1]) for key in stock if key.startswith("transformer_blocks."))
-    ours = DIFFUSERS.to_ours(stock, num_layers) | take_embedders(stock, num_layers, block)
-    known = set(DIFFUSERS.key_table(num_layers)) | set(DIFFUSERS.computed)
-    known |= {f"transformer_blocks.{index}.{name}" for index in range(num_layers) for name in EMBEDDERS}
-    return ours | {key: value for key, value in stock.items() if key not in known}
+    num_layers = count_layers(stock)
+    known = set(DIFFUSERS.key_table(num_layers)) | set(DIFFUSERS.tables)
+    return DIFFUSERS.to_ours(stock, num_layers) | {key: value for key, value in stock.items() if key not in known}
+
+
+def count_layers(stock: dict[str, torch.Tensor]) -> int:
+    """Number of blocks of a stock state dict."""
+    return 1 + max(int(key.split(".")[1]) for key in stock if key.startswith("transformer_blocks."))
+
+
+def stock_reference_forward(
+    weights: dict[str, torch.Tensor], heads: int, latents: torch.Tensor, time: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """The stock format's weights as the DiT that they were trained as; see [`reference_forward`]."""
+    ours = to_our_state_dict({key: value for key, value in weights.items() if key not in DIFFUSERS.tables})
+    width, _, patch_size, _ = ours["pos_embed.proj.weight"].shape
+    rows, columns = (size // patch_size for size in latents.shape[-2:])
+    positions = sincos_positions(rows, columns, width)
+    original = DIT.to_original(ours, count_layers(weights)) | {"pos_embed": positions}
+    return reference_forward(original, heads, latents, time, labels)
+
+
+def read_config_beside(checkpoint: Path) -> dict:
+    """
+    The stock `config.json` beside a checkpoint.
+
+    Args:
+        checkpoint (`Path`): A file of weights.
+
+    Returns:
+        `dict`: arguments of `DiTTransformer2DModel`; empty if there is no such file.
+
+    Raises:
+        ValueError: if its options can't be read; the message names the file.
+    """
+    file = checkpoint.with_name("config.json")
+    try:
+        config = json.loads(file.read_text()) if file.is_file() else {}
+        return our_config(config) if isinstance(config, dict) and CONFIG_MARK in config else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def save_stock_folder(config: Mapping, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """
+    Writes a folder that `diffusers.DiTTransformer2DModel.from_pretrained` loads.
+
+    Args:
+        config (`Mapping`): Of a `DiTTransformer2DModel` of this package.
+        weights (`dict[str, torch.Tensor]`): With the stock model's keys.
+        folder (`Path`): Created.
+    """
+    stock = StockDiTTransformer2DModel(**stock_config(config))
+    stock.load_state_dict(weights, strict=True, assign=True)
+    stock.save_pretrained(folder)
+
+
+DIFFUSERS = Family(
+    "diffusers",
+    KEYS,
+    BLOCK_LAYERS,
+    options=DIT.options | {"mlp_ratio": (4.0,), "has_null_class": (True,)},
+    tables={"pos_embed.pos_embed": "positions"},
+    predictions=("epsilon", "v_prediction", "sample"),  # its scheduler says which
+    blocks="transformer_blocks",
+    block_copies=EMBEDDERS,
+    marks=("transformer_blocks.0.norm1.emb.",),
+    writes_tables=False,
+    read_config=read_config_beside,
+    save_folder=save_stock_folder,
+    reference_forward=stock_reference_forward,
+    recommended_call=DIT.recommended_call,
+    published_license=DIT.published_license,
+    reading_note=CORRECTED,
+    writing_note=STOCK_DIFFERS,
+)

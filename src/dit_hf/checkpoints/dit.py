@@ -23,5 +23,25 @@ BLOCK_LAYERS: dict[str, tuple[str, ...]] = {
     "mlp.fc2": ("ff.net.2",),
     "adaLN_modulation.1": ("modulation",),
 }
+OPTIONS: dict[str, tuple] = {
+    "conditioning": ("adaln_zero",),
+    "position_embedding": ("sincos",),
+    "norm": ("layer_norm",),
+    "qk_norm": (False,),
+    "ff": ("gelu",),
+    "modulation_shift": (True,),
+    "learn_sigma": (True, False),
+    "timestep_scale": (1.0,),  # time in [0, 1000)
+}
 
-DIT = Family("dit", KEYS, BLOCK_LAYERS)
+DIT = Family(
+    "dit",
+    KEYS,
+    BLOCK_LAYERS,
+    OPTIONS,
+    tables={"pos_embed": "positions"},
+    predictions=("epsilon",),
+    can_lack_marks=True,
+    recommended_call={"num_inference_steps": 250, "guidance_scale": 1.5, "guidance_channels": 3},  # DiT §4
+    published_license="cc-by-nc-4.0",
+)

@@ -1,10 +1,13 @@
-"""What sets one code base's checkpoints apart from another's, as data, and the two ways through it."""
+"""What sets one code base's checkpoints apart from another's, as a row of data that is used in both directions."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from ..transformer_dit import FREQUENCY_DIM
+from .reference import reference_forward
 
 
 # The longest period of the sinusoidal timestep embedding, over 2π.
@@ -22,23 +25,65 @@ class Family:
         block_layers (`dict[str, tuple[str, ...]]`):
             Layers of a block, original -> ours, weight and bias alike; several of ours where one matrix of the
             original holds them, stacked in this order. Layers that only some configurations have are in it too.
+        options (`dict[str, tuple]`):
+            The values that this code base can build of the model's options; `has_null_class` stands for
+            `class_dropout_prob > 0`. A single value is set when a checkpoint is read.
+        tables (`dict[str, str]`):
+            Computed tensors that its checkpoints hold, original key -> name of the table in [`computed_tables`]. They
+            are compared with the computed ones on reading, and written.
+        predictions (`tuple[str, ...]`):
+            What its code takes the model's output for, as [`dit_hf.schedulers.trained_prediction`] names it; the first
+            is what its checkpoints are trained for.
         blocks (`str`): The original's name of the list of blocks.
-        computed (`tuple[str, ...]`): Tables computed from the configuration: checked or left out on reading, written.
-        flow_matching (`bool`): Whether the models are trained with time in [0, 1] to predict a velocity.
+        block_copies (`dict[str, str]`): Keys that the original repeats in every block and we have once.
+        marks (`tuple[str, ...]`): Beginnings of keys; any of them identifies the family.
+        argument_marks (`tuple[str, ...]`): Training arguments; any of them identifies the family.
+        can_lack_marks (`bool`): Whether it also writes checkpoints without any mark, whose keys are DiT's.
+        trained_with (`dict[str, tuple]`): Training arguments that must have one of these values where they are known.
         data_at_one (`bool`):
             Whether time 1 is the data and the velocity data − noise, the reverse of diffusers; both are then baked
             into the weights.
-        aside (`str`, *optional*): Prefix of keys that only training needs; they are kept in a file of their own.
+        training_only (`str`, *optional*):
+            Prefix of keys that only the original's training needs; they are kept in a file of their own.
+        wrapper (`str`, *optional*): Entry of a `.pt` file that its code takes the weights from.
+        writes_tables (`bool`): Whether its checkpoints hold `tables`, or only older ones did.
+        read_config (`Callable`, *optional*): The model's options in a file beside a checkpoint, by the latter's path.
+        save_folder (`Callable`, *optional*): Writes a folder from the model's config, the original weights and a path.
+        reference_forward (`Callable`): The forward pass of the original weights, see [`reference_forward`].
+        recommended_call (`dict`): Sampling settings of the published results, as the pipeline's `recommended_call`.
+        published_license (`str`, *optional*): Licence of the code base's own 1000-class weights.
+        reading_note (`str`, *optional*): What a user should know about a model that was read.
+        writing_note (`str`, *optional*): What a user should know about a checkpoint that was written.
     """
 
     name: str
     keys: dict[str, str]
     block_layers: dict[str, tuple[str, ...]]
+    options: dict[str, tuple]
+    tables: dict[str, str]
+    predictions: tuple[str, ...]
     blocks: str = "blocks"
-    computed: tuple[str, ...] = field(default=("pos_embed",))
-    flow_matching: bool = False
+    block_copies: dict[str, str] = field(default_factory=dict)
+    marks: tuple[str, ...] = ()
+    argument_marks: tuple[str, ...] = ()
+    can_lack_marks: bool = False
+    trained_with: dict[str, tuple] = field(default_factory=dict)
     data_at_one: bool = False
-    aside: str | None = None
+    training_only: str | None = None
+    wrapper: str | None = None
+    writes_tables: bool = True
+    read_config: Callable[[Path], dict] | None = None
+    save_folder: Callable[[Mapping, dict[str, torch.Tensor], Path], None] | None = None
+    reference_forward: Callable[..., torch.Tensor] = reference_forward
+    recommended_call: dict = field(default_factory=dict)
+    published_license: str | None = None
+    reading_note: str | None = None
+    writing_note: str | None = None
+
+    @property
+    def flow_matching(self) -> bool:
+        """Whether the models are trained with time in [0, 1] to predict a velocity."""
+        return self.predictions == ("velocity",)
 
     def key_table(self, num_layers: int) -> dict[str, tuple[str, ...]]:
         """
@@ -57,18 +102,62 @@ class Family:
                     table[f"{self.blocks}.{index}.{original}.{kind}"] = tuple(
                         f"transformer_blocks.{index}.{name}.{kind}" for name in names
                     )
+            for original, ours in self.block_copies.items():
+                table[f"{self.blocks}.{index}.{original}"] = (ours,)
         return table
 
-    def to_ours(self, original: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
+    def select_copies(
+        self, original: dict[str, torch.Tensor], num_layers: int, block: int | None = None
+    ) -> dict[str, torch.Tensor]:
         """
-        Renames, splits and bakes; keys that the table does not know are left out.
+        The weights that the original repeats in every block, once.
 
         Args:
-            original (`dict[str, torch.Tensor]`): In the original's words.
+            original (`dict[str, torch.Tensor]`): With the original's keys.
             num_layers (`int`): Blocks of the model.
+            block (`int`, *optional*): Take this block's copy, whatever the others hold.
 
         Returns:
-            `dict[str, torch.Tensor]`: in ours; views of the given tensors but for the baked ones.
+            `dict[str, torch.Tensor]`: with our keys; empty for a family that repeats nothing.
+
+        Raises:
+            ValueError: if a copy is missing, or the copies differ and no block was named.
+        """
+        if block is not None and not self.block_copies:
+            raise ValueError(f"{self.name} has one copy of its embedders; leave out `--embedders_of_block`.")
+        if block is not None and not 0 <= block < num_layers:
+            raise ValueError(f"there is no block {block} to take the embedders from; it has 0 to {num_layers - 1}.")
+        selected = {}
+        for name, ours in self.block_copies.items():
+            keys = [f"{self.blocks}.{index}.{name}" for index in range(num_layers)]
+            missing = [key for key in keys if key not in original]
+            if missing:
+                raise ValueError(f"the key {missing[0]!r} is missing.")
+            apart = [index for index, key in enumerate(keys) if not torch.equal(original[key], original[keys[0]])]
+            if apart and block is None:
+                raise ValueError(
+                    f"the copies of {name!r} were trained apart: {len(apart)} of {num_layers} blocks differ from "
+                    f"block 0 (the first is {apart[0]}). Choose one with `dit-hf convert --embedders_of_block N`."
+                )
+            selected[ours] = original[keys[block or 0]]
+        return selected
+
+    def to_ours(
+        self, original: dict[str, torch.Tensor], num_layers: int, block: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        Renames, splits and bakes; keys that the table does not know are dropped.
+
+        Args:
+            original (`dict[str, torch.Tensor]`): With the original's keys.
+            num_layers (`int`): Blocks of the model.
+            block (`int`, *optional*): As [`select_copies`] takes it.
+
+        Returns:
+            `dict[str, torch.Tensor]`: with our keys; views of the given tensors except for the baked ones.
+
+        Raises:
+            ValueError: as [`select_copies`].
         """
         converted: dict[str, torch.Tensor] = {}
         for key, names in self.key_table(num_layers).items():
@@ -76,6 +165,7 @@ class Family:
                 weight = original[key]
                 parts = weight.tensor_split(len(names)) if weight.ndim and len(names) > 1 else (weight,)
                 converted.update(zip(names, parts, strict=False))
+        converted |= self.select_copies(original, num_layers, block)
         return bake_conventions(converted) if self.data_at_one else converted
 
     def to_original(self, ours: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
@@ -87,21 +177,63 @@ class Family:
             num_layers (`int`): Blocks of the model.
 
         Returns:
-            `dict[str, torch.Tensor]`: in the original's words, without computed tables.
+            `dict[str, torch.Tensor]`: with the original's keys, without computed tables.
 
         Raises:
-            ValueError: naming a weight that this family has no place for.
+            ValueError: naming a weight that this family has no key for.
         """
         table = self.key_table(num_layers)
         stray = sorted(set(ours) - {name for names in table.values() for name in names})
         if stray:
-            raise ValueError(f"A {self.name} checkpoint has no place for {stray[0]!r} ({len(stray)} such weights).")
+            raise ValueError(f"A {self.name} checkpoint has no key for {stray[0]!r} ({len(stray)} such weights).")
         ours = bake_conventions(ours) if self.data_at_one else ours
-        return {
+        original = {
             key: torch.cat([ours[name] for name in names]) if len(names) > 1 else ours[names[0]]
             for key, names in table.items()
             if all(name in ours for name in names)
         }
+        repeated = set(self.block_copies.values())  # files hold no tensor under two keys
+        return {key: value.clone() if table[key][0] in repeated else value for key, value in original.items()}
+
+    @property
+    def fixed_options(self) -> dict:
+        """The model's options that are the same for every checkpoint of this family."""
+        fixed = {name: values[0] for name, values in self.options.items() if len(values) == 1}
+        fixed.pop("has_null_class", None)
+        return fixed
+
+    def find_mismatch(self, config: Mapping) -> str | None:
+        """
+        The first option of a model that this code base can't build.
+
+        Args:
+            config (`Mapping`): Of a `DiTTransformer2DModel`.
+
+        Returns:
+            `str`: the option, its value and the values that are needed; None if it can build the model.
+        """
+        known = {**config, "has_null_class": config.get("class_dropout_prob", 1) > 0}
+        for name, allowed in self.options.items():
+            if name in known and known[name] not in allowed:
+                return f"{name}={known[name]!r}, where {' or '.join(map(repr, allowed))} is needed"
+        return None
+
+
+def computed_tables(model) -> dict[str, torch.Tensor]:
+    """
+    What a model computes from its configuration and some code bases store.
+
+    Args:
+        model (`DiTTransformer2DModel`): The model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by the names that [`Family`]'s `tables` use; rotary ones only if the model has them.
+    """
+    tables = {"positions": model.pos_embed.positions}
+    if model.rotary_embed is not None:
+        cosines, sines = model.rotary_embed(*model.pos_embed.base_size, torch.device("cpu"))
+        tables |= {"rotary_cosines": cosines, "rotary_sines": sines}
+    return tables
 
 
 def bake_conventions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -112,7 +244,7 @@ def bake_conventions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     cos(f(1−s)) and sin(f(1−s)) are linear in cos(fs) and sin(fs). Done twice it changes nothing.
 
     Args:
-        weights (`dict[str, torch.Tensor]`): In our words.
+        weights (`dict[str, torch.Tensor]`): With our keys.
 
     Returns:
         `dict[str, torch.Tensor]`: a copy of the dictionary with three weights replaced; those absent stay so.

@@ -6,10 +6,7 @@ from pathlib import Path
 import torch
 
 from ..seeds import seeded_generator
-from . import FAMILIES
-from .diffusers_dit import to_our_state_dict
-from .loading import Checkpoint
-from .reference import reference_forward
+from .parsing import Checkpoint
 from .saving import original_state_dict
 
 
@@ -25,7 +22,7 @@ class Parity:
 
     Args:
         forward (`float`): Largest difference of the outputs, relative to the largest output.
-        forward_back (`float`): The same for the model written back in the original's words.
+        forward_back (`float`): The same for the model written back with the original's keys.
         weights (`float`): Largest difference between a weight of the file and the one written back.
         exact (`int`): Weights of the file that come back to the bit.
         total (`int`): Weights of the file.
@@ -53,14 +50,14 @@ class Parity:
         )
 
 
-def measure_parity(checkpoint: Checkpoint, model, aside: str | Path | None = None, seed: int = 0) -> Parity:
+def measure_parity(checkpoint: Checkpoint, model, training_only: str | Path | None = None, seed: int = 0) -> Parity:
     """
     Runs the checkpoint's own weights through an independent forward pass beside the model, on seeded inputs.
 
     Args:
-        checkpoint (`Checkpoint`): From [`dit_hf.checkpoints.loading.understand`].
+        checkpoint (`Checkpoint`): From [`dit_hf.checkpoints.parsing.parse_checkpoint`].
         model (`DiTTransformer2DModel`): What it became.
-        aside (`str` or `Path`, *optional*): File of the weights that only training needs.
+        training_only (`str` or `Path`, *optional*): File of the weights that only training needs.
         seed (`int`, defaults to 0): Of the inputs.
 
     Returns:
@@ -73,8 +70,8 @@ def measure_parity(checkpoint: Checkpoint, model, aside: str | Path | None = Non
     for name, value in checkpoint.config.items():
         if config[name] != value:
             raise ValueError(
-                f"The checkpoint, read as {family.name}, has {name}={value!r} and the model {config[name]!r}: they are "
-                "not of one model, or the family is another."
+                f"The checkpoint, read as {family.name}, has {name}={value!r} and the model {config[name]!r}: they "
+                "are not of one model, or the family is another."
             )
     generator = seeded_generator(seed, 0)
     shape = (2, config.in_channels, config.sample_size, config.sample_size)
@@ -86,21 +83,22 @@ def measure_parity(checkpoint: Checkpoint, model, aside: str | Path | None = Non
     with torch.no_grad():
         output = sign * model(latents.to(model.dtype), timestep, labels).sample.float()
 
-    back = original_state_dict(model, family, aside)
+    back = original_state_dict(model, family, training_only)
     # Tables that half precision has rounded in the file are computed anew by every code base.
-    tables = {key: back[key] for key in family.computed if key in back}
-    outputs = [
-        reference_forward(_in_words_of_dit(weights, family, model), config.num_attention_heads, latents, time, labels)
-        for weights in (checkpoint.original | tables, back)
-    ]
+    tables = {key: back[key] for key in family.tables if key in back}
+    with torch.no_grad():
+        outputs = [
+            family.reference_forward(weights, config.num_attention_heads, latents, time, labels)
+            for weights in (checkpoint.original | tables, back)
+        ]
     # A fresh model's head is zero, and so are all outputs.
     largest = [expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny) for expected in outputs]
     differences = [
         ((output - expected).abs().max() / scale).item() for expected, scale in zip(outputs, largest, strict=True)
     ]
-    original = checkpoint.original | checkpoint.aside
+    original = checkpoint.original | checkpoint.training_only
     # The stock format has its table of positions in some files only.
-    original = {key: weight for key, weight in original.items() if key in back or key not in family.computed}
+    original = {key: weight for key, weight in original.items() if key in back or key not in family.tables}
     exact = sum(torch.equal(weight, back[key].to(weight.dtype)) for key, weight in original.items())
     apart = max(_distance(weight, back[key].to(weight.dtype)) for key, weight in original.items())
     forward, forward_back = differences
@@ -111,12 +109,3 @@ def _distance(given, written):
     """Largest difference, relative where weights are larger than 1."""
     given = given.float()
     return ((given - written.float()).abs().max() / given.abs().max().clamp(min=1)).item()
-
-
-@torch.no_grad()
-def _in_words_of_dit(weights, family, model):
-    """The stock diffusers format is run as the DiT that its weights were trained as."""
-    if family.name != "diffusers":
-        return weights
-    ours = to_our_state_dict(weights)
-    return FAMILIES["dit"].to_original(ours, model.config.num_layers) | {"pos_embed": model.pos_embed.positions}

@@ -11,6 +11,30 @@ from safetensors.torch import load_file
 
 # What `DistributedDataParallel` and `torch.compile` put before every key.
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+# Entries that training scripts keep their weights under, by what `weights` asks for.
+ENTRIES = {"ema": ("ema", "model_ema", "ema_model"), "model": ("model", "module", "state_dict")}
+
+
+def find_file(path: Path) -> Path:
+    """
+    The file of weights of a diffusers model's or pipeline's folder.
+
+    Args:
+        path (`Path`): A folder; a file is returned as it is.
+
+    Returns:
+        `Path`
+
+    Raises:
+        ValueError: if there is none in the folder.
+    """
+    if not path.is_dir():
+        return path
+    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    found = [folder / name for folder in (path, path / "transformer") for name in names if (folder / name).is_file()]
+    if not found:
+        raise ValueError(f"There is no {names[0]} in {path} or in {path / 'transformer'}.")
+    return found[0]
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -50,13 +74,15 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, torch.Tensor]:
     """
-    The state dict inside a checkpoint: the file itself, its `ema` or `model` entry, or its only `state_dict`.
+    The state dict inside a checkpoint: the file itself, or the entry that training scripts keep it under.
 
-    Prefixes that `DistributedDataParallel` and `torch.compile` put before every key are taken off.
+    Prefixes that `DistributedDataParallel` and `torch.compile` put before every key are removed.
 
     Args:
         content (`dict`): From [`read_checkpoint`].
-        weights (`str`): `"ema"` or `"model"`; ignored if the file holds one state dict only.
+        weights (`str`):
+            `"ema"` (entries `ema`, `model_ema`, `ema_model`) or `"model"` (`model`, `module`, `state_dict`); ignored
+            if the file is a state dict itself, or wraps its only one as `module` or `state_dict`.
         path (`str` or `Path`): Named in errors.
 
     Returns:
@@ -65,15 +91,20 @@ def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, t
     Raises:
         ValueError: if there are no such weights.
     """
-    if weights not in ("ema", "model"):
+    if weights not in ENTRIES:
         raise ValueError(f"`weights` is {weights!r}; it must be 'ema' or 'model'.")
-    if "ema" in content or "model" in content:
-        if weights not in content:
-            have = ", ".join(sorted(content))
-            raise ValueError(f"Checkpoint {path} has no {weights!r} weights; it holds {have}.")
-        content = content[weights]
-    elif "state_dict" in content:
-        content = content["state_dict"]
+    found = {kind: [name for name in names if name in content] for kind, names in ENTRIES.items()}
+    present = found["ema"] + found["model"]
+    if found[weights]:
+        content = content[found[weights][0]]
+    elif present and "model" not in content and not found["ema"]:
+        content = content[present[0]]  # a wrapper, not a training checkpoint
+    elif present:
+        (other,) = ENTRIES.keys() - {weights}
+        raise ValueError(
+            f"Checkpoint {path} has no {weights!r} weights; it holds {', '.join(sorted(map(str, content)))}. Pass "
+            f"weights={other!r} (`--weights {other}`) for those of {present[0]!r}."
+        )
     if not isinstance(content, dict):
         raise ValueError(f"Checkpoint {path}: its weights are a {type(content).__name__}, not a dictionary.")
     stray = [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]

@@ -1,4 +1,4 @@
-"""The forward pass of every family from its own weights, in its own words: an oracle that shares no code with ours.
+"""The forward pass of every family from its own weights and keys: an oracle that shares no code with ours.
 
 Written from the papers and from what the recorded outputs of the original code bases show, straight and slow.
 
@@ -22,7 +22,7 @@ def reference_forward(
     What the original code computes in eval mode.
 
     Args:
-        weights (`dict[str, torch.Tensor]`): A checkpoint in the words of DiT, SiT, REPA or LightningDiT.
+        weights (`dict[str, torch.Tensor]`): A checkpoint with the keys of DiT, SiT, REPA or LightningDiT.
         heads (`int`): Attention heads.
         latents (`torch.Tensor` of shape `(B, C, H, W)`): Noisy latents of the size the checkpoint is for.
         time (`torch.Tensor` of shape `(B,)`): In the original's convention.

@@ -5,4 +5,17 @@ from dataclasses import replace
 from .dit import DIT
 
 
-SIT = replace(DIT, name="sit", flow_matching=True, data_at_one=True)
+# Training arguments of the flow-matching code bases, and what they must be for the model to be what we compute.
+LINEAR_VELOCITY = {"path_type": ("Linear", "linear"), "prediction": ("velocity", "v")}
+
+SIT = replace(
+    DIT,
+    name="sit",
+    options=DIT.options | {"timestep_scale": (0.001,)},  # time in [0, 1)
+    predictions=("velocity",),
+    argument_marks=("path_type",),
+    trained_with=LINEAR_VELOCITY,
+    data_at_one=True,
+    recommended_call={"num_inference_steps": 250, "guidance_scale": 1.5},
+    published_license=None,
+)

@@ -1,4 +1,4 @@
-"""The settings of a set of pictures: the controls they come from, their bounds, and the PNGs that know them."""
+"""The settings of a set of images: the controls they come from, their bounds, and the PNGs that hold them."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,13 +6,13 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from dit_hf import __version__
+from .._version import __version__
 
 
 MAX_STEPS, MAX_IMAGES, MAX_SEED = 250, 32, 2**31 - 1
 OWN_SAMPLER = "default"
 METADATA = "dit_hf"
-# The controls by their names in the API, in the order in which the handlers take them, as the page calls them.
+# The controls: their names in the API, in the order in which the handlers take them, and their labels on the page.
 LABELS = {
     "class_labels": "Class",
     "images": "Images of each class",
@@ -30,7 +30,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a set of pictures depends on, but the model; anything can be in it until it is checked."""
+    """Everything that a set of images depends on, except for the model; any value is possible until it is checked."""
 
     class_labels: list[str]
     images: int = 1
@@ -45,22 +45,22 @@ class Settings:
 
     @property
     def labels(self) -> list[str]:
-        """The class of each picture."""
+        """The class of each image."""
         return [name for name in self.class_labels for _ in range(self.images)]
 
     def check(self, classes: list[str], samplers: list[str], max_scale: float) -> None:
-        """`ValueError`, which names the control, if anything is of no use: requests come from anywhere."""
+        """Raises a `ValueError` that names the control of a value out of bounds: requests come from anywhere."""
         self._check_names(classes, samplers)
         bounds = {"images": (1, MAX_IMAGES), "seed": (0, MAX_SEED), "steps": (1, MAX_STEPS)}
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{LABELS[name]} must be a whole number from {low} to {high}.")
-        shares = {"guidance_scale": max_scale, "guidance_start": 1.0, "guidance_end": 1.0, "mix_share": 1.0}
-        for name, high in shares.items():
+        maxima = {"guidance_scale": max_scale, "guidance_start": 1.0, "guidance_end": 1.0, "mix_share": 1.0}
+        for name, maximum in maxima.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
-                raise ValueError(f"{LABELS[name]} must be a number from 0 to {high:g}.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= maximum:
+                raise ValueError(f"{LABELS[name]} must be a number from 0 to {maximum:g}.")
         if self.guidance_start >= self.guidance_end:
             raise ValueError("Guidance must start before it ends.")
         if len(self.labels) > MAX_IMAGES:
@@ -96,9 +96,9 @@ def read_controls(*values) -> Settings:
     return Settings(**controls)
 
 
-def save_picture(image: Image.Image, settings: Settings, index: int, model: str, path: Path) -> None:
-    """Writes a PNG that knows how it was drawn; `index` is its number in the set, which its noise depends on."""
+def save_image(image: Image.Image, settings: Settings, index: int, model: str, path: Path) -> None:
+    """Writes a PNG that holds its settings; `index` is its number in the set, which its noise depends on."""
     metadata = PngImagePlugin.PngInfo()
-    known = asdict(settings) | {"index": index, "model": model, "version": __version__}
-    metadata.add_text(METADATA, json.dumps(known))
+    recorded = asdict(settings) | {"index": index, "model": model, "version": __version__}
+    metadata.add_text(METADATA, json.dumps(recorded))
     image.save(path, pnginfo=metadata)

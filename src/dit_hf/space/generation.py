@@ -1,4 +1,4 @@
-"""What the Space draws with: a pipeline, checked settings, and pictures that come step by step.
+"""Image generation behind the Space: one pipeline, checked settings, previews on the way.
 
 Shapes: `B` images, `C` channels, `h w` latent size.
 """
@@ -15,50 +15,52 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from settings import OWN_SAMPLER, Settings
 
-from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
-from dit_hf.optimization import SPEED_PRESETS
-from dit_hf.schedulers import trained_options
-from dit_hf.seeds import seeded_generator
+from ..mixing import mix_classes
+from ..optimization import SPEED_PRESETS, SpeedPresetName
+from ..pipeline import DiTClassCondPipeline
+from ..schedulers import make_scheduler, trained_options
+from ..seeds import seeded_generator
+from .settings import OWN_SAMPLER, Settings
 
 
 MAX_SCALE = 20.0
-MAX_MINUTES = 5.0  # of a set: the next visitor waits for it
+MAX_MINUTES = 5.0  # per set: the next visitor waits for it
 PREVIEWS, PREVIEWED_IMAGES = 8, 8
 FLOW_SAMPLERS = ("flow_euler", "flow_heun", "flow_dpm++", "flow_unipc")
 DIFFUSION_SAMPLERS = ("dpm++", "unipc", "ddim", "ddpm")
 
 
 class Cancelled(Exception):
-    """The visitor wants no more."""
+    """The visitor has cancelled."""
 
 
-class Drawn(NamedTuple):
-    """Where a drawing stands; a solver of higher order takes more than one call of the model a step."""
+class Progress(NamedTuple):
+    """State of a generation; a solver of higher order calls the model more than once per step."""
 
     calls: int
-    of: int
-    pictures: list[Image.Image]
+    total_calls: int
+    images: list[Image.Image]
     finished: bool
 
 
-class Studio:
+class ImageGenerator:
     """
-    Draws with one pipeline, for one visitor at a time.
+    Generates with one pipeline, for one visitor at a time.
 
     Args:
-        model (`str`): Name of a bundled pipeline, folder, or Hub id.
+        model (`str`): Folder, Hub id, or name of a bundled pipeline.
         max_minutes (`float`): A set that would take longer is refused.
+
+    Raises:
+        ValueError: if the model has neither a VAE nor image channels.
     """
 
     def __init__(self, model: str, max_minutes: float = MAX_MINUTES):
         self.max_minutes = max_minutes
         self.is_folder = Path(model).exists()
-        self.model = Path(model).resolve().name if self.is_folder else model  # where a folder lies is not published
-        bundled = "/" not in model and not self.is_folder
-        self.loader = "from_bundled" if bundled else "from_pretrained"
-        self.pipe = getattr(DiTClassCondPipeline, self.loader)(model)
+        self.model = Path(model).resolve().name if self.is_folder else model  # a folder's path is not published
+        self.pipe = DiTClassCondPipeline.from_pretrained(model)
         self.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         self.pipe.set_progress_bar_config(disable=True)
         count = self.pipe.transformer.config.num_classes
@@ -66,53 +68,56 @@ class Studio:
         self.classes = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
         config = self.pipe.transformer.config
         if self.pipe.vae is None and config.in_channels not in (1, 3):
-            raise ValueError(f"{model} draws {config.in_channels} channels and has no VAE to make pictures of them.")
+            raise ValueError(f"{model} generates {config.in_channels} channels and has no VAE to decode them.")
         self.max_scale = MAX_SCALE if config.class_dropout_prob > 0 else 1.0  # no null class, no guidance
         self._overrides = self._sampler_overrides()
         self._schedulers = {OWN_SAMPLER: self.pipe.scheduler}
         self._schedulers |= {name: make_scheduler(name, **options) for name, options in self._overrides.items()}
         self.samplers = list(self._schedulers)
         self._lock = threading.Lock()
-        self._try_out()
+        self._measure()
 
     def _sampler_overrides(self):
-        """Samplers that fit the model, and what its own scheduler says of its diffusion or flow."""
+        """Samplers that fit the model, with the options of its own scheduler's diffusion or flow."""
         samplers = FLOW_SAMPLERS if self.pipe.is_flow_matching else DIFFUSION_SAMPLERS
         overrides = {name: trained_options(name, self.pipe.scheduler.config) for name in samplers}
         if "ddpm" in overrides and not self.pipe.transformer.config.learn_sigma:
             overrides["ddpm"]["variance_type"] = "fixed_large"
         return overrides
 
-    def speed_settings(self, name: str) -> tuple[int, str, float, float]:
+    def speed_settings(self, name: SpeedPresetName) -> list:
         """Steps, sampler and guidance interval of a preset of `dit_hf.optimize` that has them."""
         preset = SPEED_PRESETS[name]
         solver = f"flow_{preset.solver}" if self.pipe.is_flow_matching else preset.solver
-        return preset.num_inference_steps, solver, *preset.guidance_interval
+        return [preset.num_inference_steps, solver, *(preset.guidance_interval or (0.0, 1.0))]
 
     def check(self, settings: Settings) -> None:
-        """`ValueError` if anything is out of its bounds, or the set would take too long."""
+        """Raises a `ValueError` if a value is out of its bounds, or the set would take too long."""
         settings.check(self.classes, self.samplers, self.max_scale)
         seconds = self.estimate(settings)
         if seconds > 60 * self.max_minutes:
             raise ValueError(f"This set would take about {seconds / 60:.0f} minutes; choose fewer images or steps.")
 
     def estimate(self, settings: Settings) -> float:
-        """Seconds that a set takes, by the time that the first pictures took."""
+        """Seconds that a set takes, by the time that the first images took."""
         calls = settings.steps * self._schedulers[settings.sampler].order
         if settings.guidance_scale > 1:
             calls *= 1 + settings.guidance_end - settings.guidance_start
         return len(settings.labels) * (calls * self._seconds_per_call + self._seconds_per_decoding)
 
-    def draw(self, settings: Settings, stop: threading.Event) -> Iterator[Drawn]:
+    def generate(self, settings: Settings, stop: threading.Event) -> Iterator[Progress]:
         """
-        Draws pictures.
+        Generates a set of images.
 
         Args:
             settings (`Settings`): Checked first.
-            stop (`threading.Event`): Once set, drawing ends after the step under way.
+            stop (`threading.Event`): Once set, generation ends after the current step.
 
         Returns:
-            `Iterator[Drawn]`: previews, some eight times; last, unless it was stopped, the pictures.
+            `Iterator[Progress]`: previews, about eight times; last, unless it was stopped, the images.
+
+        Raises:
+            ValueError: as [`check`].
         """
         self.check(settings)
         events: queue.Queue = queue.Queue()
@@ -135,7 +140,7 @@ class Studio:
                 raise Cancelled
             if (index + 1) % -(-pipe.num_timesteps // PREVIEWS) == 0:
                 previews = self.preview(tensors["latents"][:PREVIEWED_IMAGES])
-                events.put(Drawn(index + 1, pipe.num_timesteps, previews, finished=False))
+                events.put(Progress(index + 1, pipe.num_timesteps, previews, finished=False))
             return {}
 
         try:
@@ -144,14 +149,14 @@ class Studio:
                     return
                 self.pipe.scheduler = self._schedulers[settings.sampler]
                 images = self._call(settings, on_step)
-            events.put(Drawn(1, 1, images, finished=True))
+            events.put(Progress(1, 1, images, finished=True))
         except Cancelled:
             pass
         except Exception as error:  # the visitor's thread raises it
             events.put(error)
 
     def close(self) -> None:
-        """Returns once nothing is being drawn, and lets nothing be drawn any more."""
+        """Returns once nothing is being generated, and lets nothing be generated any more."""
         self._lock.acquire()
 
     def _call(self, settings, on_step):
@@ -172,17 +177,17 @@ class Studio:
             ).images
 
     def preview(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Latents `(B, C, h, w)` as small pictures, by one matrix product instead of the decoder."""
+        """Latents `(B, C, h, w)` as rough images, by one matrix product instead of the decoder."""
         latents = latents.float().cpu()
         if self._colours is not None:
             latents = torch.einsum("bchw,cr->brhw", F.pad(latents, (0, 0, 0, 0, 0, 1), value=1.0), self._colours)
         pixels = ((latents.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         factor = self.pipe.vae_scale_factor
-        pictures = [Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]) for image in pixels]
-        return [picture.resize((picture.width * factor, picture.height * factor)) for picture in pictures]
+        images = [Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]) for image in pixels]
+        return [image.resize((image.width * factor, image.height * factor)) for image in images]
 
-    def _try_out(self):
-        """Draws some pictures, and keeps what previews and estimates go by."""
+    def _measure(self):
+        """Generates a few images, and fits what previews and estimates are computed from."""
         labels = list(range(min(4, len(self.classes))))
         latents, clock = [], [time.perf_counter()]
 
@@ -205,7 +210,7 @@ class Studio:
         self._colours = None if self.pipe.vae is None else fit_colours(latents[0], images.float())
 
     def snippet(self, settings: Settings) -> str:
-        """Python that draws the same pictures."""
+        """Python that generates the same images."""
         labels = [self.classes.index(name) for name in settings.class_labels]
         mixes = bool(settings.mix_with and settings.mix_share > 0)
         own = settings.sampler == OWN_SAMPLER
@@ -229,12 +234,12 @@ class Studio:
         return f"""from dit_hf import {imported}
 from dit_hf.seeds import seeded_generator
 
-pipe = DiTClassCondPipeline.{self.loader}({self.model!r}){remark}
+pipe = DiTClassCondPipeline.from_pretrained({self.model!r}){remark}
 {sampler}{call}"""
 
 
 def fit_colours(latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """The linear map `(C + 1, 3)` from latents `(B, C, h, w)` to colours that fits their pictures in [0, 1] best."""
-    colours = F.adaptive_avg_pool2d(images * 2 - 1, latents.shape[-2:])
+    """The linear map `(C + 1, 3)` from latents `(B, C, h, w)` to colours that fits their images in [0, 1] best."""
+    colours = F.adaptive_avg_pool2d(images * 2 - 1, (latents.shape[-2], latents.shape[-1]))
     rows = F.pad(latents, (0, 0, 0, 0, 0, 1), value=1.0).movedim(1, -1).flatten(0, -2)
     return torch.linalg.lstsq(rows, colours.movedim(1, -1).flatten(0, -2)).solution

@@ -1,0 +1,101 @@
+"""Measures whether a converted pipeline computes what its checkpoint computes, and converts back to it.
+
+    dit-hf verify --checkpoint_path DiT-XL-2-256x256.pt --pretrained_model_name_or_path dit-xl-2-256
+
+Expected: two forward passes each way of two samples; exit code 2 if a difference is more than rounding.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..checkpoints import FAMILIES
+from ..checkpoints.links import download, is_link
+from ..checkpoints.parity import measure_parity
+from ..checkpoints.parsing import Checkpoint, parse_checkpoint
+from ..checkpoints.saving import TRAINING_ONLY_FILE
+from ..command_line import run
+from ..conversion import load_transformer
+from ..hub import source_file
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that tell how a checkpoint is to be read."""
+    parser.add_argument(
+        "--checkpoint_path",
+        required=True,
+        help="A .pt, .bin or .safetensors file, the folder of a diffusers DiT, or the link to a file.",
+    )
+    parser.add_argument("--family", choices=("auto", *FAMILIES), default="auto", help="Code base it comes from.")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="Of a training checkpoint.")
+    parser.add_argument("--num_attention_heads", type=int, help="If the width is none of the published ones.")
+    null_class = parser.add_mutually_exclusive_group()
+    null_class.add_argument(
+        "--no_null_class",
+        dest="has_null_class",
+        action="store_false",
+        default=None,
+        help="Trained without label dropout: every row of the class table is a class.",
+    )
+    null_class.add_argument(
+        "--null_class",
+        dest="has_null_class",
+        action="store_true",
+        default=None,
+        help="The last row of the class table is the null class, whatever their number.",
+    )
+    parser.add_argument(
+        "--embedders_of_block", type=int, help="Which copy to take where a diffusers DiT's were trained apart."
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Of the converted weights.")
+
+
+def read(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint of these arguments; a linked one is downloaded first."""
+    if is_link(args.checkpoint_path):
+        args.checkpoint_path = str(download(args.checkpoint_path))
+    return parse_checkpoint(
+        args.checkpoint_path,
+        args.num_attention_heads,
+        args.family,
+        args.weights,
+        args.embedders_of_block,
+        args.has_null_class,
+    )
+
+
+def verify(checkpoint: Checkpoint, name: str | Path, dtype: str, label: str | Path | None = None) -> None:
+    """Reloads a pipeline and compares; prints the differences, and raises if they are more than rounding."""
+    model, is_pipeline = load_transformer(str(name), DTYPES[dtype])
+    file = f"transformer/{TRAINING_ONLY_FILE}" if is_pipeline else TRAINING_ONLY_FILE
+    parity = measure_parity(checkpoint, model, source_file(model, file))
+    print(f"Parity: {parity}")
+    if not parity.holds:
+        raise ValueError(f"{label or name} does not compute what its checkpoint computes: {parity}")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        "--model_path",
+        required=True,
+        help="The converted pipeline: a folder, a Hub id or a bundled name; a transformer's folder too.",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    verify(read(args), args.pretrained_model_name_or_path, args.dtype)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,114 @@
+"""Pipelines from checkpoints, and the transformers that checkpoints are written from."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoModel
+
+from .bundled import bundled_names, resolve_pipeline
+from .checkpoints.links import download_from_hub
+from .checkpoints.loading import build_model
+from .checkpoints.parsing import Checkpoint
+from .models import DiTTransformer2DModel
+from .pipeline import DiTClassCondPipeline
+from .schedulers import make_scheduler
+
+
+def build_pipeline(
+    checkpoint: Checkpoint,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    vae: str | None = None,
+    id2label: dict[int, str] | None = None,
+) -> DiTClassCondPipeline:
+    """
+    A checkpoint's model with its family's sampler and published sampling settings.
+
+    Args:
+        checkpoint (`Checkpoint`): From [`dit_hf.checkpoints.parsing.parse_checkpoint`].
+        path (`str` or `Path`): Of the checkpoint; named in errors.
+        dtype (`torch.dtype`, *optional*): Of the model's weights, float32 if not given.
+        vae (`str`, *optional*): Folder or Hub id of an autoencoder.
+        id2label (`dict[int, str]`, *optional*): Class names.
+
+    Returns:
+        `DiTClassCondPipeline`
+
+    Raises:
+        ValueError: if the checkpoint is damaged.
+    """
+    transformer = build_model(DiTTransformer2DModel, checkpoint, path, dtype)
+    if checkpoint.family.flow_matching:
+        scheduler = make_scheduler("flow_euler")
+    else:
+        variance = {} if transformer.config.learn_sigma else {"variance_type": "fixed_large"}
+        scheduler = make_scheduler("ddpm", **variance)
+    call = dict(checkpoint.family.recommended_call)
+    if transformer.config.class_dropout_prob == 0:  # no null class, no guidance
+        call = {name: value for name, value in call.items() if not name.startswith("guidance")}
+    decoder = AutoModel.from_pretrained(vae) if vae else None
+    return DiTClassCondPipeline(transformer, scheduler, decoder, id2label, call)
+
+
+def check_vae(name: str, in_channels: int) -> None:
+    """
+    That an autoencoder exists and has the latents of a model; only its configuration is read.
+
+    Args:
+        name (`str`): Folder or Hub id.
+        in_channels (`int`): Channels of the model's latents.
+
+    Raises:
+        ValueError: if there is no such autoencoder, or its latents have another number of channels.
+        OSError: if there is no network.
+    """
+    if Path(name).is_dir():
+        file = Path(name, "config.json")
+        if not file.is_file():
+            raise ValueError(f"--vae {name} has no config.json; give the folder of the autoencoder itself.")
+    elif is_hub_id(name):
+        file = download_from_hub(name, "config.json")
+    else:
+        raise ValueError(f"--vae {name} must be the folder or the Hub id of an autoencoder.")
+    channels = json.loads(file.read_text(encoding="utf-8")).get("latent_channels", in_channels)
+    if channels != in_channels:
+        raise ValueError(
+            f"--vae {name} has latents of {channels} channels, and the checkpoint's model takes {in_channels}; give "
+            "the autoencoder that it was trained with."
+        )
+
+
+def load_transformer(name: str, dtype: torch.dtype | None = None) -> tuple[DiTTransformer2DModel, bool]:
+    """
+    The transformer of a pipeline or of a folder of its own.
+
+    Args:
+        name (`str`): Folder of a pipeline or transformer, Hub id of a pipeline, or name of a bundled one.
+        dtype (`torch.dtype`, *optional*): Of the weights.
+
+    Returns:
+        `tuple`: the model, and whether it is a pipeline's.
+
+    Raises:
+        ValueError: if there is no such folder.
+        OSError: if there is no network, or no such repository.
+    """
+    folder = Path(resolve_pipeline(name))
+    if folder.is_dir():
+        is_pipeline = not (folder / "config.json").is_file()
+        if is_pipeline and not (folder / "transformer" / "config.json").is_file():
+            raise ValueError(f"{name} is neither a pipeline nor a transformer: it has no transformer/config.json.")
+    elif is_hub_id(name):
+        is_pipeline = True
+        download_from_hub(name, "transformer/config.json")
+    else:
+        bundled = ", ".join(bundled_names())
+        raise ValueError(f"{name} must be the folder of a pipeline or a transformer, a Hub id, or one of {bundled}.")
+    subfolder = "transformer" if is_pipeline else None
+    return DiTTransformer2DModel.from_pretrained(str(folder), subfolder=subfolder, dtype=dtype), is_pipeline
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is `user/name`, and not a path whose last folder is missing."""
+    return name.count("/") == 1 and not Path(name).exists() and not Path(name).parent.is_dir()
