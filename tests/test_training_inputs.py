@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from testing_utils.training_runs import TRAIN_DIT, losses, read_log, refused, run, train_command
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
-from dit_hf.commands.main import main
+from dit_hf.console import main
 from dit_hf.commands.train import parse_args, training_config
 from dit_hf.data.images import load_image_dataset
 from dit_hf.training.data import ImageData
@@ -256,7 +256,7 @@ def test_images_without_a_cache_are_compared_as_well(workspace, tmp_path, monkey
 WITHOUT = """
 import sys
 sys.modules |= {"peft": None}
-from dit_hf.commands.main import main
+from dit_hf.console import main
 main()
 """
 

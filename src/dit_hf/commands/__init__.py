@@ -1,1 +1,4 @@
 """The commands of `dit-hf`, one module each; the scripts under `conversion/` and `examples/` call the same `main`."""
+
+# The package imports diffusers' models quietly; imported otherwise, the libraries they find installed warn of each other.
+from .. import DiTClassCondPipeline as DiTClassCondPipeline

@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Callable
 
-from .._version import __version__
-from ..command_line import run
+from ._version import __version__
+from .command_line import run
 
 
 # What `dit-hf --help` shows.
@@ -25,23 +25,23 @@ def load_command(name: str) -> Callable[[], None]:
     """The main function of a command; its libraries are imported only now, so that `dit-hf --help` is quick."""
     match name:
         case "convert":
-            from .convert import main as command
+            from .commands.convert import main as command
         case "export":
-            from .export import main as command
+            from .commands.export import main as command
         case "verify":
-            from .verify import main as command
+            from .commands.verify import main as command
         case "latents":
-            from .latents import main as command
+            from .commands.latents import main as command
         case "train":
-            from .train import main as command
+            from .commands.train import main as command
         case "sample":
-            from .sample import main as command
+            from .commands.sample import main as command
         case "metrics":
-            from .metrics import main as command
+            from .commands.metrics import main as command
         case "generate":
-            from .generate import main as command
+            from .commands.generate import main as command
         case "space":
-            from .space import main as command
+            from .commands.space import main as command
     return command
 
 
