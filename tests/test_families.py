@@ -182,6 +182,8 @@ def test_no_row_is_lost_by_the_flag(tmp_path):
     assert "10 classes" in result.stdout and "no null class" in result.stdout
     verified = run_script("verify_parity", **flags, model_path=tmp_path / "out", no_null_class=True)
     assert verified.returncode == 0, verified.stderr
+    options = {"num_attention_heads": 4, "family": "dit", "has_null_class": False}
+    assert DiTTransformer2DModel.from_single_file(tmp_path / "ten.pt", **options).config.num_classes == 10
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "out")
     assert pipe.resolve_call()["guidance_scale"] == 1
     assert pipe(9, num_inference_steps=1, output_type="latent").images.isfinite().all()
