@@ -17,8 +17,8 @@ from PIL import Image as PILImage
 from testing_utils.training_runs import TRAIN_DIT, losses, read_log, refused, run, train_command
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
-from dit_hf.console import main
 from dit_hf.commands.train import parse_args, training_config
+from dit_hf.console import main
 from dit_hf.data.images import load_image_dataset
 from dit_hf.training.data import ImageData
 from dit_hf.training.model import check_architecture, load_vae
