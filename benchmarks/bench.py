@@ -3,10 +3,11 @@
 
     python benchmarks/bench.py --output outputs/bench.json
 
-Expected: two hours on 2 CPU cores, and as long again for `quality`; `--parts` picks some, `--quick` tries everything in
-small in some minutes. A part that is done is written at once and replaces what the file held of it, but rows of `quality` are kept
-and not drawn again, if setting, weights, versions, samples and held-out images are the same. Tables of all parts go to stdout at the end. Quality
-needs the held-out emoji of examples/train_autoencoder (`--reference`). Runs on a GPU as it is (`--device cuda`).
+Expected: two hours on 2 CPU cores, and as long again for `quality`; `--parts` picks some, `--quick` tries everything
+in small in some minutes. A part that is done is written at once and replaces what the file held of it, but rows of
+`quality` are kept and not drawn again, if setting, weights, versions, samples and held-out images are the same.
+Tables of all parts go to stdout at the end. Quality needs the held-out emoji of examples/train_autoencoder
+(`--reference`). Runs on a GPU as it is (`--device cuda`).
 """
 
 import argparse
@@ -95,12 +96,12 @@ def main():
             "held-out emoji; or leave 'quality' out of --parts."
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    results = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
 
     def save(part, found):
         results[part] = {"environment": environment(torch.device(args.device))} | found
         whole = args.output.with_suffix(".part")
-        whole.write_text(json.dumps(results, indent=1) + "\n")
+        whole.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         whole.replace(args.output)
 
     now = environment(torch.device(args.device))

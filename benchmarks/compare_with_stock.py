@@ -32,7 +32,7 @@ def our_model(**overrides):
 
 
 def timestep_embedding_errors():
-    """Relative error of the sinusoidal embedding against cos and sin of t · 10000^(-k/128), which DiT is trained on."""
+    """Relative error of the sinusoidal embedding against cos and sin of t · 10000^(-k/128), DiT's own."""
     stock = stock_model().transformer_blocks[0].norm1.emb.time_proj
     ours = our_model().time_proj
     errors = {}

@@ -19,7 +19,8 @@ from dit_hf.presets import preset_config
 
 BATCHES = (1, 2, 8)
 LATENT_SIZES = {256: 32, 512: 64}
-# Of training at 512²: batches with more multiply-adds of a forward pass, XL/2's of one, take minutes a step on two cores.
+# Of training at 512²: batches with more multiply-adds of a forward pass, XL/2's of one, take minutes a step on two
+# cores.
 MOST_MACS_AT_512 = 550e9
 CLASS = {"our": DiTTransformer2DModel, "stock": StockDiT}
 
@@ -193,8 +194,8 @@ def memory(preset, folder):
 
 def private_memory(action, presets, options):
     """
-    Peak of private memory beyond the imports, in GB: of a training step of 8 with gradients, without an optimizer, or of
-    the first picture under a speed preset, guided, its compilation included.
+    Peak of private memory beyond the imports, in GB: of a training step of 8 with gradients, without an optimizer, or
+    of the first picture under a speed preset, guided, its compilation included.
     """
     return {
         preset: {option: (run_action(action, preset, option) - imported()) / 1e9 for option in options}

@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--results", type=Path, default="benchmarks/results/epyc.json", help="Of bench.py.")
     parser.add_argument("--output", type=Path, default="docs/speed.png", help="The picture.")
     args = parser.parse_args()
-    results = json.loads(args.results.read_text())
+    results = json.loads(args.results.read_text(encoding="utf-8"))
     if missing := {"sampling", "quality"} - set(results):
         raise ValueError(f"{args.results} has no {' and no '.join(sorted(missing))}; bench.py measures them.")
     draw(points(results), list(results["sampling"]["rows"])[-1], args.output)

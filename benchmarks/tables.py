@@ -12,7 +12,8 @@ def markdown(results: dict) -> str:
 def _heading(name, part):
     where = part["environment"]
     versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
-    return f"### {name}\n\n{where['date']}, {where['hardware']}, Python {where['python']}, {versions}: `{where['command']}`"
+    machine = f"{where['date']}, {where['hardware']}, Python {where['python']}, {versions}"
+    return f"### {name}\n\n{machine}: `{where['command']}`"
 
 
 def _rows(header, rows):
@@ -33,8 +34,8 @@ def _times_as_fast(row):
 def forward(part):
     ratios = [row["ours"]["ratio"] for row in part["rows"]]
     text = (
-        f"Ratio to the stock model's time: geometric mean {statistics.geometric_mean(ratios):.3f}, largest {max(ratios):.3f}. "
-        "The peak is a product of 4096×4096 float32 matrices timed in the same rounds.\n\n"
+        f"Ratio to the stock model's time: geometric mean {statistics.geometric_mean(ratios):.3f}, largest "
+        f"{max(ratios):.3f}. The peak is a product of 4096×4096 float32 matrices timed in the same rounds.\n\n"
     )
     rows = [
         [
@@ -52,7 +53,8 @@ def forward(part):
 
 
 def compiled(part):
-    text = f"{part['model']}, batch {part['batch']}, random weights, modulation given, of order 1; the peak is float32's.\n\n"
+    text = f"{part['model']}, batch {part['batch']}, random weights, modulation given, of order 1; "
+    text += "the peak is float32's.\n\n"
     rows = [
         [
             name,
@@ -73,8 +75,8 @@ def compiled(part):
 def training(part):
     ratios = [row["ours"]["ratio"] for row in part["rows"]]
     text = (
-        f"Ratio to the stock model's time: geometric mean {statistics.geometric_mean(ratios):.3f}, largest {max(ratios):.3f}. "
-        "Without the optimizer; at 512² batches that take minutes a step are left out.\n\n"
+        f"Ratio to the stock model's time: geometric mean {statistics.geometric_mean(ratios):.3f}, largest "
+        f"{max(ratios):.3f}. Without the optimizer; at 512² batches that take minutes a step are left out.\n\n"
     )
     rows = [
         [
@@ -152,8 +154,8 @@ def quality(part):
         for name, row in part["rows"].items()
     ]
     text = (
-        f"{part['num_samples']} samples, {part['held_out']} held-out images, {part['extractor']}. Rows are kept from one run "
-        "to the next: the command is that of the last, and `--settings` with a row's name draws that row.\n\n"
+        f"{part['num_samples']} samples, {part['held_out']} held-out images, {part['extractor']}. Rows are kept from "
+        "one run to the next: the command is that of the last, and `--settings` with a row's name draws that row.\n\n"
     )
     return text + _rows(["setting", distance, "over DDIM's", kernel, "precision", "recall"], rows)
 

@@ -24,7 +24,7 @@ def environment(device: torch.device) -> dict:
         hardware = torch.cuda.get_device_name(device)
     else:
         cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
         names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
         flags = {flag for line in lines if line.startswith("flags") for flag in line.split()}
         extensions = sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"})
@@ -58,9 +58,9 @@ def compare(
     """
     Times candidates against the first of them.
 
-    Each is called once to warm up (its time is `first_seconds`: with compilation), then all in turn until `seconds` are
-    over, `least` to `most` rounds, every other one backwards, so that nobody always comes after the same. A ratio is the
-    median of the rounds' ratios, so that what slows a whole round down cancels out.
+    Each is called once to warm up (its time is `first_seconds`: with compilation), then all in turn until `seconds`
+    are over, `least` to `most` rounds, every other one backwards, so that nobody always comes after the same. A ratio
+    is the median of the rounds' ratios, so that what slows a whole round down cancels out.
 
     Returns:
         `dict`: name -> `seconds` (median), `ratio` to the first, its `spread` (quartiles), `first_seconds`, `times` of
@@ -122,7 +122,7 @@ def peak_memory(command: list, kinds: tuple[str, ...] = ("RssAnon",)) -> int:
 def _resident_bytes(pid, kinds):
     """Memory of a process of the given kinds, 0 once it has ended."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return 0
     return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(kinds))

@@ -1,7 +1,7 @@
-"""A hook of mkdocs: READMEs of the repository become pages, and links between them and the guides hold on the site too.
+"""A hook of mkdocs: READMEs of the repository become pages, and links between them and the guides work on the site.
 
-In `docs/*.md` links are relative to the file, as GitHub wants them; those that leave `docs/` would point to nothing on the
-site.
+In `docs/*.md` links are relative to the file, as GitHub wants them; those that leave `docs/` would point to nothing
+on the site.
 """
 
 import posixpath
@@ -34,7 +34,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links to files of the repository become links of the site; of a link to a file that is no page, its text stays."""
+    """Links to files of the repository become links of the site; a link to a file that is no page becomes text."""
     markdown = REPOSITORY.sub("", markdown)
     here = page.file.src_uri
     folder = posixpath.dirname(SOURCES.get(here, f"docs/{here}"))

@@ -1,4 +1,4 @@
-"""A saved folder loads and samples the same image with every diffusers from the oldest on, and without private names."""
+"""A saved folder gives the same image with every diffusers from the oldest on, and without private names."""
 
 import ast
 import builtins

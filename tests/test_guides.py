@@ -33,8 +33,8 @@ COMMANDS = [
 
 def test_snippets_run(tmp_path):
     """
-    All in one process, for the time that imports take, but without the names of those before; nothing is compiled, which
-    takes minutes: tests/test_speed.py does so with small networks.
+    All in one process, for the time that imports take, but without the names of those before; nothing is compiled,
+    which takes minutes: tests/test_speed.py does so with small networks.
     """
     assert len(SNIPPETS) >= 5
     promised = [re.findall(r"^print.*# (.*)$", snippet, re.MULTILINE) for _, snippet in SNIPPETS]
@@ -70,7 +70,8 @@ ELSEWHERE = (
     "space",
 )
 SHORT = {
-    "train_dit.py": "--max_train_steps 2 --validation_images 9 --validation_inference_steps 2 --validation_images_per_class 1",
+    "train_dit.py": "--max_train_steps 2 --validation_images 9 --validation_inference_steps 2 "
+    "--validation_images_per_class 1",
     "sample.py": "--num_samples 18 --num_inference_steps 2",
     "compute_metrics.py": "--bootstrap 2",
 }

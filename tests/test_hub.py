@@ -187,7 +187,7 @@ def test_arguments_are_forwarded(published):
 
 def test_saving_what_was_loaded_loses_nothing(published, tmp_path):
     _, environment, home = published
-    load = "from diffusers import DiffusionPipeline; pipe = DiffusionPipeline.from_pretrained({0}, trust_remote_code=True)"
+    load = "from diffusers import DiffusionPipeline as P; pipe = P.from_pretrained({0}, trust_remote_code=True)"
     ours = "from dit_hf import DiTClassCondPipeline; pipe = DiTClassCondPipeline.from_pretrained({0})"
     folders = [home / "folder", tmp_path / "remote", tmp_path / "ours"]
     saves = [f"; pipe.save_pretrained({str(folder)!r})" for folder in folders[1:]]
@@ -231,7 +231,8 @@ def test_what_loading_leaves_behind_is_carried_over(published, tmp_path):
     DiTClassCondPipeline.from_pretrained("user/aside").save_pretrained({str(tmp_path / "saved")!r})
     DiTClassCondPipeline.from_pretrained("user/aside").push_to_hub("user/aside2")
     DiTTransformer2DModel.from_pretrained({str(tmp_path / "saved" / "transformer")!r}).push_to_hub("user/alone")
-    DiTTransformer2DModel.from_pretrained("user/tiny", subfolder="transformer").push_to_hub("user/aside", subfolder="other")
+    DiTTransformer2DModel.from_pretrained("user/tiny", subfolder="transformer").push_to_hub("user/aside",
+    subfolder="other")
     """
     result = python(code, environment)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -442,3 +443,29 @@ def test_a_refused_token(published, tmp_path):
     assert "refused the token (401)" in result.stderr
     assert wrong not in result.stderr + result.stdout
     assert ("models", "user/refused") not in hub.repos
+
+
+def test_no_network_is_said_to_be_no_network_at_once(tmp_path):
+    endpoint = "http://no-such-host.invalid"
+    code = """
+    import time
+    from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel
+    started = time.perf_counter()
+    for load in (DiTClassCondPipeline.from_pretrained, DiTTransformer2DModel.from_pretrained):
+        for name in ("user/name", "some/folder/here"):
+            try:
+                load(name)
+            except OSError as error:
+                print(error)
+    print(time.perf_counter() - started)
+    """
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    result = python(code, environment)
+    *messages, seconds = result.stdout.splitlines()
+    unreachable = (
+        f"There is no folder 'user/name', the cache has no such repository, and there is no connection to {endpoint}"
+    )
+    assert messages[0].startswith(unreachable) and messages[2].startswith(unreachable), result.stderr
+    assert messages[1] == messages[3] == "There is no folder 'some/folder/here', and a Hub id looks like 'user/name'."
+    assert float(seconds) < 5

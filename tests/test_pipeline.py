@@ -340,9 +340,10 @@ RELOAD = """
 import sys, torch
 from dit_hf import DiTClassCondPipeline
 pipe = DiTClassCondPipeline.from_pretrained(sys.argv[1])
-assert pipe.id2label == {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "hen", 10: "crane"}, pipe.id2label
+assert pipe.id2label == {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "hen", 10: "crane"}
 assert pipe.get_label_ids("Carassius auratus") == [1]
-image = pipe(["goldfish", 10], num_inference_steps=3, generator=torch.Generator().manual_seed(7), output_type="pt").images
+noise = torch.Generator().manual_seed(7)
+image = pipe(["goldfish", 10], num_inference_steps=3, generator=noise, output_type="pt").images
 torch.save(image, sys.argv[2])
 """
 

@@ -1,4 +1,4 @@
-"""Components that don't fit together, are set later or were changed in place; names, adapters, images that overflow."""
+"""Components that don't fit together, are set later or were changed in place; names, adapters, overflow."""
 
 import json
 import logging

@@ -91,7 +91,7 @@ def test_python_snippets_pass_a_strict_type_checker(tmp_path):
 
 
 def test_shell_snippets_are_known():
-    assert sorted({line.split()[0] for line in SHELL_LINES}) == ["hf", "make", "pip", "python", "source"]
+    assert sorted({line.split()[0] for line in SHELL_LINES}) == ["dit-hf", "hf", "make", "pip", "python", "source"]
 
 
 def test_make_demo_draws_the_grid(checkout):
@@ -104,6 +104,14 @@ def test_make_demo_draws_the_grid(checkout):
     assert result.returncode == 0, result.stderr
     assert re.search(r"90 images in [\d.]+ s: outputs/demo.png", result.stdout)
     assert (checkout / "outputs" / "demo.png").stat().st_size > 50_000
+
+
+def test_the_console_command_runs(checkout):
+    lines = [line for line in SHELL_LINES if line.startswith("dit-hf")]
+    for line in lines:
+        result = run_shell(line, checkout)
+        assert result.returncode == 0 and result.stdout, result.stderr
+    assert (checkout / "outputs" / "two.png").stat().st_size > 10_000
 
 
 def test_conversion_commands_run(checkout, hub):

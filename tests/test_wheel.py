@@ -1,4 +1,4 @@
-"""The wheel by itself: it carries the bundled model, and the README's example runs from it; bounds admit the pinned set."""
+"""The wheel: it carries the bundled model, the README's example runs from it; bounds admit the pinned set."""
 
 import os
 import re

@@ -134,7 +134,7 @@ STUDIES = {
 def done_already(results):
     """Rows of an earlier run, by what they are of."""
     if not results.exists():
-        results.write_text(",".join(COLUMNS) + "\n")
+        results.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
     with open(results, newline="") as file:
         return {tuple(row[name] for name in COLUMNS[:4]) for row in csv.DictReader(file)}
 
@@ -159,7 +159,7 @@ def main():
             metrics = measure(args, pipe, steps, scale, extractor, reference)
             gflops = count_macs(pipe.transformer.config) / 1e9
             row = [*key, gflops, gflops * steps * (2 if scale > 1 else 1), *metrics]
-            with open(results, "a", newline="") as file:
+            with open(results, "a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow(row)
             print(" ".join(f"{name} {value}" for name, value in zip(COLUMNS, row, strict=True)), flush=True)
 

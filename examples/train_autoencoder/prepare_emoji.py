@@ -68,7 +68,7 @@ def class_table(icons_dir):
     """Glyph key -> class, from the reference sets."""
     table = {}
     for icon_set in REFERENCE_SETS:
-        categories = json.loads((icons_dir / icon_set / "metadata.json").read_text())["categories"]
+        categories = json.loads((icons_dir / icon_set / "metadata.json").read_text(encoding="utf-8"))["categories"]
         for category, names in categories.items():
             for name in names:
                 if category in CLASS_OF_CATEGORY:
@@ -79,7 +79,7 @@ def class_table(icons_dir):
 def own_classes(icons_dir, icon_set):
     """Icon name -> class, from a set's own metadata (fluent-emoji ships none)."""
     file = icons_dir / icon_set / "metadata.json"
-    categories = json.loads(file.read_text()).get("categories", {}) if file.exists() else {}
+    categories = json.loads(file.read_text(encoding="utf-8")).get("categories", {}) if file.exists() else {}
     return {
         name: CLASS_OF_CATEGORY[category]
         for category, names in categories.items()
@@ -106,7 +106,7 @@ def rasterise(icon, defaults, resolution):
 
 def rows_of_set(icons_dir, icon_set, classes, resolution, one_class=None):
     """Yields one row per glyph, of its own class or of one for all; skips blank ones and those without a class."""
-    icons = json.loads((icons_dir / icon_set / "icons.json").read_text())
+    icons = json.loads((icons_dir / icon_set / "icons.json").read_text(encoding="utf-8"))
     own = own_classes(icons_dir, icon_set)
     for name, icon in tqdm(sorted(icons["icons"].items()), desc=icon_set):
         if is_skin_tone_variant(name, icons["icons"]):

@@ -204,7 +204,7 @@ def train(args, accelerator):
 
     started, first = time.time(), step
     progress = tqdm(total=args.max_train_steps, initial=step, mininterval=10)
-    with open(args.output_dir / "train_log.jsonl", "a") as log:
+    with open(args.output_dir / "train_log.jsonl", "a", encoding="utf-8") as log:
         while step < args.max_train_steps:
             generator = batches.generator(step)
             batch = normalize_pixels(images[batches.indices(step)])

@@ -58,4 +58,4 @@ def main() -> None:
         sys.exit(2)
     else:
         sys.argv = [f"dit-hf {name}", *sys.argv[2:]]  # argparse shows it in the command's usage
-        run(load_command(name))
+        run(lambda: load_command(name)())

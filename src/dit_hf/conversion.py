@@ -47,6 +47,8 @@ def build_pipeline(
     call = dict(checkpoint.family.recommended_call)
     if transformer.config.class_dropout_prob == 0:  # no null class, no guidance
         call = {name: value for name, value in call.items() if not name.startswith("guidance")}
+    if call.get("guidance_channels", 0) > transformer.config.in_channels:
+        del call["guidance_channels"]
     decoder = AutoModel.from_pretrained(vae) if vae else None
     return DiTClassCondPipeline(transformer, scheduler, decoder, id2label, call)
 

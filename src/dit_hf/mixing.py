@@ -15,7 +15,8 @@ def mix_classes(transformer, label: int, weight: float) -> Iterator[None]:
         weight (`float`): From 0, the given class alone, to 1, the other alone.
 
     Raises:
-        ValueError: if there is no such class, the weight is out of range, or the model is compiled with its label table.
+        ValueError: if there is no such class, the weight is out of range, or the model is compiled with its label
+        table.
 
     Example:
 

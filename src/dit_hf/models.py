@@ -131,8 +131,8 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
                 Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
                 `from_pretrained`. `torch_dtype` is the same.
             has_null_class (`bool`, *optional*):
-                Whether the last row of the class table is the null class of classifier-free guidance. If nothing tells,
-                tables of 1000 rows or one have none, and any other has one.
+                Whether the last row of the class table is the null class of classifier-free guidance. If nothing
+                tells, tables of 1000 rows or one have none, and any other has one.
 
         Returns:
             `DiTTransformer2DModel`: in eval mode.
@@ -163,8 +163,12 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         kwargs = parse_dtype(kwargs)
         if kwargs.get("low_cpu_mem_usage") is False:
             raise ValueError(
-                "`low_cpu_mem_usage=False` is not possible, as the timestep embedding is kept in float32; leave it out."
+                "`low_cpu_mem_usage=False` is not possible, as the timestep embedding is kept in float32; leave it "
+                "out."
             )
+        file = "/".join(filter(None, (kwargs.get("subfolder"), cls.config_name)))
+        places = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
+        hub.check_available(pretrained_model_name_or_path, file, **places)
         places = {name: kwargs[name] for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
         config = cls.load_config(pretrained_model_name_or_path, **places)
         if diffusers_dit.CONFIG_MARK not in config:

@@ -1,5 +1,5 @@
-"""Named presets for speed. What each switches on is one table, applied with diffusers' and torch's own calls, and undone
-by `restore`, which brings weights and images back to the bit."""
+"""Named presets for speed, one table. They are applied with diffusers' and torch's own calls and undone by `restore`,
+after which weights and images are what they were, to the bit."""
 
 import importlib.util
 from typing import Literal, NamedTuple
@@ -54,10 +54,11 @@ def optimize(
     Args:
         pipe (`DiTClassCondPipeline`): The pipeline; if it is optimized already, that is undone first.
         preset (`str`, defaults to `"exact"`):
-            `"exact"` compiles and changes no pixel beyond rounding; `"int8"` computes the blocks in 8-bit integers too;
+            `"exact"` compiles and changes no pixel beyond rounding; `"int8"` computes the blocks in 8-bit integers
+            too;
             `"balanced"` and `"fastest"` compute in bfloat16, which older processors are slow at, use a solver for few
-            steps, and guide in a part of them only. Their steps and interval become the pipeline's `recommended_call`, so
-            that `pipe(labels)` uses them.
+            steps, and guide in a part of them only. Their steps and interval become the pipeline's
+            `recommended_call`, so that `pipe(labels)` uses them.
         device (`str` or `torch.device`, *optional*): Where to move the pipeline.
 
     Raises:
@@ -108,8 +109,8 @@ def optimize(
     pipe.register_to_config(recommended_call=(before["recommended_call"] or {}) | call or None)
     names = " and ".join(type(network).__name__ for network in networks)
     logger.warning(
-        f"{names} will be compiled by the first call of each batch size: about {settings.compilation} for a small model "
-        "on two CPU cores."
+        f"{names} will be compiled by the first call of each batch size: about {settings.compilation} for a small "
+        "model on two CPU cores."
     )
 
 
@@ -183,7 +184,7 @@ def compile_network(network, device_type, bfloat16):
 
 
 def quantize_blocks(transformer):
-    """Int8 weights, and activations quantized a token at a time, in attention and feed-forward; returns what was there."""
+    """Int8 weights and per-token activations in attention and feed-forward; returns the layers with their weights."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     layers = {

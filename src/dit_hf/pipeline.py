@@ -130,15 +130,17 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         folder = resolve_pipeline(pretrained_model_name_or_path)
         if folder != str(pretrained_model_name_or_path):
             kwargs.setdefault(DTYPE_ARGUMENT, torch.float32)  # the files are float16
-        with hub.reachable(folder):
-            return super().from_pretrained(folder, **kwargs)
+        places = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
+        hub.check_available(folder, cls.config_name, **places)
+        return super().from_pretrained(folder, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file, **kwargs):
         """
         Reads a `model_index.json`; whatever it names as code is this package's.
 
-        Then no remote code is needed, and a folder of diffusers' own DiT is read by our transformer, which corrects it.
+        Then no remote code is needed, and a folder of diffusers' own DiT is read by our transformer, which corrects
+        it.
         """
         config = super()._dict_from_json_file(json_file, **kwargs)
         if isinstance(config.get("transformer"), list):

@@ -82,8 +82,8 @@ def trained_prediction(scheduler_config: Mapping) -> str:
     uses_flow_sigmas = bool(scheduler_config.get("use_flow_sigmas"))
     if uses_flow_sigmas != (prediction == "flow_prediction"):
         raise ValueError(
-            f"{name} has use_flow_sigmas={uses_flow_sigmas} and prediction_type={prediction!r}: for flow matching pass "
-            "use_flow_sigmas=True and prediction_type='flow_prediction', for diffusion neither."
+            f"{name} has use_flow_sigmas={uses_flow_sigmas} and prediction_type={prediction!r}: for flow matching "
+            "pass use_flow_sigmas=True and prediction_type='flow_prediction', for diffusion neither."
         )
     if uses_flow_sigmas:
         return "velocity"
@@ -109,7 +109,7 @@ class ClassNames:
                     self._ids[level + 2].setdefault(name.casefold(), set()).add(key)
 
     def find(self, name: str) -> int | None:
-        """The id of a whole entry or a synonym, in any case; None if there is none, `ValueError` if there are several."""
+        """The id of an entry or a synonym, in any case; None if there is none, `ValueError` if there are several."""
         spellings = (name.strip(), name.strip().casefold())
         for level, ids in enumerate(self._ids):
             if found := ids.get(spellings[level // 2]):
@@ -176,10 +176,10 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
             or key.removeprefix(prefix).split(".lora_")[0] not in layers
         ]
         if stray or not weights:
-            example = f"{prefix}transformer_blocks.0.attn.to_q.lora_A.weight"
+            example, others = f"{prefix}transformer_blocks.0.attn.to_q.lora_A.weight", ", ".join(map(repr, stray[:2]))
             raise ValueError(
-                f"{len(weights) - len(stray)} of the adapters' {len(weights)} keys belong to a layer of the transformer; "
-                f"keys look like {example!r}, and these are not: {', '.join(map(repr, stray[:2])) or 'none'}."
+                f"{len(weights) - len(stray)} of the adapters' {len(weights)} keys belong to a layer of the "
+                f"transformer; keys look like {example!r}, and these are not: {others or 'none'}."
             )
         self.transformer.load_lora_adapter(
             dict(weights), prefix=self.transformer_name, adapter_name=adapter_name, metadata=metadata, **options
@@ -234,9 +234,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         transformer (`DiTTransformer2DModel`): Predicts noise, velocity or whatever the scheduler's
             `prediction_type` says, from latents, timestep and class.
         scheduler (`SchedulerMixin`):
-            A sampler for what the model was trained on. It defines that for the pipeline: a scheduler that is set later
-            must sample the same. EDM's are for models trained inside EDM's preconditioning, which is not the diffusion
-            of DiT.
+            A sampler for what the model was trained on. It defines that for the pipeline: a scheduler that is set
+            later must sample the same. EDM's are for models trained inside EDM's preconditioning, which is not the
+            diffusion of DiT.
         vae (`AutoencoderKL`, *optional*): Decodes latents; without one the model works on pixels in [-1, 1].
         id2label (`dict[int, str]`, *optional*): Class names; synonyms are separated by commas.
         recommended_call (`dict`, *optional*):
@@ -356,7 +356,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             `list[int]`
 
         Raises:
-            ValueError: if a name is unknown, the message suggests the nearest; or if it is the name of several classes.
+            ValueError: if a name is unknown, the message suggests the nearest; or if it is the name of several
+            classes.
         """
         names = ClassNames(self.id2label)
         return [self._get_label_id(names, name) for name in ([label] if isinstance(label, str) else label)]
@@ -407,7 +408,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         The settings that a call uses.
 
         Args:
-            given: `num_inference_steps`, `guidance_scale`, `guidance_channels`, `guidance_interval`; None counts as not
+            given: `num_inference_steps`, `guidance_scale`, `guidance_channels`, `guidance_interval`; None counts as
+            not
                 given.
 
         Returns:
@@ -438,8 +440,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         shape = getattr(class_labels, "shape", ())  # torch's and numpy's
         if any(side != 1 for side in shape[1:]):
             raise ValueError(
-                f"`class_labels` has shape {tuple(shape)}; it must have one id per image. One-hot labels become ids by "
-                "`.argmax(-1)`."
+                f"`class_labels` has shape {tuple(shape)}; it must have one id per image. One-hot labels become ids "
+                "by `.argmax(-1)`."
             )
         if hasattr(class_labels, "tolist"):
             class_labels = class_labels.reshape(-1).tolist()
@@ -558,8 +560,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         channels = None if self.vae is None else self.vae.config.get("latent_channels")
         if channels is not None and channels != self.transformer.config.in_channels:
             raise ValueError(
-                f"The VAE has {channels} latent channels and the transformer {self.transformer.config.in_channels}; they "
-                "don't belong together."
+                f"The VAE has {channels} latent channels and the transformer {self.transformer.config.in_channels}; "
+                "they don't belong together."
             )
 
     def _check_size(self, height, width, latents, batch_size):
@@ -591,8 +593,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         channels = self.transformer.config.in_channels
         if self.vae is None and output_type != "latent" and channels not in (1, 3):
             raise ValueError(
-                f"`output_type` is {output_type!r}, but this pipeline has no VAE and its model's {channels} channels are "
-                "no image; pass `output_type='latent'`, or set `vae`."
+                f"`output_type` is {output_type!r}, but this pipeline has no VAE and its model's {channels} channels "
+                "are no image; pass `output_type='latent'`, or set `vae`."
             )
 
     def _check_callback(self, callback_on_step_end_tensor_inputs):
@@ -700,7 +702,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         Args:
             latents (`torch.Tensor` of shape `(B, C, H, W)`): Latents as the transformer works on them.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"` (values in [0, 1]).
-            generator (`torch.Generator` or `list`, *optional*): For decoders that sample, such as a consistency decoder.
+            generator (`torch.Generator` or `list`, *optional*): For decoders that sample, such as a consistency
+            decoder.
 
         Returns:
             `list[PIL.Image.Image]`, `np.ndarray` of shape `(B, height, width, 3)` or `torch.Tensor` of shape
@@ -741,8 +744,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         bad = ~torch.isfinite(values).flatten(1).all(dim=1)
         if bad.any():
             raise ValueError(
-                f"The {what} {bad.nonzero().flatten().tolist()} are not finite. Try float32 or bfloat16 weights, another "
-                "scheduler or fewer steps than the training's timesteps."
+                f"The {what} {bad.nonzero().flatten().tolist()} are not finite. Try float32 or bfloat16 weights, "
+                "another scheduler or fewer steps than the training's timesteps."
             )
 
     @torch.no_grad()
@@ -848,9 +851,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
         # 2. Prepare schedule, labels and noise
         device = getattr(self, "_execution_device", self.device)
-        # The scheduler's part stays on the CPU, where its tables are, and the model's goes to the device at once: looking
-        # up a GPU's timestep waits for the GPU, and so does taking one there. Some are float64, which not every device
-        # has.
+        # The scheduler's part stays on the CPU, where its tables are, and the model's goes to the device at once:
+        # looking up a GPU's timestep waits for the GPU, and so does taking one there. Some are float64, which not
+        # every device has.
         schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, "cpu")
         model_schedule = schedule.float().to(device)
         self._num_timesteps = len(schedule)

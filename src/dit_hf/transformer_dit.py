@@ -6,9 +6,9 @@ Options cover the family that grew from it: SiT (https://arxiv.org/abs/2401.0874
 Shapes: `B` batch, `C` channels, `H W` latent size, `p` patch size, `h w` = `H/p W/p`, `N` = `h·w` tokens (two more
 with in-context conditioning), `D` width, `heads` attention heads.
 
-This file imports torch and diffusers only: it is also the code that a Hub repository carries, so it loads with any diffusers
-from `MIN_DIFFUSERS` on. Names that are private to diffusers are optional: without them only the feature that needs
-them is missing.
+This file imports torch and diffusers only: it is also the code that a Hub repository carries, so it loads with any
+diffusers from `MIN_DIFFUSERS` on. Names that are private to diffusers are optional: without them only the feature
+that needs them is missing.
 """
 
 import json
@@ -574,8 +574,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         """As every `CacheMixin`'s."""
         if TransformerBlockRegistry is None:
             raise ImportError(
-                f"diffusers {diffusers.__version__} has no registry of blocks (`diffusers.hooks._helpers`), which caches "
-                "need; use a diffusers between 0.38 and 0.42."
+                f"diffusers {diffusers.__version__} has no registry of blocks (`diffusers.hooks._helpers`), which "
+                "caches need; use a diffusers between 0.38 and 0.42."
             )
         super().enable_cache(config)
 

@@ -172,7 +172,7 @@ def read_config_beside(checkpoint: Path) -> dict:
     """
     file = checkpoint.with_name("config.json")
     try:
-        config = json.loads(file.read_text()) if file.is_file() else {}
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         return our_config(config) if isinstance(config, dict) and CONFIG_MARK in config else {}
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

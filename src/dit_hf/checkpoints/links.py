@@ -11,13 +11,11 @@ from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.file_download import http_get
 
-from ..hub.connection import unreachable
+from ..hub.connection import TIMEOUT, unreachable
 
 
 logger = logging.get_logger(__name__)
 
-# Seconds that a server has for its first answer; without one, downloads would be tried again for half a minute.
-TIMEOUT = 10
 HUB_HOSTS = ("huggingface.co", "hf.co")
 # Path of a link to a file on the Hub: `USER/NAME/blob/REVISION/PATH`, or `resolve`.
 HUB_FILE = re.compile(r"^/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/(.+)$")

@@ -16,6 +16,7 @@ SIT = replace(
     argument_marks=("path_type",),
     trained_with=LINEAR_VELOCITY,
     data_at_one=True,
-    recommended_call={"num_inference_steps": 250, "guidance_scale": 1.5},
+    # Its `forward_with_cfg` guides three channels, as DiT's.
+    recommended_call={"num_inference_steps": 250, "guidance_scale": 1.5, "guidance_channels": 3},
     published_license=None,
 )

@@ -169,7 +169,7 @@ def index_latents(
     index = {"fingerprint": fingerprint, "count": count, "unreadable": unreadable, "classes": names} | made_by
     index |= {"latents_mean": mean, "latents_std": std, "shards": shards}
     partial = cache_dir / f"partial-{INDEX}"
-    partial.write_text(json.dumps(index, indent=2) + "\n")
+    partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, cache_dir / INDEX)
     return index
 
@@ -211,7 +211,7 @@ def read_index(cache_dir: str | Path) -> dict:
     file = Path(cache_dir) / INDEX
     if not file.exists():
         raise ValueError(f"{cache_dir} holds no cache of latents ({INDEX} is missing); `dit-hf latents` makes one.")
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 class CachedLatents:

@@ -1,6 +1,6 @@
 """Saving and publishing: what a saved folder needs, model cards, and folders on the Hub."""
 
-from .connection import reachable, unreachable
+from .connection import check_available, unreachable
 from .model_card import CardFacts, build_card, carry_over, join_cards, read_card, source_file, write_card
 from .publish import BackgroundUploads, publish_folder, push
 from .saved_weights import check_loads_again
@@ -11,11 +11,11 @@ __all__ = [
     "CardFacts",
     "build_card",
     "carry_over",
+    "check_available",
     "check_loads_again",
     "join_cards",
     "publish_folder",
     "push",
-    "reachable",
     "read_card",
     "source_file",
     "unreachable",

@@ -1,41 +1,59 @@
-"""Telling a missing network from a missing file."""
+"""Telling a missing network from a missing file, at once."""
 
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from huggingface_hub import constants
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 
-@contextmanager
-def reachable(pretrained_model_name_or_path: str | Path) -> Iterator[None]:
+# Seconds that a server has for its first answer; without one, downloads would be tried again for half a minute.
+TIMEOUT = 10
+
+
+def check_available(
+    pretrained_model_name_or_path: str | Path,
+    file: str,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> None:
     """
-    Inside of it, a failure to load a repository that is due to the network says so.
+    Refuses what can be loaded from nowhere: a name that is no folder here, not in the cache, and can't be downloaded.
 
     Args:
-        pretrained_model_name_or_path (`str` or `Path`): What is loaded; nothing changes for a folder.
+        pretrained_model_name_or_path (`str` or `Path`): A folder or a Hub id.
+        file (`str`): A file that every such repository has.
+        revision, token, cache_dir: As `from_pretrained` takes them.
 
     Raises:
-        OSError: if loading failed and the Hub can't be reached.
+        OSError: if there is no such folder and the name is no Hub id, or the Hub can't be reached. What the Hub itself
+            says, such as that there is no such repository, is left to the loading.
     """
+    name = str(pretrained_model_name_or_path)
+    if Path(name).exists():
+        return
     try:
-        yield
-    except (OSError, ValueError, HTTPError) as error:
-        name = str(pretrained_model_name_or_path)
-        if Path(name).exists() or (reason := unreachable()) is None:
-            raise
-        raise OSError(
-            f"Can't load {name!r}: it is no folder here, it is not complete in the cache, and {reason}."
-        ) from error
+        validate_repo_id(name)
+    except HFValidationError:
+        raise OSError(f"There is no folder {name!r}, and a Hub id looks like 'user/name'.") from None
+    if isinstance(try_to_load_from_cache(name, file, cache_dir, revision), str):
+        return
+    try:
+        HfApi().model_info(name, revision=revision, timeout=TIMEOUT, token=token)
+    except HfHubHTTPError:
+        return
+    except (HTTPError, OSError) as error:
+        reason = unreachable() or str(error).strip().splitlines()[0]
+        raise OSError(f"There is no folder {name!r}, the cache has no such repository, and {reason}.") from None
 
 
 def unreachable() -> str | None:
     """Why the Hub can't be reached, or None if it can."""
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE keeps it from being downloaded"
+        return "HF_HUB_OFFLINE forbids downloads"
     address = urlsplit(constants.ENDPOINT)
     port = address.port or (443 if address.scheme == "https" else 80)
     try:

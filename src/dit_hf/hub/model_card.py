@@ -63,8 +63,8 @@ def build_card(
         title (`str`): Heading, and what the example loads: a repository or a folder.
         facts (`CardFacts`, *optional*): What the model can't tell of itself.
         known (`ModelCard`, *optional*):
-            A card to update: its owner's text is kept, its metadata and what this package wrote but for what `facts` say
-            anew; tags, data sets and results are joined.
+            A card to update: its owner's text is kept, its metadata and what this package wrote but for what `facts`
+            say anew; tags, data sets and results are joined.
         files (`Collection[str]`): What lies beside it; `samples.png` and `loss.png` are shown.
 
     Returns:
@@ -234,7 +234,7 @@ def _metadata(card):
 
 
 def _split(text):
-    """What its owner wrote before and after, and between them what this package wrote; stray markers are the owner's."""
+    """The owner's text before and after, and the package's between them; stray markers are the owner's."""
     start = text.find(START)
     end = text.rfind(END)
     if start < 0 or end < start:
@@ -282,8 +282,9 @@ def _describe(model, title, facts, results, region, files):
         "## Use\n\n```python\n" + (_pipeline_code(model, title) if is_pipeline else _model_code(title)) + "\n```"
     )
     parts.append(
-        f"Needs diffusers {MIN_DIFFUSERS} or newer. `trust_remote_code=True` runs the code in this repository; where the "
-        f"`dit_hf` package is installed it is not needed: `dit_hf.{type(model).__name__}.from_pretrained` loads the same."
+        f"Needs diffusers {MIN_DIFFUSERS} or newer. `trust_remote_code=True` runs the code in this repository; where "
+        f"the `dit_hf` package is installed it is not needed: `dit_hf.{type(model).__name__}.from_pretrained` loads "
+        "the same."
     )
     if is_pipeline:
         settings = ", ".join(f"`{name}={value!r}`" for name, value in model.resolve_call().items())

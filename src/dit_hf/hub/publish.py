@@ -41,7 +41,8 @@ def push(
     Args:
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What to publish.
         repo_id (`str`): `"name"` or `"user/name"`.
-        commit_message, private, token, create_pr, safe_serialization, variant, subfolder, max_shard_size: As with every
+        commit_message, private, token, create_pr, safe_serialization, variant, subfolder, max_shard_size: As with
+        every
             diffusers model.
         card (`CardFacts`, *optional*): What the model can't tell of itself.
 
@@ -99,7 +100,8 @@ def publish_folder(
             name: str(path) for name, path in files.items() if not name.startswith((".git/", ".cache/"))
         }
         if subfolder is None:
-            # With the repository's name in its example, on top of what its owner wrote there; the folder's stays as is.
+            # With the repository's name in its example, on top of what its owner wrote there; the folder's stays as
+            # is.
             known = join_cards(
                 _card_of(repo_id, token), read_card(files["README.md"]) if "README.md" in files else None
             )

@@ -34,8 +34,8 @@ def check_loads_again(components: Mapping[str, Any]) -> None:
 def _how_to_undo(model, changed):
     if getattr(model, "peft_config", None):
         return (
-            "It has LoRA adapters: call `pipe.unload_lora_weights()` first, after `pipe.fuse_lora()` if their effect is "
-            "to stay in the weights."
+            "It has LoRA adapters: call `pipe.unload_lora_weights()` first, after `pipe.fuse_lora()` if their effect "
+            "is to stay in the weights."
         )
     if any("_orig_mod." in key for key in changed):
         return "A part of it is wrapped by `torch.compile`: put the part back, and compile with `part.compile()`."

@@ -206,7 +206,7 @@ def record_settings(file: str | Path, settings: dict) -> None:
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"partial-{file.name}")
-    partial.write_text(json.dumps(settings, indent=2, default=str) + "\n")
+    partial.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(partial, file)
 
 
@@ -220,8 +220,8 @@ def truncate_log(file: str | Path, step: int) -> None:
     """
     file = Path(file)
     if file.exists():
-        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         partial = file.with_name(f"partial-{file.name}")
-        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(partial, file)

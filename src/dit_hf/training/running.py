@@ -30,12 +30,12 @@ def only_run(output_dir: str | Path) -> Iterator[None]:
         # A singleton, so that a command and the trainer that it calls can both hold the folder.
         lock = FileLock(output_dir / ".lock", timeout=0, is_singleton=True).acquire()
     except Timeout:
-        process = holder.read_text() if holder.exists() else "unknown"
+        process = holder.read_text(encoding="utf-8") if holder.exists() else "unknown"
         raise ValueError(
             f"{output_dir} is in use by another run (process {process}); wait for it or choose another folder."
         ) from None
     with lock:
-        holder.write_text(str(os.getpid()))
+        holder.write_text(str(os.getpid()), encoding="utf-8")
         yield
 
 
