@@ -61,11 +61,13 @@ def test_micro_batches_and_processes_do_not_change_the_result(workspace, tmp_pat
     flags = {"max_train_steps": 12, "checkpointing_steps": 12, "validation_steps": 12, "class_dropout_prob": 0.5}
     run(train_command(workspace, tmp_path / "one", **flags))
     run(train_command(workspace, tmp_path / "micro", **flags, gradient_accumulation_steps=2))
-    command = train_command(workspace, tmp_path / "two", **flags, gradient_accumulation_steps=2)
+    per_process = {"total_batch_size": None, "train_batch_size": 1, "gradient_accumulation_steps": 2}
+    command = train_command(workspace, tmp_path / "two", **flags, **per_process)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     # `accelerate launch --cpu --num_processes 2` would start one process.
     result = run([*launch, *command[1:]], env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
     assert "2 processes" in result.stdout
+    assert json.loads((tmp_path / "two" / "training_config.json").read_text())["total_batch_size"] == 4
     for folder in ("micro", "two"):
         torch.testing.assert_close(losses(tmp_path / folder), losses(tmp_path / "one"), rtol=1e-6, atol=1e-6)
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "two" / "pipeline")
