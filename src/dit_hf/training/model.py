@@ -2,7 +2,6 @@
 
 import inspect
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ def transformer_config(pretrained_model_name_or_path: str | Path) -> dict[str, A
     return dict(DiTTransformer2DModel.load_config(pretrained_model_name_or_path, subfolder="transformer"))
 
 
-@cache
 def scheduler_config(pretrained_model_name_or_path: str | Path) -> dict[str, Any]:
     """The configuration of a pipeline's scheduler, of whichever class."""
     return dict(DDPMScheduler.load_config(pretrained_model_name_or_path, subfolder="scheduler"))
