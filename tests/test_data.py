@@ -388,7 +388,8 @@ def test_labels_of_every_kind():
 
     assert label_names(dataset(1, 0)) == ["0", "1"]
     assert label_names(dataset("b", "a", "b")) == ["a", "b"]
-    for labels, message in (((0, 0), "one class"), ((0.5, 1.0), "0.5"), ((-1, 1), "-1")):
+    assert label_names(dataset(0, 0)) == ["0"]
+    for labels, message in (((0.5, 1.0), "0.5"), ((-1, 1), "-1")):
         with pytest.raises(ValueError, match=message):
             label_names(dataset(*labels))
 

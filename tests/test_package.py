@@ -53,12 +53,18 @@ for module in sys.argv[1:]:
         importlib.import_module(module)
     except ImportError as error:
         print(error)
+from dit_hf import DiTClassCondPipeline
+try:
+    DiTClassCondPipeline.from_bundled().load_lora_weights({})
+except ImportError as error:
+    print(error)
 """
 
 
 def test_a_missing_extra_is_named():
     command = [sys.executable, "-c", WITHOUT, *NEEDS]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert output.pop() == "LoRA needs peft: pip install 'dit_hf[train]', or peft and transformers."
     for line, (missing, extra) in zip(output, NEEDS.values(), strict=True):
         assert line.endswith(f"needs {missing}: pip install 'dit_hf[{extra}]'.")
 

@@ -54,9 +54,18 @@ def test_the_readme_example_runs_from_the_wheel(installed, tmp_path):
     snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     where = "\nimport dit_hf\nprint(dit_hf.__file__, dit_hf.__version__)\n"
     environment = os.environ | {"PYTHONPATH": f"{installed}:{tmp_path / 'required'}"}
-    command = [sys.executable, "-S", "-c", snippet.replace("=30", "=2") + where]
+    command = [sys.executable, "-S", "-c", snippet + where]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    command = [sys.executable, "-S", "-m", "dit_hf.console", "generate", "--class_labels", "flags"]
+    generated = subprocess.run(
+        [*command, "--num_images_per_label", "1", "--num_inference_steps", "2", "--output", "grid.png"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (tmp_path / "grid.png").is_file(), generated.stderr
     file, version = result.stdout.split()
     assert file.startswith(str(installed)) and re.fullmatch(r"\d+\.\d+\.\d+\S*", version)
     assert (tmp_path / "flag.png").stat().st_size > 500
@@ -64,7 +73,7 @@ def test_the_readme_example_runs_from_the_wheel(installed, tmp_path):
 
 def test_the_wheel_holds_types_weights_and_no_tests(installed):
     names = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
-    assert "dit_hf/py.typed" in names
+    assert {"dit_hf/py.typed", "dit_hf/space/page.py", "dit_hf/commands/train.py"} <= names
     assert "dit_hf/bundled/emoji64/transformer/diffusion_pytorch_model.safetensors" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"dit_hf"}
 

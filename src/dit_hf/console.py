@@ -59,3 +59,7 @@ def main() -> None:
     else:
         sys.argv = [f"dit-hf {name}", *sys.argv[2:]]  # argparse shows it in the command's usage
         run(lambda: load_command(name)())
+
+
+if __name__ == "__main__":
+    main()

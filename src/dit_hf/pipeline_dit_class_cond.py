@@ -40,7 +40,7 @@ from diffusers.schedulers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import logging
+from diffusers.utils import is_peft_available, logging
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -88,6 +88,26 @@ def trained_prediction(scheduler_config: Mapping) -> str:
     if uses_flow_sigmas:
         return "velocity"
     return "edm" if name.startswith("EDM") else prediction
+
+
+def spatial_factor(vae: ModelMixin) -> int:
+    """
+    Pixels per latent value along one side.
+
+    Args:
+        vae (`ModelMixin`): An image autoencoder of diffusers.
+
+    Returns:
+        `int`
+
+    Raises:
+        ValueError: if neither the model nor its config states it.
+    """
+    if isinstance(ratio := getattr(vae, "spatial_compression_ratio", None), int):
+        return ratio
+    if "block_out_channels" not in vae.config:
+        raise ValueError(f"{type(vae).__name__} does not state its spatial compression; it is not supported.")
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 class ClassNames:
@@ -162,8 +182,7 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
             ImportError: if peft or transformers is missing.
             ValueError: if a key belongs to no layer of the transformer; nothing is loaded then.
         """
-        if SD3LoraLoaderMixin is None:
-            raise ImportError("LoRA adapters need peft and transformers: pip install peft transformers.")
+        self._check_adapters_possible()
         options = {name: kwargs.pop(name) for name in ("low_cpu_mem_usage", "hotswap") if name in kwargs}
         kwargs = {"use_safetensors": True, "return_lora_metadata": True} | kwargs
         weights, metadata = SD3LoraLoaderMixin.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
@@ -205,8 +224,7 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
             is_main_process, weight_name, save_function, safe_serialization: As with every diffusers pipeline.
             transformer_lora_adapter_metadata (`dict`, *optional*): Rank and alpha.
         """
-        if SD3LoraLoaderMixin is None:
-            raise ImportError("LoRA adapters need peft and transformers: pip install peft transformers.")
+        cls._check_adapters_possible()
         SD3LoraLoaderMixin.save_lora_weights(
             save_directory,
             transformer_lora_layers=transformer_lora_layers,
@@ -216,6 +234,12 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
             safe_serialization=safe_serialization,
             transformer_lora_adapter_metadata=transformer_lora_adapter_metadata,
         )
+
+    @staticmethod
+    def _check_adapters_possible():
+        if SD3LoraLoaderMixin is None or not is_peft_available():
+            missing = "transformers" if SD3LoraLoaderMixin is None else "peft"
+            raise ImportError(f"LoRA needs {missing}: pip install 'dit_hf[train]', or peft and transformers.")
 
     def fuse_lora(self, components: list[str] = ["transformer"], **kwargs):
         """Adds the adapters to the weights; `unfuse_lora` subtracts them."""
@@ -330,11 +354,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels along one side of a latent value."""
-        if self.vae is None:
-            return 1
-        ratio = getattr(self.vae, "spatial_compression_ratio", None)  # AutoencoderDC
-        return ratio or 2 ** (len(self.vae.config.block_out_channels) - 1)
+        """Pixels per latent value along one side."""
+        return 1 if self.vae is None else spatial_factor(self.vae)
 
     @property
     def image_processor(self) -> VaeImageProcessor:

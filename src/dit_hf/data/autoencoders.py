@@ -9,6 +9,18 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL
 
+from ..pipeline_dit_class_cond import spatial_factor
+
+
+__all__ = [
+    "check_autoencoder",
+    "encode_posterior",
+    "latent_channels",
+    "load_autoencoder",
+    "spatial_factor",
+    "vae_statistics",
+]
+
 
 def load_autoencoder(
     pretrained_model_name_or_path: str | Path, subfolder: str | None = None, dtype: torch.dtype = torch.float32
@@ -61,26 +73,6 @@ def check_autoencoder(vae) -> None:
         raise ValueError(f"{type(vae).__name__} encodes videos; pass an autoencoder of images.")
     spatial_factor(vae)
     latent_channels(vae)
-
-
-def spatial_factor(vae) -> int:
-    """
-    Pixels per latent position along one side.
-
-    Args:
-        vae (`diffusers.ModelMixin`): The autoencoder.
-
-    Returns:
-        `int`
-
-    Raises:
-        ValueError: if neither the model nor its config states it.
-    """
-    if isinstance(ratio := getattr(vae, "spatial_compression_ratio", None), int):
-        return ratio
-    if "block_out_channels" not in vae.config:
-        raise ValueError(f"{type(vae).__name__} does not state its spatial compression; it is not supported.")
-    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def latent_channels(vae) -> int:

@@ -202,7 +202,7 @@ def label_names(dataset, label_column: str = "label") -> list[str]:
         `list[str]`
 
     Raises:
-        ValueError: if the column is missing or holds something else, or there are not at least two classes.
+        ValueError: if the column is missing or holds something else, or there are no classes.
     """
     feature = check_column(dataset, label_column, "--label_column")
     if hasattr(feature, "names"):
@@ -214,10 +214,8 @@ def label_names(dataset, label_column: str = "label") -> list[str]:
             )
     else:
         names = _names_that_occur(dataset, label_column)
-    if len(names) < 2:
-        raise ValueError(
-            f"Column {label_column!r} has one class, {names}; a class-conditional model needs at least two."
-        )
+    if not names:
+        raise ValueError(f"Column {label_column!r} has no classes: there are no images.")
     return names
 
 
