@@ -32,7 +32,7 @@ from dit_hf.optimization import (
 
 
 GUIDANCE = 5.0
-METRICS = ["fd_efficientnet_lite0", "kd_efficientnet_lite0", "precision", "recall"]
+METRICS = ["fd_efficientnet_lite0", "kid", "precision", "recall"]
 DDIM = {"solver_order": 1}
 ALL = (0.0, 1.0)
 

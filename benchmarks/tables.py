@@ -146,7 +146,7 @@ def growth(part):
 
 
 def quality(part):
-    distance, kernel = "fd_efficientnet_lite0", "kd_efficientnet_lite0"
+    distance, kernel = "fd_efficientnet_lite0", "kid"
     baseline = part["rows"]["DDIM"][distance]
     rows = [
         [name, f"{row[distance]:.0f}", f"{row[distance] / baseline:.3f}"]

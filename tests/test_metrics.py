@@ -222,11 +222,11 @@ def of(dataset):
 
 def test_named_metrics_and_their_intervals():
     samples, reference = features(200), features(50, seed=1, shift=0.2)
-    every = ("fd_a", "sfd_a", "is_a", "kd_a", "precision", "recall", "density", "coverage")
+    every = ("fd_a", "sfd_a", "is", "kid", "precision", "recall", "density", "coverage")
     found = compute_metrics(samples, reference, every, bootstrap=20)
     assert list(found) == list(every)
     assert all(result["ci95"] > 0 for result in found.values())
-    assert found["is_a"]["std"] > 0
+    assert found["is"]["std"] > 0
     fraction = found["precision"]["value"]
     assert found["precision"]["ci95"] == pytest.approx(1.96 * (fraction * (1 - fraction) / 200) ** 0.5, rel=0.4)
     plain = compute_metrics(samples, reference, every)
@@ -241,9 +241,7 @@ def test_named_metrics_and_their_intervals():
 def test_metrics_that_cannot_be_computed_are_refused():
     samples, reference = features(20), features(20, seed=1)
     for metric in ("fidd", "fd", "sfid2", "fd_b", "", "fd_inception"):  # no name falls through to another metric
-        with pytest.raises(
-            ValueError, match=f"no metric '{metric}'; with 'a' choose from fd_a, sfd_a, is_a, kd_a, prec"
-        ):
+        with pytest.raises(ValueError, match=f"no metric '{metric}'; with 'a' choose from fd_a, sfd_a, is, kid, prec"):
             compute_metrics(samples, reference, [metric])
     with pytest.raises(ValueError, match="none or at least 2"):
         compute_metrics(samples, reference, ["fd_a"], bootstrap=1)
@@ -251,8 +249,8 @@ def test_metrics_that_cannot_be_computed_are_refused():
         compute_metrics(samples, features(20, extractor="b"), ["fd_a"])
     with pytest.raises(ValueError, match="the training of"):
         compute_metrics(samples, reference, ["fd_a"], training=features(20, extractor="b"))
-    with pytest.raises(ValueError, match="kd_a needs the reference's images.*statistics are not enough"):
-        compute_metrics(samples, None, ["kd_a"], statistics=of(reference))
+    with pytest.raises(ValueError, match="kid needs the reference's images.*statistics are not enough"):
+        compute_metrics(samples, None, ["kid"], statistics=of(reference))
     with pytest.raises(ValueError, match="sfd_a needs statistics of `spatial`"):
         compute_metrics(samples, None, ["sfd_a"], statistics=of(reference))
     with pytest.raises(ValueError, match="accuracy needs training images"):
@@ -278,7 +276,7 @@ def test_sets_of_different_image_sizes_are_refused():
 
 
 def test_published_names_are_inceptions_alone():
-    names = {"fid": "fd", "sfid": "sfd", "is": "is", "kid": "kd"}
+    names = {"fid": "fd", "sfid": "sfd"}
     inception, other = (features(20, extractor=name) for name in ("inception", "facebook/dinov2-base"))
     assert list(compute_metrics(inception, inception, [*names, "recall"])) == [*names, "recall"]
     for published, name in names.items():
@@ -287,9 +285,9 @@ def test_published_names_are_inceptions_alone():
         with pytest.raises(ValueError, match=f"'{published}' is .* of Inception's features; of .* called '{wanted}'"):
             compute_metrics(other, other, [published])
     everything = Available(inception.parts, True, (), True)
-    assert default_metrics("inception", everything) == [*names, "precision", "recall"]
+    assert default_metrics("inception", everything) == ["fid", "sfid", "is", "kid", "precision", "recall"]
     pooled = Available(["features"], True, (), False)
-    assert default_metrics("dinov2", pooled) == ["fd_dinov2", "kd_dinov2", "precision", "recall"]
+    assert default_metrics("dinov2", pooled) == ["fd_dinov2", "kid", "precision", "recall"]
     assert default_metrics("inception", Available(inception.parts, False, ["features"], False)) == ["fid", "is"]
 
 
@@ -306,10 +304,10 @@ def test_no_metric_depends_on_the_order_of_images():
         compute_metrics(samples, reference, every, bootstrap=3, training=training)
         for samples, reference, training in (sets, permuted)
     )
-    assert set(first) == {"fd_a", "sfd_a", "is_a", "kd_a", "precision", "recall", "density", "coverage", "accuracy"}
+    assert set(first) == {"fd_a", "sfd_a", "is", "kid", "precision", "recall", "density", "coverage", "accuracy"}
     for name in every:
         assert first[name] == pytest.approx(second[name], rel=1e-9), name
-    assert first["is_a"]["value"] > 3
+    assert first["is"]["value"] > 3
     few = [part.select(torch.arange(0, 60, 6)) for part in sets]
     chosen = [matched_training_images(few[0], training).features for training in (sets[2], permuted[2])]
     torch.testing.assert_close(*chosen, rtol=0, atol=0)
@@ -348,7 +346,7 @@ from dit_hf.evaluation.metrics import compute_metrics
 features = torch.arange(36.0).reshape(12, 3).sin()
 print(frechet_distance(features + 1, features))
 sets = [Features(part, None, None, {"name": "mine"}) for part in (features, features + 1)]
-print(compute_metrics(*sets, ["fd_mine", "kd_mine", "precision"])["fd_mine"]["value"])
+print(compute_metrics(*sets, ["fd_mine", "kid", "precision"])["fd_mine"]["value"])
 for use in (lambda: load_extractor("efficientnet-lite0"), lambda: load_extractor("facebook/dinov2-base"),
             lambda: __import__("dit_hf.evaluation.accuracy").evaluation.accuracy.train_probe(features, ["a"] * 12),
             lambda: __import__("dit_hf.evaluation.sources").evaluation.sources.ImageSource("outputs/none")):

@@ -125,7 +125,7 @@ def run_script(*arguments, env=None):
 
 def test_the_command_and_its_cache(images):
     folder, _ = images
-    flags = ("--metrics", f"{FD},kd_efficientnet_lite0,precision", "--bootstrap", 2, "--cache_dir", folder / "cache")
+    flags = ("--metrics", f"{FD},kid,precision", "--bootstrap", 2, "--cache_dir", folder / "cache")
     result = run_script("--samples", folder / "folder", "--reference", folder / "images.npz", *flags)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
@@ -201,7 +201,7 @@ def test_metrics_go_into_the_card_with_their_recipe(images):
     ).save_pretrained(folder / "pipe")
     Features(draw(40), None, None, {"name": str(folder / "dinov2")}).save(folder / "a.safetensors")
     Features(draw(50, seed=1), None, None, {"name": str(folder / "dinov2")}).save(folder / "b.safetensors")
-    flags = ("--feature_extractor", "precomputed", "--metrics", "fd_dinov2,kd_dinov2", "--bootstrap", 0)
+    flags = ("--feature_extractor", "precomputed", "--metrics", "fd_dinov2,kid", "--bootstrap", 0)
     with HubServer() as hub:
         environment = os.environ | hub.environment(folder / "home")
         result = run_script(
@@ -225,8 +225,8 @@ def test_metrics_go_into_the_card_with_their_recipe(images):
         held_out = [result for result in card.data.eval_results if result.dataset_name == "held-out images"]
         results = {result.metric_type: result for result in held_out}
         assert results["fd_dinov2"].metric_value == float(f"{found['fd_dinov2']['value']:.6g}")
-        assert results["kd_dinov2"].metric_args["num_reference"] == 50
-        assert results["kd_dinov2"].metric_args["samples"] == "a.safetensors"
+        assert results["kid"].metric_args["num_reference"] == 50
+        assert results["kid"].metric_args["samples"] == "a.safetensors"
         assert str(folder) not in card.content
         assert "Fréchet distance (dinov2)" in card.text
     assert len(local.data.eval_results) == 4  # of two references

@@ -753,11 +753,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         dtype = self.vae.dtype
         if not torch.isfinite(images).all() and dtype != torch.float32:
             logger.warning(f"The VAE overflows in {dtype}; the images are decoded in float32.")
-            self.vae.to(torch.float32)
+            torch.nn.Module.to(self.vae, torch.float32)  # diffusers' own warns of what it does not do here
             try:
                 images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0]
             finally:
-                self.vae.to(dtype)
+                torch.nn.Module.to(self.vae, dtype)
         self._check_finite("decoded images", images)
         return self.image_processor.postprocess(images, output_type=output_type)
 

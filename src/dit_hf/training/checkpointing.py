@@ -170,12 +170,18 @@ def check_same_settings(
         return
     before = json.loads(json.dumps(dict(defaults or {}), default=str)) | read_settings(file)
     changed = [
-        f"{name} was {before[name]!r} and is {value!r}"
+        _describe_change(name, before[name], value)
         for name, value in json.loads(json.dumps(dict(settings), default=str)).items()
         if name not in may_change and name in before and before[name] != value
     ]
     if changed:
         raise ValueError(f"{file.parent} holds a run with other settings: {'; '.join(changed)}. Use a new folder.")
+
+
+def _describe_change(name, before, value):
+    if name == "latents":  # a fingerprint
+        return f"the images, or what encodes them, have changed (latents {before[:8]} and {value[:8]})"
+    return f"{name} was {before!r} and is {value!r}"
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:
