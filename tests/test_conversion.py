@@ -320,7 +320,7 @@ def test_a_vae_of_other_channels_is_refused_before_anything_is_read(tmp_path):
         (["--vae", tmp_path / "vae", "--dry_run"], "has latents of 16 channels"),
         (["--vae", tmp_path], "has no config.json"),
         (["--vae", tmp_path / "nowhere"], "must be the folder or the Hub id of an autoencoder"),
-        (["--vae", "user/vae"], "Can't download config.json of user/vae: HF_HUB_OFFLINE keeps it"),
+        (["--vae", "user/vae"], "Can't download config.json of user/vae: "),
     ):
         result = convert(*flags, *more)
         assert result.returncode == 2

@@ -64,6 +64,15 @@ def test_a_scheduler_that_samples_something_else_is_refused(case):
         sample(pipe)
 
 
+def test_a_scheduler_given_while_loading_is_held_against_the_folders(tmp_path):
+    tiny_pipeline("flow_euler").save_pretrained(tmp_path)
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path, scheduler=make_scheduler("flow_unipc"))
+    assert sample(pipe).isfinite().all()
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path, scheduler=make_scheduler("ddim"))
+    with pytest.raises(ValueError, match="this pipeline was built for 'velocity'"):
+        sample(pipe)
+
+
 def test_schedulers_of_the_same_kind_are_taken():
     pipe = tiny_pipeline("ddpm")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)

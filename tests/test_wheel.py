@@ -75,7 +75,8 @@ def test_the_wheel_holds_types_weights_and_no_tests(installed):
     names = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
     assert {"dit_hf/py.typed", "dit_hf/space/page.py", "dit_hf/commands/train.py"} <= names
     assert "dit_hf/bundled/emoji64/transformer/diffusion_pytorch_model.safetensors" in names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"dit_hf"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"dit_hf", "bin"}
+    assert "bin/dit-hf" in names
 
 
 def test_the_oldest_python_runs_what_is_required():

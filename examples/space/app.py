@@ -6,7 +6,7 @@ dit-hf space --pretrained_model_name_or_path emoji64
 """
 
 from dit_hf.command_line import run
-from dit_hf.commands.space import main
+from dit_hf.space.command import main
 
 
 if __name__ == "__main__":

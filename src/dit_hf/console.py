@@ -41,7 +41,7 @@ def load_command(name: str) -> Callable[[], None]:
         case "generate":
             from .commands.generate import main as command
         case "space":
-            from .commands.space import main as command
+            from .space.command import main as command
     return command
 
 

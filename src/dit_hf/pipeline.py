@@ -132,7 +132,12 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             kwargs.setdefault(DTYPE_ARGUMENT, torch.float32)  # the files are float16
         places = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
         hub.check_available(folder, cls.config_name, **places)
-        return super().from_pretrained(folder, **kwargs)
+        # The folder's own scheduler tells what the model was trained for; a call holds another one against it.
+        scheduler = kwargs.pop("scheduler", None)
+        pipe = super().from_pretrained(folder, **kwargs)
+        if scheduler is not None:
+            pipe.scheduler = scheduler
+        return pipe
 
     @classmethod
     def _dict_from_json_file(cls, json_file, **kwargs):

@@ -25,7 +25,7 @@ def serve(model, folder, *flags, app=APP, **variables):
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(HIDING)}
     environment |= {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | variables
-    program = [app] if app else ["-m", "dit_hf.commands.space"]
+    program = [app] if app else ["-m", "dit_hf.space.command"]
     named = ["--pretrained_model_name_or_path", str(model)] if model else []
     command = [sys.executable, *program, *named, *flags]
     lines = []

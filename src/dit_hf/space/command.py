@@ -55,7 +55,7 @@ def main():
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is removed then too
     folder = isolate()
-    from ..space.page import ImageGenerator, Page, build
+    from .page import ImageGenerator, Page, build
 
     page = Page(ImageGenerator(args.pretrained_model_name_or_path, args.max_minutes), folder)
     atexit.register(page.end)
