@@ -118,7 +118,7 @@ def test_a_speed_preset_sets_the_controls_in_the_other_schemes(browser, address,
 def test_settings_come_back_by_one_click(page):
     reuse = page.get_by_role("button", name="Reuse settings")
     reuse.click()
-    expect(status(page)).to_contain_text("Draw a set first.")
+    expect(status(page)).to_contain_text("Generate a set first.")
     draw(page, seed=11, steps=2)
     for chosen in (False, True):
         set_number(page, "Seed", 5)
