@@ -125,6 +125,18 @@ def test_sampling_works_without_an_optional_name(module, source, name, image, mo
         return original(imported, globals, locals, fromlist, level)
 
     monkeypatch.setattr(builtins, "__import__", without_name)
+    sample_with_the_carried_file(module, image)
+
+
+@pytest.mark.parametrize(
+    "name", ["hooks._helpers.TransformerBlockMetadata", "models._modeling_parallel.ContextParallelInput"]
+)
+def test_sampling_works_with_private_classes_of_another_signature(name, image, monkeypatch):
+    monkeypatch.setattr(f"diffusers.{name}", type("Changed", (), {}))
+    sample_with_the_carried_file(transformer_dit, image)
+
+
+def sample_with_the_carried_file(module, image):
     spec = importlib.util.spec_from_file_location("carried", module.__file__)
     carried = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(carried)

@@ -13,7 +13,7 @@ import dit_hf
 SOURCE = ROOT / "src" / "dit_hf"
 # A module may import what stands above it or before it in its line, never what stands below.
 LAYERS = (
-    ("_version", "command_line", "seeds", "bundled", "transformer_dit", "presets", "complexity"),
+    ("_version", "command_line", "seeds", "dtypes", "bundled", "transformer_dit", "presets", "complexity"),
     ("pipeline_dit_class_cond", "schedulers", "mixing", "modulation_table"),
     ("hub", "data", "checkpoints"),
     ("models", "pipeline", "optimization", "conversion"),
@@ -58,12 +58,17 @@ try:
     DiTClassCondPipeline.from_bundled().load_lora_weights({})
 except ImportError as error:
     print(error)
+try:
+    DiTClassCondPipeline.from_bundled().fuse_lora()
+except ImportError as error:
+    print(error)
 """
 
 
 def test_a_missing_extra_is_named():
     command = [sys.executable, "-c", WITHOUT, *NEEDS]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert output.pop() == output[-1]
     assert output.pop() == "LoRA needs peft: pip install 'dit_hf[train]', or peft and transformers."
     for line, (missing, extra) in zip(output, NEEDS.values(), strict=True):
         assert line.endswith(f"needs {missing}: pip install 'dit_hf[{extra}]'.")

@@ -15,11 +15,15 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchHeunDiscreteScheduler,
+    IPNDMScheduler,
+    KarrasVeScheduler,
+    SD3Transformer2DModel,
     UniPCMultistepScheduler,
 )
 from peft import LoraConfig, get_peft_model
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf.optimization import quantize_blocks
 from dit_hf.training.lora import add_lora, save_lora
 
 
@@ -47,8 +51,15 @@ OTHER_SCHEDULERS = {
     "diffusion for flow": ("flow_euler", UniPCMultistepScheduler, "'epsilon', and this pipeline was built for 'vel"),
     "flow for diffusion": ("ddim", lambda: UniPCMultistepScheduler(**FLOW), "'velocity', and this pipeline was"),
     "other prediction": ("ddim", lambda: make_scheduler("ddim", prediction_type="v_prediction"), "'v_prediction'"),
-    "other betas": ("ddim", lambda: make_scheduler("ddim", beta_schedule="scaled_linear"), "other betas"),
-    "other length": ("ddim", lambda: make_scheduler("ddim", num_train_timesteps=500), "other betas"),
+    "other betas": ("ddim", lambda: make_scheduler("ddim", beta_schedule="scaled_linear"), "its betas"),
+    "other length": ("ddim", lambda: make_scheduler("ddim", num_train_timesteps=500), "number of timesteps"),
+    "other length of a flow": (
+        "flow_euler",
+        lambda: make_scheduler("flow_euler", num_train_timesteps=10),
+        "timesteps",
+    ),
+    "no diffusion": ("ddim", IPNDMScheduler, "IPNDMScheduler does not sample the diffusion"),
+    "another step": ("ddim", KarrasVeScheduler, "KarrasVeScheduler does not sample the diffusion"),
     "clipped": ("ddim", lambda: DDIMScheduler(), "clip_sample=False"),
     "clipped DDPM": ("ddim", lambda: DDPMScheduler(), "clip_sample=False"),
     "thresholding": ("dpm++", lambda: make_scheduler("dpm++", thresholding=True), "thresholding=False"),
@@ -222,6 +233,9 @@ def test_names_of_many_classes_are_found_quickly():
 def test_names_must_be_strings():
     with pytest.raises(ValueError, match="`id2label` has 7 for class 1; names must be strings"):
         tiny_pipeline(id2label={0: "a", 1: 7})
+    with pytest.raises(ValueError, match="`id2label` has a key that is no class id"):
+        tiny_pipeline(id2label={"x": "a"})
+    assert tiny_pipeline(id2label={0: "a, "}).labels == {"a": 0, "a,": 0}
 
 
 @pytest.mark.parametrize(
@@ -281,6 +295,27 @@ def test_parts_changed_in_place_are_not_saved(tmp_path):
     assert torch.equal(sample(DiTClassCondPipeline.from_pretrained(tmp_path / "saved")), sample(pipe))
 
 
+def test_weights_quantized_in_place_are_not_saved(tmp_path):
+    pipe = tiny_pipeline()
+    quantize_blocks(pipe.transformer)
+    for save in (pipe.save_pretrained, pipe.transformer.save_pretrained):
+        with pytest.raises(ValueError, match="quantized in place"):
+            save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_folder_of_another_model_is_named(tmp_path):
+    other = SD3Transformer2DModel(sample_size=4, num_layers=1, attention_head_dim=8, num_attention_heads=1)
+    other.save_pretrained(tmp_path / "transformer")
+    tiny_pipeline().scheduler.save_pretrained(tmp_path / "scheduler")
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="holds a SD3Transformer2DModel, not a DiTTransformer2DModel"):
+        DiTTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match="its transformer is a SD3Transformer2DModel"):
+        DiTClassCondPipeline.from_pretrained(tmp_path)
+
+
 def test_adapters_that_fit_no_layer_are_refused(tmp_path):
     weights = {f"transformer_blocks.0.attn.to_q.lora_{part}.weight": torch.randn(4, 48) for part in "AB"}
     get_peft_model(tiny_transformer(), LoraConfig(r=4, target_modules=["to_q"])).save_pretrained(tmp_path)
@@ -315,6 +350,8 @@ def test_types_by_name_and_arguments_that_are_not_possible(tmp_path):
     ):
         with pytest.raises(ValueError, match="`low_cpu_mem_usage=False` is not possible"):
             call(low_cpu_mem_usage=False)
+    with pytest.raises(ValueError, match="`dtype` is torch.int8"):
+        DiTClassCondPipeline.from_pretrained(tmp_path, dtype=torch.int8)
 
 
 def test_the_bundled_name_is_a_pipeline_name(tmp_path, monkeypatch):

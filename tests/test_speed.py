@@ -79,6 +79,22 @@ def test_time_and_class_are_embedded_once_for_all_steps():
     assert (images - expected).norm() / expected.norm() < 1e-5
 
 
+def test_calls_that_are_no_step_are_computed_without_the_table():
+    model, tabulated = tiny_transformer(), tabulated_pipeline()
+    draw(tabulated)
+    inputs = tiny_inputs()
+    steps = tabulated.scheduler.timesteps[:1].float()
+    with torch.no_grad():
+        for changed in (
+            {},  # every row another timestep
+            {"timestep": 500},
+            {"timestep": torch.full((3,), 0.5)},
+            {"timestep": steps.expand(3), "force_drop_ids": torch.tensor([1, 0, 1])},
+        ):
+            expected = model(**inputs | changed).sample
+            torch.testing.assert_close(tabulated.transformer(**inputs | changed).sample, expected, atol=1e-5, rtol=0)
+
+
 def test_every_trajectory_has_a_table_of_its_own():
     """What a call embedded is not used by the next, whose weights and schedule may be others."""
     pipe = tabulated_pipeline()

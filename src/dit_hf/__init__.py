@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import threading
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -29,6 +30,8 @@ _MODULES = {
     "restore": ".optimization",
 }
 
+_lock = threading.RLock()
+
 __all__ = [
     "DiTClassCondPipeline",
     "DiTTransformer2DModel",
@@ -45,15 +48,18 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Libraries that diffusers finds installed warn of each other while it is imported, on every import anew.
-    disabled = logging.root.manager.disable
-    logging.disable(max(disabled, logging.WARNING))
-    try:
-        value = getattr(importlib.import_module(_MODULES[name], __name__), name)
-    finally:
-        logging.disable(disabled)
-    globals()[name] = value
-    return value
+    with _lock:  # or two threads would restore each other's level
+        if name in globals():
+            return globals()[name]
+        # Libraries that diffusers finds installed warn of each other while it is imported, on every import anew.
+        disabled = logging.root.manager.disable
+        logging.disable(max(disabled, logging.WARNING))
+        try:
+            value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+        finally:
+            logging.disable(disabled)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
-import diffusers
 import torch
 from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -17,39 +16,21 @@ from . import hub, transformer_dit
 from .checkpoints import diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
+from .dtypes import DTYPE_ARGUMENT, parse_dtype
 from .presets import PresetName, preset_config
 
 
 logger = logging.get_logger(__name__)
 
-# Before diffusers 0.40 it was `torch_dtype`, which is deprecated since.
-DTYPE_ARGUMENT = "torch_dtype" if diffusers.__version__.startswith(("0.38.", "0.39.")) else "dtype"
 # Arguments of `from_pretrained` that say where a config lies.
 CONFIG_ARGUMENTS = (*("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies"),)
 
 
-def parse_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
-    """
-    Arguments of a `from_pretrained` with a type that every supported diffusers understands.
-
-    Args:
-        arguments (`dict`): With `dtype` or `torch_dtype`, a `torch.dtype` or its name, or neither.
-
-    Returns:
-        `dict`: with the type, if there is one, as a `torch.dtype` under the argument's name of this diffusers.
-
-    Raises:
-        ValueError: if there is no such type.
-    """
-    arguments = dict(arguments)
-    given = [arguments.pop(name, None) for name in ("dtype", "torch_dtype")]
-    dtype = given[1] if given[0] is None else given[0]
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(f"`dtype` is {dtype!r}; it must be a torch.dtype or the name of one, such as 'bfloat16'.")
-        dtype = named
-    return arguments if dtype is None else arguments | {DTYPE_ARGUMENT: dtype}
+def _check_memory_option(low_cpu_mem_usage):
+    if not low_cpu_mem_usage:
+        raise ValueError(
+            "`low_cpu_mem_usage=False` is not possible, as the timestep embedding is kept in float32; omit it."
+        )
 
 
 class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
@@ -115,6 +96,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         has_null_class: bool | None = None,
+        low_cpu_mem_usage: bool = True,
     ) -> Self:
         """
         Loads a checkpoint of an original code base.
@@ -133,6 +115,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             has_null_class (`bool`, *optional*):
                 Whether the last row of the class table is the null class of classifier-free guidance. If nothing
                 tells, tables of 1000 rows or one have none, and any other has one.
+            low_cpu_mem_usage (`bool`, defaults to `True`): No other value is possible, as with `from_pretrained`.
 
         Returns:
             `DiTTransformer2DModel`: in eval mode.
@@ -141,6 +124,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             ValueError: if the file is not such a checkpoint; the message names the file and the key.
             OSError: if a link can't be downloaded.
         """
+        _check_memory_option(low_cpu_mem_usage)
         dtype = parse_dtype({"dtype": dtype, "torch_dtype": torch_dtype}).get(DTYPE_ARGUMENT)
         path = pretrained_model_link_or_path
         return load_model(cls, path, num_attention_heads, family, weights, dtype, has_null_class)
@@ -161,16 +145,15 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             ValueError: if an argument is not possible, or the folder holds something else.
         """
         kwargs = parse_dtype(kwargs)
-        if kwargs.get("low_cpu_mem_usage") is False:
-            raise ValueError(
-                "`low_cpu_mem_usage=False` is not possible, as the timestep embedding is kept in float32; leave it "
-                "out."
-            )
+        _check_memory_option(kwargs.get("low_cpu_mem_usage", True))
         file = "/".join(filter(None, (kwargs.get("subfolder"), cls.config_name)))
         places = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
-        hub.check_available(pretrained_model_name_or_path, file, **places)
+        if not kwargs.get("local_files_only"):
+            hub.check_available(pretrained_model_name_or_path, file, **places)
         places = {name: kwargs[name] for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
         config = cls.load_config(pretrained_model_name_or_path, **places)
+        if (found := config.get("_class_name", cls.__name__)) != cls.__name__:
+            raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")
         if diffusers_dit.CONFIG_MARK not in config:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         stock, info = StockDiTTransformer2DModel.from_pretrained(

@@ -25,6 +25,15 @@ class ModulationTable:
         self.classes: list[int] = []
         self.first, self.vectors = 0, torch.empty(0)
 
+    def covers(self, inputs: dict) -> bool:
+        """Whether a call's keyword arguments are those of a step of the scheduler, as the pipeline gives them."""
+        timestep = inputs.get("timestep")
+        if not isinstance(timestep, torch.Tensor) or timestep.ndim != 1 or not (timestep == timestep[0]).all():
+            return False
+        alone = inputs.get("modulation") is None and inputs.get("force_drop_ids") is None
+        schedule = self.pipe.scheduler.timesteps
+        return alone and schedule is not None and bool((schedule.float() == timestep[0]).any())
+
     def rows(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         """
         Modulation of a batch at one step.

@@ -150,7 +150,7 @@ def use_modulation_table(pipe):
     forward = transformer._compiled_call_impl or transformer._call_impl
 
     def call(*args, **inputs):
-        if not args and not transformer.is_cache_enabled:
+        if not args and not transformer.is_cache_enabled and table.covers(inputs):
             inputs["modulation"] = table.rows(inputs["timestep"], inputs["class_labels"])
         return forward(*args, **inputs)
 

@@ -19,7 +19,8 @@ from . import hub, pipeline_dit_class_cond
 from .bundled import FOLDER, bundled_names, resolve_pipeline
 from .checkpoints import diffusers_dit
 from .checkpoints.saving import TRAINING_ONLY_FILE
-from .models import DTYPE_ARGUMENT, DiTTransformer2DModel, parse_dtype
+from .dtypes import DTYPE_ARGUMENT, parse_dtype
+from .models import DiTTransformer2DModel
 
 
 logger = logging.get_logger(__name__)
@@ -131,7 +132,8 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         if folder != str(pretrained_model_name_or_path):
             kwargs.setdefault(DTYPE_ARGUMENT, torch.float32)  # the files are float16
         places = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
-        hub.check_available(folder, cls.config_name, **places)
+        if not kwargs.get("local_files_only"):
+            hub.check_available(folder, cls.config_name, **places)
         # The folder's own scheduler tells what the model was trained for; a call holds another one against it.
         scheduler = kwargs.pop("scheduler", None)
         pipe = super().from_pretrained(folder, **kwargs)
@@ -149,6 +151,8 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         """
         config = super()._dict_from_json_file(json_file, **kwargs)
         if isinstance(config.get("transformer"), list):
+            if (found := config["transformer"][-1]) != DiTTransformer2DModel.__name__:
+                raise ValueError(f"{json_file}: its transformer is a {found}, not a {DiTTransformer2DModel.__name__}.")
             config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", "DiTTransformer2DModel"]}
             config.pop("auto_map", None)
         return config

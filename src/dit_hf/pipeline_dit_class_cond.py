@@ -21,7 +21,7 @@ import torch
 
 
 MIN_DIFFUSERS = "0.38.0"
-if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 38):
+if tuple(map(int, diffusers.__version__.split(".")[:2])) < tuple(map(int, MIN_DIFFUSERS.split(".")[:2])):
     raise ImportError(
         f"DiTClassCondPipeline needs diffusers >= {MIN_DIFFUSERS}; this is {diffusers.__version__}. "
         "Run `pip install --upgrade diffusers`."
@@ -48,7 +48,16 @@ try:  # LoRA adapters; diffusers has these names only where peft and transformer
     from diffusers.loaders import SD3LoraLoaderMixin
     from diffusers.loaders.lora_base import LoraBaseMixin
 except ImportError:
-    SD3LoraLoaderMixin, LoraBaseMixin = None, object  # type: ignore[assignment,misc]
+    SD3LoraLoaderMixin = None  # type: ignore[assignment,misc]
+
+    class LoraBaseMixin:  # type: ignore[no-redef]
+        """Stands in for diffusers' own: its methods say what is missing."""
+
+        def _refuse(self, *args, **kwargs):
+            self._check_adapters_possible()
+
+        fuse_lora = unfuse_lora = unload_lora_weights = disable_lora = enable_lora = _refuse
+        set_adapters = delete_adapters = get_active_adapters = get_list_adapters = set_lora_device = _refuse
 
 
 logger = logging.get_logger(__name__)
@@ -124,7 +133,7 @@ class ClassNames:
         self._ids: list[dict[str, set[int]]] = [{}, {}, {}, {}]
         for key, entry in id2label.items():
             for level, names in enumerate(([entry], entry.split(","))):
-                for name in map(str.strip, names):
+                for name in filter(None, map(str.strip, names)):
                     self._ids[level].setdefault(name, set()).add(key)
                     self._ids[level + 2].setdefault(name.casefold(), set()).add(key)
 
@@ -243,10 +252,12 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
 
     def fuse_lora(self, components: list[str] = ["transformer"], **kwargs):
         """Adds the adapters to the weights; `unfuse_lora` subtracts them."""
+        self._check_adapters_possible()
         super().fuse_lora(components=components, **kwargs)
 
     def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs):
         """Subtracts the adapters that `fuse_lora` has added."""
+        self._check_adapters_possible()
         super().unfuse_lora(components=components, **kwargs)
 
 
@@ -287,8 +298,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self._trained_prediction = self._scheduler_prediction()
         self._trained_alphas = getattr(scheduler, "alphas_cumprod", None)
-        # JSON turns the keys into strings; they are numbers again here.
-        self.id2label = dict(sorted((int(key), name) for key, name in (id2label or {}).items()))
+        self._trained_timesteps = scheduler.config.get("num_train_timesteps")
+        try:  # JSON turns the keys into strings; they are numbers again here
+            self.id2label = dict(sorted((int(key), name) for key, name in (id2label or {}).items()))
+        except ValueError as error:
+            raise ValueError(f"`id2label` has a key that is no class id: {error}.") from None
         if stray := [key for key, name in self.id2label.items() if not isinstance(name, str)]:
             raise ValueError(
                 f"`id2label` has {self.id2label[stray[0]]!r} for class {stray[0]}; names must be strings."
@@ -538,14 +552,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 f"{name} samples models that predict {prediction!r}, and this pipeline was built for "
                 f"{self._trained_prediction!r}; `dit_hf.make_scheduler` builds schedulers of both kinds."
             )
-        alphas = getattr(self.scheduler, "alphas_cumprod", None)
-        if not self.is_flow_matching and alphas is not None and self._trained_alphas is not None:
-            same_shape = alphas.shape == self._trained_alphas.shape
-            if not same_shape or not torch.allclose(alphas.cpu(), self._trained_alphas.cpu(), rtol=1e-3, atol=1e-6):
-                raise ValueError(
-                    f"{name} has other betas than the scheduler that this pipeline was built with; build it with "
-                    f"`{name}.from_config(pipe.scheduler.config)` of that one."
-                )
+        parameters = inspect.signature(getattr(self.scheduler, "step", lambda: None)).parameters.values()
+        needed = [each.name for each in parameters if each.default is each.empty and each.kind < each.VAR_POSITIONAL]
+        if needed != ["model_output", "timestep", "sample"] or not self._samples_what_was_trained():
+            raise ValueError(
+                f"{name} does not sample the diffusion or flow of the scheduler that this pipeline was built with (its "
+                f"betas, or its number of timesteps); build it with `{name}.from_config(pipe.scheduler.config)` of "
+                "that one, or choose one of `dit_hf.make_scheduler`."
+            )
         in_latent_space = self.vae is not None or self.transformer.config.in_channels not in (1, 3)
         for option in ("clip_sample", "thresholding"):
             if config.get(option) and in_latent_space:
@@ -575,6 +589,16 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             raise ValueError(f"`eta` is {eta}; it must be from 0 to 1.")
         if eta != 0 and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"`eta` is {eta}, but {name} has no such parameter; leave it at 0.")
+
+    def _samples_what_was_trained(self):
+        """Whether timesteps, and for diffusion betas, are those of the scheduler that the pipeline was built with."""
+        timesteps = self.scheduler.config.get("num_train_timesteps")
+        if None not in (timesteps, self._trained_timesteps) and timesteps != self._trained_timesteps:
+            return False
+        if self.is_flow_matching or self._trained_alphas is None:
+            return True
+        alphas = getattr(self.scheduler, "alphas_cumprod", None)
+        return alphas is not None and torch.allclose(alphas.cpu(), self._trained_alphas.cpu(), rtol=1e-3, atol=1e-6)
 
     def _check_vae(self):
         """Refuses a VAE whose latents are not the transformer's."""
@@ -740,7 +764,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if self.vae is None:
             return self.image_processor.postprocess(latents, output_type=output_type)
         config = self.vae.config
-        latents = latents.float() / (config.get("scaling_factor") or 1.0)
+        latents = latents.to(getattr(self, "_execution_device", self.device)).float() / (
+            config.get("scaling_factor") or 1.0
+        )
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
             mean, std = (
                 latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
@@ -751,7 +777,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         options = {"generator": generator} if takes_generator else {}
         images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0].float()
         dtype = self.vae.dtype
-        if not torch.isfinite(images).all() and dtype != torch.float32:
+        if dtype != torch.float32 and not torch.isfinite(images).all():
             logger.warning(f"The VAE overflows in {dtype}; the images are decoded in float32.")
             torch.nn.Module.to(self.vae, torch.float32)  # diffusers' own warns of what it does not do here
             try:

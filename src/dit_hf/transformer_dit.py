@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 
 MIN_DIFFUSERS = "0.38.0"
-if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 38):
+if tuple(map(int, diffusers.__version__.split(".")[:2])) < tuple(map(int, MIN_DIFFUSERS.split(".")[:2])):
     raise ImportError(
         f"DiTTransformer2DModel needs diffusers >= {MIN_DIFFUSERS}; this is {diffusers.__version__}. "
         "Run `pip install --upgrade diffusers`."
@@ -52,8 +52,16 @@ except ImportError:
     TransformerBlockRegistry = None  # type: ignore[assignment,misc]
 try:  # the plan for context parallelism
     from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
-except ImportError:
-    ContextParallelInput = None  # type: ignore[assignment,misc]
+
+    CONTEXT_PARALLEL_PLAN: Any = {
+        "transformer_blocks.0": {
+            "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)
+        },
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+    ROTARY_PLAN: Any = dict.fromkeys((0, 1), ContextParallelInput(split_dim=0, expected_dims=2, split_output=True))
+except (ImportError, TypeError):
+    CONTEXT_PARALLEL_PLAN = None
 try:  # `attention_kwargs={"scale": s}`
     from diffusers.utils import apply_lora_scale
 except ImportError:
@@ -185,7 +193,7 @@ class DiTAttnProcessor:
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         query, key, value = attn.project(hidden_states, encoder_hidden_states)
-        # The number of heads is left open: under tensor parallelism each rank holds a share of them.
+        # The number of heads is left open: under tensor parallelism each rank holds a part of them.
         query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in (query, key, value))
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
@@ -400,8 +408,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         patch_size (`int`, defaults to 2): Side of a patch; a token is one patch.
         in_channels (`int`, defaults to 4): Channels of the latents.
         num_layers (`int`, defaults to 28): Blocks.
-        num_attention_heads (`int`, defaults to 16): Heads a block.
-        attention_head_dim (`int`, defaults to 72): Channels a head; the width is heads × channels, divisible by 4.
+        num_attention_heads (`int`, defaults to 16): Heads per block.
+        attention_head_dim (`int`, defaults to 72): Channels per head; the width is heads × channels, divisible by 4.
         mlp_ratio (`float`, defaults to 4.0): Hidden width of the feed-forward layers over the model's width.
         num_classes (`int`, defaults to 1000): Classes; the id `num_classes` is the null class.
         class_dropout_prob (`float`, defaults to 0.1):
@@ -411,7 +419,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         conditioning (`str`, defaults to `"adaln_zero"`):
             How time and class enter a block: `"adaln_zero"`, `"adaln"`, `"cross_attention"` or `"in_context"`.
         position_embedding (`str`, defaults to `"sincos"`):
-            `"sincos"` adds the paper's frozen table, `"sincos+rope"` turns queries and keys by their place as well.
+            `"sincos"` adds the paper's frozen table, `"sincos+rope"` also applies rotary position embeddings.
         norm (`str`, defaults to `"layer_norm"`): `"layer_norm"` or `"rms_norm"`.
         qk_norm (`bool`, defaults to `False`): Whether queries and keys of each head are normalised.
         ff (`str`, defaults to `"gelu"`): Feed-forward layers, `"gelu"` or `"swiglu"` of two thirds of the width.
@@ -430,13 +438,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
     _repeated_blocks = ["DiTBlock", "DiTContextBlock"]
     _keep_in_fp32_modules = ["time_embed"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
-    if ContextParallelInput is not None:
-        _cp_plan = {
-            "transformer_blocks.0": {
-                "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)
-            },
-            "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
-        }
+    _cp_plan = CONTEXT_PARALLEL_PLAN
     _tp_plan = {
         "transformer_blocks.*.attn.to_q": "colwise",
         "transformer_blocks.*.attn.to_k": "colwise",
@@ -513,9 +515,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         self.rotary_embed = None
         if rotary:
             self.rotary_embed = DiTRotaryEmbed(attention_head_dim)
-            if ContextParallelInput is not None:
-                angles = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
-                self._cp_plan = self._cp_plan | {"rotary_embed": {0: angles, 1: angles}}
+            if self._cp_plan is not None:
+                self._cp_plan = self._cp_plan | {"rotary_embed": ROTARY_PLAN}
 
         # 2. Blocks
         sizes = (num_attention_heads, attention_head_dim, mlp_ratio, norm, qk_norm, ff)
@@ -574,8 +575,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         """As every `CacheMixin`'s."""
         if TransformerBlockRegistry is None:
             raise ImportError(
-                f"diffusers {diffusers.__version__} has no registry of blocks (`diffusers.hooks._helpers`), which "
-                "caches need; use a diffusers between 0.38 and 0.42."
+                f"diffusers {diffusers.__version__} has no registry of blocks (`diffusers.hooks._helpers`) as "
+                "diffusers 0.42 has, which caches need."
             )
         super().enable_cache(config)
 
@@ -759,11 +760,14 @@ def _skip_attention(attn, hidden_states, encoder_hidden_states=None, rotary_emb=
 
 
 if TransformerBlockRegistry is not None:
-    AttentionProcessorRegistry.register(
-        DiTAttnProcessor, AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)
-    )
-    for _block_class in (DiTBlock, DiTContextBlock):
-        TransformerBlockRegistry.register(
-            _block_class,
-            TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+    try:
+        AttentionProcessorRegistry.register(
+            DiTAttnProcessor, AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)
         )
+        for _block_class in (DiTBlock, DiTContextBlock):
+            TransformerBlockRegistry.register(
+                _block_class,
+                TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+            )
+    except (TypeError, AttributeError):  # this diffusers registers in another way
+        TransformerBlockRegistry = None  # type: ignore[assignment,misc]

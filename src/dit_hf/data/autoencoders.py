@@ -9,6 +9,8 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL
 
+from ..dtypes import DTYPE_ARGUMENT
+from ..hub import check_available
 from ..pipeline_dit_class_cond import spatial_factor
 
 
@@ -41,12 +43,13 @@ def load_autoencoder(
         ValueError: if the model does not encode RGB images to a grid of latents.
     """
     source = str(pretrained_model_name_or_path)
+    check_available(source, "/".join(filter(None, (subfolder, AutoencoderKL.config_name))))
     config = AutoencoderKL.load_config(source, subfolder=subfolder)
     name = config.get("_class_name", "a model without a class name")
     model_class = getattr(diffusers, name, None)
     if model_class is None or not hasattr(model_class, "encode"):
         raise ValueError(f"{source} holds {name}; pass an autoencoder of diffusers, such as AutoencoderKL.")
-    vae = model_class.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+    vae = model_class.from_pretrained(source, subfolder=subfolder, **{DTYPE_ARGUMENT: dtype})
     try:
         check_autoencoder(vae)
     except ValueError as error:

@@ -3,6 +3,7 @@
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -51,9 +52,11 @@ def check_available(
 
 
 def unreachable() -> str | None:
-    """Why the Hub can't be reached, or None if it can."""
+    """Why the Hub can't be reached; None if it can, or if that can't be told."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE forbids downloads"
+    if getproxies():
+        return None  # a direct connection tells nothing then
     address = urlsplit(constants.ENDPOINT)
     port = address.port or (443 if address.scheme == "https" else 80)
     try:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from torch.distributed.tensor import DTensor
 
 
 def check_loads_again(components: Mapping[str, Any]) -> None:
@@ -21,6 +22,12 @@ def check_loads_again(components: Mapping[str, Any]) -> None:
         model = getattr(component, "_orig_mod", component)  # diffusers saves what `torch.compile(model)` wraps
         if not isinstance(model, ModelMixin) or getattr(model, "hf_quantizer", None) is not None:
             continue
+        weights = {*map(type, model.parameters()), *map(type, model.buffers())}
+        if not weights <= {torch.Tensor, torch.nn.Parameter, DTensor}:
+            raise ValueError(
+                f"The {name} was quantized in place and its weights can't be saved: load it again with a "
+                "`quantization_config`, or call `dit_hf.restore(pipe)`."
+            )
         with torch.device("meta"):
             fresh = type(model).from_config(dict(model.config))
         changed = sorted(model.state_dict().keys() ^ fresh.state_dict().keys())
