@@ -556,8 +556,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         needed = [each.name for each in parameters if each.default is each.empty and each.kind < each.VAR_POSITIONAL]
         if needed != ["model_output", "timestep", "sample"] or not self._samples_what_was_trained():
             raise ValueError(
-                f"{name} does not sample the diffusion or flow of the scheduler that this pipeline was built with (its "
-                f"betas, or its number of timesteps); build it with `{name}.from_config(pipe.scheduler.config)` of "
+                f"{name} does not sample the diffusion or flow of the scheduler that this pipeline was built with "
+                f"(its betas, or its number of timesteps); build it with `{name}.from_config(pipe.scheduler.config)` of "
                 "that one, or choose one of `dit_hf.make_scheduler`."
             )
         in_latent_space = self.vae is not None or self.transformer.config.in_channels not in (1, 3)
