@@ -557,8 +557,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if needed != ["model_output", "timestep", "sample"] or not self._samples_what_was_trained():
             raise ValueError(
                 f"{name} does not sample the diffusion or flow of the scheduler that this pipeline was built with "
-                f"(its betas, or its number of timesteps); build it with `{name}.from_config(pipe.scheduler.config)` of "
-                "that one, or choose one of `dit_hf.make_scheduler`."
+                "(its betas, or its number of timesteps); build it with "
+                f"`{name}.from_config(pipe.scheduler.config)` of that one, or by `dit_hf.make_scheduler`."
             )
         in_latent_space = self.vae is not None or self.transformer.config.in_channels not in (1, 3)
         for option in ("clip_sample", "thresholding"):
