@@ -157,7 +157,7 @@ def test_never_resumes_leaves_the_run_as_it_is(tmp_path):
 
 
 def test_a_run_of_an_older_version_resumes(tmp_path):
-    """A setting that its record lacks is what 0.1 did: always warm-up, else the default; the batch had another name."""
+    """A setting that its record lacks is as 0.1 had it: warm-up, else the default; the batch was named otherwise."""
     train(tmp_path, max_train_steps=2, ema_warmup=True)
     file = tmp_path / "training_config.json"
     record = json.loads(file.read_text())
