@@ -325,9 +325,8 @@ class Training:
         args, main = self.args, self.accelerator.is_main_process
         trainer = self.trainer()
         uploads = BackgroundUploads(args.hub_model_id) if args.push_to_hub and main else None
-        with (
-            nullcontext() if uploads is None else closing(uploads)
-        ):  # what is queued is sent, whatever ends the training
+        # Whatever ends the training, what is queued is sent.
+        with closing(uploads) if uploads is not None else nullcontext():
             validation = Validation(
                 self.pipeline(trainer.transformer),
                 args.output_dir,

@@ -56,7 +56,7 @@ def recommended_call(pretrained_model_name_or_path: str | Path | None, guided: b
 
     Args:
         pretrained_model_name_or_path (`str` or `Path`, *optional*): Folder or Hub id of a pipeline.
-        guided (`bool`): Whether there is guidance; if not, its settings are left out.
+        guided (`bool`): Whether there is guidance; if not, its settings are omitted.
 
     Returns:
         `dict`, or `None` if it recommends nothing.
