@@ -20,6 +20,7 @@ from testing_utils.hub_server import HubServer, Repo
 from testing_utils.scripts import run_forked
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel
+from dit_hf.commands.convert import main
 from dit_hf.transformer_dit import sincos_positions
 
 
@@ -327,6 +328,28 @@ def test_a_vae_of_other_channels_is_refused_before_anything_is_read(tmp_path):
         assert message in result.stderr.splitlines()[-1]
         assert "Traceback" not in result.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_is_replaced_and_the_autoencoder_checked(tmp_path, monkeypatch):
+    flags = ["--checkpoint_path", FIXTURES / "dit_p2.pt", "--num_attention_heads", 4, "--skip_verification"]
+    flags += ["--vae", tmp_path / "vae", "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, flags)])
+    (tmp_path / "out").mkdir()
+    replace = os.replace
+
+    def replace_as_on_windows(source, target):
+        if os.path.isdir(target):
+            raise PermissionError(f"Access is denied: {target}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_as_on_windows)
+    tiny_vae(in_channels=1).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="encodes images of 1 channels; images are read as RGB"):
+        main()
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    main()
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.vae.dtype == torch.float32
 
 
 def test_a_second_run_publishes_what_the_first_could_not(tmp_path):

@@ -216,7 +216,7 @@ def test_metrics_go_into_the_card_with_their_recipe(images):
     run_script(*other, "--update_card", folder / "pipe", "--dataset_title", "themselves")
     found = json.loads(result.stdout)
     neighbours = found["nearest training image"]
-    assert neighbours["share of suspects"] == 1  # the samples are the training images
+    assert neighbours["fraction of suspects"] == 1  # the samples are the training images
     assert "count" in found["training images"]
     assert neighbours["nearest"][0] == {"sample": 0, "training": 0, "distance": 0.0}
     assert neighbours["median of the reference"] > 0
@@ -333,6 +333,14 @@ def command_in_process(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["metrics", *map(str, arguments)])
     main()
     return json.loads(capsys.readouterr().out)
+
+
+def test_a_folder_is_no_output(tmp_path, monkeypatch, capsys):
+    """Refused at once, not after the work."""
+    sets = ("--samples", tmp_path / "nowhere", "--reference", tmp_path / "nowhere")
+    with pytest.raises(SystemExit):
+        command_in_process(monkeypatch, capsys, *sets, "--output", tmp_path)
+    assert "is a folder; it must name a file" in capsys.readouterr().err
 
 
 def test_the_command_knows_a_new_row_and_its_defaults(tmp_path, monkeypatch, capsys):

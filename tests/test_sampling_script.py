@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from testing_utils.training_runs import kill_after, run
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.commands.generate import class_labels
-from dit_hf.commands.sample import call_settings
+from dit_hf.commands.sample import asked_labels, call_settings
 from dit_hf.evaluation.samples import SAMPLING_RECIPES, sample_images, sample_labels
 from dit_hf.evaluation.sources import ImageSource
 from dit_hf.seeds import seeded_generator
@@ -197,3 +198,20 @@ def test_a_label_is_a_name_first():
     assert class_labels(["4", "2", "two", "3", "crane, bird"], id2label) == ["4", "2", "two", 3, "crane, bird"]
     pipe = DiTClassCondPipeline(tiny_transformer(num_classes=4), make_scheduler("ddim"), None, id2label)
     assert pipe.resolve_class_labels(class_labels(["4", "2", "1", "crane, bird"], id2label)) == [3, 1, 1, 2]
+
+
+def test_names_of_a_dataset_are_looked_up_at_once(tmp_path):
+    """An index of the class names is built by each call of `get_label_ids`."""
+    for name in ("dark", "grey", "light"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "test" / name / "0.png")
+    calls = []
+
+    def get_label_ids(names):
+        calls.append(names)
+        return [{"dark": 0, "grey": 2, "light": 1}[name] for name in names]
+
+    args = Namespace(labels=str(tmp_path), holdout=0.0, seed=0)
+    labels = asked_labels(args, SimpleNamespace(get_label_ids=get_label_ids), 6)
+    assert sorted(labels.tolist()) == [0, 0, 1, 1, 2, 2]
+    assert calls == [["dark", "grey", "light"]]

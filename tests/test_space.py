@@ -243,6 +243,7 @@ def test_a_set_that_would_take_too_long_is_refused(model):
     for times, changes in (
         (2, {"images": 8}),
         (2, {"guidance_scale": 2.0}),
+        (2, {"guidance_scale": 0.5}),
         (1.5, {"guidance_scale": 2.0, "guidance_start": 0.5}),
         (4, {"guidance_scale": 2.0, "sampler": "flow_heun"}),
     ):

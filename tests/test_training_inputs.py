@@ -55,9 +55,9 @@ def test_latents_need_no_cache_and_the_distance_is_logged(workspace, tmp_path):
     run(train_command(workspace, tmp_path, **flags))
     assert not (tmp_path / "latents").exists()
     lines = read_log(tmp_path)
-    assert all(line["fd"] > 0 for line in lines)
+    assert all(line["fd_efficientnet_lite0"] > 0 for line in lines)
     card = (tmp_path / "pipeline" / "README.md").read_text()
-    assert f"| {round(lines[-1]['fd'], 1)} |" in card
+    assert f"| {lines[-1]['fd_efficientnet_lite0']:.6g} |" in card
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.vae.config.latents_mean is None  # its own scale is what was trained with
 
@@ -73,7 +73,7 @@ def test_any_autoencoder_trains_and_held_out_images_are_not_trained_on(workspace
     )
     assert kept + held_out == 20 and 0 < held_out < 10
     assert f"\n{kept} images: dark " in output
-    assert read_log(tmp_path / "run")[-1]["fd"] > 0
+    assert read_log(tmp_path / "run")[-1]["fd_efficientnet_lite0"] > 0
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert type(pipe.vae) is AutoencoderTiny
     assert len(pipe.vae.config.latents_mean) == 4  # of these latents
@@ -108,16 +108,16 @@ def one_class(workspace, folder):
         ({"transformer_config": None, "pretrained_model_name_or_path": "{tmp}/vae"}, "{tmp}/vae"),
         ({"dataset_name": None, "latents_dir": "{tmp}/none"}, "no cache of latents"),
         ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "vae": BUNDLED_VAE, "dry_run": ""},
-         "emoji_latents is of 64 pixels; leave out --resolution 32"),
+         "emoji_latents is of 64 pixels; omit --resolution 32"),
         ({"transformer_config": None, "vae": None, "pretrained_model_name_or_path": "{tmp}/base", "resolution": 64},
-         "{tmp}/base is of 32 pixels; leave out --resolution 64"),
+         "{tmp}/base is of 32 pixels; omit --resolution 64"),
         ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "resolution": None, "vae": BUNDLED_VAE,
           "proj_coeff": 0.5}, "precompute it with --features"),
         ({"proj_coeff": 0.5, "alignment_depth": 9}, "blocks 1 to 2"),
         ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "resolution": 64, "vae": "{tmp}/wide"},
          "made with another vae than --vae"),
         ({"transformer_config": None, "pretrained_model_name_or_path": "{tmp}/base", "vae": "{tmp}/vae"},
-         "trained with 0.5; leave out --vae"),
+         "trained with 0.5; omit --vae"),
         ({"transformer_config": None, "vae": None, "pretrained_model_name_or_path": "{tmp}/base", "lora_rank": 2},
          "has no class 'light', and adapters can't add one"),
         ({"total_batch_size": 64}, "A batch of 64 can't be drawn from 20 samples"),

@@ -157,8 +157,8 @@ def test_never_resumes_leaves_the_run_as_it_is(tmp_path):
 
 
 def test_a_run_of_an_older_version_resumes(tmp_path):
-    """A setting that its record lacks stands at its default; the batch was named otherwise."""
-    train(tmp_path, max_train_steps=2)
+    """A setting that its record lacks is as 0.1 had it: warm-up, else the default; the batch was named otherwise."""
+    train(tmp_path, max_train_steps=2, ema_warmup=True)
     file = tmp_path / "training_config.json"
     record = json.loads(file.read_text())
     record["train_batch_size"] = record.pop("total_batch_size")
@@ -166,11 +166,11 @@ def test_a_run_of_an_older_version_resumes(tmp_path):
         del record[name]
     record["latents"] = None
     file.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="ema_warmup was False and is True"):
-        train(tmp_path, ema_warmup=True)
+    with pytest.raises(ValueError, match="ema_warmup was True and is False"):
+        train(tmp_path)
     with pytest.raises(ValueError, match="total_batch_size was 4 and is 2"):
-        train(tmp_path, total_batch_size=2)
-    train(tmp_path)
+        train(tmp_path, total_batch_size=2, ema_warmup=True)
+    train(tmp_path, ema_warmup=True)
     assert len(logged_losses(tmp_path)) == 4
 
 

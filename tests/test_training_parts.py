@@ -3,10 +3,13 @@
 import os
 import socket
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, tiny_inputs, tiny_transformer
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from testing_utils.hub_server import HubServer
 from testing_utils.training_runs import run, train_command
@@ -19,10 +22,15 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from dit_hf import DiTClassCondPipeline
+from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.commands import train as train_command_module
+from dit_hf.evaluation.cards import card_results
 from dit_hf.evaluation.extractors import extract, load_extractor
+from dit_hf.hub import CardFacts, write_card
+from dit_hf.hub.model_card import PIPELINE_TAG
 from dit_hf.training.alignment import AlignmentHead, load_encoder
 from dit_hf.training.ema import PowerAverages, average_after_training, profile_exponent
+from dit_hf.training.result import training_facts
 
 
 def profile_average(values, sigma_rel):
@@ -184,3 +192,60 @@ def test_a_hub_that_never_answers_holds_nothing_up(tmp_path):
         silent.listen()
         environment = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_TOKEN": "hf_none"}
         run([sys.executable, "-c", code], env=os.environ | environment, timeout=60)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_uploads_are_closed_whatever_ends_the_training(tmp_path, monkeypatch, error):
+    closed = []
+
+    class Uploads:
+        def __init__(self, repo_id):
+            self.close = lambda: closed.append(repo_id)
+
+    def train(validation):
+        assert not closed
+        if error is not None:
+            raise error
+        return 1
+
+    monkeypatch.setattr(train_command_module, "BackgroundUploads", Uploads)
+    monkeypatch.setattr(train_command_module, "Validation", lambda *parts, **options: None)
+    names = "output_dir seed validation_classes validation_images_per_class guidance_scale class_dropout_prob"
+    args = SimpleNamespace(**dict.fromkeys([*names.split(), "validation_inference_steps"]))
+    args.push_to_hub, args.hub_model_id = True, "user/watched"
+    trainer = SimpleNamespace(transformer=None, train=train, stopped_by=15)
+    accelerator = SimpleNamespace(is_main_process=True, print=print)
+    training = SimpleNamespace(args=args, accelerator=accelerator, held_out=None)
+    training.trainer, training.pipeline = lambda: trainer, lambda transformer: None
+    with pytest.raises(error) if error else nullcontext():
+        assert train_command_module.Training.run(training) == 15
+    assert closed == ["user/watched"]
+
+
+def test_the_recommended_call_outlives_fine_tuning(tmp_path):
+    call = {"num_inference_steps": 7, "guidance_scale": 2.0, "guidance_interval": [0.0, 0.5]}
+    parts = (tiny_transformer(num_classes=2), make_scheduler("ddim"), None, {0: "a", 1: "b"})
+    DiTClassCondPipeline(*parts, call).save_pretrained(tmp_path)
+    for source, dropout, expected in ((tmp_path, 0.1, call), (tmp_path, 0.0, {"num_inference_steps": 7})):
+        args = SimpleNamespace(pretrained_model_name_or_path=source, class_dropout_prob=dropout)
+        training = SimpleNamespace(args=args, scheduler=parts[1], vae=None, names=["a", "b"])
+        model = tiny_transformer(num_classes=2, class_dropout_prob=dropout)
+        assert train_command_module.Training.pipeline(training, model).config.recommended_call == expected
+
+
+def test_training_and_the_metrics_command_write_one_row(tmp_path):
+    pipe = DiTClassCondPipeline(tiny_transformer(num_classes=2), make_scheduler("ddim"), None, {0: "a", 1: "b"})
+    write_card(pipe, tmp_path, facts=training_facts({}, 0, distance=600.0))
+    measured = {"fd_efficientnet_lite0": {"value": 500.0}}
+    recipe = {"extractor": {"name": "efficientnet-lite0"}, "samples": "samples.npz"}
+    results = card_results(measured, recipe, "held-out images", PIPELINE_TAG)
+    write_card(pipe, tmp_path, facts=CardFacts(results=results))
+    (result,) = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert (result.metric_type, result.metric_value) == ("fd_efficientnet_lite0", 500.0)
+
+
+def test_the_help_names_the_command_of_averages(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "--help"])
+    with pytest.raises(SystemExit):
+        train_command_module.parse_args()
+    assert "dit_hf.commands.choose_ema" in capsys.readouterr().out

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoModel
 
 from .bundled import bundled_names, resolve_pipeline
 from .checkpoints.links import download_from_hub
 from .checkpoints.loading import build_model
 from .checkpoints.parsing import Checkpoint
+from .data.autoencoders import load_autoencoder
 from .models import DiTTransformer2DModel
 from .pipeline import DiTClassCondPipeline
 from .schedulers import make_scheduler
@@ -36,7 +36,7 @@ def build_pipeline(
         `DiTClassCondPipeline`
 
     Raises:
-        ValueError: if the checkpoint is damaged.
+        ValueError: if the checkpoint is damaged, or `vae` is no autoencoder of images.
     """
     transformer = build_model(DiTTransformer2DModel, checkpoint, path, dtype)
     if checkpoint.family.flow_matching:
@@ -49,7 +49,7 @@ def build_pipeline(
         call = {name: value for name, value in call.items() if not name.startswith("guidance")}
     if call.get("guidance_channels", 0) > transformer.config.in_channels:
         del call["guidance_channels"]
-    decoder = AutoModel.from_pretrained(vae) if vae else None
+    decoder = load_autoencoder(vae) if vae else None
     return DiTClassCondPipeline(transformer, scheduler, decoder, id2label, call)
 
 

@@ -124,7 +124,7 @@ class Family:
             ValueError: if a copy is missing, or the copies differ and no block was named.
         """
         if block is not None and not self.block_copies:
-            raise ValueError(f"{self.name} has one copy of its embedders; leave out `--embedders_of_block`.")
+            raise ValueError(f"{self.name} has one copy of its embedders; omit `--embedders_of_block`.")
         if block is not None and not 0 <= block < num_layers:
             raise ValueError(f"there is no block {block} to take the embedders from; it has 0 to {num_layers - 1}.")
         selected = {}

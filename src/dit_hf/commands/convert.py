@@ -76,6 +76,8 @@ def save_whole(pipe, checkpoint, args):
         if is_occupied(output_dir):
             check_same(partial, output_dir)
         else:
+            if output_dir.is_dir():
+                output_dir.rmdir()  # empty; Windows replaces no folder
             os.replace(partial, output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -15,6 +15,7 @@ from PIL import Image
 from ..command_line import run
 from ..evaluation.grid import labelled_grid
 from ..pipeline import DiTClassCondPipeline
+from ..pipeline_dit_class_cond import ClassNames
 from ..seeds import seeded_generator
 from .sample import add_call_flags, call_settings
 
@@ -49,9 +50,8 @@ def parse_args():
 
 def class_labels(values: list[str], id2label: dict[int, str]) -> list[int | str]:
     """Values of `--class_labels` for the pipeline: a whole number that is no class's name is an id."""
-    entries = id2label.values()
-    names = {name.strip() for entry in entries for name in (entry, *entry.split(","))}
-    return [int(value) if value.isdecimal() and value not in names else value for value in values]
+    names = ClassNames(id2label)
+    return [int(value) if value.isdecimal() and names.find(value) is None else value for value in values]
 
 
 def main():

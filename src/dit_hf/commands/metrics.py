@@ -77,6 +77,8 @@ def parse_args():
         parser.error(f"--resolution {args.resolution} is no number of pixels")
     if args.batch_size < 1:
         parser.error(f"--batch_size is {args.batch_size}; it must be at least 1")
+    if args.output is not None and args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder; it must name a file such as metrics.json")
     if args.push_to_hub and args.update_card is None:
         parser.error("--push_to_hub publishes the folder of --update_card")
     if args.update_card and not (args.update_card / "model_index.json").exists():

@@ -116,7 +116,8 @@ def asked_labels(args, pipe, count):
     names = dataset_labels(dataset)
     if names is None:
         raise ValueError(f"--labels {args.labels}: its images have no classes, or not all of them.")
-    ids = {name: pipe.get_label_ids(name)[0] for name in sorted(set(names))}
+    classes = sorted(set(names))
+    ids = dict(zip(classes, pipe.get_label_ids(classes), strict=True))
     # Shuffled, or a part of them would hold the first classes only.
     order = torch.randperm(len(names), generator=seeded_generator(args.seed, 2)).tolist()
     return torch.tensor([ids[names[order[index % len(names)]]] for index in range(count)])

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from signal import Signals
@@ -32,6 +32,7 @@ from ..training.model import (
     load_vae,
     new_transformer,
     pretrained_transformer,
+    recommended_call,
     sampling_scheduler,
     transformer_config,
 )
@@ -157,7 +158,11 @@ def add_training_arguments(parser):
         default=False,
         help="Let the decay rise to --ema_decay, for runs that are short for it.",
     )
-    train.add_argument("--ema_profiles", action="store_true", help="Keep what choose_ema.py needs, in OUTPUT_DIR/ema.")
+    train.add_argument(
+        "--ema_profiles",
+        action="store_true",
+        help="Keep what `python -m dit_hf.commands.choose_ema` needs, in OUTPUT_DIR/ema.",
+    )
     train.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="accelerate's own if not given.")
     train.add_argument("--seed", type=int, default=0, help="Seed of weights, order and draws.")
 
@@ -275,7 +280,8 @@ class Training:
 
     def pipeline(self, transformer):
         """The pipeline that is sampled during training and saved at its end."""
-        pipe = DiTClassCondPipeline(transformer, self.scheduler, self.vae, id2label=dict(enumerate(self.names)))
+        call = recommended_call(self.args.pretrained_model_name_or_path, self.args.class_dropout_prob > 0)
+        pipe = DiTClassCondPipeline(transformer, self.scheduler, self.vae, dict(enumerate(self.names)), call)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -319,27 +325,29 @@ class Training:
         args, main = self.args, self.accelerator.is_main_process
         trainer = self.trainer()
         uploads = BackgroundUploads(args.hub_model_id) if args.push_to_hub and main else None
-        validation = Validation(
-            self.pipeline(trainer.transformer),
-            args.output_dir,
-            args.seed,
-            args.validation_classes,
-            args.validation_images_per_class,
-            self.held_out,
-            uploads,
-            main,
-            guidance_scale=args.guidance_scale if args.class_dropout_prob else 1.0,
-            num_inference_steps=args.validation_inference_steps,
-        )
-        step = trainer.train(validation)
+        # Whatever ends the training, what is queued is sent.
+        with closing(uploads) if uploads is not None else nullcontext():
+            validation = Validation(
+                self.pipeline(trainer.transformer),
+                args.output_dir,
+                args.seed,
+                args.validation_classes,
+                args.validation_images_per_class,
+                self.held_out,
+                uploads,
+                main,
+                guidance_scale=args.guidance_scale if args.class_dropout_prob else 1.0,
+                num_inference_steps=args.validation_inference_steps,
+            )
+            step = trainer.train(validation)
         if trainer.stopped_by:
             name = Signals(trainer.stopped_by).name
             self.accelerator.print(f"Stopped at step {step} by {name}; run the same command again to resume.")
         else:
-            self.save(trainer, uploads)
+            self.save(trainer)
         return trainer.stopped_by
 
-    def save(self, trainer, uploads):
+    def save(self, trainer):
         """The pipeline folder with its card and, if asked for, its copy on the Hub; or the adapters."""
         args = self.args
         with trainer.averaged_transformer() as transformer:
@@ -354,8 +362,7 @@ class Training:
             facts = training_facts(trainer.settings, trainer.guard.skipped, args.license, distance)
             folder = save_pipeline(pipe, args.output_dir, facts)
             print(f"Pipeline: {folder}")
-        if uploads is not None:
-            uploads.close()
+        if args.push_to_hub:
             print(f"Published: {publish_folder(folder, args.hub_model_id, pipe, facts)}")
 
 

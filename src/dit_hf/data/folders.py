@@ -23,14 +23,14 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     *(".jfif", ".gif", ".avif", ".jp2", ".tga"),
 )
-# The words of the Hub's datasets, and what some datasets call images without labels.
+# The names of splits in the Hub's datasets, and what some datasets call images without labels.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
     **dict.fromkeys(("pred", "predict"), "predict"),
 }
-# What may stand beside such a word in a folder's name.
+# What may stand beside such a name in a folder's name.
 AFFIXES = {"set", "data", "dataset", "images", "image", "imgs", "img", "split", "seg"}
 # What archives and Python leave behind.
 NOT_DATA = ("__MACOSX", "__pycache__")

@@ -32,7 +32,7 @@ class Metric:
 
     Args:
         name (`str`): Its name on the command line, in results and on model cards.
-        title (`str`): Its name in words.
+        title (`str`): Its name as text.
         compute (`Callable`):
             Takes what the metric needs of the samples, then the same of what they are compared `against`: each a
             tensor `(images, channels)`, followed by the list of class names if `labels`. For `against="statistics"`

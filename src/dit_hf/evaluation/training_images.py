@@ -119,7 +119,7 @@ def compare_with_training(samples: Features, reference: Features | None, trainin
 
     Returns:
         `dict[str, Any]`: `nearest`, the five nearest pairs; `median`, the median distance; and with a reference
-        `median of the reference`, and `share of suspects`: the fraction of samples that are as near to a training
+        `median of the reference`, and `fraction of suspects`: the fraction of samples that are as near to a training
         image as the nearest hundredth of the reference is, 0.01 for a model that copies nothing.
     """
     distances, indices = nearest_neighbours(samples.features, training.features)
@@ -131,5 +131,5 @@ def compare_with_training(samples: Features, reference: Features | None, trainin
     if reference is not None:
         unseen, _ = nearest_neighbours(reference.features, training.features)
         found["median of the reference"] = unseen.median().item()
-        found["share of suspects"] = (distances <= unseen.quantile(0.01)).double().mean().item()
+        found["fraction of suspects"] = (distances <= unseen.quantile(0.01)).double().mean().item()
     return found

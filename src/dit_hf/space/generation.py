@@ -101,7 +101,7 @@ class ImageGenerator:
     def estimate(self, settings: Settings) -> float:
         """Seconds that a set takes, by the time that the first images took."""
         calls = settings.steps * self._schedulers[settings.sampler].order
-        if settings.guidance_scale > 1:
+        if settings.guidance_scale != 1:
             calls *= 1 + settings.guidance_end - settings.guidance_start
         return len(settings.labels) * (calls * self._seconds_per_call + self._seconds_per_decoding)
 

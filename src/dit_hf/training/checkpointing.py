@@ -192,12 +192,13 @@ def read_settings(file: str | Path) -> dict[str, Any]:
         file (`str` or `Path`): The record.
 
     Returns:
-        `dict`: as this version names settings. Version 0.1 named the total batch size `train_batch_size`, and knew no
-        fingerprint of images without a cache.
+        `dict`: as this version names settings. Version 0.1 named the total batch size `train_batch_size`, always let
+        the decay of its averages rise (`ema_warmup`), and knew no fingerprint of images without a cache.
     """
     settings = json.loads(Path(file).read_text(encoding="utf-8"))
     if "total_batch_size" not in settings and "train_batch_size" in settings:
         settings["total_batch_size"] = settings.pop("train_batch_size")
+        settings.setdefault("ema_warmup", True)
     return {name: value for name, value in settings.items() if (name, value) != ("latents", None)}
 
 

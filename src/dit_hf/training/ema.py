@@ -184,16 +184,16 @@ def average_after_training(folder: str | Path, sigma_rel: float, step: int | Non
     found = {path: profile for path, profile in found.items() if profile[1] <= step}
     if not found or step > newest:
         raise ValueError(
-            f"{folder} holds no snapshots for step {step}, the newest is of {newest}; see --ema_profiles."
+            f"{folder} holds no snapshots for step {step}, the newest is of {newest}; train with --ema_profiles."
         )
     target = (profile_exponent(sigma_rel), step)
     profiles = list(found.values())
     overlaps = torch.tensor([[_overlap(a, b) for b in profiles] for a in profiles], dtype=torch.float64)
     wanted = torch.tensor([_overlap(profile, target) for profile in profiles], dtype=torch.float64)
-    shares = torch.linalg.lstsq(overlaps, wanted, driver="gelsd").solution
-    shares = shares / shares.sum()  # of a weight that did not change, the average is that weight
+    coefficients = torch.linalg.lstsq(overlaps, wanted, driver="gelsd").solution
+    coefficients = coefficients / coefficients.sum()  # of a weight that did not change, the average is that weight
     weights: dict[str, torch.Tensor] = {}
-    for path, share in zip(found, shares.tolist(), strict=True):
+    for path, coefficient in zip(found, coefficients.tolist(), strict=True):
         for name, tensor in load_file(path).items():
-            weights[name] = weights.get(name, 0) + share * tensor.float()
+            weights[name] = weights.get(name, 0) + coefficient * tensor.float()
     return weights

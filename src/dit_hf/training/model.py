@@ -50,6 +50,23 @@ def scheduler_config(pretrained_model_name_or_path: str | Path) -> dict[str, Any
     return dict(DDPMScheduler.load_config(pretrained_model_name_or_path, subfolder="scheduler"))
 
 
+def recommended_call(pretrained_model_name_or_path: str | Path | None, guided: bool) -> dict[str, Any] | None:
+    """
+    The settings of a call that a pipeline recommends, for the pipeline that is trained from it.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`, *optional*): Folder or Hub id of a pipeline.
+        guided (`bool`): Whether there is guidance; if not, its settings are omitted.
+
+    Returns:
+        `dict`, or `None` if it recommends nothing.
+    """
+    if pretrained_model_name_or_path is None:
+        return None
+    call = DiffusionPipeline.load_config(pretrained_model_name_or_path).get("recommended_call") or {}
+    return {name: value for name, value in call.items() if guided or not name.startswith("guidance")} or None
+
+
 def check_prediction(pretrained_model_name_or_path: str | Path, objective: type[Objective]) -> None:
     """
     Checks that an objective continues what a pipeline was trained for, as its scheduler tells.
@@ -127,7 +144,7 @@ def _check_statistics(name, vae, pretrained_model_name_or_path):
         if trained_with != vae.config.get(setting, default):
             raise ValueError(
                 f"--vae {name} normalises latents by {setting} {vae.config.get(setting)}, the weights were trained "
-                f"with {trained_with}; leave out --vae."
+                f"with {trained_with}; omit --vae."
             )
 
 
@@ -153,7 +170,7 @@ def image_resolution(
     if size is None:
         return resolution or default
     if resolution not in (None, size * spatial_factor(vae)):
-        raise ValueError(f"{source} is of {size * spatial_factor(vae)} pixels; leave out --resolution {resolution}.")
+        raise ValueError(f"{source} is of {size * spatial_factor(vae)} pixels; omit --resolution {resolution}.")
     return size * spatial_factor(vae)
 
 
@@ -251,6 +268,6 @@ def classes_of_adapters(pretrained_model_name_or_path: str | Path, names: list[s
     if None in ids:
         raise ValueError(
             f"{pretrained_model_name_or_path} has no class {names[ids.index(None)]!r}, and adapters can't add one; "
-            "leave out --lora_rank."
+            "omit --lora_rank."
         )
     return [known[key] for key in sorted(known)], torch.tensor(ids)

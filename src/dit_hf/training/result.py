@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult
-
+from ..evaluation.cards import card_results
+from ..evaluation.extractors import EFFICIENTNET
 from ..hub import CardFacts
+from ..hub.model_card import PIPELINE_TAG
 from .trainer import LOG_FILE
-from .validation import plot_losses
+from .validation import DISTANCE, plot_losses
 
 
 # What a model card shows of the settings, in this order.
@@ -20,6 +21,9 @@ ON_CARD = (
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta2", "weight_decay", "ema_decay", "ema_warmup"),
     *("class_dropout_prob", "flip_probability", "balance_classes", "mixed_precision", "seed"),
 )
+
+# The data of the distance on the card: the default of `dit-hf metrics --dataset_title`, which then updates its row.
+HELD_OUT = "held-out images"
 
 
 def training_facts(
@@ -45,9 +49,8 @@ def training_facts(
     recipe["steps skipped by the guard"] = skipped
     results = []
     if distance is not None:
-        result = EvalResult("unconditional-image-generation", "images", "held out", "fd", round(distance, 1))
-        result.metric_name = "Fréchet distance (EfficientNet-Lite0, 112 px)"
-        results.append(result)
+        made_by = {"extractor": {"name": EFFICIENTNET}}
+        results = card_results({DISTANCE: {"value": distance}}, made_by, HELD_OUT, PIPELINE_TAG)
     return CardFacts(license=license, recipe=recipe, results=results)
 
 
@@ -80,4 +83,4 @@ def loss_curve(output_dir: str | Path) -> tuple[list[int], list[float]]:
 
 def logged_distance(output_dir: str | Path) -> float | None:
     """The Fréchet distance of a run's last step, if it was measured."""
-    return json.loads((Path(output_dir) / LOG_FILE).read_text(encoding="utf-8").splitlines()[-1]).get("fd")
+    return json.loads((Path(output_dir) / LOG_FILE).read_text(encoding="utf-8").splitlines()[-1]).get(DISTANCE)

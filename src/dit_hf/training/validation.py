@@ -7,12 +7,16 @@ from pathlib import Path
 import torch
 from diffusers.utils import make_image_grid
 
-from ..evaluation.extractors import extract, load_extractor
+from ..evaluation.extractors import EFFICIENTNET, extract, load_extractor
 from ..evaluation.frechet import frechet_distance
-from ..evaluation.metrics import gaussian
+from ..evaluation.metrics import METRICS
 from ..evaluation.samples import sample_images
 from ..hub import BackgroundUploads
 from ..seeds import seeded_generator
+
+
+# What the distance to held-out images is called, in the log and on the card, as `dit-hf metrics` calls it.
+DISTANCE = next(metric for metric in METRICS if metric.name == "fd").full_name(EFFICIENTNET)
 
 
 @contextmanager
@@ -86,7 +90,7 @@ class Validation:
         self.classes, self.images_per_class = list(pipe.id2label)[:classes], images_per_class
         self.held_out, self.uploads, self.is_main_process = held_out, uploads, is_main_process
         if held_out is not None:
-            self.extractor = load_extractor("efficientnet-lite0")
+            self.extractor = load_extractor(EFFICIENTNET)
 
     def __call__(self, step: int) -> dict[str, float]:
         """
@@ -96,15 +100,15 @@ class Validation:
             step (`int`): Finished steps.
 
         Returns:
-            `dict[str, float]`: `fd`, if there are held-out images.
+            `dict[str, float]`: `fd_efficientnet_lite0`, if there are held-out images.
         """
         grid = sample_grid(self.pipe, self.classes, self.images_per_class, self.seed, **self.options)
         metrics = {}
         if self.held_out is not None:
             images, labels = self.held_out
             samples = sample_images(self.pipe, labels, self.seed, **self.options)
-            seen = [gaussian(extract(part, self.extractor).features) for part in (samples, images)]
-            metrics = {"fd": frechet_distance(*seen)}
+            seen = [extract(part, self.extractor).features for part in (samples, images)]
+            metrics = {DISTANCE: frechet_distance(*seen)}
         if self.is_main_process:
             path = self.folder / f"step-{step:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
