@@ -165,6 +165,18 @@ def test_latents_are_decoded_as_the_call_decodes_them():
         pipe.decode_latents(latents, "latent")
 
 
+def test_values_of_a_wrong_kind_are_named():
+    pipe = tiny_pipeline(vae=tiny_vae(), id2label={0: "a"})
+    for call, message in (
+        (lambda: pipe.get_label_ids(["a", None]), "`label` is"),
+        (lambda: pipe.decode_latents(torch.zeros(1, 3, 8, 8)), r"`latents` is \(1, 3, 8, 8\)"),
+        (lambda: pipe.decode_latents("x"), "`latents` is str"),
+        (lambda: pipe(0, callback_on_step_end=3), "`callback_on_step_end` is 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_a_decoder_that_samples_gets_the_generator():
     blocks = ("DownEncoderBlock2D",) * 2
     vae = ConsistencyDecoderVAE(
@@ -189,6 +201,9 @@ def test_from_pipe_shares_components():
     assert again.resolve_call()["guidance_scale"] == 2.0
     assert torch.equal(sample(again), sample(pipe))
     assert DiTClassCondPipeline.from_pipe(pipe, vae=None).vae is None
+    with pytest.raises(ValueError, match="built for 'epsilon'.*use_flow_sigmas=True"):
+        sample(DiTClassCondPipeline.from_pipe(pipe, scheduler=make_scheduler("flow_euler")))
+    assert DiTClassCondPipeline.from_pipe(tiny_pipeline(), dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
 
 
 def test_a_pipeline_carries_its_recommended_call(tmp_path):
@@ -205,6 +220,12 @@ def test_a_pipeline_carries_its_recommended_call(tmp_path):
     assert "`num_inference_steps=3`" in (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match="`recommended_call` has 'steps'"):
         tiny_pipeline(recommended_call={"steps": 4})
+    for given, message in (
+        ({"guidance": 3}, "'guidance' is no setting"),
+        ({"num_inference_steps": 0}, "is 0; it must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            again.resolve_call(**given)
 
 
 # ImageNet has the first four at 134, 638, 639 and 517.

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from argparse import Namespace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,18 +199,35 @@ def test_a_label_is_a_name_first():
     assert pipe.resolve_class_labels(class_labels(["4", "2", "1", "crane, bird"], id2label)) == [3, 1, 1, 2]
 
 
-def test_names_of_a_dataset_are_looked_up_at_once(tmp_path):
+def test_names_of_a_dataset_are_looked_up_at_once(tmp_path, monkeypatch):
     """An index of the class names is built by each call of `get_label_ids`."""
     for name in ("dark", "grey", "light"):
         (tmp_path / "test" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "test" / name / "0.png")
-    calls = []
-
-    def get_label_ids(names):
-        calls.append(names)
-        return [{"dark": 0, "grey": 2, "light": 1}[name] for name in names]
-
+    id2label = {0: "dark", 1: "light", 2: "grey"}
+    pipe = DiTClassCondPipeline(tiny_transformer(num_classes=3), make_scheduler("ddim"), None, id2label)
+    calls, get_label_ids = [], pipe.get_label_ids
+    monkeypatch.setattr(pipe, "get_label_ids", lambda names: calls.append(names) or get_label_ids(names))
     args = Namespace(labels=str(tmp_path), holdout=0.0, seed=0)
-    labels = asked_labels(args, SimpleNamespace(get_label_ids=get_label_ids), 6)
+    labels = asked_labels(args, pipe, 6)
     assert sorted(labels.tolist()) == [0, 0, 1, 1, 2, 2]
     assert calls == [["dark", "grey", "light"]]
+
+
+def test_what_is_wrong_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "own.txt").write_text("mine")
+    script = ROOT / "examples" / "evaluate" / "sample.py"
+    command = [sys.executable, script, "--pretrained_model_name_or_path", "emoji64", "--num_samples", "2"]
+    for flags, message in (
+        (["--output_dir", tmp_path / "data"], "is not empty and holds no set of samples"),
+        (["--output_dir", tmp_path / "new", "--scheduler", "euler"], "no scheduler recipe 'euler'"),
+        (["--output_dir", tmp_path / "new", "--scheduler", "ddim"], "this pipeline was built for 'velocity'"),
+        (["--output_dir", tmp_path / "new", "--guidance_scale", "-1"], "`guidance_scale` is -1.0"),
+        (["--output_dir", tmp_path / "new", "--seed", "-1"], "--seed -1 must be at least 0"),
+    ):
+        result = run_forked([*command, *flags])
+        assert result.returncode == 2, result.stderr
+        assert message in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["own.txt"]

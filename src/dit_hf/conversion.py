@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .bundled import bundled_names, resolve_pipeline
+from .bundled import bundled_names, resolve_pipeline, resolve_vae
 from .checkpoints.links import download_from_hub
 from .checkpoints.loading import build_model
 from .checkpoints.parsing import Checkpoint
@@ -65,6 +65,7 @@ def check_vae(name: str, in_channels: int) -> None:
         ValueError: if there is no such autoencoder, or its latents have another number of channels.
         OSError: if there is no network.
     """
+    name = resolve_vae(name)
     if Path(name).is_dir():
         file = Path(name, "config.json")
         if not file.is_file():

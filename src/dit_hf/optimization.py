@@ -21,26 +21,25 @@ RECOMPILE_LIMIT = 64
 
 class SpeedPreset(NamedTuple):
     """
-    What a preset switches on: the precision of the compiled network and decoder, a solver for few steps, how many, a
-    guidance interval, and how long the first call compiles on two CPU cores, in words. Measured in docs/speed.md.
+    What a preset switches on: the precision of the compiled network and decoder, a solver for few steps, how many, and
+    a guidance interval. Measured in docs/speed.md.
     """
 
     precision: str
     solver: str | None
     num_inference_steps: int | None
     guidance_interval: tuple[float, float] | None
-    compilation: str
 
 
 SpeedPresetName = Literal["exact", "int8", "balanced", "fastest"]
 
 # fmt: off
 SPEED_PRESETS: dict[SpeedPresetName, SpeedPreset] = {
-    #                       precision   solver   steps  guidance interval  compilation
-    "exact":    SpeedPreset("float32",  None,    None,  None,              "half a minute"),
-    "int8":     SpeedPreset("int8",     None,    None,  None,              "two minutes"),
-    "balanced": SpeedPreset("bfloat16", "unipc",    8,  (0.0, 0.5),        "a minute"),
-    "fastest":  SpeedPreset("bfloat16", "unipc",    6,  (0.0, 0.5),        "a minute"),
+    #                       precision   solver   steps  guidance interval
+    "exact":    SpeedPreset("float32",  None,    None,  None),
+    "int8":     SpeedPreset("int8",     None,    None,  None),
+    "balanced": SpeedPreset("bfloat16", "unipc",    8,  (0.0, 0.5)),
+    "fastest":  SpeedPreset("bfloat16", "unipc",    6,  (0.0, 0.5)),
 }
 # fmt: on
 
@@ -109,8 +108,8 @@ def optimize(
     pipe.register_to_config(recommended_call=(before["recommended_call"] or {}) | call or None)
     names = " and ".join(type(network).__name__ for network in networks)
     logger.warning(
-        f"{names} will be compiled by the first call of each batch size: about {settings.compilation} for a small "
-        "model on two CPU cores."
+        f"{names} will be compiled by the first call of each batch size: on two CPU cores about half a minute for a "
+        "small model, two minutes for XL/2."
     )
 
 

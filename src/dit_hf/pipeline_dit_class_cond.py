@@ -320,14 +320,19 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
         Args:
             pipeline (`DiffusionPipeline`): With a `transformer`, a `scheduler` and perhaps a `vae`.
-            kwargs: Components and arguments of the constructor that replace the pipeline's.
+            kwargs: Components and arguments of the constructor that replace the pipeline's; `dtype` casts the weights.
 
         Returns:
             `DiTClassCondPipeline`
         """
         names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
         known = {name: pipeline.config[name] for name in names if name in pipeline.config} | pipeline.components
-        return cls(**({name: known[name] for name in names if name in known} | kwargs))
+        scheduler = kwargs.pop("scheduler", None)  # the pipeline's own tells what the model was trained for
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        again = cls(**({name: known[name] for name in names if name in known} | kwargs))
+        if scheduler is not None:
+            again.scheduler = scheduler
+        return again if dtype is None else again.to(dtype)
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -395,7 +400,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             classes.
         """
         names = ClassNames(self.id2label)
-        return [self._get_label_id(names, name) for name in ([label] if isinstance(label, str) else label)]
+        label = [label] if isinstance(label, str) else label
+        if not isinstance(label, (list, tuple)) or not all(isinstance(name, str) for name in label):
+            raise ValueError(f"`label` is {label!r}; it must be a class name or a list of them.")
+        return [self._get_label_id(names, name) for name in label]
 
     def _get_label_id(self, names, name):
         try:
@@ -450,13 +458,25 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         Returns:
             `dict`: all four: those given, else those of `recommended_call`, else 50 steps at scale 4, or 1 for a model
             without a null class.
+
+        Raises:
+            ValueError: if a setting is unknown or out of range.
         """
+        if unknown := sorted(given.keys() - CALL_DEFAULTS.keys()):
+            raise ValueError(f"{unknown[0]!r} is no setting of a call; there are {', '.join(CALL_DEFAULTS)}.")
         defaults = CALL_DEFAULTS if self._has_null_class else CALL_DEFAULTS | {"guidance_scale": 1.0}
         settings = defaults | (self.config.get("recommended_call") or {})
         settings |= {name: value for name, value in given.items() if value is not None}
         if isinstance(settings["guidance_interval"], list):  # as JSON has it
             settings["guidance_interval"] = tuple(settings["guidance_interval"])
+        settings["num_inference_steps"] = self._check_count("num_inference_steps", settings["num_inference_steps"])
+        self._check_guidance(*(settings[f"guidance_{name}"] for name in ("scale", "channels", "interval")))
         return settings
+
+    def check_components(self) -> None:
+        """Raises `ValueError` if the scheduler or the VAE does not fit the transformer, as a call does."""
+        self._check_vae()
+        self._check_scheduler(None, None, 0.0)
 
     def resolve_class_labels(self, class_labels) -> list[int]:
         """
@@ -545,12 +565,17 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _check_scheduler(self, timesteps, sigmas, eta):
         """Refuses a scheduler that samples something else than the model was trained for, and options it lacks."""
+        if not isinstance(self.scheduler, SchedulerMixin):
+            raise ValueError(
+                f"`pipe.scheduler` is a {type(self.scheduler).__name__}; it must be a diffusers scheduler."
+            )
         name, config = type(self.scheduler).__name__, self.scheduler.config
         prediction = self._scheduler_prediction()
         if prediction != self._trained_prediction:
             raise ValueError(
                 f"{name} samples models that predict {prediction!r}, and this pipeline was built for "
-                f"{self._trained_prediction!r}; `dit_hf.make_scheduler` builds schedulers of both kinds."
+                f"{self._trained_prediction!r}; `dit_hf.make_scheduler` builds schedulers of both kinds. Solvers of "
+                "diffusion sample flow matching with use_flow_sigmas=True and prediction_type='flow_prediction'."
             )
         parameters = inspect.signature(getattr(self.scheduler, "step", lambda: None)).parameters.values()
         needed = [each.name for each in parameters if each.default is each.empty and each.kind < each.VAR_POSITIONAL]
@@ -760,6 +785,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._check_output(output_type)
         if output_type == "latent":
             raise ValueError("`output_type` is 'latent'; decoded images are 'pil', 'np' or 'pt'.")
+        channels = self.transformer.config.in_channels
+        if not isinstance(latents, torch.Tensor) or latents.ndim != 4 or latents.shape[1] != channels:
+            given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(f"`latents` is {given}; it must be a tensor (batch, {channels}, height, width).")
         self._check_vae()
         if self.vae is None:
             return self.image_processor.postprocess(latents, output_type=output_type)
@@ -874,9 +903,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             guidance_channels=guidance_channels,
             guidance_interval=guidance_interval,
         )
-        num_inference_steps = self._check_count("num_inference_steps", settings["num_inference_steps"])
+        num_inference_steps = settings["num_inference_steps"]
         guidance_channels, guidance_interval = settings["guidance_channels"], settings["guidance_interval"]
-        self._check_guidance(settings["guidance_scale"], guidance_channels, guidance_interval)
         generator = list(generator) if isinstance(generator, tuple) else generator
         if isinstance(generator, list) and len(generator) != len(class_ids):
             raise ValueError(
@@ -891,6 +919,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._check_output(output_type)
         self._check_vae()
         self._check_scheduler(timesteps, sigmas, eta)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` is {callback_on_step_end!r}; it must be callable.")
         self._check_callback(callback_on_step_end_tensor_inputs)
         shape = self._check_size(height, width, latents, len(class_ids))
         self._guidance_scale = float(settings["guidance_scale"])

@@ -70,9 +70,7 @@ def make_scheduler(name: SchedulerRecipe, **overrides: Any) -> SchedulerMixin:
     Raises:
         ValueError: if there is no such recipe.
     """
-    if name not in RECIPES:
-        raise ValueError(f"There is no scheduler recipe {name!r}; choose one of {', '.join(RECIPES)}.")
-    scheduler_class, config = RECIPES[name]
+    scheduler_class, config = _recipe(name)
     return scheduler_class(**(config | overrides))
 
 
@@ -87,8 +85,15 @@ def trained_options(name: SchedulerRecipe, config: Mapping) -> dict[str, Any]:
     Returns:
         `dict`: a flow's shift, or the diffusion: betas, number of training timesteps, `prediction_type`.
     """
+    scheduler_class, recipe = _recipe(name)
     if name.startswith("flow_"):
         shift = config.get("shift", config.get("flow_shift", 1.0))
-        return {"flow_shift" if "flow_shift" in RECIPES[name][1] else "shift": shift}
-    accepted = inspect.signature(RECIPES[name][0].__init__).parameters
+        return {"flow_shift" if "flow_shift" in recipe else "shift": shift}
+    accepted = inspect.signature(scheduler_class.__init__).parameters
     return {option: config[option] for option in DIFFUSION if option in accepted and config.get(option) is not None}
+
+
+def _recipe(name):
+    if name not in RECIPES:
+        raise ValueError(f"There is no scheduler recipe {name!r}; choose one of {', '.join(RECIPES)}.")
+    return RECIPES[name]

@@ -23,3 +23,18 @@ def resolve_pipeline(pretrained_model_name_or_path: str | Path) -> str:
     """
     name = str(pretrained_model_name_or_path)
     return str(FOLDER / name) if name in bundled_names() and not Path(name).exists() else name
+
+
+def resolve_vae(pretrained_model_name_or_path: str | Path) -> str:
+    """
+    Where an autoencoder is loaded from: for the name of a bundled pipeline, its own.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`): A folder, a Hub id, or the name of a bundled pipeline.
+
+    Returns:
+        `str`
+    """
+    name = str(pretrained_model_name_or_path)
+    folder = resolve_pipeline(name)
+    return name if folder == name else str(Path(folder) / "vae")

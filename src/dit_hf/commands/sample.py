@@ -146,6 +146,11 @@ def main():
     accelerator = start_accelerator()
     pipe = load_pipeline(args, accelerator.device)
     settings = call_settings(pipe, args)
+    pipe.check_components()
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} must be at least 0.")
+    if args.output_dir.exists() and not args.dry_run and accelerator.is_main_process:
+        check_own_folder(args.output_dir)
     if args.dry_run:
         if accelerator.is_main_process:
             print_cost(args, pipe, settings, accelerator.num_processes)
@@ -153,6 +158,13 @@ def main():
     labels = asked_labels(args, pipe, args.num_samples)
     with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
         sample(args, accelerator, pipe, labels, settings)
+
+
+def check_own_folder(folder):
+    """Refuses a folder that holds something else than a set of samples."""
+    files = [path for path in folder.iterdir() if not path.name.startswith(".lock")]
+    if files and not (folder / "recipe.json").is_file():
+        raise ValueError(f"--output_dir {folder} is not empty and holds no set of samples; choose a new folder.")
 
 
 def sample(args, accelerator, pipe, labels, settings):

@@ -9,6 +9,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL
 
+from ..bundled import resolve_vae
 from ..dtypes import DTYPE_ARGUMENT
 from ..hub import check_available
 from ..pipeline_dit_class_cond import spatial_factor
@@ -31,7 +32,7 @@ def load_autoencoder(
     Loads an autoencoder of any class, as its config names it, frozen and in eval mode.
 
     Args:
-        pretrained_model_name_or_path (`str` or `Path`): A folder or Hub id.
+        pretrained_model_name_or_path (`str` or `Path`): A folder, a Hub id, or the name of a bundled pipeline.
         subfolder (`str`, *optional*): Where it lies in a pipeline, usually `"vae"`.
         dtype (`torch.dtype`, defaults to `torch.float32`): Type of the weights.
 
@@ -42,7 +43,7 @@ def load_autoencoder(
         OSError: if there is no such model.
         ValueError: if the model does not encode RGB images to a grid of latents.
     """
-    source = str(pretrained_model_name_or_path)
+    source = resolve_vae(pretrained_model_name_or_path) if subfolder is None else str(pretrained_model_name_or_path)
     check_available(source, "/".join(filter(None, (subfolder, AutoencoderKL.config_name))))
     config = AutoencoderKL.load_config(source, subfolder=subfolder)
     name = config.get("_class_name", "a model without a class name")

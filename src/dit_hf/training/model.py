@@ -192,7 +192,12 @@ def new_transformer(
         return DiTTransformer2DModel.from_preset(preset, **config)
     if config_file is None:
         raise ValueError("Pass --preset or --transformer_config.")
-    given = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    try:
+        given = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--transformer_config {config_file} can't be read: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"--transformer_config {config_file} must hold a JSON object of arguments.")
     if clash := sorted(config.keys() & given.keys()):
         raise ValueError(f"--transformer_config sets {', '.join(clash)}, which data, VAE and flags decide here.")
     try:

@@ -207,6 +207,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             record_settings(self.output_dir / SETTINGS_FILE, self.settings)
         step = resume_from(self.accelerator, self.output_dir, self.config.resume_from_checkpoint)
+        if step > self.config.max_train_steps:
+            raise ValueError(
+                f"{self.output_dir} is at step {step} already, beyond --max_train_steps {self.config.max_train_steps}."
+            )
         if step:
             self.accelerator.print(f"Resuming from step {step} of {self.config.max_train_steps} in {self.output_dir}.")
         if self.accelerator.is_main_process:
