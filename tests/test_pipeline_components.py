@@ -366,6 +366,8 @@ def test_types_by_name_and_arguments_that_are_not_possible(tmp_path):
     tiny_pipeline(vae=tiny_vae()).save_pretrained(tmp_path)
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path, dtype="bfloat16")
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path, dtype={"transformer": "bfloat16", "default": torch.float32})
+    assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
     model = DiTTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer", torch_dtype="float16")
     assert model.proj_out.weight.dtype == torch.float16
     with pytest.raises(ValueError, match="`dtype` is 'half4'"):

@@ -15,10 +15,13 @@ def parse_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
     Arguments of a `from_pretrained` with a type that every supported diffusers understands.
 
     Args:
-        arguments (`dict`): With `dtype` or `torch_dtype`, a `torch.dtype` or its name, or neither.
+        arguments (`dict`):
+            With `dtype` or `torch_dtype`, a `torch.dtype` or its name, or for a pipeline a dictionary of these by
+            component; or neither.
 
     Returns:
-        `dict`: with the type, if there is one, as a `torch.dtype` under the argument's name of this diffusers.
+        `dict`: with the type, if there is one, as a `torch.dtype` or a dictionary of these, under the argument's name
+        of this diffusers.
 
     Raises:
         ValueError: if there is no such floating-point type.
@@ -28,9 +31,14 @@ def parse_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
     dtype = given[1] if given[0] is None else given[0]
     if dtype is None:
         return arguments
+    parsed = {name: _named(each) for name, each in dtype.items()} if isinstance(dtype, dict) else _named(dtype)
+    return arguments | {DTYPE_ARGUMENT: parsed}
+
+
+def _named(dtype):
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ValueError(
             f"`dtype` is {dtype!r}; it must be a floating-point torch.dtype or its name, such as 'bfloat16'."
         )
-    return arguments | {DTYPE_ARGUMENT: named}
+    return named

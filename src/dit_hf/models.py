@@ -152,7 +152,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             hub.check_available(pretrained_model_name_or_path, file, **places)
         places = {name: kwargs[name] for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
         config = cls.load_config(pretrained_model_name_or_path, **places)
-        if (found := config.get("_class_name", cls.__name__)) != cls.__name__:
+        if (found := config.get("_class_name", cls.__name__)) not in diffusers_dit.CLASS_NAMES:
             raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")
         if diffusers_dit.CONFIG_MARK not in config:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)

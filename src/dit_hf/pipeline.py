@@ -151,7 +151,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         """
         config = super()._dict_from_json_file(json_file, **kwargs)
         if isinstance(config.get("transformer"), list):
-            if (found := config["transformer"][-1]) != DiTTransformer2DModel.__name__:
+            if (found := config["transformer"][-1]) not in diffusers_dit.CLASS_NAMES:
                 raise ValueError(f"{json_file}: its transformer is a {found}, not a {DiTTransformer2DModel.__name__}.")
             config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", "DiTTransformer2DModel"]}
             config.pop("auto_map", None)

@@ -40,6 +40,8 @@ EMBEDDERS = {
 }
 # In a configuration, what only the stock format has.
 CONFIG_MARK = "num_embeds_ada_norm"
+# Classes of the transformer in diffusers; folders of 2022, such as facebook/DiT-XL-2-256, have the second.
+CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")
 CORRECTED = (
     "a diffusers DiT was read: its timestep embedding is corrected (frequency shift 0, as the weights were trained, "
     "not 1; norm epsilon 1e-6)"

@@ -91,8 +91,8 @@ class TrainingConfig:
         for name in ("class_dropout_prob", "flip_probability"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"`{name}` is {value}; it must be between 0 and 1.")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"`learning_rate` is {self.learning_rate}; it must be above 0.")
+        if not 0 <= self.learning_rate < float("inf"):
+            raise ValueError(f"`learning_rate` is {self.learning_rate}; it must be at least 0.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}; it must be at least 0 and below 1.")
         if self.on_spike not in POLICIES:
