@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from diffusers.training_utils import _collate_lora_metadata
-
 from ..models import DiTTransformer2DModel
 from ..pipeline import DiTClassCondPipeline
 
@@ -53,6 +51,6 @@ def save_lora(model: DiTTransformer2DModel, folder: str | Path) -> Path:
         `Path`: the file.
     """
     layers = get_peft_model_state_dict(model)
-    metadata = _collate_lora_metadata({"transformer": model})
-    DiTClassCondPipeline.save_lora_weights(folder, transformer_lora_layers=layers, **metadata)
+    metadata = model.peft_config["default"].to_dict()
+    DiTClassCondPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
     return Path(folder) / "pytorch_lora_weights.safetensors"
