@@ -13,7 +13,7 @@ import dit_hf
 SOURCE = ROOT / "src" / "dit_hf"
 # A module may import what stands above it or before it in its line, never what stands below.
 LAYERS = (
-    ("_version", "command_line", "seeds", "dtypes", "bundled", "transformer_dit", "presets", "complexity"),
+    ("_version", "files", "command_line", "seeds", "dtypes", "bundled", "transformer_dit", "presets", "complexity"),
     ("pipeline_dit_class_cond", "schedulers", "mixing", "modulation_table"),
     ("hub", "data", "checkpoints"),
     ("models", "pipeline", "optimization", "conversion"),

@@ -8,7 +8,6 @@ Expected: one to three minutes on 2 cores; Ctrl-C leaves nothing. The result has
 `--train_data_dir` of the training reads; the model's own classes keep their labels by their names.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline
-from dit_hf.command_line import run
+from dit_hf.command_line import ArgumentParser, run
 from dit_hf.data.folders import check_output_outside_data
 from dit_hf.data.images import load_image_dataset, load_unlabelled_folder
 from dit_hf.data.reader import ImageReader
@@ -26,9 +25,7 @@ from dit_hf.seeds import seeded_generator
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", help="Hub id or local dataset with images of the new class.")
     parser.add_argument("--train_data_dir", type=Path, help="Or a folder with such images.")
     parser.add_argument("--image_column", default="image", help="Column with images.")

@@ -7,7 +7,6 @@
 Expected: seconds. Prints the correlation of distance with the logarithm of Gflops and the slope of the fit as JSON.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,11 @@ import pandas
 from matplotlib.figure import Figure
 from scipy.stats import linregress
 
-from dit_hf.command_line import run
+from dit_hf.command_line import ArgumentParser, run
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="CSV of run_study.py.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Where PNGs and a copy of the CSV go.")
     return parser.parse_args()

@@ -9,7 +9,6 @@ Expected: an hour on 2 cores for everything; run the same command again to go on
 OUTPUT_DIR/results.csv; `plot_study.py` plots them.
 """
 
-import argparse
 import csv
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from dit_hf import DiTClassCondPipeline
-from dit_hf.command_line import run
+from dit_hf.command_line import ArgumentParser, run
 from dit_hf.complexity import count_macs
 from dit_hf.evaluation.extractors import Features, extract, load_extractor
 from dit_hf.evaluation.metrics import compute_metrics
@@ -48,9 +47,7 @@ COLUMNS = ("study", "model", "steps", "guidance_scale", "gflops", "sampling_gflo
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--latents_dir", type=Path, required=True, help="Of precompute_latents.py, its VAE beside them."
     )

@@ -12,7 +12,6 @@ out, in all sets at once. Held-out images with a near duplicate in training are 
 is trained on, and an image that occurs under a second name. Blank icons and exact copies are dropped.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -24,6 +23,8 @@ import resvg_py
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from tqdm import tqdm
+
+from dit_hf.command_line import ArgumentParser, run
 
 
 ICON_SETS = ("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "fluent-emoji", "fxemoji", "emojione")
@@ -146,9 +147,7 @@ def split_rows(rows, fraction):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--icons_dir", type=Path, required=True, help="Folder that holds the @iconify-json packages.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Where train.parquet and test.parquet go.")
     parser.add_argument("--icon_sets", nargs="+", default=ICON_SETS, help="Packages to take icons from.")
@@ -183,4 +182,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,7 +9,6 @@ Expected: 0.73 s per step of 32 images on 2 cores. Re-run the same command to re
 Shapes: `B` images of a batch, `(B, 3, H, W)` pixels in [-1, 1], `(B, 4, H/4, W/4)` latents.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
 from tqdm import tqdm
 
-from dit_hf.command_line import run
+from dit_hf.command_line import ArgumentParser, run
 from dit_hf.data.folders import check_output_outside_data
 from dit_hf.data.images import load_image_dataset
 from dit_hf.data.pixels import normalize_pixels
@@ -100,9 +99,7 @@ def validate(vae, images, path):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", required=True, help="Hub id or folder with a train and a test split.")
     parser.add_argument("--holdout", type=float, default=0.0, help="Fraction to hold out of data with one split.")
     parser.add_argument("--image_column", default="image", help="Column with images.")

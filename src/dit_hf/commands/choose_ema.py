@@ -5,16 +5,14 @@ from pathlib import Path
 
 import torch
 
-from ..command_line import run
+from ..command_line import ArgumentParser, run
 from ..hub import CardFacts
 from ..pipeline import DiTClassCondPipeline
 from ..training.ema import average_after_training
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="Output folder of the training.")
     parser.add_argument("--sigma_rel", type=float, required=True, help="Width over the training's length, below 0.28.")
     parser.add_argument("--step", type=int, help="Last step that counts; the newest snapshot's if not given.")

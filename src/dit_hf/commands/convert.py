@@ -7,7 +7,6 @@ Expected: the time it takes to read and write the weights, and six forward passe
 weights.
 """
 
-import argparse
 import filecmp
 import json
 import os
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 
 from ..checkpoints.parsing import IMAGENET_CLASSES
 from ..checkpoints.saving import TRAINING_ONLY_FILE
-from ..command_line import run
+from ..command_line import ArgumentParser, run
 from ..conversion import build_pipeline, check_vae
 from ..hub import CardFacts, publish_folder, write_card
 from .verify import DTYPES, add_checkpoint_arguments, read, verify
@@ -101,9 +100,7 @@ def check_same(new, old):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_checkpoint_arguments(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="New folder for the pipeline.")
     parser.add_argument("--vae", help="Folder or Hub id of an autoencoder to put into the pipeline.")

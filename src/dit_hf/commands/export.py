@@ -6,7 +6,6 @@ Expected: the time it takes to read and write the weights. `--family diffusers` 
 folder for diffusers' own `DiTTransformer2DModel`.
 """
 
-import argparse
 from pathlib import Path
 
 from diffusers import DDPMScheduler
@@ -14,16 +13,14 @@ from diffusers import DDPMScheduler
 from ..bundled import resolve_pipeline
 from ..checkpoints import FAMILIES, Family
 from ..checkpoints.saving import TRAINING_ONLY_FILE, save_original
-from ..command_line import run
+from ..command_line import ArgumentParser, run
 from ..conversion import load_transformer
 from ..hub import source_file
 from ..schedulers import trained_prediction
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--pretrained_model_name_or_path",
         "--model_path",

@@ -5,14 +5,13 @@
 Expected: under a minute on 2 cores for the bundled emoji64 model.
 """
 
-import argparse
 import time
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from ..command_line import run
+from ..command_line import ArgumentParser, run
 from ..evaluation.grid import labelled_grid
 from ..pipeline import DiTClassCondPipeline
 from ..pipeline_dit_class_cond import ClassNames
@@ -21,9 +20,7 @@ from .sample import add_call_flags, call_settings
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--pretrained_model_name_or_path",
         "--pipeline",

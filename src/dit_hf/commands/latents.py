@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
-from ..command_line import run
+from ..command_line import ArgumentParser, run
 from ..data.folders import check_output_outside_data
 from ..data.latents import verify_latents
 from ..training.alignment import load_encoder
@@ -54,9 +54,7 @@ def image_data(args: argparse.Namespace) -> ImageData:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_data_arguments(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="The cache, and the VAE with its statistics.")
     parser.add_argument("--features", action="store_true", help="Cache the alignment encoder's features as well.")

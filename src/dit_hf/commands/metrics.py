@@ -8,7 +8,6 @@ in --cache_dir by the content of the images. With --training the result also has
 images, which are what a perfect model would reach, and tells whether samples are copies.
 """
 
-import argparse
 import json
 import sys
 from importlib.metadata import version
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..command_line import run
+from ..command_line import ArgumentParser, run
 from ..evaluation.cards import card_results
 from ..evaluation.extractors import PRECOMPUTED, Features, load_extractor
 from ..evaluation.feature_cache import image_features
@@ -35,9 +34,7 @@ PAIR = {"sample": "samples", "training": "training"}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     source = "an .npz of images, a folder of images, a dataset, or with `precomputed` a .safetensors of features"
     parser.add_argument("--samples", required=True, help=source.capitalize() + ".")
     parser.add_argument("--reference", required=True, help=f"{source.capitalize()}; or ADM's .npz of statistics.")

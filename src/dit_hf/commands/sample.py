@@ -7,7 +7,6 @@ Expected: three minutes for a thousand images of the bundled model on 2 cores. O
 per sample, `samples.npz` in ADM's format and `recipe.json`. After an interruption the same command resumes.
 """
 
-import argparse
 import hashlib
 import json
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..command_line import run
+from ..command_line import ArgumentParser, run
 from ..complexity import count_macs
 from ..data.autoencoders import load_autoencoder
 from ..data.fingerprints import checksum
@@ -42,9 +41,7 @@ MAY_CHANGE = ("batch_size", "versions")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--pretrained_model_name_or_path", required=True, help="Pipeline: folder, Hub id or bundled name."
     )

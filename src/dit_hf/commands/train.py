@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, set_seed
 from diffusers.optimization import SchedulerType
 
 from ..bundled import resolve_pipeline
-from ..command_line import run
+from ..command_line import ArgumentParser, run
 from ..data.autoencoders import latent_channels, vae_statistics
 from ..data.latents import CachedLatents, EncodedImages, read_index
 from ..hub import BackgroundUploads, publish_folder
@@ -68,9 +68,7 @@ IGNORED = (
 
 def parse_args() -> argparse.Namespace:
     """The command line; a recipe sets what is not given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_data_arguments(parser)
     add_model_arguments(parser)
     add_training_arguments(parser)

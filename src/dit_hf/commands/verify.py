@@ -15,7 +15,7 @@ from ..checkpoints.links import download, is_link
 from ..checkpoints.parity import measure_parity
 from ..checkpoints.parsing import Checkpoint, parse_checkpoint
 from ..checkpoints.saving import TRAINING_ONLY_FILE
-from ..command_line import run
+from ..command_line import ArgumentParser, run
 from ..conversion import load_transformer
 from ..hub import source_file
 
@@ -79,9 +79,7 @@ def verify(checkpoint: Checkpoint, name: str | Path, dtype: str, label: str | Pa
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_checkpoint_arguments(parser)
     parser.add_argument(
         "--pretrained_model_name_or_path",

@@ -5,7 +5,6 @@
 Expected: the page answers at http://127.0.0.1:7860 after a few seconds.
 """
 
-import argparse
 import atexit
 import os
 import shutil
@@ -14,13 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..command_line import run
+from ..command_line import ArgumentParser, run
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--pretrained_model_name_or_path",
         "--model",

@@ -1,0 +1,241 @@
+"""Files of the user: checked before they are opened, read as data, written whole or not at all."""
+
+import errno
+import json
+import os
+import platform
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+# The largest JSON file that is read: an index or a recipe of a million classes has a fifth of it.
+MAX_JSON_BYTES = 256 * 2**20
+# The layout of the Hub's cache, whose snapshots are links to the blobs beside them.
+HUB_SNAPSHOT = re.compile(r"^(?P<repo>.*/(?:models|datasets|spaces)--[^/]+)/snapshots/[^/]+(?:/|$)")
+PARTIAL = ".partial-"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def check_file(path: str | Path, max_bytes: int | None = None) -> Path:
+    """
+    Checks that a path is a regular file, so that opening it can neither block nor be endless.
+
+    Args:
+        path (`str` or `Path`): The file, or a link to it.
+        max_bytes (`int`, *optional*): Its largest size.
+
+    Returns:
+        `Path`
+
+    Raises:
+        ValueError: if there is no such file, it is a folder, a pipe or a device, or it is larger.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"There is no file {path}.") from None
+    except (OSError, ValueError) as error:  # a name with a null byte, a loop of links, no permission
+        raise ValueError(f"{path} can't be opened: {first_line(error)}") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{path} is a folder, not a file.")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is a pipe, socket or device, not a file.")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise ValueError(f"{path} has {status.st_size:,} bytes; at most {max_bytes:,} are read.")
+    return path
+
+
+@contextmanager
+def reading(path: str | Path, kind: str = "file") -> Iterator[None]:
+    """
+    Names the file in whatever a library raises for content that it can't read: zip, pickle, safetensors and image
+    libraries each have their own errors, and a damaged file can reach any line of them. For calls of libraries alone,
+    as an error of our own would be taken for the file's.
+
+    Args:
+        path (`str` or `Path`): The file.
+        kind (`str`, defaults to `"file"`): What it should be.
+
+    Raises:
+        ValueError: with the library's reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        reason = first_line(error)
+        reason = reason if " " in reason else f"{type(error).__name__}: {reason}"
+        raise ValueError(f"{path} can't be read as {kind}: {reason}") from error
+
+
+def read_json(path: str | Path, expected: type = dict) -> Any:
+    """
+    Reads a JSON file.
+
+    Args:
+        path (`str` or `Path`): The file.
+        expected (`type`, defaults to `dict`): Of its value: `dict` or `list`.
+
+    Returns:
+        `dict` or `list`
+
+    Raises:
+        ValueError: if there is no such file, it is no JSON, or it holds another type; the message names the file.
+    """
+    path = check_file(path, MAX_JSON_BYTES)
+    with reading(path, "JSON"):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, expected):
+        what = "an object" if expected is dict else "a list"
+        raise ValueError(f"{path} must hold {what}; it holds a {type(value).__name__}.")
+    return value
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """
+    Gives a path beside `path` to write to, which replaces `path` at the end. If writing fails, what was there stays.
+    What a killed process left of the same file is removed.
+
+    Args:
+        path (`str` or `Path`): The file, or folder, to be written; its folder is created if it does not exist.
+
+    Yields:
+        `Path`: in the same folder, with the same suffix.
+
+    Raises:
+        OSError: if it can't be written, whatever error the library that writes has for it.
+    """
+    path = Path(os.path.realpath(path))  # a link's target is replaced, not the link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    partial = path.with_name(f"{PARTIAL}{platform.node()}-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full or "No space left" in str(error) else first_line(error)
+        before = "; what was there before is unchanged" if path.exists() else ""
+        raise OSError(f"{path} can't be written: {reason}{before}.") from error
+    finally:
+        remove(partial)
+
+
+def _remove_leftovers(path):
+    """Partial versions of a file whose processes, of this machine, have ended."""
+    prefix = f"{PARTIAL}{platform.node()}-"
+    for leftover in path.parent.glob(f"{escape(prefix)}*-{escape(path.name)}"):
+        process = leftover.name.removeprefix(prefix).split("-")[0]
+        if process.isdecimal() and int(process) != os.getpid() and not _is_running(int(process)):
+            remove(leftover)
+
+
+def _is_running(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder with all in it, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> Path:
+    """
+    Checks before work that a file or folder can be written; creates nothing that stays.
+
+    Args:
+        path (`str` or `Path`): A file or a folder; it and its parents need not exist.
+
+    Returns:
+        `Path`
+
+    Raises:
+        ValueError: if a parent is a file, or the disk, the system or the permissions don't allow it.
+    """
+    path = Path(path)
+    if "\0" in str(path):
+        raise ValueError(f"{path} can't be written: its name holds a null byte.")
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path)
+        folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+        blocked = next((parent for parent in path.absolute().parents if parent.exists() and not parent.is_dir()), None)
+        if blocked is not None:
+            raise ValueError(f"{path} can't be written: {blocked} is a file.")
+        if path.exists() and not path.is_dir():
+            check_file(path)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")
+    except OSError as error:
+        raise ValueError(f"{path} can't be written: {error.strerror or first_line(error)}.") from None
+    return path
+
+
+def check_apart(output: str | Path, source: str | Path, flag: str = "the output") -> None:
+    """
+    Refuses to write where a dataset is read: its next reader would take the output for a part of it.
+
+    Args:
+        output (`str` or `Path`): A file or folder to be written.
+        source (`str` or `Path`): The folder that is read.
+        flag (`str`): What the output is called.
+
+    Raises:
+        ValueError: if the output is the folder, or in it.
+    """
+    inner, outer = Path(os.path.realpath(output)), Path(os.path.realpath(source))
+    if inner == outer or outer in inner.parents:
+        raise ValueError(f"{flag} {output} is in the folder {source} that is read; choose one outside of it.")
+
+
+def check_links(folder: str | Path) -> None:
+    """
+    Refuses links that leave a folder which is to be published, or written into: they would publish, or overwrite, a
+    file of elsewhere. Those of the Hub's cache, from a snapshot to its own repository, stay.
+
+    Args:
+        folder (`str` or `Path`): The folder; it may itself be a link.
+
+    Raises:
+        ValueError: naming the link and its target.
+    """
+    root = os.path.realpath(folder)
+    snapshot = HUB_SNAPSHOT.match(root)
+    allowed = (root, os.path.realpath(snapshot["repo"])) if snapshot else (root,)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            if os.path.islink(path):
+                target = os.path.realpath(path)
+                if not any(target == inside or target.startswith(inside + os.sep) for inside in allowed):
+                    raise ValueError(
+                        f"{path} is a link to {target}, outside of {folder}; replace it with a copy of the file, or "
+                        "remove it."
+                    )

@@ -1,0 +1,68 @@
+"""How commands end, and the ranges of their flags."""
+
+import pytest
+
+from dit_hf.command_line import ArgumentParser, integer, printable, real, run
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (integer(at_least=0), "3", 3),
+        (integer(at_least=0), "-1", None),
+        (integer(), "1.5", None),
+        (integer(at_most=2**63 - 1), "9" * 5000, None),
+        (real(), "1e-4", 1e-4),
+        (real(), "nan", None),
+        (real(), "-inf", None),
+        (real(), "1e999", None),
+        (real(above=0), "0", None),
+        (real(at_least=0, below=1), "1", None),
+        (real(at_least=0, below=1), "0", 0.0),
+    ],
+)
+def test_numbers_have_ranges(kind, text, value, capsys):
+    parser = ArgumentParser(prog="dit-hf train")
+    parser.add_argument("--number", type=kind)
+    if value is not None:
+        assert parser.parse_args([f"--number={text}"]).number == value
+        return
+    with pytest.raises(SystemExit) as exit_:
+        parser.parse_args([f"--number={text}"])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: argument --number: '")
+
+
+def test_text_from_outside_stays_on_its_line():
+    assert printable("a\nb\x1b[31m\u2028c\u202e é 猫") == "a\\nb\\x1b[31m\\u2028c\\u202e é 猫"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("a\nb"), 2),
+        (OSError("a"), 2),
+        (ImportError("a"), 2),
+        (MemoryError(), 2),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_bad_input_ends_with_one_line(error, code, capsys):
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        run(command)
+    assert exit_.value.code == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), TypeError("a"), RuntimeError("a"), AssertionError()])
+def test_errors_of_the_package_keep_their_traceback(error):
+    def command():
+        raise error
+
+    with pytest.raises(type(error)):
+        run(command)
