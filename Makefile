@@ -7,7 +7,7 @@ BASE := $(VENV)/base
 STAMP := $(VENV)/installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-browser bench docs style quality
+.PHONY: demo test test-browser fuzz bench docs style quality
 
 $(BASE): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -27,6 +27,9 @@ test: $(STAMP)  ## Runs the whole suite but the browser's.
 test-browser: $(STAMP)  ## Tries the Space's page in Debian's Chromium, which it installs if there is none.
 	command -v chromium > /dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y chromium fonts-dejavu-core > /dev/null; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+fuzz: $(STAMP)  ## Damages files of every kind for half an hour and reads them; FUZZ_EXAMPLES=N sets how many.
+	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),2000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 0 --numprocesses 2 tests/fuzz
 
 bench: $(STAMP)  ## Measures the tables of benchmarks/README.md, in some four hours; quality needs outputs/emoji64.
 	$(BIN)/python benchmarks/bench.py --output outputs/bench.json
