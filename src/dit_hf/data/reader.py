@@ -10,13 +10,12 @@ from itertools import islice
 
 import torch
 from diffusers.utils import logging
-from PIL import Image
 
 from .encoded import image_bytes
 from .folders import listed, normalize_name
 from .images import check_column
 from .library import datasets
-from .pixels import center_crop, to_rgb, to_tensor
+from .pixels import center_crop, open_image, to_rgb, to_tensor
 
 
 logger = logging.get_logger(__name__)
@@ -78,9 +77,9 @@ class ImageReader:
         name = f"image {position} ({(stored or {}).get('path') or 'in the dataset'})"
         content = image_bytes(stored, name)
         try:
-            stored_image = Image.open(BytesIO(content))
+            stored_image = open_image(BytesIO(content))
             image = to_rgb(stored_image) if self.resolution is None else center_crop(stored_image, self.resolution)
-        except Exception as error:  # decoders raise all kinds
+        except ValueError as error:
             raise OSError(f"{name}: {error}") from error
         return to_tensor(image), label
 
