@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 
-from .folders import walk
+from .folders import is_file, walk
 
 
 # Incremented when the same data would give other images, labels or pixels than before.
@@ -67,6 +67,6 @@ def folder_state(folder: str | Path) -> list[tuple[str, int, int]]:
     state = []
     for _, _, files in walk(folder):
         for entry in files:
-            status = entry.stat(follow_symlinks=entry.is_file())
+            status = entry.stat(follow_symlinks=is_file(entry))
             state.append((os.path.relpath(entry.path, folder), status.st_size, status.st_mtime_ns))
     return state

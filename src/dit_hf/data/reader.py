@@ -13,7 +13,7 @@ from diffusers.utils import logging
 
 from .encoded import image_bytes
 from .folders import listed, normalize_name
-from .images import check_column
+from .images import check_column, rows_of
 from .library import datasets
 from .pixels import center_crop, open_image, to_rgb, to_tensor
 
@@ -168,7 +168,7 @@ class ImageReader:
     def shards(self, size: int) -> Iterator[Iterable[dict]]:
         """Successive slices of the rows, in the dataset's order; those of a stream are read in advance."""
         if isinstance(self.dataset, datasets.IterableDataset):
-            rows = iter(self.dataset)
+            rows = rows_of(self.dataset)
             while shard := list(islice(rows, size)):
                 yield shard
         else:
