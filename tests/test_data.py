@@ -1,5 +1,6 @@
 """Data: datasets of every kind, damaged images, the cache of latents."""
 
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT, tiny_vae
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from testing_utils.training_runs import kill_after
 
@@ -30,6 +32,8 @@ from dit_hf.data.latents import (
 )
 from dit_hf.data.pixels import center_crop, normalize_pixels
 from dit_hf.data.reader import ImageReader
+from dit_hf.training.data import ImageData, write_latents
+from dit_hf.training.running import start_accelerator
 
 
 PRECOMPUTE = ROOT / "examples" / "train_class_cond" / "precompute_latents.py"
@@ -151,7 +155,7 @@ def test_statistics_make_unit_latents(workspace, tmp_path):
     torch.testing.assert_close(normal.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=0.02)
 
 
-def test_cache_follows_vae_and_data_and_keeps_what_is_there(workspace, tmp_path):
+def test_cache_keeps_what_is_there(workspace, tmp_path):
     vae, dataset = tiny_vae(), load_image_dataset(str(workspace / "data"))
     first = cache(tmp_path, vae, dataset)
     shard = tmp_path / "shard-00002.safetensors"
@@ -159,35 +163,96 @@ def test_cache_follows_vae_and_data_and_keeps_what_is_there(workspace, tmp_path)
     (tmp_path / "shard-00001.safetensors").unlink()
     assert cache(tmp_path, vae, dataset) == first
     assert shard.stat().st_mtime_ns == written
+
+
+def test_a_cache_of_others_is_not_overwritten(workspace, tmp_path):
+    """Neither a finished one, which a training may need to resume, nor an unfinished one, nor files of the user."""
+    vae, dataset = tiny_vae(), load_image_dataset(str(workspace / "data"))
+    cache(tmp_path / "cache", vae, dataset)
+    before = contents(tmp_path / "cache")
     with torch.no_grad():
         vae.quant_conv.weight.mul_(3)
-    assert cache(tmp_path, vae, dataset)["latents_std"] != first["latents_std"]
-    fewer = cache(tmp_path, vae, dataset.select(range(5)))
-    assert fewer["count"] == 5
-    assert len(list(tmp_path.glob("shard-*"))) == 2
-
-
-def test_a_cache_that_is_half_made_anew_is_no_cache(workspace, tmp_path):
-    """A kill while another VAE's shards take the place of the first one's leaves a mixture, which nothing may read."""
-    vae, dataset = tiny_vae(), load_image_dataset(str(workspace / "data"))
-    cache(tmp_path, vae, dataset)
-    index = (tmp_path / "index.json").read_text()
+    with pytest.raises(ValueError, match="holds a finished cache of other latents.*Choose another folder, or remove"):
+        cache(tmp_path / "cache", vae, dataset)
+    with pytest.raises(ValueError, match="holds a finished cache of other latents"):
+        cache(tmp_path / "cache", tiny_vae(), dataset.select(range(5)))
+    assert contents(tmp_path / "cache") == before
+    (tmp_path / "cache" / "index.json").unlink()
+    with pytest.raises(ValueError, match="shard-00000.safetensors is of an unfinished cache of other latents"):
+        cache(tmp_path / "cache", vae, dataset)
+    for content in (b"mine", before["shard-00000.safetensors"][:200]):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / "shard-00003.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="shard-00003.safetensors was not written by `dit-hf latents`"):
+            cache(tmp_path / "mine", vae, dataset)
+        assert contents(tmp_path / "mine") == {"shard-00003.safetensors": content}
+    (tmp_path / "mine" / "shard-00003.safetensors").unlink()
+    (tmp_path / "mine" / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="index.json is no index of a cache of latents: 'fingerprint' is missing"):
+        cache(tmp_path / "mine", vae, dataset)
     reader = ImageReader(dataset, ["dark", "light"], 32)
-    cache_latents(vae, reader, tmp_path, "another", process_index=0, num_processes=2, shard_size=4)
-    assert not (tmp_path / "index.json").exists()
-    (tmp_path / "index.json").write_text(index)
-    with pytest.raises(ValueError, match="shard-00000.*another cache"):
-        CachedLatents(tmp_path)
+    for options in ({"shard_size": 0}, {"shard_size": 2**21}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            cache_latents(vae, reader, tmp_path / "new", "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_leftovers_of_killed_runs_are_removed(workspace, tmp_path):
+    leftover = tmp_path / ".partial-elsewhere-123-shard-00001.safetensors"
+    leftover.write_bytes(b"half a shard")
+    cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
+    assert not leftover.exists()
+
+
+def test_what_has_changed_is_said(tmp_path):
+    """One image's date is enough; the cache stays as it is."""
+    vae, folder = tiny_vae(), write_class_folders(tmp_path / "images", 12)
+    accelerator = start_accelerator()
+
+    def encode(**options):
+        data = ImageData(**({"resolution": 32, "train_data_dir": folder} | options))
+        write_latents(accelerator, vae, data, data.reader(), tmp_path / "cache", shard_size=5)
+
+    encode()
+    before = contents(tmp_path / "cache")
+    encode()
+    assert contents(tmp_path / "cache") == before
+    with pytest.raises(ValueError, match="finished cache of other latents: resolution was 32, now 64. Choose"):
+        encode(resolution=64)
+    os.utime(folder / "cats" / "03.png", (4e9, 4e9))
+    with pytest.raises(ValueError, match=r"of the image files have changed \(cats/03.png changed since\)"):
+        encode()
+    assert contents(tmp_path / "cache") == before
+
+
+def test_other_pixels_of_the_same_size_and_date_are_found(tmp_path):
+    vae, folder = tiny_vae(), write_class_folders(tmp_path / "images", 12)
+    data = ImageData(resolution=32, train_data_dir=folder)
+    write_latents(start_accelerator(), vae, data, data.reader(), tmp_path / "cache", shard_size=5)
+    image, status = folder / "cats" / "03.png", (folder / "cats" / "03.png").stat()
+    content = bytearray(image.read_bytes())
+    content[-20] ^= 1
+    image.write_bytes(content)
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for _ in range(2):  # of a finished cache, and of one to be completed
+        with pytest.raises(ValueError, match="image 1 .*cats/03.png.* is not the image that .*shard-00000"):
+            write_latents(start_accelerator(), vae, data, data.reader(), tmp_path / "cache", shard_size=5)
+        (tmp_path / "cache" / "index.json").unlink(missing_ok=True)
 
 
 def test_damage_is_found(workspace, tmp_path):
     cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
     shard = tmp_path / "shard-00001.safetensors"
-    tensors = load_file(shard)
-    tensors["mean"][0, 0, 0, 0] += 1
-    save_file(tensors, shard)
-    with pytest.raises(ValueError, match="shard-00001.*not what was written"):
-        verify_latents(tmp_path)
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1  # one bit of the latents
+    shard.write_bytes(content)
+    for read in (verify_latents, CachedLatents):
+        with pytest.raises(ValueError, match="shard-00001.*not what was written; delete it"):
+            read(tmp_path)
     shard.write_bytes(b"")  # as a power cut may leave it
     with pytest.raises(ValueError, match="shard-00001.*missing"):
         CachedLatents(tmp_path)
@@ -198,6 +263,84 @@ def test_damage_is_found(workspace, tmp_path):
         CachedLatents(tmp_path)
     with pytest.raises(ValueError, match="no cache of latents"):
         CachedLatents(tmp_path / "other")
+
+
+def test_each_process_of_a_machine_verifies_its_share(workspace, tmp_path, monkeypatch):
+    cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
+    content = bytearray((tmp_path / "shard-00003.safetensors").read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "shard-00003.safetensors").write_bytes(content)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    CachedLatents(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="shard-00003.*not what was written"):
+        CachedLatents(tmp_path)
+
+
+def rewrite(folder, tensors=None, **changes):
+    """A cache with other content and the right checksum, as another program or an attacker may write it."""
+    index = json.loads((folder / "index.json").read_text())
+    for shard in index["shards"] if tensors else ():
+        path = folder / shard["file"]
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        save_file({name: tensor.contiguous() for name, tensor in tensors(load_file(path)).items()}, path, metadata)
+        shard["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "index.json").write_text(json.dumps(index | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors | {"label": tensors["label"] + 5}, "labels from 5 to 6; there are 2 classes"),
+        (lambda tensors: tensors | {"label": tensors["label"][:1]}, "'label' must hold 4 classes"),
+        (lambda tensors: tensors | {"label": tensors["label"].float()}, "'label' must hold 4 classes"),
+        (lambda tensors: tensors | {"mean": tensors["mean"][:, :2]}, "' is F32 of shape"),
+        (lambda tensors: {"label": tensors["label"]}, "must hold mean, mean_flipped, std, std_flipped; it holds"),
+        (lambda tensors: tensors | {"mean": tensors["mean"].long()}, "'mean' is I64"),
+    ],
+)
+def test_shards_that_hold_something_else(workspace, tmp_path, change, message):
+    cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
+    rewrite(tmp_path, change)
+    with pytest.raises(ValueError, match=f"shard-00000.safetensors.*({message})"):
+        CachedLatents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shards": [{"file": "../shard-00000.safetensors", "count": 20, "sha256": "0"}]}, "names other files"),
+        ({"shards": [{"file": "shard-00000.safetensors", "count": 10**12, "sha256": "0"}]}, "'shards' is missing, or"),
+        ({"count": 10**9}, "'count' is not the sum"),
+        ({"classes": ["dark", "dark"]}, "'classes'"),
+        ({"latents_std": [1.0, 1.0, 0.0, 1.0]}, "'latents_std'"),
+        ({"latents_mean": [float("nan")] * 4}, "'latents_mean'"),
+        ({"latents_mean": [0.0]}, "different lengths"),
+    ],
+)
+def test_an_index_that_is_none(workspace, tmp_path, changes, message):
+    cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
+    rewrite(tmp_path, **changes)
+    with pytest.raises(ValueError, match=f"index.json.*{message}"):
+        CachedLatents(tmp_path)
+
+
+def test_latents_that_are_not_finite(workspace, tmp_path):
+    """Where they are encoded, and in a cache of others where they are read."""
+    vae, dataset = tiny_vae(), load_image_dataset(str(workspace / "data"))
+    cache(tmp_path / "cache", vae, dataset)
+    rewrite(tmp_path / "cache", lambda tensors: tensors | {"mean": tensors["mean"].fill_(float("nan"))})
+    with pytest.raises(ValueError, match="cache: sample 3 is not finite"):
+        CachedLatents(tmp_path / "cache").read(torch.tensor([3]), torch.tensor([False]))
+    with torch.no_grad():
+        vae.quant_conv.weight.fill_(float("inf"))
+    with pytest.raises(
+        ValueError, match="Images from 0 on: mean is not finite for 4 of 4 images.*weights are damaged"
+    ):
+        cache(tmp_path / "new", vae, dataset)
+    assert not list((tmp_path / "new").glob("*"))
 
 
 def damaged(workspace, count):

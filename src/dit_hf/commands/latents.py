@@ -1,13 +1,16 @@
 """Encodes a dataset's images once, with any number of processes, for `train --latents_dir`."""
 
 import argparse
+import os
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
-from ..command_line import ArgumentParser, run
+from ..command_line import ArgumentParser, integer, real, run
 from ..data.folders import check_output_outside_data
 from ..data.latents import verify_latents
+from ..data.shards import INDEX, MAX_SHARD_SIZE
+from ..files import check_writable, remove, writing
 from ..training.alignment import load_encoder
 from ..training.data import ImageData, write_latents
 from ..training.model import image_resolution, load_vae
@@ -30,15 +33,22 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--split", default="train", help="Split to train on.")
     data.add_argument(
         "--holdout",
-        type=float,
+        type=real(at_least=0, below=1),
         default=0.0,
         help="Fraction of the images that data with one split hold out as `test`.",
     )
     data.add_argument("--image_column", default="image", help="Column with images.")
     data.add_argument("--label_column", default="label", help="Column with class ids or names.")
-    data.add_argument("--resolution", type=positive, help="Pixels per side; 64, or those of given latents or weights.")
+    data.add_argument(
+        "--resolution", type=integer(8, 8192), help="Pixels per side; 64, or those of given latents or weights."
+    )
     data.add_argument("--vae", help="Folder or Hub id of an autoencoder; by default the pretrained pipeline's.")
-    data.add_argument("--shard_size", type=positive, default=2048, help="Images in one file of the cache of latents.")
+    data.add_argument(
+        "--shard_size",
+        type=integer(1, MAX_SHARD_SIZE),
+        default=2048,
+        help="Images in one file of the cache of latents.",
+    )
     data.add_argument(
         "--alignment_encoder",
         default="efficientnet-lite0",
@@ -64,9 +74,32 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def check_output(folder: Path, source: str | Path | None) -> None:
+    """Refuses an output folder that can't be written, or holds an autoencoder which this command did not write."""
+    check_output_outside_data(folder, source)
+    check_writable(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is no folder.")
+    if (folder / "vae").exists() and not (folder / INDEX).exists():
+        raise ValueError(f"{folder / 'vae'} was not written by this command; choose another --output_dir.")
+
+
+def save_vae(vae, folder: Path) -> None:
+    """Saves the autoencoder file by file, so that one that was read from the same folder is whole at any time."""
+    folder.mkdir(exist_ok=True)
+    saved = folder / ".saved"
+    remove(saved)  # of a killed run
+    with writing(saved) as partial:
+        vae.save_pretrained(partial)
+    for file in sorted(saved.iterdir(), reverse=True):  # the config, which holds the statistics, last
+        os.replace(file, folder / file.name)
+    remove(saved)
+
+
 def main() -> None:
     """Encodes as the command line says, verifies what was written, and saves the VAE with its statistics beside it."""
     args = parse_args()
+    check_output(args.output_dir, args.dataset_name or args.train_data_dir)
     accelerator = start_accelerator()
     vae = load_vae(args.vae).to(accelerator.device)
     args.resolution = image_resolution(args.resolution, vae)
@@ -80,7 +113,7 @@ def main() -> None:
             index = verify_latents(args.output_dir)
             statistics = {name: index[name] for name in ("latents_mean", "latents_std")}
             vae.register_to_config(**statistics, scaling_factor=1.0, shift_factor=None)
-            vae.save_pretrained(args.output_dir / "vae")
+            save_vae(vae, args.output_dir / "vae")
             print(f"{index['count']} images, {len(index['shards'])} shards, verified: {args.output_dir}")
 
 

@@ -1,8 +1,8 @@
 """Encoded images of a dataset's rows, as bytes: stored in the row, in a file, in an archive or on a server."""
 
-from pathlib import Path
-
+from ..files import check_file
 from .library import datasets
+from .pixels import MAX_IMAGE_BYTES
 
 
 def image_bytes(stored: dict | None, name: str) -> bytes:
@@ -25,11 +25,12 @@ def image_bytes(stored: dict | None, name: str) -> bytes:
         return content
     if path is None:
         raise OSError(f"{name}: the row holds no image")
+    path = path.removeprefix("file://")
     if "://" in path:
         return fetch(path, name)
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
+        return check_file(path, MAX_IMAGE_BYTES).read_bytes()
+    except (OSError, ValueError) as error:
         raise OSError(f"{name}: {error}") from error
 
 
@@ -37,8 +38,11 @@ def fetch(address: str, name: str) -> bytes:
     """What a server or archive holds; `OSError` if there is no such file, `ValueError` if it can't be read now."""
     try:
         with datasets.utils.file_utils.xopen(address, "rb") as file:
-            return file.read()
+            content = file.read(MAX_IMAGE_BYTES + 1)
     except FileNotFoundError as error:
         raise OSError(f"{name}: {error}") from error
     except Exception as error:  # of whichever library fetches; it may succeed later, so the image is not skipped
         raise ValueError(f"{name} can't be fetched: {error}. Re-run the same command.") from error
+    if len(content) > MAX_IMAGE_BYTES:
+        raise OSError(f"{name} is larger than {MAX_IMAGE_BYTES:,} bytes")
+    return content

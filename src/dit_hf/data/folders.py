@@ -15,6 +15,8 @@ from pathlib import Path
 
 from diffusers.utils import logging
 
+from ..files import check_apart
+
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +38,9 @@ AFFIXES = {"set", "data", "dataset", "images", "image", "imgs", "img", "split", 
 NOT_DATA = ("__MACOSX", "__pycache__")
 # Names that a message lists before it only counts the others.
 LISTED = 8
+# Levels of folders, and ways by links to the same one: more are a mistake, or made to keep a reader busy.
+MAX_DEPTH = 100
+MAX_WAYS = 1000
 
 
 def walk(folder: str | Path) -> Iterator[tuple[str, list[os.DirEntry], list[os.DirEntry]]]:
@@ -48,19 +53,50 @@ def walk(folder: str | Path) -> Iterator[tuple[str, list[os.DirEntry], list[os.D
     Returns:
         `Iterator[tuple[str, list[os.DirEntry], list[os.DirEntry]]]`: its path, its folders, and all its other entries,
         broken links among them.
+
+    Raises:
+        ValueError: if folders are nested too deep, or links lead to the same one in too many ways.
     """
     waiting: list[tuple[str, tuple]] = [(str(folder), ())]
+    ways = Counter[tuple[int, int]]()
     while waiting:
         path, parents = waiting.pop()
         status = os.stat(path)
-        if (status.st_dev, status.st_ino) in parents:
+        this = (status.st_dev, status.st_ino)
+        if this in parents:
             continue
-        parents = (*parents, (status.st_dev, status.st_ino))
+        ways[this] += 1
+        if len(parents) >= MAX_DEPTH:
+            raise ValueError(f"{str(folder)!r} has folders more than {MAX_DEPTH} levels deep: {path[:200]!r} …")
+        if ways[this] > MAX_WAYS:
+            raise ValueError(f"{path!r} is reached in more than {MAX_WAYS} ways; remove links between folders.")
+        parents = (*parents, this)
         with os.scandir(path) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
-        folders = [entry for entry in found if entry.is_dir()]
-        yield path, folders, [entry for entry in found if not entry.is_dir()]
+        folders = [entry for entry in found if _leads_to(entry.is_dir)]
+        yield path, folders, [entry for entry in found if not _leads_to(entry.is_dir)]
         waiting += [(entry.path, parents) for entry in reversed(folders)]
+
+
+def is_file(entry: os.DirEntry) -> bool:
+    """Whether an entry is a regular file, or a link to one."""
+    return _leads_to(entry.is_file)
+
+
+def _leads_to(test):
+    """What an entry or the end of its links is; False for links that lead in a circle, which have no end."""
+    try:
+        return test()
+    except OSError:
+        return False
+
+
+def check_name(entry: os.DirEntry) -> None:
+    """`ValueError` for a name that is no Unicode, which a dataset can't hold."""
+    try:
+        entry.path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"The name of {os.fsencode(entry.path)!r} is not UTF-8; rename it.") from None
 
 
 def normalize_name(name: str) -> str:
@@ -202,13 +238,16 @@ def read_tree(folder: str | Path) -> tuple[Folder, dict[str, list[str]]]:
             continue
         for entry in folders:
             if not entry.name.startswith(".") and entry.name not in NOT_DATA:
+                check_name(entry)
                 known[entry.path] = known[path].folders[entry.name] = Folder(entry.path)
         for entry in files:
             if entry.name.startswith("."):
                 continue
-            if not entry.is_file():
-                note(skipped, "broken links", [entry.path])
+            if not is_file(entry):
+                special = os.path.exists(entry.path)
+                note(skipped, "pipes, sockets and devices" if special else "broken links", [entry.path])
             elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                check_name(entry)
                 known[path].images.append(entry.name)
             else:
                 note(skipped, "files without an image's ending", [entry.path])
@@ -313,8 +352,5 @@ def check_output_outside_data(output_dir: str | Path, source: str | Path | None)
     Raises:
         ValueError: if it is the data's folder or lies in it.
     """
-    if source is None or not Path(source).is_dir():
-        return
-    output, data = Path(output_dir).resolve(), Path(source).resolve()
-    if output == data or data in output.parents:
-        raise ValueError(f"--output_dir {output_dir} lies in the data {source}; choose a folder outside it.")
+    if source is not None and Path(source).is_dir():
+        check_apart(output_dir, source, "--output_dir")

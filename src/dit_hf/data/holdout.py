@@ -2,10 +2,14 @@
 
 import hashlib
 
+from diffusers.utils import logging
 from tqdm import tqdm
 
 from .encoded import image_bytes
 from .library import datasets
+
+
+logger = logging.get_logger(__name__)
 
 
 def is_held_out(content: bytes, holdout: float) -> bool:
@@ -53,6 +57,8 @@ def hold_out(dataset, split: str, holdout: float):
     indices = [index for index, row in enumerate(rows) if belongs(row[column])]
     if not indices:
         raise ValueError(f"--holdout {holdout} leaves no image of {len(dataset)} in the split {split!r}.")
+    if len(indices) == len(dataset):
+        logger.warning(f"--holdout {holdout} leaves no image of {len(dataset)} outside of the split {split!r}.")
     part = dataset.select(indices)
     note = f"holdout {holdout}: split {split} has {len(part)} of {len(dataset)} images"
     part.info.description = "\n".join(filter(None, [part.info.description, note]))

@@ -2,14 +2,18 @@
 
 import glob
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from diffusers.utils import logging
 
+from ..files import MAX_JSON_BYTES, check_file, first_line, read_json, reading
+from .archives import check_archive
 from .folders import (
     IMAGE_SUFFIXES,
     canonical_split,
     find_image_folders,
+    is_file,
     listed,
     normalize_name,
     read_tree,
@@ -26,6 +30,9 @@ logger = logging.get_logger(__name__)
 SHARDS = {".tar": "webdataset", ".parquet": "parquet"}
 # Other formats that `datasets` reads.
 TABLES = (".arrow", ".csv", ".json", ".jsonl", ".zip")
+# Classes at most, whose table of embeddings fits in memory; and if most have one image, as a column of ids has.
+MAX_CLASSES = 1_000_000
+MAX_RARE_CLASSES = 1000
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -78,23 +85,24 @@ def load_image_dataset(
 
 def _load_local(folder, split, streaming):
     """A split of a local dataset; its only one if none is given."""
-    if not any(files for _, _, files in walk(folder)):
+    files = [entry for _, _, entries in walk(folder) for entry in entries]
+    if not files:
         raise ValueError(f"The dataset folder {str(folder)!r} is empty.")
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _load_saved(folder, split, streaming)
     readme = folder / "README.md"
-    if readme.exists() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace"):
+    if readme.exists() and b"\nconfigs:" in check_file(readme, MAX_JSON_BYTES).read_bytes():
         return _load_library(str(folder), split, streaming, path=str(folder))
     root, _ = read_tree(folder)
     if any(path.name in METADATA for pattern in ("metadata.*", "*/metadata.*") for path in folder.glob(pattern)):
         parts = split_folders(root) or {"train": root}
-        files = {name: f"{glob.escape(part.path)}/**" for name, part in parts.items()}
-        return _load_library(str(folder), canonical_split(split), streaming, path="imagefolder", data_files=files)
+        images = {name: f"{glob.escape(part.path)}/**" for name, part in parts.items()}
+        return _load_library(str(folder), canonical_split(split), streaming, path="imagefolder", data_files=images)
     for suffix in SHARDS:
         shards = sorted(path for pattern in (f"*{suffix}", f"*/*{suffix}") for path in folder.glob(pattern))
         if shards:
             return _load_shards(folder, root, shards, split, streaming)
-    if not root.all_images and any(file.name.endswith(TABLES) for _, _, files in walk(folder) for file in files):
+    if not root.all_images and any(entry.name.endswith(TABLES) for entry in files):
         return _load_library(str(folder), split, streaming, path=str(folder))
     return _load_folders(folder, split, streaming)
 
@@ -149,7 +157,13 @@ def _load_folders(folder, split, streaming):
 
 def _load_saved(folder, split, streaming):
     """A split of what `save_to_disk` wrote."""
-    saved = datasets.load_from_disk(str(folder))
+    _check_archives(folder)
+    for file in (*folder.glob("*.json"), *folder.glob("*/*.json")):
+        read_json(file)
+    with reading(folder, "a dataset of save_to_disk"):
+        saved = datasets.load_from_disk(str(folder))
+        for part in saved.values() if isinstance(saved, dict) else (saved,):
+            part.data.table.validate(full=True)  # offsets beyond the data, which would read other memory
     if isinstance(saved, datasets.Dataset):
         saved = {str(saved.split or "train"): saved}
     name = _only(saved) if split is None else split
@@ -159,13 +173,24 @@ def _load_saved(folder, split, streaming):
 
 
 def _load_library(source, split, streaming, **arguments):
-    """A split as `datasets` finds it."""
+    """A split as `datasets` finds it, which reads a damaged archive up to the damage."""
+    if Path(source).is_dir():
+        _check_archives(source)
     try:
         dataset = datasets.load_dataset(**arguments, split=split, streaming=streaming)
     except Exception as error:
         which = "" if split is None else f"split {split!r} of "
-        raise ValueError(f"Can't load {which}dataset {source!r}: {error}") from error
+        reason = first_line(error) + (f" ({first_line(error.__cause__)})" if error.__cause__ else "")
+        raise ValueError(f"Can't load {which}dataset {source!r}: {reason}") from error
     return dataset[_only(dataset)] if split is None else dataset
+
+
+def _check_archives(folder):
+    """Damage and bombs in all archives below a folder, hidden ones excepted."""
+    for _, _, files in walk(folder):
+        for entry in files:
+            if is_file(entry) and not entry.name.startswith("."):
+                check_archive(entry.path)
 
 
 def _shards_by_split(folder, shards):
@@ -207,6 +232,8 @@ def label_names(dataset, label_column: str = "label") -> list[str]:
     feature = check_column(dataset, label_column, "--label_column")
     if hasattr(feature, "names"):
         names = [normalize_name(name) for name in feature.names]
+        if len(names) > MAX_CLASSES:
+            raise ValueError(f"Column {label_column!r} has {len(names):,} classes; at most {MAX_CLASSES:,} are read.")
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise ValueError(
                 f"Column {label_column!r} has classes whose names differ only by space or Unicode form, such as "
@@ -221,12 +248,22 @@ def label_names(dataset, label_column: str = "label") -> list[str]:
 
 def _names_that_occur(dataset, column):
     """Class names of a column of integers or strings."""
-    found = set()
-    for row in dataset.select_columns(column):
+    found, count = set(), 0
+    for count, row in enumerate(rows_of(dataset.select_columns(column)), start=1):
         label = row[column]
         if not isinstance(label, str) and (not isinstance(label, int) or label < 0):
-            raise ValueError(f"Column {column!r} holds {label!r}; a label is a class's id, from 0, or its name.")
+            raise ValueError(
+                f"Column {column!r} holds {str(label)[:80]!r} in row {count - 1}; a label is a class's id, from 0, or "
+                "its name."
+            )
         found.add(label)
+        if len(found) > MAX_CLASSES:
+            break
+    if len(found) > min(MAX_CLASSES, max(MAX_RARE_CLASSES, count // 2)):
+        raise ValueError(
+            f"Column {column!r} has {len(found):,} different values in {count:,} rows, such as "
+            f"{max(map(str, found))!r}; these are no classes. Pass --label_column."
+        )
     if len({type(label) for label in found}) > 1:
         raise ValueError(f"Column {column!r} holds numbers and names; use one of them.")
     if not isinstance(next(iter(found), ""), str):
@@ -261,10 +298,36 @@ def check_column(dataset, column: str, flag: str):
     Raises:
         ValueError: if there is no such column.
     """
-    columns = dataset.column_names or list(next(iter(dataset)))
+    columns = dataset.column_names or list(next(rows_of(dataset), {}))
     if column not in columns:
         unlabelled = " Its images are not in class folders." if columns == ["image"] and column == "label" else ""
         raise ValueError(
             f"There is no column {column!r}; the dataset has {', '.join(columns)}.{unlabelled} Pass {flag}."
         )
-    return (dataset.features or {}).get(column)
+    feature = (dataset.features or {}).get(column)
+    if flag == "--label_column" and isinstance(feature, datasets.Image):  # reading it would decode
+        raise ValueError(f"Column {column!r} holds images; a label is a class's id, from 0, or its name. Pass {flag}.")
+    return feature
+
+
+def rows_of(dataset) -> Iterator[dict]:
+    """
+    The rows of a dataset, one at a time.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The dataset.
+
+    Returns:
+        `Iterator[dict]`
+
+    Raises:
+        ValueError: naming the row, if a file or server does not deliver it.
+    """
+    rows, position = iter(dataset), 0
+    while True:
+        with reading(f"Row {position} of the dataset", "a row"):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield row
+        position += 1

@@ -3,34 +3,49 @@
 Shapes: `N` images of a shard, `C` latent channels, `h w` latent size, `F` channels of an alignment's features.
 
 A shard holds consecutive images of the dataset, so its content does not depend on the number of processes. One process
-writes it under a temporary name and renames it. Finished shards are kept.
+writes it under a temporary name and renames it. Finished shards are kept; what is not of the same cache is refused.
 """
 
-import hashlib
 import json
-import os
+import random
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from ..files import writing
 from .autoencoders import encode_posterior, vae_statistics
+from .fingerprints import summary
 from .library import datasets
 from .pixels import normalize_pixels
-from .reader import ImageReader, check_classes, check_skipped
+from .reader import MAX_UNREADABLE, ImageReader, check_classes, check_skipped
+from .shards import (
+    FACTS,
+    INDEX,
+    MAX_SHARD_SIZE,
+    check_cache,
+    check_checksum,
+    check_shards,
+    file_checksum,
+    read_index,
+    remove_leftovers,
+    shard_digests,
+    shard_facts,
+    shard_labels,
+    shard_path,
+)
 
 
 logger = logging.get_logger(__name__)
 
-INDEX = "index.json"
-# One entry of metadata, as safetensors writes several in any order, and checksums are to be the same.
-FACTS = "dit_hf"
 SHARD_SIZE = 2048
+# Images whose content is compared with what was encoded before a cache is used or completed.
+COMPARED_IMAGES = 256
 # Prefixes of a VAE's weights that have no part in encoding.
 DECODER = ("decoder.", "post_quant_conv.")
 
@@ -48,12 +63,21 @@ def encode_images(vae, pixels: torch.Tensor, encoder=None) -> dict[str, torch.Te
     Returns:
         `dict[str, torch.Tensor]`: `mean`, `std` of shape `(N, C, h, w)`, std 0 where the autoencoder is deterministic;
         with an encoder also `features` of shape `(N, F, h, w)` in half precision; on the CPU.
+
+    Raises:
+        ValueError: if they are not finite.
     """
     pixels = normalize_pixels(pixels).to(vae.device, vae.dtype)
     mean, std = encode_posterior(vae, pixels)
     tensors = {"mean": mean.float().cpu(), "std": std.float().cpu()}
     if encoder is not None:
         tensors["features"] = encoder(pixels.float()).half().cpu()
+    for name, tensor in tensors.items():
+        if bad := [row for row, values in enumerate(tensor) if not values.isfinite().all()]:
+            raise ValueError(
+                f"{name} is not finite for {len(bad)} of {len(tensor)} images, such as number {bad[0]}: the weights "
+                f"are damaged, or {vae.dtype} is too narrow for them."
+            )
     return tensors
 
 
@@ -67,6 +91,7 @@ def cache_latents(
     encoder=None,
     batch_size: int = 64,
     shard_size: int = SHARD_SIZE,
+    settings: dict[str, Any] | None = None,
 ) -> int:
     """
     Encodes this process's missing shards; [`index_latents`] completes the cache when all processes are done.
@@ -75,61 +100,126 @@ def cache_latents(
         vae (`diffusers.ModelMixin`): The autoencoder, in eval mode.
         reader (`ImageReader`): The images.
         cache_dir (`str` or `Path`): The cache's folder.
-        fingerprint (`str`): From [`~dit_hf.data.fingerprints.cache_fingerprint`]; shards with another one
-            are encoded again.
+        fingerprint (`str`): From [`~dit_hf.data.fingerprints.cache_fingerprint`]; shards with the same one are kept.
         process_index (`int`, defaults to 0): This process.
         num_processes (`int`, defaults to 1): Shard k is written by process k modulo this.
         encoder (`nn.Module`, *optional*): Of an alignment.
         batch_size (`int`, defaults to 64): Images encoded at once.
         shard_size (`int`, defaults to 2048): Images per shard, except the last.
+        settings (`dict`, *optional*): What the fingerprint is of, which the cache records.
 
     Returns:
         `int`: the number of shards, of all processes.
 
     Raises:
-        ValueError: if a label is none of the classes.
+        ValueError:
+            if the folder holds files of another cache or of the user, a label is none of the classes, latents are not
+            finite, or more than a tenth of all images can't be read.
+        OSError: if a shard can't be written; those before it are kept.
     """
-    cache_dir = Path(cache_dir)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    index = cache_dir / INDEX
-    if process_index == 0 and index.exists() and read_index(cache_dir)["fingerprint"] != fingerprint:
-        index.unlink(missing_ok=True)  # it would describe a mixture from here on
-    number = -1
-    for number, rows in enumerate(reader.shards(shard_size)):
-        path = cache_dir / f"shard-{number:05d}.safetensors"
-        if number % num_processes != process_index or _facts(path).get("fingerprint") == fingerprint:
-            continue
-        rows = list(rows)
-        parts: list[dict[str, torch.Tensor]] = []
-        labels: list[int | None] = []
-        skipped: list[tuple[str, int | None]] = []
-        for start in tqdm(range(0, len(rows), batch_size), desc=f"latents, shard {number}", mininterval=5):
-            batch = rows[start : start + batch_size]
-            read = list(reader.readable(batch, skipped, number * shard_size + start))
-            labels += [label for _, label in read]
-            if read:
-                pixels = torch.stack([image for image, _ in read])
-                part = encode_images(vae, pixels, encoder)
-                mirrored = encode_images(vae, pixels.flip(-1), encoder)
-                parts.append(part | {f"{name}_flipped": tensor for name, tensor in mirrored.items()})
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
-        tensors["label"] = torch.tensor(labels, dtype=torch.int64)
-        facts: dict[str, Any] = {"fingerprint": fingerprint, "unreadable": [message for message, _ in skipped]}
-        facts["unreadable_labels"] = [label for _, label in skipped]
-        if parts:
-            facts["moments"] = _moments(tensors["mean"], tensors["std"])
-        partial = path.with_name(f"partial-{path.name}")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            partial,
-            metadata={FACTS: json.dumps(facts)},
+    if batch_size < 1 or not 1 <= shard_size <= MAX_SHARD_SIZE:
+        raise ValueError(
+            f"A batch of {batch_size} and shards of {shard_size} images: both must be at least 1, and shards at most "
+            f"{MAX_SHARD_SIZE}."
         )
-        os.replace(partial, path)
+    cache_dir = Path(cache_dir)
+    if process_index == 0 and not check_cache(cache_dir, fingerprint, settings):
+        (cache_dir / INDEX).unlink(missing_ok=True)  # of the same cache, which is not complete from here on
+    total = None if isinstance(reader.dataset, datasets.IterableDataset) else len(reader.dataset)
+    number, all_skipped = -1, list[str]()
+    for number, rows in enumerate(reader.shards(shard_size)):
+        path = shard_path(cache_dir, number)
+        if number % num_processes != process_index:
+            continue
+        facts = shard_facts(path)
+        if facts.get("fingerprint") == fingerprint:
+            if len(shard_labels(path)) + len(facts.get("unreadable", [])) != len(rows):
+                raise ValueError(f"{path} holds another number of images than {len(rows)}; remove it, and re-run.")
+            continue
+        tensors, skipped = _encode_shard(vae, reader, rows, number * shard_size, encoder, batch_size)
+        all_skipped += [message for message, _ in skipped]
+        if total is not None and len(all_skipped) > MAX_UNREADABLE * total:
+            check_skipped(all_skipped, total - len(all_skipped))
+        facts = {"fingerprint": fingerprint, "unreadable": [message for message, _ in skipped]}
+        facts["unreadable_labels"] = [label for _, label in skipped]
+        if settings is not None:
+            facts["settings"] = summary(settings)
+        if len(tensors["label"]):
+            facts["moments"] = _moments(tensors["mean"], tensors["std"])
+        try:
+            with writing(path) as partial:
+                save_file(tensors, partial, metadata={FACTS: json.dumps(facts)})
+        except OSError as error:
+            raise OSError(f"{error} The shards before it are whole and kept; re-run the same command.") from error
     return number + 1
 
 
+def _encode_shard(vae, reader, rows, first, encoder, batch_size):
+    """The tensors of a shard whose first image is at a position, and its skipped images."""
+    parts: list[dict[str, torch.Tensor]] = []
+    labels: list[int | None] = []
+    digests: list[int] = []
+    skipped: list[tuple[str, int | None]] = []
+    rows = list(rows)
+    for start in tqdm(range(0, len(rows), batch_size), desc=f"latents from image {first}", mininterval=5):
+        position = first + start
+        batch = [reader.load(row, position + k) for k, row in enumerate(rows[start : start + batch_size])]
+        digests += [reader.digest(row, position + k) for k, row in enumerate(batch)]
+        read = list(reader.readable(batch, skipped, position))
+        labels += [label for _, label in read]
+        if read:
+            pixels = torch.stack([image for image, _ in read])
+            try:
+                part = encode_images(vae, pixels, encoder)
+                mirrored = encode_images(vae, pixels.flip(-1), encoder)
+            except ValueError as error:
+                raise ValueError(f"Images from {position} on: {error}") from error
+            parts.append(part | {f"{name}_flipped": tensor for name, tensor in mirrored.items()})
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    tensors |= {"label": torch.tensor(labels, dtype=torch.int64), "source": torch.tensor(digests, dtype=torch.int64)}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, skipped
+
+
+def check_images(cache_dir: str | Path, reader: ImageReader, shard_size: int = SHARD_SIZE) -> None:
+    """
+    Compares the content of images with what was encoded. The fingerprint knows files by size and date alone, which
+    damage to a disk, or a copy that keeps dates, does not change. Images of a stream, and those of a cache of a
+    release before 0.3, can't be compared.
+
+    Args:
+        cache_dir (`str` or `Path`): A cache of the same fingerprint, whether or not it is complete.
+        reader (`ImageReader`): The images; of more than 256, as many are chosen at random.
+        shard_size (`int`, defaults to 2048): Images per shard.
+
+    Raises:
+        ValueError: naming the first image that is another one.
+    """
+    if isinstance(reader.dataset, datasets.IterableDataset):
+        return
+    total, digests = len(reader.dataset), dict[int, Any]()
+    chosen = random.SystemRandom().sample(range(total), min(COMPARED_IMAGES, total))
+    for position in sorted(chosen):
+        number, row = divmod(position, shard_size)
+        path = shard_path(cache_dir, number)
+        if number not in digests:
+            digests[number] = shard_digests(path) if shard_facts(path) else None
+        if digests[number] is None or row >= len(digests[number]):
+            continue
+        found = reader.dataset[position]
+        if reader.digest(found, position) != digests[number][row]:
+            raise ValueError(
+                f"{reader.name(found, position)} is not the image that {path} was encoded from, though name, size and "
+                "date are the same. Restore it, or choose another folder to encode all images again."
+            )
+
+
 def index_latents(
-    cache_dir: str | Path, fingerprint: str, names: list[str], num_shards: int, made_by: dict[str, str | None]
+    cache_dir: str | Path,
+    fingerprint: str,
+    names: list[str],
+    num_shards: int,
+    made_by: dict[str, str | None],
+    settings: dict[str, Any] | None = None,
 ) -> dict:
     """
     Completes a cache once all shards are there: counts, checksums, statistics, class names.
@@ -138,39 +228,46 @@ def index_latents(
         cache_dir (`str` or `Path`): The cache's folder.
         fingerprint (`str`): The shards'.
         names (`list[str]`): Class names by id.
-        num_shards (`int`): How many there are; further shards, of another cache, are removed.
+        num_shards (`int`): How many there are.
         made_by (`dict[str, str | None]`): Checksums of `vae` and `encoder`, which training compares with its own.
+        settings (`dict`, *optional*): What the fingerprint is of, which the index records.
 
     Returns:
         `dict`: the content of `index.json`.
 
     Raises:
-        ValueError: if a shard is missing, or more than a tenth of all images or all images of a class can't be read.
+        ValueError:
+            if a shard is missing or one too many, more than a tenth of all images or all images of a class can't be
+            read, or a channel of the latents does not vary.
+        OSError: if the index can't be written.
     """
     cache_dir = Path(cache_dir)
     shards, moments, unreadable, unreadable_labels, labels = [], [], [], [], []
-    for path in sorted(cache_dir.glob("shard-*.safetensors"))[num_shards:]:
-        path.unlink()
     for number in range(num_shards):
-        path = cache_dir / f"shard-{number:05d}.safetensors"
-        facts = _facts(path)
+        path = shard_path(cache_dir, number)
+        facts = shard_facts(path)
         if facts.get("fingerprint") != fingerprint:
             raise ValueError(f"{path} is missing or of another cache; re-run the same command.")
         unreadable += facts["unreadable"]
         unreadable_labels += facts.get("unreadable_labels", [])
-        labels += _labels(path).tolist()
+        found = shard_labels(path).tolist()
+        labels += found
         if "moments" in facts:
             moments.append(facts["moments"])
-        shards.append({"file": path.name, "count": len(_labels(path)), "sha256": _checksum(path)})
-    count = sum(shard["count"] for shard in shards)
+        shards.append({"file": path.name, "count": len(found), "sha256": file_checksum(path)})
+    if shard_path(cache_dir, num_shards).exists():
+        raise ValueError(f"{shard_path(cache_dir, num_shards)} is one shard too many; remove it, and re-run.")
+    count = len(labels)
     check_skipped(unreadable, count)
     check_classes(names, labels, zip(unreadable, unreadable_labels, strict=False))
     mean, std = _statistics(moments)
     index = {"fingerprint": fingerprint, "count": count, "unreadable": unreadable, "classes": names} | made_by
     index |= {"latents_mean": mean, "latents_std": std, "shards": shards}
-    partial = cache_dir / f"partial-{INDEX}"
-    partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, cache_dir / INDEX)
+    if settings is not None:
+        index["settings"] = summary(settings)
+    with writing(cache_dir / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    remove_leftovers(cache_dir)
     return index
 
 
@@ -185,33 +282,13 @@ def verify_latents(cache_dir: str | Path) -> dict:
         `dict`: the content of `index.json`.
 
     Raises:
-        ValueError: naming the shard whose count or checksum differs.
+        ValueError: naming the shard whose layout, count or checksum differs.
     """
     index = read_index(cache_dir)
     for shard in index["shards"]:
-        path = Path(cache_dir) / shard["file"]
-        if not path.exists() or _checksum(path) != shard["sha256"] or len(_labels(path)) != shard["count"]:
-            raise ValueError(f"{path} is not what was written; delete it and encode the dataset again.")
+        check_checksum(Path(cache_dir) / shard["file"], shard["sha256"])
+    check_shards(cache_dir, index)
     return index
-
-
-def read_index(cache_dir: str | Path) -> dict:
-    """
-    Reads a cache's `index.json`.
-
-    Args:
-        cache_dir (`str` or `Path`): The cache's folder.
-
-    Returns:
-        `dict`
-
-    Raises:
-        ValueError: if there is none.
-    """
-    file = Path(cache_dir) / INDEX
-    if not file.exists():
-        raise ValueError(f"{cache_dir} holds no cache of latents ({INDEX} is missing); `dit-hf latents` makes one.")
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 class CachedLatents:
@@ -228,17 +305,15 @@ class CachedLatents:
         cache_dir (`str` or `Path`): The cache's folder.
 
     Raises:
-        ValueError: if the cache is not complete.
+        ValueError: if the cache is not complete, or a shard is not what was written, by its checksum.
     """
 
     def __init__(self, cache_dir: str | Path):
-        self.index = read_index(cache_dir)
+        self.cache_dir, self.index = cache_dir, read_index(cache_dir)
+        check_shards(cache_dir, self.index)
         self._shards, self._starts, labels, start = [], [], [], 0
         for shard in self.index["shards"]:
-            path = Path(cache_dir) / shard["file"]
-            if _facts(path).get("fingerprint") != self.index["fingerprint"] or len(_labels(path)) != shard["count"]:
-                raise ValueError(f"{path} is missing or of another cache; encode the dataset again.")
-            file = safe_open(path, "pt")
+            file = safe_open(Path(cache_dir) / shard["file"], "pt")
             if shard["count"]:
                 names = file.keys()
                 self._shards.append({name: file.get_slice(name) for name in names})
@@ -270,6 +345,8 @@ class CachedLatents:
             suffix = "_flipped" if flip else ""
             names = ("mean", "std") if self.feature_dim is None else ("mean", "std", "features")
             rows.append({name: shard[name + suffix][row : row + 1].float() for name in names})
+            if not all(tensor.isfinite().all() for tensor in rows[-1].values()):
+                raise ValueError(f"{self.cache_dir}: sample {index} is not finite; encode the images again.")
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | {"label": self.labels[indices]}
 
 
@@ -341,25 +418,6 @@ def normalise_latents(latents: torch.Tensor, latents_mean: list[float], latents_
     return (latents - mean) / std
 
 
-def _facts(path):
-    """A shard's metadata; empty if there is no such file, or a damaged one."""
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get(FACTS, "{}"))
-    except (FileNotFoundError, SafetensorError):
-        return {}
-
-
-def _labels(path):
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("label")
-
-
-def _checksum(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _moments(mean, std):
     """Number of values, and a channel's sums of samples and of squares, over random draws from the posteriors."""
     channels = mean.double().transpose(0, 1).flatten(1)  # (C, N·h·w)
@@ -373,4 +431,9 @@ def _statistics(moments):
     count = sum(shard["count"] for shard in moments)
     mean = torch.tensor([shard["sum"] for shard in moments], dtype=torch.float64).sum(dim=0) / count
     squares = torch.tensor([shard["squares"] for shard in moments], dtype=torch.float64).sum(dim=0) / count
-    return mean.tolist(), (squares - mean.square()).sqrt().tolist()
+    variance = squares - mean.square()
+    if not (mean.isfinite() & (variance > 0)).all():
+        raise ValueError(
+            "The latents of all images are the same, or not finite, in a channel: is the autoencoder damaged?"
+        )
+    return mean.tolist(), variance.sqrt().tolist()

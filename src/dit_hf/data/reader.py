@@ -3,20 +3,20 @@
 Shapes: `N` images, `S` pixels per side, `H W` pixels.
 """
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from itertools import islice
 
 import torch
 from diffusers.utils import logging
-from PIL import Image
 
 from .encoded import image_bytes
 from .folders import listed, normalize_name
-from .images import check_column
+from .images import check_column, rows_of
 from .library import datasets
-from .pixels import center_crop, to_rgb, to_tensor
+from .pixels import center_crop, open_image, to_rgb, to_tensor
 
 
 logger = logging.get_logger(__name__)
@@ -74,15 +74,31 @@ class ImageReader:
             ValueError: if the label is none of the classes, or a server does not deliver the image.
         """
         label = None if self.names is None else self.label_id(row[self.label_column], position)
-        stored = row[self.image_column]
-        name = f"image {position} ({(stored or {}).get('path') or 'in the dataset'})"
-        content = image_bytes(stored, name)
+        name = self.name(row, position)
+        content = image_bytes(row[self.image_column], name)
         try:
-            stored_image = Image.open(BytesIO(content))
+            stored_image = open_image(BytesIO(content))
             image = to_rgb(stored_image) if self.resolution is None else center_crop(stored_image, self.resolution)
-        except Exception as error:  # decoders raise all kinds
+        except ValueError as error:
             raise OSError(f"{name}: {error}") from error
         return to_tensor(image), label
+
+    def name(self, row: dict, position: int) -> str:
+        """What messages call an image."""
+        return f"image {position} ({(row[self.image_column] or {}).get('path') or 'in the dataset'})"
+
+    def load(self, row: dict, position: int) -> dict:
+        """A row with its encoded image in memory; one without an image as it is."""
+        try:
+            content = image_bytes(row[self.image_column], self.name(row, position))
+        except OSError:
+            return row
+        return row | {self.image_column: row[self.image_column] | {"bytes": content}}
+
+    def digest(self, row: dict, position: int) -> int:
+        """64 bits of a hash of the encoded image, 0 without one."""
+        content = (self.load(row, position)[self.image_column] or {}).get("bytes")
+        return 0 if content is None else int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
 
     def readable(
         self, rows: Iterable[dict], skipped: list[tuple[str, int | None]], start: int = 0
@@ -166,10 +182,10 @@ class ImageReader:
                 lines.append(f"{len(empty)} of {len(self.names)} classes have no images: {listed(empty)}")
         return "\n".join([*lines, *filter(None, [description])])
 
-    def shards(self, size: int) -> Iterator[Iterable[dict]]:
+    def shards(self, size: int) -> Iterator[Sequence[dict]]:
         """Successive slices of the rows, in the dataset's order; those of a stream are read in advance."""
         if isinstance(self.dataset, datasets.IterableDataset):
-            rows = iter(self.dataset)
+            rows = rows_of(self.dataset)
             while shard := list(islice(rows, size)):
                 yield shard
         else:

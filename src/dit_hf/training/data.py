@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from ..data.autoencoders import latent_channels, spatial_factor, vae_statistics
-from ..data.fingerprints import cache_fingerprint, checksum
+from ..data.fingerprints import cache_settings, checksum, fingerprint_of
 from ..data.images import label_names, load_image_dataset
-from ..data.latents import DECODER, SHARD_SIZE, CachedLatents, cache_latents, index_latents, read_index
+from ..data.latents import DECODER, SHARD_SIZE, CachedLatents, cache_latents, check_images, index_latents
 from ..data.reader import ImageReader
+from ..data.shards import check_cache
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,16 @@ class ImageData:
         names = label_names(dataset, self.label_column)
         return ImageReader(dataset, names, self.resolution, self.image_column, self.label_column)
 
-    def fingerprint(self, reader: ImageReader, shard_size: int = SHARD_SIZE, **made_by) -> str:
-        """Changes when the images, or what is done to them, change; `made_by` are checksums of the networks."""
+    def settings(self, reader: ImageReader, shard_size: int = SHARD_SIZE, **made_by) -> dict:
+        """What latents depend on: the images and what is done to them; `made_by` are checksums of the networks."""
         settings = {"split": self.split, "holdout": self.holdout, "resolution": self.resolution}
         settings["classes"] = reader.names
         settings |= {"columns": [self.image_column, self.label_column], "shard_size": shard_size}
-        return cache_fingerprint(reader.dataset, self.source or "", **settings, **made_by)
+        return cache_settings(reader.dataset, self.source or "", **settings, **made_by)
+
+    def fingerprint(self, reader: ImageReader, shard_size: int = SHARD_SIZE, **made_by) -> str:
+        """Changes when [`settings`] do."""
+        return fingerprint_of(self.settings(reader, shard_size, **made_by))
 
     def held_out(
         self, split: str, names: list[str], ids: torch.Tensor, count: int
@@ -112,7 +117,7 @@ def write_latents(
     shard_size: int = SHARD_SIZE,
 ) -> None:
     """
-    Encodes a dataset, on all processes; what an earlier call has written is kept.
+    Encodes a dataset, on all processes; what an earlier call has written is kept, and its images are compared.
 
     Args:
         accelerator (`accelerate.Accelerator`): The processes.
@@ -122,19 +127,27 @@ def write_latents(
         folder (`str` or `Path`): Where the latents go.
         encoder (`nn.Module`, *optional*): Of an alignment, whose features are kept as well.
         shard_size (`int`, defaults to 2048): Images per file.
+
+    Raises:
+        ValueError: if the folder holds another cache, files of the user, or latents of other images.
+        OSError: if it can't be written.
     """
     folder = Path(folder)
     made_by = checksums(vae, encoder)
-    fingerprint = data.fingerprint(reader, shard_size, **made_by)
-    is_there = (folder / "index.json").exists() and read_index(folder)["fingerprint"] == fingerprint
-    accelerator.wait_for_everyone()  # before the main process removes an outdated index
+    settings = data.settings(reader, shard_size, **made_by)
+    fingerprint = fingerprint_of(settings)
+    is_there = check_cache(folder, fingerprint, settings)
+    check_images(folder, reader, shard_size)
+    accelerator.wait_for_everyone()  # before the main process writes
     if is_there:
         return
     rank, size = accelerator.process_index, accelerator.num_processes
-    num_shards = cache_latents(vae, reader, folder, fingerprint, rank, size, encoder, shard_size=shard_size)
+    num_shards = cache_latents(
+        vae, reader, folder, fingerprint, rank, size, encoder, shard_size=shard_size, settings=settings
+    )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        index_latents(folder, fingerprint, reader.names, num_shards, made_by)
+        index_latents(folder, fingerprint, reader.names, num_shards, made_by, settings)
     accelerator.wait_for_everyone()
 
 

@@ -1,0 +1,238 @@
+"""The files of a cache of latents: which are ours, and whether they are what was written.
+
+A shard's metadata carry the fingerprint of its cache, the index its checksum. A file without them is the user's.
+"""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from ..files import PARTIAL, check_file, read_json, remove
+from .fingerprints import describe_change
+
+
+INDEX = "index.json"
+# One entry of metadata, as safetensors writes several in any order, and checksums are to be the same.
+FACTS = "dit_hf"
+# Images of a shard at most, whose labels are read at once.
+MAX_SHARD_SIZE = 2**20
+# Checksums by path, size and date, so that one process does not read the same cache twice.
+_known: dict[tuple, str] = {}
+
+
+def shard_path(cache_dir: str | Path, number: int) -> Path:
+    """Where a shard lies."""
+    return Path(cache_dir) / f"shard-{number:05d}.safetensors"
+
+
+def shard_facts(path: Path) -> dict[str, Any]:
+    """A shard's metadata; empty if there is no such file, a damaged one, or another's."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
+    lists = all(isinstance(facts.get(key, []), list) for key in ("unreadable", "unreadable_labels"))
+    return facts if isinstance(facts, dict) and lists else {}
+
+
+def shard_labels(path: Path):
+    """The classes of a shard's images."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("label")
+
+
+def shard_digests(path: Path):
+    """Digests of a shard's encoded images, unreadable ones too; None in a cache of a release before 0.3."""
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+        return file.get_tensor("source") if "source" in names else None
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file, and a note of it for `known_checksum`."""
+    with open(path, "rb") as file:
+        _known[_state(path)] = digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return digest
+
+
+def known_checksum(path: Path) -> str:
+    """SHA-256 of a file, which this process reads only once while its size and date stay."""
+    return _known.get(_state(path)) or file_checksum(path)
+
+
+def _state(path):
+    status = path.stat()
+    return os.path.realpath(path), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def read_index(cache_dir: str | Path) -> dict:
+    """
+    Reads a cache's `index.json`.
+
+    Args:
+        cache_dir (`str` or `Path`): The cache's folder.
+
+    Returns:
+        `dict`
+
+    Raises:
+        ValueError: if there is none, or it is none of a cache; the message names file and key.
+    """
+    file = Path(cache_dir) / INDEX
+    if not file.exists():
+        raise ValueError(f"{cache_dir} holds no cache of latents ({INDEX} is missing); `dit-hf latents` makes one.")
+    index = read_json(file)
+    for key, check in INDEX_KEYS.items():
+        if key not in index or not check(index[key]):
+            raise ValueError(f"{file} is no index of a cache of latents: {key!r} is missing, or of another kind.")
+    if len(index["latents_mean"]) != len(index["latents_std"]):
+        raise ValueError(f"{file}: 'latents_mean' and 'latents_std' are of different lengths.")
+    names = [shard["file"] for shard in index["shards"]]
+    if names != [shard_path("", number).name for number in range(len(names))]:
+        raise ValueError(f"{file}: 'shards' names other files than shard-00000.safetensors and so on.")
+    if sum(shard["count"] for shard in index["shards"]) != index["count"]:
+        raise ValueError(f"{file}: 'count' is not the sum of the shards' counts.")
+    return index
+
+
+def _is_count(value):
+    return isinstance(value, int) and 0 <= value <= 2**48
+
+
+def _is_shard(value):
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("file"), str)
+        and _is_count(value.get("count"))
+        and value["count"] <= MAX_SHARD_SIZE
+        and isinstance(value.get("sha256"), str)
+    )
+
+
+def _are_numbers(values):
+    numbers = isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
+    return numbers and len(values) > 0 and all(map(math.isfinite, values))
+
+
+def _are_names(values):
+    names = isinstance(values, list) and all(isinstance(value, str) for value in values)
+    return names and 0 < len(values) == len(set(values))
+
+
+INDEX_KEYS = {
+    "fingerprint": lambda value: isinstance(value, str),
+    "count": lambda value: _is_count(value) and value > 0,
+    "classes": _are_names,
+    "latents_mean": _are_numbers,
+    "latents_std": lambda value: _are_numbers(value) and min(value) > 0,
+    "shards": lambda value: isinstance(value, list) and all(map(_is_shard, value)),
+}
+
+
+def check_cache(cache_dir: str | Path, fingerprint: str, settings: dict[str, Any] | None = None) -> bool:
+    """
+    Checks that a folder can take a cache: nothing of another cache, and no file of the user, would be overwritten.
+
+    Args:
+        cache_dir (`str` or `Path`): The folder; it need not exist.
+        fingerprint (`str`): Of the cache to be written.
+        settings (`dict`, *optional*): What the fingerprint is of, to say what has changed.
+
+    Returns:
+        `bool`: whether the cache is there already, with all shards.
+
+    Raises:
+        ValueError: naming the file, or what has changed, and how to go on.
+    """
+    cache_dir, listed = Path(cache_dir), []
+    another = "Choose another folder, or remove this one to encode again."
+    if (cache_dir / INDEX).exists():
+        index = read_index(cache_dir)
+        if index["fingerprint"] != fingerprint:
+            change = describe_change(index.get("settings"), settings, (cache_dir / INDEX).stat().st_mtime)
+            raise ValueError(f"{cache_dir} holds a finished cache of other latents: {change}. {another}")
+        listed = [shard["file"] for shard in index["shards"]]
+    for path in sorted(cache_dir.glob("shard-*.safetensors")):
+        facts = shard_facts(path)
+        if facts.get("fingerprint") == fingerprint or path.name in listed or path.stat().st_size == 0:
+            continue  # one of ours that is damaged is encoded again
+        if "fingerprint" in facts:
+            change = describe_change(facts.get("settings"), settings, path.stat().st_mtime)
+            raise ValueError(f"{path} is of an unfinished cache of other latents: {change}. {another}")
+        raise ValueError(f"{path} was not written by `dit-hf latents`, or is damaged. {another}")
+    return bool(listed) and all((cache_dir / name).is_file() for name in listed)
+
+
+def remove_leftovers(cache_dir: Path) -> None:
+    """Partial shards of killed processes of any machine; for a cache that is complete, when none can be in work."""
+    for path in cache_dir.glob(f"{PARTIAL}*-shard-*.safetensors"):
+        remove(path)
+
+
+def check_shards(cache_dir: str | Path, index: dict) -> None:
+    """
+    Compares a cache with its index: checksums, layout, labels. The processes of a machine share the checksums.
+
+    Args:
+        cache_dir (`str` or `Path`): The cache's folder.
+        index (`dict`): From [`read_index`].
+
+    Raises:
+        ValueError: naming the shard that is missing, of another cache, or not what was written.
+    """
+    layout: dict[str, tuple] = {}
+    for entry in index["shards"]:
+        path = Path(cache_dir) / entry["file"]
+        if shard_facts(path).get("fingerprint") != index["fingerprint"]:
+            raise ValueError(f"{path} is missing, damaged or of another cache; delete it and encode the images again.")
+        found = _layout(path, entry["count"])
+        layout = layout or found
+        if found and found != layout:
+            raise ValueError(f"{path} holds other tensors than the shards before it: {found}, not {layout}.")
+        labels = shard_labels(path)
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(index["classes"]):
+            raise ValueError(
+                f"{path} has labels from {labels.min()} to {labels.max()}; there are {len(index['classes'])} classes."
+            )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    own = index["shards"][int(os.environ.get("LOCAL_RANK") or 0) % processes :: processes]
+    for entry in tqdm(own, desc="checksums", delay=5, mininterval=5):
+        check_checksum(Path(cache_dir) / entry["file"], entry["sha256"], known_checksum)
+
+
+def check_checksum(path: Path, expected: str, checksum=file_checksum) -> None:
+    """`ValueError` if a file is not what was written."""
+    if not path.exists() or checksum(check_file(path)) != expected:
+        raise ValueError(f"{path} is not what was written; delete it and encode the images again.")
+
+
+def _layout(path, count):
+    """Shape of a row and type of each tensor of a shard, checked; empty if it has no rows."""
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        slices = {name: file.get_slice(name) for name in names}
+        layout = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    if layout.get("label") != ((count,), "I64"):
+        raise ValueError(f"{path}: 'label' must hold {count} classes; it holds {layout.get('label')}.")
+    layout = {name: row for name, row in layout.items() if name not in ("label", "source")}
+    expected = {name + suffix for name in ("mean", "std") for suffix in ("", "_flipped")}
+    if "features" in layout:
+        expected |= {"features", "features_flipped"}
+    if count and set(layout) != expected:
+        raise ValueError(f"{path} must hold {', '.join(sorted(expected))}; it holds {', '.join(sorted(layout))}.")
+    for name, (shape, dtype) in layout.items():
+        same = shape == layout["features" if name.startswith("features") else "mean"][0]
+        if len(shape) != 4 or shape[0] != count or not same or dtype not in ("F32", "F16", "BF16"):
+            raise ValueError(
+                f"{path}: {name!r} is {dtype} of shape {shape}; it must be (N, C, h, w) of {count} images."
+            )
+    return {name: (shape[1:], dtype) for name, (shape, dtype) in layout.items()} if count else {}
