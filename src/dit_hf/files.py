@@ -248,13 +248,14 @@ def check_apart(output: str | Path, source: str | Path, flag: str = "the output"
         raise ValueError(f"{flag} {output} is in the folder {source} that is read; choose one outside of it.")
 
 
-def check_links(folder: str | Path) -> None:
+def check_links(folder: str | Path, *names: str) -> None:
     """
     Refuses links that leave a folder which is to be published, or written into: they would publish, or overwrite, a
     file of elsewhere. Those of the Hub's cache, from a snapshot to its own repository, stay.
 
     Args:
         folder (`str` or `Path`): The folder; it may itself be a link.
+        names (`str`): Files in it that are looked at; all if not given.
 
     Raises:
         ValueError: naming the link and its target.
@@ -262,13 +263,10 @@ def check_links(folder: str | Path) -> None:
     root = os.path.realpath(folder)
     snapshot = HUB_SNAPSHOT.match(root)
     allowed = (root, os.path.realpath(snapshot["repo"])) if snapshot else (root,)
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = os.path.join(parent, name)
-            if os.path.islink(path):
-                target = os.path.realpath(path)
-                if not any(target == inside or target.startswith(inside + os.sep) for inside in allowed):
-                    raise ValueError(
-                        f"{path} is a link to {target}, outside of {folder}; replace it with a copy of the file, or "
-                        "remove it."
-                    )
+    paths = (os.path.join(parent, name) for parent, *entries in os.walk(folder) for name in (*entries[0], *entries[1]))
+    for path in (os.path.join(folder, name) for name in names) if names else paths:
+        target = os.path.realpath(path)
+        if not any(target == inside or target.startswith(inside + os.sep) for inside in allowed):
+            raise ValueError(
+                f"{path} is a link to {target}, outside of {folder}; replace it with a copy of the file, or remove it."
+            )

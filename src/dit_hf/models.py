@@ -17,6 +17,7 @@ from .checkpoints import bounds, diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
+from .files import check_links
 from .presets import PresetName, preset_config
 
 
@@ -216,9 +217,11 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
 
         Raises:
-            ValueError: if the model was changed in place so that the saved weights would not load.
+            ValueError: if the model was changed in place so that the saved weights would not load, or the folder has
+                links to files outside of it.
         """
         hub.check_loads_again({"model": self})
+        check_links(save_directory)
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         options |= {"use_flashpack": use_flashpack}
         super().save_pretrained(save_directory, is_main_process, save_function, **options)

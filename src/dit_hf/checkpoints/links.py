@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.file_download import http_get
 
 from ..files import first_line, reading, writing
-from ..hub.connection import TIMEOUT, unreachable
+from ..hub.connection import TIMEOUT, unreachable, without_secrets
 
 
 logger = logging.get_logger(__name__)
@@ -44,8 +44,9 @@ def download(link: str) -> Path:
         ValueError: if a link to the Hub names no file.
         OSError: if there is no network, or no such file.
     """
+    link = link if "://" in link else f"https://{link}"
     with reading(without_secrets(link), "a link"):
-        address = urlsplit(link if "://" in link else f"https://{link}")
+        address = urlsplit(link)
     if address.hostname in HUB_HOSTS or f"{address.scheme}://{address.netloc}" == constants.ENDPOINT:
         found = HUB_FILE.match(address.path)
         if not found:
@@ -126,14 +127,14 @@ def download_from_server(link: str) -> Path:
     if file.is_file():
         return file
     library = python_logging.getLogger(http_get.__module__)  # it logs the address when it tries again
-    hide = _Replace(link, shown)
+    hide = _WithoutSecrets()
     library.addFilter(hide)
     try:
         get_session().head(link, timeout=TIMEOUT)
         with writing(file) as partial, partial.open("wb") as stream:
             http_get(link, stream, displayed_filename=name)  # it compares the size with what the server announced
     except (HTTPError, OSError, UnicodeError) as error:
-        reason = first_line(error.__cause__ or error).replace(link, shown).strip(" .")
+        reason = without_secrets(first_line(error.__cause__ or error)).strip(" .")
         raise OSError(
             f"Can't download {shown}: {reason}. Check the address and the network, or download the file yourself and "
             "pass its path."
@@ -144,31 +145,9 @@ def download_from_server(link: str) -> Path:
     return file
 
 
-def without_secrets(link: str) -> str:
-    """
-    A link as it may be shown: without user, password, query and fragment, which can hold a token.
-
-    Args:
-        link (`str`): Any text; what is no link stays as it is.
-
-    Returns:
-        `str`
-    """
-    scheme, separator, rest = link.partition("://")
-    if not separator:
-        return re.sub(r"[?#].*", "", link, flags=re.DOTALL) if is_link(link) else link
-    place, slash, path = re.sub(r"[?#].*", "", rest, flags=re.DOTALL).partition("/")
-    return f"{scheme}://{place.rpartition('@')[2]}{slash}{path}"
-
-
-class _Replace(python_logging.Filter):
-    """Replaces a text in the arguments of log records."""
-
-    def __init__(self, text, replacement):
-        super().__init__()
-        self.text, self.replacement = text, replacement
+class _WithoutSecrets(python_logging.Filter):
+    """Takes secrets out of log records."""
 
     def filter(self, record):
-        record.msg = record.getMessage().replace(self.text, self.replacement)
-        record.args = None
+        record.msg, record.args = without_secrets(record.getMessage()), None
         return True
