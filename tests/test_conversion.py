@@ -221,7 +221,7 @@ def test_other_mistakes_are_named(tmp_path):
         DiTTransformer2DModel.from_single_file(file)
     with pytest.raises(ValueError, match="48 is not divisible by 5"):
         DiTTransformer2DModel.from_single_file(file, num_attention_heads=5)
-    with pytest.raises(ValueError, match="no checkpoint file"):
+    with pytest.raises(ValueError, match="There is no file"):
         DiTTransformer2DModel.from_single_file(tmp_path / "absent.pt")
     with pytest.raises(ValueError, match="'average'"):
         DiTTransformer2DModel.from_single_file(file, num_attention_heads=4, weights="average")

@@ -1,6 +1,5 @@
 """Pipelines from checkpoints, and the transformers that checkpoints are written from."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from .checkpoints.links import download_from_hub
 from .checkpoints.loading import build_model
 from .checkpoints.parsing import Checkpoint
 from .data.autoencoders import load_autoencoder
+from .files import read_json
 from .models import DiTTransformer2DModel
 from .pipeline import DiTClassCondPipeline
 from .schedulers import make_scheduler
@@ -74,7 +74,7 @@ def check_vae(name: str, in_channels: int) -> None:
         file = download_from_hub(name, "config.json")
     else:
         raise ValueError(f"--vae {name} must be the folder or the Hub id of an autoencoder.")
-    channels = json.loads(file.read_text(encoding="utf-8")).get("latent_channels", in_channels)
+    channels = read_json(file).get("latent_channels", in_channels)
     if channels != in_channels:
         raise ValueError(
             f"--vae {name} has latents of {channels} channels, and the checkpoint's model takes {in_channels}; give "

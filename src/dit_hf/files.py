@@ -84,13 +84,13 @@ def reading(path: str | Path, kind: str = "file") -> Iterator[None]:
         raise ValueError(f"{path} can't be read as {kind}: {reason}") from error
 
 
-def read_json(path: str | Path, expected: type = dict) -> Any:
+def read_json(path: str | Path, expected: type | tuple[type, ...] = dict) -> Any:
     """
     Reads a JSON file.
 
     Args:
         path (`str` or `Path`): The file.
-        expected (`type`, defaults to `dict`): Of its value: `dict` or `list`.
+        expected (`type`, defaults to `dict`): Of its value: `dict`, `list` or both.
 
     Returns:
         `dict` or `list`
@@ -102,7 +102,7 @@ def read_json(path: str | Path, expected: type = dict) -> Any:
     with reading(path, "JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, expected):
-        what = "an object" if expected is dict else "a list"
+        what = {dict: "an object", list: "a list"}.get(expected, "an object or a list")
         raise ValueError(f"{path} must hold {what}; it holds a {type(value).__name__}.")
     return value
 
@@ -136,6 +136,39 @@ def writing(path: str | Path) -> Iterator[Path]:
         raise OSError(f"{path} can't be written: {reason}{before}.") from error
     finally:
         remove(partial)
+
+
+@contextmanager
+def writing_folder(folder: str | Path) -> Iterator[Path]:
+    """
+    As [`writing`], for a folder that does not exist, or is empty: then it may be a mount point, `.` or a link, none of
+    which can be replaced.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+
+    Yields:
+        `Path`: of a folder to be created, whose content is `folder`'s at the end.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    folder = Path(os.path.realpath(folder))
+    content = folder / f"{PARTIAL}content" if folder.is_dir() else folder
+    with writing(content) as partial:
+        yield partial
+    if content != folder:
+        for path in sorted(content.iterdir()):
+            os.replace(path, folder / path.name)
+        content.rmdir()
+
+
+def is_occupied(folder: str | Path) -> bool:
+    """Whether there is something in the way of a new folder; what a killed process left of it is not."""
+    folder = Path(folder)
+    if folder.is_dir():
+        return any(not path.name.startswith(PARTIAL) for path in folder.iterdir())
+    return os.path.lexists(folder)
 
 
 def _remove_leftovers(path):
@@ -215,13 +248,14 @@ def check_apart(output: str | Path, source: str | Path, flag: str = "the output"
         raise ValueError(f"{flag} {output} is in the folder {source} that is read; choose one outside of it.")
 
 
-def check_links(folder: str | Path) -> None:
+def check_links(folder: str | Path, *names: str) -> None:
     """
     Refuses links that leave a folder which is to be published, or written into: they would publish, or overwrite, a
     file of elsewhere. Those of the Hub's cache, from a snapshot to its own repository, stay.
 
     Args:
         folder (`str` or `Path`): The folder; it may itself be a link.
+        names (`str`): Files in it that are looked at; all if not given.
 
     Raises:
         ValueError: naming the link and its target.
@@ -229,13 +263,10 @@ def check_links(folder: str | Path) -> None:
     root = os.path.realpath(folder)
     snapshot = HUB_SNAPSHOT.match(root)
     allowed = (root, os.path.realpath(snapshot["repo"])) if snapshot else (root,)
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = os.path.join(parent, name)
-            if os.path.islink(path):
-                target = os.path.realpath(path)
-                if not any(target == inside or target.startswith(inside + os.sep) for inside in allowed):
-                    raise ValueError(
-                        f"{path} is a link to {target}, outside of {folder}; replace it with a copy of the file, or "
-                        "remove it."
-                    )
+    paths = (os.path.join(parent, name) for parent, *entries in os.walk(folder) for name in (*entries[0], *entries[1]))
+    for path in (os.path.join(folder, name) for name in names) if names else paths:
+        target = os.path.realpath(path)
+        if not any(target == inside or target.startswith(inside + os.sep) for inside in allowed):
+            raise ValueError(
+                f"{path} is a link to {target}, outside of {folder}; replace it with a copy of the file, or remove it."
+            )

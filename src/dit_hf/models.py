@@ -13,10 +13,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import logging
 
 from . import hub, transformer_dit
-from .checkpoints import diffusers_dit
+from .checkpoints import bounds, diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
+from .files import check_links
 from .presets import PresetName, preset_config
 
 
@@ -31,6 +32,13 @@ def _check_memory_option(low_cpu_mem_usage):
         raise ValueError(
             "`low_cpu_mem_usage=False` is not possible, as the timestep embedding is kept in float32; omit it."
         )
+
+
+def _check_keys(info, is_quantized):
+    """Refuses weights that diffusers would initialise at random, or leave out, with a warning only."""
+    unexpected = set(info["unexpected_keys"]) - set(diffusers_dit.DIFFUSERS.tables)  # stored by old versions
+    if unfit := sorted({*info["missing_keys"], *(() if is_quantized else unexpected)}):
+        raise ValueError(f"the key {unfit[0]!r} is missing or unknown ({len(unfit)} such keys).")
 
 
 class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
@@ -154,20 +162,27 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         config = cls.load_config(pretrained_model_name_or_path, **places)
         if (found := config.get("_class_name", cls.__name__)) not in diffusers_dit.CLASS_NAMES:
             raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")
-        if diffusers_dit.CONFIG_MARK not in config:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        stock, info = StockDiTTransformer2DModel.from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        is_stock = diffusers_dit.CONFIG_MARK in config
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        place = f"{pretrained_model_name_or_path}: {file}"
+        bounds.check_config(
+            diffusers_dit.our_config(config) if is_stock else config, place, bounds.weight_bytes(folder)
         )
+        bounds.check_shards(folder)
+        wants_info = kwargs.pop("output_loading_info", False)
+        if not is_stock and kwargs.get("use_flashpack"):  # diffusers tells nothing about these
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        load = StockDiTTransformer2DModel.from_pretrained if is_stock else super().from_pretrained
+        model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         try:
-            unexpected = set(info["unexpected_keys"]) - set(diffusers_dit.DIFFUSERS.tables)  # stored by old versions
-            if unfit := sorted({*info["missing_keys"], *unexpected}):
-                raise ValueError(f"the key {unfit[0]!r} is missing or unknown.")
-            model = diffusers_dit.correct_stock_model(cls, stock)
+            _check_keys(info, getattr(model, "hf_quantizer", None) is not None)
+            if is_stock:
+                model = diffusers_dit.correct_stock_model(cls, model)
         except ValueError as error:
             raise ValueError(f"{pretrained_model_name_or_path}: {error}") from None
-        logger.warning(f"{pretrained_model_name_or_path}: {diffusers_dit.CORRECTED}.")
-        return model
+        if is_stock:
+            logger.warning(f"{pretrained_model_name_or_path}: {diffusers_dit.CORRECTED}.")
+        return (model, info) if wants_info else model
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -202,9 +217,11 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
 
         Raises:
-            ValueError: if the model was changed in place so that the saved weights would not load.
+            ValueError: if the model was changed in place so that the saved weights would not load, or the folder has
+                links to files outside of it.
         """
         hub.check_loads_again({"model": self})
+        check_links(save_directory)
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         options |= {"use_flashpack": use_flashpack}
         super().save_pretrained(save_directory, is_main_process, save_function, **options)

@@ -20,6 +20,7 @@ from .bundled import FOLDER, bundled_names, resolve_pipeline
 from .checkpoints import diffusers_dit
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
+from .files import check_links
 from .models import DiTTransformer2DModel
 
 
@@ -180,12 +181,14 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
 
         Raises:
-            ValueError: if a component was changed in place so that its saved weights would not load.
+            ValueError: if a component was changed in place so that its saved weights would not load, or the folder
+                has links to files outside of it.
         """
         if "_before_optimization" in vars(self):
             raise ValueError("The pipeline is optimized for speed; call `dit_hf.restore(pipe)` before saving it.")
         hub.check_loads_again(self.components)
         folder = Path(save_directory)
+        check_links(folder)
         own_card = folder / "transformer" / "README.md"
         keep = own_card.exists()
         super().save_pretrained(folder, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack)

@@ -1,6 +1,5 @@
 """The format of diffusers' own DiT, which keeps a copy of the embedders in every block."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +7,9 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 
+from ..files import read_json
 from ..transformer_dit import sincos_positions
+from .bounds import check_config
 from .dit import DIT
 from .family import Family
 from .reference import reference_forward
@@ -173,11 +174,13 @@ def read_config_beside(checkpoint: Path) -> dict:
         ValueError: if its options can't be read; the message names the file.
     """
     file = checkpoint.with_name("config.json")
+    config = read_json(file) if file.exists() else {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return our_config(config) if isinstance(config, dict) and CONFIG_MARK in config else {}
+        ours = our_config(config) if CONFIG_MARK in config else {}
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    check_config(ours, file, checkpoint.stat().st_size)
+    return ours
 
 
 def save_stock_folder(config: Mapping, weights: dict[str, torch.Tensor], folder: Path) -> None:

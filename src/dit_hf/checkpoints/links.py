@@ -1,7 +1,7 @@
 """Files of the Hub and of other servers, downloaded once into the Hugging Face cache."""
 
 import hashlib
-import os
+import logging as python_logging
 import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -11,12 +11,16 @@ from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.file_download import http_get
 
-from ..hub.connection import TIMEOUT, unreachable
+from ..files import first_line, reading, writing
+from ..hub.connection import TIMEOUT, unreachable, without_secrets
 
 
 logger = logging.get_logger(__name__)
 
 HUB_HOSTS = ("huggingface.co", "hf.co")
+# Of a file in the cache; its ending tells the format.
+NAME_LENGTH = 100
+SHA256 = re.compile(r"[0-9a-f]{64}")
 # Path of a link to a file on the Hub: `USER/NAME/blob/REVISION/PATH`, or `resolve`.
 HUB_FILE = re.compile(r"^/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/(.+)$")
 
@@ -40,11 +44,15 @@ def download(link: str) -> Path:
         ValueError: if a link to the Hub names no file.
         OSError: if there is no network, or no such file.
     """
-    address = urlsplit(link if "://" in link else f"https://{link}")
+    link = link if "://" in link else f"https://{link}"
+    with reading(without_secrets(link), "a link"):
+        address = urlsplit(link)
     if address.hostname in HUB_HOSTS or f"{address.scheme}://{address.netloc}" == constants.ENDPOINT:
         found = HUB_FILE.match(address.path)
         if not found:
-            raise ValueError(f"{link} is no link to a model's file; those look like …/USER/NAME/blob/main/FILE.pt.")
+            raise ValueError(
+                f"{without_secrets(link)} is no link to a model's file; those look like …/USER/NAME/blob/main/FILE.pt."
+            )
         repo_id, revision, file = map(unquote, found.groups())
         return download_from_hub(repo_id, file, revision)
     return download_from_server(link)
@@ -67,15 +75,37 @@ def download_from_hub(repo_id: str, file: str, revision: str | None = None) -> P
     """
     try:
         HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT)
-        return Path(hf_hub_download(repo_id, file, revision=revision))
+        return check_download(Path(hf_hub_download(repo_id, file, revision=revision)))
     except HfHubHTTPError as error:
-        raise OSError(f"Can't download {file} of {repo_id}: {_first_line(error)}") from None
+        raise OSError(f"Can't download {file} of {repo_id}: {first_line(error)}") from None
     except (HTTPError, OSError) as error:
         try:
-            return Path(hf_hub_download(repo_id, file, revision=revision, local_files_only=True))
+            cached = Path(hf_hub_download(repo_id, file, revision=revision, local_files_only=True))
         except OSError:
-            reason = unreachable() or _first_line(error)
+            reason = unreachable() or first_line(error)
             raise OSError(f"Can't download {file} of {repo_id}: {reason}, and it is not in the cache.") from None
+        return check_download(cached)
+
+
+def check_download(file: Path) -> Path:
+    """
+    Compares a large file of the Hub's cache with its checksum, which is the name of the blob it is a link to.
+
+    Args:
+        file (`Path`): In the cache.
+
+    Returns:
+        `Path`
+
+    Raises:
+        ValueError: if they differ.
+    """
+    blob = file.resolve()
+    if SHA256.fullmatch(blob.name):  # of small files it is another hash
+        with blob.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != blob.name:
+                raise ValueError(f"{file} is damaged: its checksum is not the Hub's. Remove {blob} and try again.")
+    return file
 
 
 def download_from_server(link: str) -> Path:
@@ -91,28 +121,33 @@ def download_from_server(link: str) -> Path:
     Raises:
         OSError: if there is no network, or no such file.
     """
-    name = unquote(Path(urlsplit(link).path).name) or "checkpoint"
+    shown = without_secrets(link)
+    name = Path(unquote(urlsplit(link).path)).name.replace("\0", "")[-NAME_LENGTH:].lstrip(".") or "checkpoint"
     file = Path(constants.HF_HOME, "dit_hf", hashlib.sha256(link.encode()).hexdigest()[:16], name)
     if file.is_file():
         return file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{os.getpid()}-{name}")
+    library = python_logging.getLogger(http_get.__module__)  # it logs the address when it tries again
+    hide = _WithoutSecrets()
+    library.addFilter(hide)
     try:
         get_session().head(link, timeout=TIMEOUT)
-        with partial.open("wb") as stream:
-            http_get(link, stream)
-        os.replace(partial, file)
-    except (HTTPError, OSError) as error:
+        with writing(file) as partial, partial.open("wb") as stream:
+            http_get(link, stream, displayed_filename=name)  # it compares the size with what the server announced
+    except (HTTPError, OSError, UnicodeError) as error:
+        reason = without_secrets(first_line(error.__cause__ or error)).strip(" .")
         raise OSError(
-            f"Can't download {link}: {_first_line(error)}. Check the address and the network, or download the file "
-            "yourself and pass its path."
+            f"Can't download {shown}: {reason}. Check the address and the network, or download the file yourself and "
+            "pass its path."
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
-    logger.info(f"{link} was downloaded to {file}.")
+        library.removeFilter(hide)
+    logger.info(f"{shown} was downloaded to {file}.")
     return file
 
 
-def _first_line(error):
-    lines = [line.strip(" .") for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+class _WithoutSecrets(python_logging.Filter):
+    """Takes secrets out of log records."""
+
+    def filter(self, record):
+        record.msg, record.args = without_secrets(record.getMessage()), None
+        return True

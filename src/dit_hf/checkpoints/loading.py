@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 
+from .bounds import check_config
 from .family import Family, computed_tables
 from .links import download, is_link
 from .parsing import Checkpoint, parse_checkpoint
@@ -61,6 +62,7 @@ def build_model(model_class, checkpoint: Checkpoint, path: str | Path, dtype: to
     Raises:
         ValueError: if a key is missing, unknown or of another shape.
     """
+    check_config(checkpoint.config, f"Checkpoint {path}")
     try:
         with init_empty_weights():
             model = model_class(**checkpoint.config)
@@ -70,7 +72,13 @@ def build_model(model_class, checkpoint: Checkpoint, path: str | Path, dtype: to
     # Key by key and with a copy of its own, so that the file may go and no weight is in memory twice.
     for name in model.state_dict():
         kept = name.split(".")[0] in model_class._keep_in_fp32_modules
-        weight = checkpoint.weights[name].to(torch.float32 if kept else dtype or torch.float32, copy=True)
+        given = checkpoint.weights[name]
+        weight = given.to(torch.float32 if kept else dtype or torch.float32, copy=True)
+        if torch.finfo(weight.dtype).max < torch.finfo(given.dtype).max and not weight.isfinite().all():
+            raise ValueError(
+                f"Checkpoint {path}: {name!r} has values up to {given.abs().max().item():.3g}, which {weight.dtype} "
+                "has no room for; convert to another type."
+            )
         model.load_state_dict({name: weight.contiguous()}, strict=False, assign=True)
     return model.eval()
 

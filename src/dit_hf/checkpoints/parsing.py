@@ -136,8 +136,7 @@ def parse_checkpoint(
     }
     original = {key: value for key, value in original.items() if key not in training_only}
 
-    layers = [int(match.group(1)) for key in original if (match := re.match(rf"{source.blocks}\.(\d+)\.", key))]
-    num_layers = 1 + max(layers, default=0)
+    num_layers = count_blocks(original, source, path)
     try:
         ours = source.to_ours(original, num_layers, embedders_of_block)
     except ValueError as error:
@@ -152,7 +151,55 @@ def parse_checkpoint(
     config |= infer_classes(len(ours["class_embed.weight"]), source, arguments, beside, has_null_class, path)
     if mismatch := source.find_mismatch(config):
         raise ValueError(f"Checkpoint {path} is no {source.name} model: it has {mismatch}.")
+    check_finite(original | training_only, path)
     return Checkpoint(source, config, original, ours, training_only)
+
+
+def count_blocks(original: Mapping[str, torch.Tensor], family: Family, path: str | Path) -> int:
+    """
+    The number of blocks by the largest index, which can't be larger than the number of keys.
+
+    Args:
+        original (`dict[str, torch.Tensor]`): With the original's keys.
+        family (`Family`): Of the checkpoint.
+        path (`str` or `Path`): Named in errors.
+
+    Returns:
+        `int`: at least 1.
+
+    Raises:
+        ValueError: naming the key of a block whose predecessors are missing.
+    """
+    num_blocks = 1
+    for key in original:
+        if match := re.match(rf"{family.blocks}\.([0-9]+)\.", key):
+            index = match[1]
+            if len(index) > 9 or int(index) >= len(original):
+                raise ValueError(
+                    f"Checkpoint {path}: {key[:80]!r} is of a block that {len(original)} keys can't have."
+                )
+            num_blocks = max(num_blocks, 1 + int(index))
+    return num_blocks
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """
+    That no weight is NaN or infinite.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): Any.
+        path (`str` or `Path`): Named in errors.
+
+    Raises:
+        ValueError: naming the first such key, and how many of its values are.
+    """
+    for key, weight in weights.items():
+        finite = weight.isfinite()
+        if not finite.all():
+            count = (~finite).sum().item()
+            raise ValueError(
+                f"Checkpoint {path}: {count:,} of {weight.numel():,} values of {key!r} are NaN or infinite."
+            )
 
 
 def choose_family(asked: str, state_dict: Mapping[str, torch.Tensor], arguments: dict, path: str | Path) -> Family:

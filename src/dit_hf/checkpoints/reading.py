@@ -1,18 +1,26 @@
 """Opening checkpoint files safely: nothing in them is executed."""
 
 import argparse
+import pickle
 import re
+import struct
 import zipfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from ..files import check_file, first_line
+
 
 # What `DistributedDataParallel` and `torch.compile` put before every key.
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # Entries that training scripts keep their weights under, by what `weights` asks for.
 ENTRIES = {"ema": ("ema", "model_ema", "ema_model"), "model": ("model", "module", "state_dict")}
+# The pickle of a zip archive has names, shapes and plain values; the tensors are beside it.
+MAX_PICKLE_BYTES = 32 * 2**20
+ENCRYPTED = 1
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def find_file(path: Path) -> Path:
@@ -41,6 +49,9 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     Opens a `.pt`, `.bin` or `.safetensors` file without executing anything in it, its tensors mapped, not copied.
 
+    The checksums of a `.pt` or `.bin` file of torch 1.6 or newer are verified. Older files and `.safetensors` have
+    none: there only missing bytes are noticed.
+
     Args:
         path (`str` or `Path`): The file. In a pickle, tensors, plain values and `argparse.Namespace` are allowed.
 
@@ -50,26 +61,83 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         ValueError: if the file is missing, damaged, or holds anything else; the message names the file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no checkpoint file {path}.")
+    try:
+        path = check_file(path)
+    except ValueError as error:
+        raise ValueError(f"Can't read checkpoint {path}: {error}") from None
+    sizes: list[int] = []
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not
+        records = check_archive(path) if mapped else []
+
+        def measure(storage, location):
+            sizes.append(storage.nbytes())
+            return storage
+
         with torch.serialization.safe_globals([argparse.Namespace]):
-            mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # a damaged file fails in many ways inside of torch and pickle
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if " " not in reason:
-            reason = f"it is no checkpoint ({type(error).__name__})"
-        refused = re.search(r"GLOBAL (\S+)|Unsupported (?:class|global|operand) \S+", str(error))
-        if refused:
-            reason = f"it holds {refused.group(1) or refused.group(0)}, which is neither a tensor nor a plain value"
-        raise ValueError(f"Can't read checkpoint {path}: {reason}") from error
+            content = torch.load(path, map_location=measure, weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged file fails in many ways inside of torch, zip and pickle
+        raise ValueError(f"Can't read checkpoint {path}: {_explain(error)}") from error
+    # A tensor that is longer than its record would be filled with the bytes behind it.
+    if mapped and sorted(sizes) != sorted(records):
+        raise ValueError(
+            f"Can't read checkpoint {path}: its tensors need {sum(sizes):,} bytes in {len(sizes)} records and it has "
+            f"{sum(records):,} in {len(records)}; the file is damaged."
+        )
     if not isinstance(content, dict):
         raise ValueError(f"Checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights.")
     return content
+
+
+def check_archive(path: Path) -> list[int]:
+    """
+    Verifies the zip archive that `torch.save` writes, against its own checksums.
+
+    Args:
+        path (`Path`): The file.
+
+    Returns:
+        `list[int]`: bytes of each record of a tensor.
+
+    Raises:
+        ValueError: if it is compressed, holds code, or its bytes are not those that were written.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        for record in records:
+            if "/code/" in record.filename:
+                raise ValueError("it is a TorchScript archive, which holds code; save the model's state_dict instead.")
+            if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & ENCRYPTED:
+                raise ValueError(f"its {record.filename!r} is compressed or encrypted; pack it again without that.")
+            if record.filename.endswith("/data.pkl") and record.file_size > MAX_PICKLE_BYTES:
+                raise ValueError(
+                    f"its index has {record.file_size:,} bytes; at most {MAX_PICKLE_BYTES:,} are read. Save the "
+                    "state_dict alone."
+                )
+        if any(record.CRC for record in records):  # or it was written without, by `set_crc32_options(False)`
+            for record in records:
+                with archive.open(record) as stream:
+                    while stream.read(2**20):
+                        pass
+    return [record.file_size for record in records if re.fullmatch(r"[^/]*/data/[^/]+", record.filename)]
+
+
+def _explain(error):
+    """Why a file can't be read, without the advice of torch to execute what is in it."""
+    text = str(error)
+    if refused := re.search(r"GLOBAL (\S+)|Unsupported (?:class|global|operand) (\S+)", text):
+        return f"it holds {refused[1] or refused[2]}, which is neither a tensor nor a plain value"
+    if "legacy .tar format" in text:
+        return "it is a tar archive of torch before 0.1.10, which can't be read without executing it"
+    if "Bad CRC-32" in text:
+        return f"{first_line(error)}: its bytes are not those that were written; get the file again"
+    if "failed finding central directory" in text:
+        return "the end of its zip archive is missing; get the file again"
+    if isinstance(error, pickle.UnpicklingError | EOFError | KeyError | IndexError | struct.error) or " " not in text:
+        return f"it is no file that `torch.save` wrote, or it is damaged ({type(error).__name__})"
+    return first_line(error)
 
 
 def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, torch.Tensor]:
@@ -107,10 +175,37 @@ def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, t
         )
     if not isinstance(content, dict):
         raise ValueError(f"Checkpoint {path}: its weights are a {type(content).__name__}, not a dictionary.")
-    stray = [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)]
-    if stray:
-        raise ValueError(f"Checkpoint {path}: {stray[0]!r} is not a tensor.")
-    return {WRAPPERS.sub("", key): value for key, value in content.items()}
+    for key, value in content.items():
+        if (problem := find_problem(value)) or not isinstance(key, str):
+            raise ValueError(f"Checkpoint {path}: {key!r} {problem or 'is no name of a weight'}.")
+    unwrapped = {WRAPPERS.sub("", key): value for key, value in content.items()}
+    if len(unwrapped) < len(content):
+        raise ValueError(f"Checkpoint {path} holds a weight twice, with and without `module.` or `_orig_mod.`.")
+    return unwrapped
+
+
+def find_problem(value) -> str | None:
+    """
+    What makes a value no weight.
+
+    Args:
+        value: Of a state dict.
+
+    Returns:
+        `str`: the end of a sentence that begins with its key; None if it is a plain tensor of floating-point numbers,
+        whose size the file has the bytes for.
+    """
+    if not isinstance(value, torch.Tensor):
+        return "is not a tensor"
+    if value.is_nested or value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        return "is a nested, sparse, quantized or meta tensor, not a plain one"
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return f"is a {type(value).__name__}, not a plain tensor"
+    if value.dtype not in FLOATS:
+        return f"holds {value.dtype}, not floating-point numbers of 16 to 64 bits"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"has shape {tuple(value.shape)}, which repeats fewer numbers"
+    return None
 
 
 def training_arguments(content: dict) -> dict:

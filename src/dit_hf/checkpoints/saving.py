@@ -1,15 +1,16 @@
 """Writing checkpoint files that the original code bases load."""
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..files import check_writable, is_occupied, reading, writing, writing_folder
 from . import FAMILIES
 from .family import Family
 from .loading import original_tables
+from .reading import find_problem
 
 
 # Beside a converted model: what only the original's training needs.
@@ -60,7 +61,12 @@ def original_state_dict(model, family: Family, training_only: str | Path | None 
                 f"There is no {training_only or TRAINING_ONLY_FILE} with the {family.training_only}* weights that "
                 f"{family.name}'s code loads with the model; export it as a family that has none of them."
             )
-        weights |= load_file(training_only)
+        with reading(training_only, "a file of weights"):
+            others = load_file(training_only)
+        for key, weight in others.items():
+            if problem := find_problem(weight) or (not key.startswith(family.training_only) and "is unknown"):
+                raise ValueError(f"{training_only}: {key!r} {problem}.")
+        weights |= others
     return weights
 
 
@@ -80,22 +86,36 @@ def save_original(model, family: Family, path: str | Path, training_only: str | 
     Raises:
         ValueError: if the model is none of this family's, or the ending is unknown.
     """
-    path = Path(path)
-    if path.suffix not in ENDINGS and not family.save_folder:
-        raise ValueError(f"The file {path} must end in {' or '.join(ENDINGS)}.")
-    if path.exists():
-        raise ValueError(f"{path} exists; choose a new name.")
+    path = check_new_file(path, family)
     weights = original_state_dict(model, family, training_only)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
+    is_file = path.suffix in ENDINGS
+    with writing(path) if is_file else writing_folder(path) as partial:
         if path.suffix == ".safetensors":
             save_file({key: weight.contiguous() for key, weight in weights.items()}, partial)
         elif path.suffix == ".pt":
             torch.save({family.wrapper: weights} if family.wrapper else weights, partial)
         elif family.save_folder:
             family.save_folder(model.config, weights, partial)
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.unlink(missing_ok=True)
+
+
+def check_new_file(path: str | Path, family: Family) -> Path:
+    """
+    That a checkpoint can be written, before any work.
+
+    Args:
+        path (`str` or `Path`): As [`save_original`] takes it.
+        family (`Family`): To be written as.
+
+    Returns:
+        `Path`
+
+    Raises:
+        ValueError: if the ending is unknown, there is something already, or nothing can be written there.
+    """
+    path = Path(path)
+    if path.suffix not in ENDINGS and not family.save_folder:
+        raise ValueError(f"The file {path} must end in {' or '.join(ENDINGS)}.")
+    check_writable(path)
+    if os.path.lexists(path) if path.suffix in ENDINGS else is_occupied(path):
+        raise ValueError(f"{path} exists; choose a new name.")
+    return path

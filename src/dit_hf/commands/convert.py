@@ -8,44 +8,46 @@ weights.
 """
 
 import filecmp
-import json
 import os
-import shutil
-import tempfile
+import re
 from pathlib import Path
 
 from safetensors.torch import save_file
 
+from ..checkpoints.bounds import LARGEST
 from ..checkpoints.parsing import IMAGENET_CLASSES
 from ..checkpoints.saving import TRAINING_ONLY_FILE
 from ..command_line import ArgumentParser, run
 from ..conversion import build_pipeline, check_vae
+from ..files import PARTIAL, check_writable, is_occupied, read_json, remove, writing_folder
 from ..hub import CardFacts, publish_folder, write_card
 from .verify import DTYPES, add_checkpoint_arguments, read, verify
 
 
 def read_id2label(path):
     """A JSON object of id -> name, or a list of names."""
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-        id2label = {int(key): name for key, name in (enumerate(names) if isinstance(names, list) else names.items())}
-        if strange := [name for name in id2label.values() if not isinstance(name, str)]:
-            raise ValueError(f"{strange[0]!r} is no name; write it in quotes.")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"--id2label {path} must hold a JSON list of names or an object of id to name: {error}"
-        ) from None
+    names = read_json(path, (dict, list))
+    pairs = list(enumerate(names) if isinstance(names, list) else names.items())
+    if len(pairs) > LARGEST["num_classes"]:
+        raise ValueError(f"{path} has {len(pairs):,} names.")
+    id2label = {}
+    for key, name in pairs:
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: the name of class {key} is {name!r:.80}; write it in quotes.")
+        if not re.fullmatch(r"[0-9]{1,9}", str(key)):
+            raise ValueError(f"{path}: {key!r:.80} is no class id; ids are whole numbers from 0.")
+        if int(key) in id2label:
+            raise ValueError(f"{path} names class {int(key)} twice.")
+        id2label[int(key)] = name
     return id2label
 
 
-def check_names(args, num_classes):
-    """The class names of `--id2label`, one per class, or None."""
-    id2label = read_id2label(args.id2label) if args.id2label else None
-    if id2label and set(id2label) != set(range(num_classes)):
+def check_names(id2label, num_classes):
+    """That there is one name per class."""
+    if id2label is not None and set(id2label) != set(range(num_classes)):
         raise ValueError(
-            f"--id2label {args.id2label} names {len(id2label)} classes; the model has 0 to {num_classes - 1}."
+            f"--id2label names {len(id2label)} classes; the model has {num_classes}, 0 to {num_classes - 1}."
         )
-    return id2label
 
 
 def card_facts(checkpoint, args):
@@ -60,31 +62,24 @@ def card_facts(checkpoint, args):
 
 def save_whole(pipe, checkpoint, args):
     """Writes to the side, verifies and renames, so that the folder is complete, right, or absent."""
-    output_dir = args.output_dir
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=output_dir.parent))
-    partial.chmod(0o755)
+    output_dir = Path(os.path.realpath(args.output_dir))
+    occupied = is_occupied(output_dir)
+    # Where there is a folder already, what is written is compared with it.
+    target = output_dir.with_name(f"{PARTIAL}{output_dir.name}") if occupied else output_dir
     try:
-        pipe.save_pretrained(partial)
-        write_card(pipe, partial, output_dir.name, card_facts(checkpoint, args))
-        if checkpoint.training_only:
-            save_file(checkpoint.training_only, partial / "transformer" / TRAINING_ONLY_FILE)
-        pipe.transformer.to("meta")  # its weights are on the disk now
-        if not args.skip_verification:
-            verify(checkpoint, partial, args.dtype, label=output_dir)
-        if is_occupied(output_dir):
-            check_same(partial, output_dir)
-        else:
-            if output_dir.is_dir():
-                output_dir.rmdir()  # empty; Windows replaces no folder
-            os.replace(partial, output_dir)
+        with writing_folder(target) as partial:
+            pipe.save_pretrained(partial)
+            write_card(pipe, partial, output_dir.name, card_facts(checkpoint, args))
+            if checkpoint.training_only:
+                save_file(checkpoint.training_only, partial / "transformer" / TRAINING_ONLY_FILE)
+            pipe.transformer.to("meta")  # its weights are on the disk now
+            if not args.skip_verification:
+                verify(checkpoint, partial, args.dtype, label=output_dir)
+            if occupied:
+                check_same(partial, output_dir)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def is_occupied(output_dir):
-    """Whether there is something in the way of a new folder."""
-    return output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir()))
+        if occupied:
+            remove(target)
 
 
 def check_same(new, old):
@@ -115,9 +110,11 @@ def parse_args():
 
 def main():
     args = parse_args()
+    check_writable(args.output_dir)
     # With --push_to_hub it may be what a run wrote whose upload failed.
-    if is_occupied(args.output_dir) and (args.output_dir.is_file() or not args.push_to_hub):
+    if is_occupied(args.output_dir) and not (args.output_dir.is_dir() and args.push_to_hub):
         raise ValueError(f"--output_dir {args.output_dir} is not empty; choose a new folder.")
+    id2label = read_id2label(args.id2label) if args.id2label else None
     checkpoint = read(args)
     print(checkpoint.describe())
     if checkpoint.family.reading_note:
@@ -129,7 +126,7 @@ def main():
         check_vae(args.vae, in_channels)
     elif in_channels != 3:
         print("The pipeline has no VAE, so it generates latents (`output_type='latent'`); pass --vae for images.")
-    id2label = check_names(args, checkpoint.config["num_classes"])
+    check_names(id2label, checkpoint.config["num_classes"])
     if args.dry_run:
         return
     pipe = build_pipeline(checkpoint, args.checkpoint_path, DTYPES[args.dtype], args.vae, id2label)

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 
 from ..bundled import resolve_pipeline
 from ..checkpoints import FAMILIES, Family
-from ..checkpoints.saving import TRAINING_ONLY_FILE, save_original
+from ..checkpoints.saving import TRAINING_ONLY_FILE, check_new_file, save_original
 from ..command_line import ArgumentParser, run
 from ..conversion import load_transformer
 from ..hub import source_file
@@ -52,6 +52,7 @@ def check_prediction(name: str, family: Family, timestep_scale: float) -> None:
 def main():
     args = parse_args()
     name, family = args.pretrained_model_name_or_path, FAMILIES[args.family]
+    check_new_file(args.checkpoint_path, family)
     model, is_pipeline = load_transformer(name)
     if is_pipeline:
         check_prediction(name, family, model.config.timestep_scale)

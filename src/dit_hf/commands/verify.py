@@ -15,7 +15,7 @@ from ..checkpoints.links import download, is_link
 from ..checkpoints.parity import measure_parity
 from ..checkpoints.parsing import Checkpoint, parse_checkpoint
 from ..checkpoints.saving import TRAINING_ONLY_FILE
-from ..command_line import ArgumentParser, run
+from ..command_line import ArgumentParser, integer, run
 from ..conversion import load_transformer
 from ..hub import source_file
 
@@ -32,7 +32,9 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--family", choices=("auto", *FAMILIES), default="auto", help="Code base it comes from.")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="Of a training checkpoint.")
-    parser.add_argument("--num_attention_heads", type=int, help="If the width is none of the published ones.")
+    parser.add_argument(
+        "--num_attention_heads", type=integer(at_least=1), help="If the width is none of the published ones."
+    )
     null_class = parser.add_mutually_exclusive_group()
     null_class.add_argument(
         "--no_null_class",
@@ -49,7 +51,9 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         help="The last row of the class table is the null class, whatever their number.",
     )
     parser.add_argument(
-        "--embedders_of_block", type=int, help="Which copy to take where a diffusers DiT's were trained apart."
+        "--embedders_of_block",
+        type=integer(at_least=0),
+        help="Which copy to take where a diffusers DiT's were trained apart.",
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Of the converted weights.")
 

@@ -1,5 +1,6 @@
-"""Telling a missing network from a missing file, at once."""
+"""Telling a missing network from a missing file, at once, and secrets from what may be shown."""
 
+import re
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,6 +13,11 @@ from huggingface_hub.utils import validate_repo_id
 
 # Seconds that a server has for its first answer; without one, downloads would be tried again for half a minute.
 TIMEOUT = 10
+# A link and its parts that can hold a token: user and password, query and fragment.
+LINK = re.compile(
+    r"\b(?P<scheme>[a-z][a-z0-9+.-]*://)(?:[^\s/?#\"']*@)?(?P<place>[^\s?#\"']*)(?:[?#][^\s\"']*)?", re.I
+)
+TOKEN = re.compile(r"\b(hf_|Bearer )[A-Za-z0-9._-]+")
 
 
 def check_available(
@@ -64,3 +70,16 @@ def unreachable() -> str | None:
             return None
     except OSError as error:
         return f"there is no connection to {constants.ENDPOINT} ({error.strerror or error})"
+
+
+def without_secrets(text: str) -> str:
+    """
+    A text as it may be shown or published: links without user, password, query and fragment, and no token of the Hub.
+
+    Args:
+        text (`str`): Any.
+
+    Returns:
+        `str`
+    """
+    return TOKEN.sub(r"\1…", LINK.sub(r"\g<scheme>\g<place>", text))

@@ -1,6 +1,5 @@
 """Model cards: what a published model is, how to use it, how it was made, measured, and where it fails."""
 
-import json
 import re
 import shutil
 from collections.abc import Collection
@@ -14,7 +13,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from ..command_line import printable
+from ..files import check_file, check_links, first_line, writing
 from ..transformer_dit import MIN_DIFFUSERS
+from .connection import without_secrets
 
 
 # Between these lines the text is ours and is written anew; all else on a card is its owner's.
@@ -27,6 +29,9 @@ PIPELINE_TAG = "unconditional-image-generation"
 SAMPLES, LOSS = "samples.png", "loss.png"
 PICTURES = {SAMPLES: "Samples, one row per class", LOSS: "Training loss"}
 NAMES_SHOWN = 40
+# Characters of a name or setting that are shown.
+LONGEST = 200
+MAX_CARD_BYTES = 2**24
 HEADINGS = ("Use", "Classes", "Model", "Training", "Results", "Limits")
 
 
@@ -80,13 +85,13 @@ def build_card(
     results = _join_results(results, facts.results)
     data |= {"library_name": "diffusers", "pipeline_tag": data.get("pipeline_tag") or PIPELINE_TAG}
     data["tags"] = _join(data.get("tags"), TAGS)
-    if datasets := _join(data.get("datasets"), facts.datasets):
+    if datasets := _join(data.get("datasets"), [_public(name) for name in facts.datasets]):
         data["datasets"] = datasets
-    data |= {name: value for name in ("license", "base_model") if (value := getattr(facts, name))}
+    data |= {name: _public(value) for name in ("license", "base_model") if (value := getattr(facts, name))}
     if results:
-        data |= {"eval_results": results, "model_name": data.get("model_name") or title}
+        data |= {"eval_results": results, "model_name": data.get("model_name") or printable(title)}
     before, region, after = _split(known.text) if known is not None else ("", "", "")
-    generated = f"{START}\n# {title}\n\n{_describe(model, title, facts, results, region, files)}\n{END}"
+    generated = f"{START}\n# {_inline(title)}\n\n{_describe(model, title, facts, results, region, files)}\n{END}"
     text = "\n\n".join(part for part in (before, generated, after) if part)
     return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n")
 
@@ -134,16 +139,18 @@ def write_card(model, folder: str | Path, title: str | None = None, facts: CardF
         `Path`: the file.
 
     Raises:
-        ValueError: if there is a card that can't be read.
+        ValueError: if there is a card that can't be read, or it is a link to a file outside of the folder.
     """
     folder = Path(folder)
     file = folder / "README.md"
+    check_links(folder, "README.md")
     source = file if file.is_file() else source_file(model, "README.md")
     known = read_card(source) if source is not None else None
     named = folder.resolve()
     title = title or (named.parent.name if named.name == "pipeline" else named.name)
     card = build_card(model, title, facts, known, [path.name for path in folder.iterdir()])
-    card.save(file)
+    with writing(file) as partial:
+        partial.write_text(str(card), encoding="utf-8")
     return file
 
 
@@ -160,11 +167,13 @@ def read_card(file: str | Path) -> ModelCard:
     Raises:
         ValueError: if its metadata can't be read; the message names the file.
     """
+    check_file(file, MAX_CARD_BYTES)
     try:
         return ModelCard.load(file)
-    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"The model card {file} can't be read ({reason}); mend its metadata or remove it.") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The model card {file} can't be read ({first_line(error)}); mend its metadata or remove it."
+        ) from None
 
 
 def source_file(model, name: str) -> Path | None:
@@ -177,9 +186,13 @@ def source_file(model, name: str) -> Path | None:
 
     Returns:
         `Path`: or None, if there is no such file or no way to it.
+
+    Raises:
+        ValueError: if it is a link to a file outside of the folder.
     """
     place = str(model.config.get("_name_or_path") or "")
     if place and (Path(place) / name).is_file():
+        check_links(place, name)
         return Path(place) / name
     if source_repo(model) is None:
         return None
@@ -287,10 +300,10 @@ def _describe(model, title, facts, results, region, files):
         "the same."
     )
     if is_pipeline:
-        settings = ", ".join(f"`{name}={value!r}`" for name, value in model.resolve_call().items())
+        settings = ", ".join(f"`{_code(f'{name}={value!r}')}`" for name, value in model.resolve_call().items())
         parts.append(f"Arguments of the call that are not given: {settings}.")
     if is_pipeline and model.id2label:
-        names = [name for _, name in sorted(model.id2label.items())]
+        names = [_inline(name) for _, name in sorted(model.id2label.items())]
         more = f" … ({len(names)} in all; see `pipe.labels`)" if len(names) > NAMES_SHOWN else ""
         parts.append(f"## Classes\n\n{', '.join(names[:NAMES_SHOWN])}{more}")
     shown = {name: value for name, value in config.items() if not name.startswith("_")}
@@ -320,12 +333,13 @@ def _describe(model, title, facts, results, region, files):
 
 
 def _pipeline_code(pipe, title):
-    label = json.dumps(next(iter(pipe.id2label.values())).split(",")[0].strip()) if pipe.id2label else "0"
+    name = next(iter(pipe.id2label.values())).split(",")[0].strip() if pipe.id2label else ""
+    label = _literal(name) if 0 < len(name) <= LONGEST else "0"
     image = ".images[0]" if pipe.vae is not None or pipe.transformer.config.in_channels == 3 else ".images"
     output = "" if image == ".images[0]" else ', output_type="latent"'
     return (
         "from diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(title)}, trust_remote_code=True)\n"
+        f"pipe = DiffusionPipeline.from_pretrained({_literal(title)}, trust_remote_code=True)\n"
         f"image = pipe({label}{output}){image}"
     )
 
@@ -333,14 +347,37 @@ def _pipeline_code(pipe, title):
 def _model_code(title):
     return (
         "from diffusers import AutoModel\n\n"
-        f"transformer = AutoModel.from_pretrained({json.dumps(title)}, trust_remote_code=True)"
+        f"transformer = AutoModel.from_pretrained({_literal(title)}, trust_remote_code=True)"
     )
 
 
 def _table(rows):
-    lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+    lines = [f"| {_inline(name)} | {_inline(_public(value))} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _cell(value):
-    return str(value).replace("|", "\\|").replace("\n", " ")
+def _inline(value):
+    """Any text as text of one line of Markdown: neither markup, HTML, a template nor the end of a table's cell."""
+    text = printable(str(value))
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    text = re.sub(r"[\\`*\[\]|]", r"\\\g<0>", text.replace("&", "&amp;").replace("<", "&lt;"))
+    return text.replace("{{", "{\\{").replace("{%", "{\\%")
+
+
+def _code(text):
+    """Any text between backticks."""
+    return printable(text).replace("`", "'")
+
+
+def _literal(text):
+    """A Python string of one line, in double quotes where that needs no more than they."""
+    quoted = repr(text)
+    return f'"{quoted[1:-1]}"' if quoted[0] == "'" and '"' not in text else quoted
+
+
+def _public(value):
+    """A setting without secrets and without folders of this machine."""
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    return Path(text).name if Path(text).is_absolute() or text.startswith("~") else without_secrets(text)

@@ -1,6 +1,7 @@
 """Uploading a saved folder, so that a failure costs nothing but another try."""
 
 import queue
+import re
 import tempfile
 import threading
 from dataclasses import replace
@@ -12,12 +13,23 @@ from huggingface_hub import CommitOperationAdd, create_commit, create_repo, hf_h
 # `HTTPError` is the network library's, whichever of them this huggingface_hub uses.
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
-from .connection import unreachable
+from ..command_line import printable
+from ..files import check_file, check_links, first_line
+from .connection import unreachable, without_secrets
 from .model_card import CardFacts, build_card, join_cards, read_card, source_repo
 
 
 logger = logging.get_logger(__name__)
 
+# What of a folder is uploaded: the card and its images, configurations, weights, and this package's code.
+PUBLISHED = re.compile(
+    r"(?:README\.md|(?:LICENSE|NOTICE)(?:\.md|\.txt)?|\.gitattributes|model_index\.json"
+    r"|(?:(?:samples|assets|images)/)?[^./][^/]*\.(?:png|jpe?g|webp|gif|svg)"
+    r"|(?:(?:transformer|scheduler|vae)/)?(?:README\.md|(?:config|scheduler_config|flashpack_config)\.json"
+    r"|(?:pipeline|transformer)_\w+\.py|model\.flashpack|projectors\.safetensors"
+    r"|diffusion_pytorch_model[\w.-]*\.(?:safetensors|bin)|diffusion_pytorch_model[\w.-]*\.index[\w.-]*\.json))"
+)
+SHOWN = 10
 # The Hub's errors, the network's, and a file that changed while it was sent.
 UPLOAD_ERRORS = (HTTPError, OSError, RuntimeError)
 
@@ -70,7 +82,8 @@ def publish_folder(
     subfolder: str | None = None,
 ) -> str:
     """
-    Uploads a folder that `save_pretrained` wrote; a card on the Hub is updated, not overwritten.
+    Uploads a folder that `save_pretrained` wrote; a card on the Hub is updated, not overwritten. Only what belongs to
+    a pipeline or model is uploaded, see [`select_files`].
 
     Args:
         folder (`str` or `Path`): The folder.
@@ -84,10 +97,13 @@ def publish_folder(
         `str`: address of the commit.
 
     Raises:
+        ValueError: if the folder holds no model, or a link to a file outside of it.
         OSError: if the upload fails; the message says how to go on.
     """
     folder = Path(folder)
+    check_links(folder)
     repo_id = repo_id or folder.resolve().name
+    files = select_files(folder)
     source = source_repo(model)
     if source is not None and (card is None or card.base_model is None):
         card = replace(card or CardFacts(), base_model=source)
@@ -95,10 +111,7 @@ def publish_folder(
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if source == repo_id and card is not None and card.base_model == repo_id:
             card = replace(card, base_model=None)
-        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        contents: dict[str, str | bytes] = {
-            name: str(path) for name, path in files.items() if not name.startswith((".git/", ".cache/"))
-        }
+        contents: dict[str, str | bytes] = {name: str(path) for name, path in files.items()}
         if subfolder is None:
             # With the repository's name in its example, on top of what its owner wrote there; the folder's stays as
             # is.
@@ -122,6 +135,35 @@ def publish_folder(
             "arrived are not sent twice."
         ) from None
     return str(commit)
+
+
+def select_files(folder: Path) -> dict[str, Path]:
+    """
+    The files of a folder that belong to a pipeline or model, and what its card shows. Whatever else has come to lie
+    there (checkpoints, logs, hidden files, keys) stays; a warning names it.
+
+    Args:
+        folder (`Path`): The folder.
+
+    Returns:
+        `dict[str, Path]`: by the name in the repository.
+
+    Raises:
+        ValueError: if there is no model in the folder.
+    """
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    if not found.keys() & {"model_index.json", "config.json"}:
+        raise ValueError(
+            f"{folder} is no folder of a pipeline or model: it has no model_index.json and no config.json."
+        )
+    files = {name: path for name, path in found.items() if PUBLISHED.fullmatch(name)}
+    if left := sorted(found.keys() - files.keys()):
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        logger.warning(
+            f"Not uploaded, as no part of a pipeline: {printable(', '.join(left[:SHOWN]))}{more}. What is meant to be "
+            "public can be sent with `hf upload`."
+        )
+    return files
 
 
 class BackgroundUploads:
@@ -153,6 +195,8 @@ class BackgroundUploads:
         while (job := self._files.get()) is not None:
             file, path_in_repo = job
             try:
+                check_links(file.parent, file.name)
+                check_file(file)
                 repo_id = create_repo(self.repo_id, exist_ok=True).repo_id
                 upload_file(path_or_fileobj=file, path_in_repo=path_in_repo, repo_id=repo_id)
             except Exception as error:  # nobody waits for this thread's exceptions
@@ -176,7 +220,7 @@ def _reason(error):
         return f"the Hub refused the token ({status}); log in with `hf auth login` or pass another one"
     if status is None and (no_connection := unreachable()) is not None:
         return no_connection
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return without_secrets(first_line(error))
 
 
 def _card_of(repo_id, token):
