@@ -157,6 +157,13 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             config.pop("auto_map", None)
         return config
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As every pipeline's; one that is optimized can't be cast, as `restore` could not undo that."""
+        casts = kwargs.get("dtype") or kwargs.get("torch_dtype") or any(isinstance(each, torch.dtype) for each in args)
+        if casts and "_before_optimization" in vars(self):
+            raise ValueError("The pipeline is optimized for speed; call `dit_hf.restore(pipe)` before casting it.")
+        return super().to(*args, **kwargs)
+
     def save_pretrained(
         self,
         save_directory: str | Path,

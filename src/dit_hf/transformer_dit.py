@@ -104,6 +104,7 @@ SIZES = {
     "attention_head_dim": (1, 2**14),
     "num_classes": (1, 2**28),
 }
+FACTORS = {"mlp_ratio": 2**10, "timestep_scale": 10**6}
 MAX_PARAMETERS = 2**34
 MAX_TOKENS = 2**18
 
@@ -345,9 +346,9 @@ def check_config(config: Mapping) -> None:
         size = config[name]
         if isinstance(size, bool) or not isinstance(size, int) or not smallest <= size <= largest:
             raise ValueError(f"`{name}` is {size!r}; it must be a whole number from {smallest} to {largest}.")
-    for name, (smallest, largest) in {"mlp_ratio": (0, 2**10), "timestep_scale": (0, 1e6)}.items():
-        if not is_real(config[name]) or not smallest < config[name] <= largest:
-            raise ValueError(f"`{name}` is {config[name]!r}; it must be a number above {smallest}, at most {largest}.")
+    for name, bound in FACTORS.items():
+        if not is_real(config[name]) or not 0 < config[name] <= bound:
+            raise ValueError(f"`{name}` is {config[name]!r}; it must be a number above 0, at most {bound}.")
     if not is_real(config["class_dropout_prob"]) or not 0 <= config["class_dropout_prob"] <= 1:
         raise ValueError(f"`class_dropout_prob` is {config['class_dropout_prob']!r}; it must be from 0 to 1.")
     for name in ("learn_sigma", "qk_norm", "modulation_shift"):
