@@ -12,7 +12,7 @@ from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import logging
 
-from . import hub, transformer_dit
+from . import hub, model_folders, transformer_dit
 from .checkpoints import diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
@@ -146,16 +146,30 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         """
         kwargs = parse_dtype(kwargs)
         _check_memory_option(kwargs.get("low_cpu_mem_usage", True))
-        file = "/".join(filter(None, (kwargs.get("subfolder"), cls.config_name)))
+        name = "/".join(filter(None, (kwargs.get("subfolder"), cls.config_name)))
         places = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
         if not kwargs.get("local_files_only"):
-            hub.check_available(pretrained_model_name_or_path, file, **places)
+            hub.check_available(pretrained_model_name_or_path, name, **places)
         places = {name: kwargs[name] for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
         config = cls.load_config(pretrained_model_name_or_path, **places)
+        file = Path(pretrained_model_name_or_path, name)
         if (found := config.get("_class_name", cls.__name__)) not in diffusers_dit.CLASS_NAMES:
             raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")
+        try:
+            with torch.device("meta"):
+                described = cls.from_config(config)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         if diffusers_dit.CONFIG_MARK not in config:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            quantized = config.get("quantization_config") or kwargs.get("quantization_config")
+            if quantized or kwargs.get("ignore_mismatched_sizes"):
+                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            model_folders.check_weights(file.parent, described, kwargs.get("variant"))
+            with_info = kwargs.pop("output_loading_info", False)
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+            if unfit := sorted({*info["missing_keys"], *info["unexpected_keys"]}):  # of the Hub, not checked above
+                raise ValueError(f"{pretrained_model_name_or_path}: the key {unfit[0]!r} is missing or unknown.")
+            return (model, info) if with_info else model
         stock, info = StockDiTTransformer2DModel.from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
@@ -168,6 +182,11 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             raise ValueError(f"{pretrained_model_name_or_path}: {error}") from None
         logger.warning(f"{pretrained_model_name_or_path}: {diffusers_dit.CORRECTED}.")
         return model
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        """Reads a `config.json`; `ValueError` names what is wrong with it."""
+        return model_folders.read_config(json_file)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -861,8 +861,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             value, per_channel = self.vae.config.get(name), name.startswith("latents_")
             values = value if isinstance(value, (list, tuple)) else [value]
             fits = isinstance(value, (list, tuple)) == per_channel and all(map(is_finite, values))
+            fits = fits and (name not in ("scaling_factor", "latents_std") or all(each > 0 for each in values))
             if value is not None and not (fits and len(values) == (channels or len(values) if per_channel else 1)):
                 allowed = f"{channels or ''} finite numbers" if per_channel else "a finite number"
+                allowed += ", above 0" if name in ("scaling_factor", "latents_std") else ""
                 raise ValueError(f"The VAE's config has {name}={str(value)[:100]}; it must be {allowed}.")
 
     def _check_generator(self, generator, count):
