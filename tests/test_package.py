@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "dit_hf"
 # A module may import what stands above it or before it in its line, never what stands below.
 LAYERS = (
     ("_version", "files", "command_line", "seeds", "dtypes", "bundled", "transformer_dit", "presets", "complexity"),
-    ("pipeline_dit_class_cond", "schedulers", "mixing", "modulation_table"),
+    ("pipeline_dit_class_cond", "schedulers", "mixing", "modulation_table", "model_folders"),
     ("hub", "data", "checkpoints"),
     ("models", "pipeline", "optimization", "conversion"),
     ("evaluation",),

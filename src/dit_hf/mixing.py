@@ -2,12 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+from .pipeline_dit_class_cond import is_finite
+
+
+# The mixtures that are on in this thread or task; a model's hooks are seen by all.
+_ACTIVE: ContextVar[tuple[object, ...]] = ContextVar("active mixtures", default=())
 
 
 @contextmanager
 def mix_classes(transformer, label: int, weight: float) -> Iterator[None]:
     """
-    Inside of it, every class that the model is given is mixed with another; guidance's null class is not.
+    Inside of it, every class that the model is given is mixed with another; guidance's null class is not. Other
+    threads, which use the model at the same time, don't see it.
 
     Args:
         transformer (`DiTTransformer2DModel`): The model.
@@ -28,7 +36,7 @@ def mix_classes(transformer, label: int, weight: float) -> Iterator[None]:
     num_classes = transformer.config.num_classes
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
         raise ValueError(f"`label` is {label!r}; the model's classes are 0 to {num_classes - 1}.")
-    if not 0 <= weight <= 1:
+    if not is_finite(weight) or not 0 <= weight <= 1:
         raise ValueError(f"`weight` is {weight!r}; it must be from 0 to 1.")
     compiled = transformer._compiled_call_impl
     if compiled is not None and not getattr(compiled, "embeds_classes_eagerly", False):
@@ -36,13 +44,19 @@ def mix_classes(transformer, label: int, weight: float) -> Iterator[None]:
             "The transformer is compiled and its classes can't be mixed; call `dit_hf.restore(pipe)` first."
         )
 
+    mixture = object()
+
     def mix(table, inputs, embedding):
+        if mixture not in _ACTIVE.get():
+            return None
         given = (inputs[0] != num_classes).unsqueeze(-1)
         other = table.forward(inputs[0].new_full((1,), label))  # not its weight, which adapters and offloading change
         return embedding.lerp(other.to(embedding.dtype), weight).where(given, embedding)
 
+    _ACTIVE.set((*_ACTIVE.get(), mixture))
     handle = transformer.class_embed.register_forward_hook(mix)
     try:
         yield
     finally:
         handle.remove()
+        _ACTIVE.set(tuple(other for other in _ACTIVE.get() if other is not mixture))

@@ -12,8 +12,8 @@ from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import logging
 
-from . import hub, transformer_dit
-from .checkpoints import bounds, diffusers_dit
+from . import hub, model_folders, transformer_dit
+from .checkpoints import diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
@@ -34,10 +34,10 @@ def _check_memory_option(low_cpu_mem_usage):
         )
 
 
-def _check_keys(info, is_quantized):
+def _check_keys(info):
     """Refuses weights that diffusers would initialise at random, or leave out, with a warning only."""
     unexpected = set(info["unexpected_keys"]) - set(diffusers_dit.DIFFUSERS.tables)  # stored by old versions
-    if unfit := sorted({*info["missing_keys"], *(() if is_quantized else unexpected)}):
+    if unfit := sorted({*info["missing_keys"], *unexpected}):
         raise ValueError(f"the key {unfit[0]!r} is missing or unknown ({len(unfit)} such keys).")
 
 
@@ -154,28 +154,32 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         """
         kwargs = parse_dtype(kwargs)
         _check_memory_option(kwargs.get("low_cpu_mem_usage", True))
-        file = "/".join(filter(None, (kwargs.get("subfolder"), cls.config_name)))
+        name = "/".join(filter(None, (kwargs.get("subfolder"), cls.config_name)))
         places = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
         if not kwargs.get("local_files_only"):
-            hub.check_available(pretrained_model_name_or_path, file, **places)
+            hub.check_available(pretrained_model_name_or_path, name, **places)
         places = {name: kwargs[name] for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
         config = cls.load_config(pretrained_model_name_or_path, **places)
+        file = Path(pretrained_model_name_or_path, name)
         if (found := config.get("_class_name", cls.__name__)) not in diffusers_dit.CLASS_NAMES:
             raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")
+        try:
+            with torch.device("meta"):
+                described = cls.from_config(config)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         is_stock = diffusers_dit.CONFIG_MARK in config
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        place = f"{pretrained_model_name_or_path}: {file}"
-        bounds.check_config(
-            diffusers_dit.our_config(config) if is_stock else config, place, bounds.weight_bytes(folder)
-        )
-        bounds.check_shards(folder)
-        wants_info = kwargs.pop("output_loading_info", False)
-        if not is_stock and kwargs.get("use_flashpack"):  # diffusers tells nothing about these
+        quantized = config.get("quantization_config") or kwargs.get("quantization_config")
+        as_it_is = quantized or kwargs.get("ignore_mismatched_sizes") or kwargs.get("use_flashpack")
+        if not is_stock and as_it_is:  # diffusers tells nothing about these
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if not is_stock:
+            model_folders.check_weights(file.parent, described, kwargs.get("variant"))
+        wants_info = kwargs.pop("output_loading_info", False)
         load = StockDiTTransformer2DModel.from_pretrained if is_stock else super().from_pretrained
         model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         try:
-            _check_keys(info, getattr(model, "hf_quantizer", None) is not None)
+            _check_keys(info)
             if is_stock:
                 model = diffusers_dit.correct_stock_model(cls, model)
         except ValueError as error:
@@ -183,6 +187,11 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         if is_stock:
             logger.warning(f"{pretrained_model_name_or_path}: {diffusers_dit.CORRECTED}.")
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        """Reads a `config.json`; `ValueError` names what is wrong with it."""
+        return model_folders.read_config(json_file)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -3,6 +3,8 @@
 Shapes: `S` steps, `K` classes, `B` rows of a batch, `M` values of `compute_modulation`.
 """
 
+import threading
+
 import torch
 
 
@@ -26,7 +28,9 @@ class ModulationTable:
         self.first, self.vectors = 0, torch.empty(0)
 
     def covers(self, inputs: dict) -> bool:
-        """Whether a call's keyword arguments are those of a step of the scheduler, as the pipeline gives them."""
+        """Whether a call's keyword arguments are those of a step of the trajectory that the pipeline is at."""
+        if getattr(self.pipe, "_trajectory_thread", None) != threading.get_ident():
+            return False  # what was computed with other weights, or mixed classes, is for nobody else
         timestep = inputs.get("timestep")
         if not isinstance(timestep, torch.Tensor) or timestep.ndim != 1 or not (timestep == timestep[0]).all():
             return False

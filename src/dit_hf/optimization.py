@@ -5,6 +5,7 @@ import importlib.util
 from typing import Literal, NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import nn
 
@@ -61,7 +62,8 @@ def optimize(
         device (`str` or `torch.device`, *optional*): Where to move the pipeline.
 
     Raises:
-        ValueError: if there is no such preset, or the pipeline is offloaded.
+        ValueError: if there is no such preset, `pipe` is no pipeline, is offloaded, or is in the middle of a call; a
+            call of another thread is waited for.
         ImportError: if torchao is needed and not installed.
 
     Example:
@@ -73,7 +75,8 @@ def optimize(
         6
         >>> dit_hf.restore(pipe)
     """
-    if preset not in SPEED_PRESETS:
+    check_pipeline(pipe)
+    if not isinstance(preset, str) or preset not in SPEED_PRESETS:
         raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(SPEED_PRESETS)}.")
     settings = SPEED_PRESETS[preset]
     if settings.precision == "int8" and importlib.util.find_spec("torchao") is None:
@@ -81,10 +84,21 @@ def optimize(
     networks = compiled_networks(pipe)
     if any(is_offloaded(network) for network in networks):
         raise ValueError("The pipeline is offloaded and can't be optimized; load it without offloading.")
-    restore(pipe)
+    with pipe._occupied():
+        _restore(pipe)
+        _apply(pipe, settings, networks, device)
+    names = " and ".join(type(network).__name__ for network in networks)
+    logger.warning(
+        f"{names} will be compiled by the first call of each batch size: on two CPU cores about half a minute for a "
+        "small model, two minutes for XL/2."
+    )
+
+
+def _apply(pipe, settings, networks, device):
     pipe._before_optimization = before = {
         "device": pipe.device,
         "compiled": [(network, network._compiled_call_impl) for network in networks],
+        "dtypes": [(parameter, parameter.dtype) for network in networks for parameter in network.parameters()],
         "weights": [],
         "recommended_call": pipe.config.get("recommended_call"),
     }
@@ -101,16 +115,11 @@ def optimize(
         if pipe.device.type == "cpu" and pipe.transformer.is_adaptive:
             use_modulation_table(pipe)
     except BaseException:
-        restore(pipe)
+        _restore(pipe)
         raise
     call = {"num_inference_steps": settings.num_inference_steps, "guidance_interval": settings.guidance_interval}
     call = {name: value for name, value in call.items() if value is not None}
     pipe.register_to_config(recommended_call=(before["recommended_call"] or {}) | call or None)
-    names = " and ".join(type(network).__name__ for network in networks)
-    logger.warning(
-        f"{names} will be compiled by the first call of each batch size: on two CPU cores about half a minute for a "
-        "small model, two minutes for XL/2."
-    )
 
 
 def restore(pipe: DiTClassCondPipeline) -> None:
@@ -119,10 +128,25 @@ def restore(pipe: DiTClassCondPipeline) -> None:
 
     Args:
         pipe (`DiTClassCondPipeline`): The pipeline.
+
+    Raises:
+        ValueError: if weights were cast to another type since, and so are not what they were; the rest is undone.
     """
+    check_pipeline(pipe)
+    with pipe._occupied():
+        cast = _restore(pipe)
+    if cast:
+        raise ValueError(
+            f"Weights were cast from {cast[0][1]} to {cast[0][0].dtype} after `optimize`, and can't be restored to "
+            "the bit; all else was. Load the pipeline again, and cast before `optimize`."
+        )
+
+
+def _restore(pipe):
+    """Undoes `optimize`; returns the parameters that were cast meanwhile, with their types before."""
     before = pipe.__dict__.pop("_before_optimization", None)
     if before is None:
-        return
+        return []
     for network, compiled in before["compiled"]:
         network._compiled_call_impl = compiled
     for layer, weight in before["weights"]:
@@ -131,6 +155,15 @@ def restore(pipe: DiTClassCondPipeline) -> None:
     pipe.scheduler = before.get("scheduler", pipe.scheduler)
     pipe.register_to_config(recommended_call=before["recommended_call"])
     pipe.to(before["device"])
+    return [(parameter, dtype) for parameter, dtype in before["dtypes"] if parameter.dtype != dtype]
+
+
+def check_pipeline(pipe) -> None:
+    """Raises `ValueError` for anything but a pipeline of this package's kind, such as its transformer."""
+    if not isinstance(pipe, DiffusionPipeline) or not hasattr(pipe, "resolve_call"):
+        raise ValueError(
+            f"`pipe` is a {type(pipe).__name__}; it must be a DiTClassCondPipeline, also to optimize its transformer."
+        )
 
 
 def is_offloaded(network: nn.Module) -> bool:

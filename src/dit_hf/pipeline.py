@@ -15,7 +15,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
-from . import hub, pipeline_dit_class_cond
+from . import hub, model_folders, pipeline_dit_class_cond
 from .bundled import FOLDER, bundled_names, resolve_pipeline
 from .checkpoints import diffusers_dit
 from .checkpoints.saving import TRAINING_ONLY_FILE
@@ -137,7 +137,15 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             hub.check_available(folder, cls.config_name, **places)
         # The folder's own scheduler tells what the model was trained for; a call holds another one against it.
         scheduler = kwargs.pop("scheduler", None)
-        pipe = super().from_pretrained(folder, **kwargs)
+        if Path(folder).is_dir():
+            index = cls._dict_from_json_file(Path(folder, cls.config_name))
+            model_folders.check_pipeline_folder(folder, index, kwargs, kwargs.get("variant"))
+        try:
+            pipe = super().from_pretrained(folder, **kwargs)
+        except ValueError as error:
+            if str(folder) in str(error):
+                raise
+            raise ValueError(f"{folder}: {error}") from error
         if scheduler is not None:
             pipe.scheduler = scheduler
         return pipe
@@ -150,13 +158,27 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         Then no remote code is needed, and a folder of diffusers' own DiT is read by our transformer, which corrects
         it.
         """
-        config = super()._dict_from_json_file(json_file, **kwargs)
-        if isinstance(config.get("transformer"), list):
-            if (found := config["transformer"][-1]) not in diffusers_dit.CLASS_NAMES:
-                raise ValueError(f"{json_file}: its transformer is a {found}, not a {DiTTransformer2DModel.__name__}.")
-            config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", "DiTTransformer2DModel"]}
-            config.pop("auto_map", None)
+        config = model_folders.read_index(json_file)
+        if (found := config["transformer"][-1]) not in diffusers_dit.CLASS_NAMES:
+            raise ValueError(f"{json_file}: its transformer is a {found}, not a {DiTTransformer2DModel.__name__}.")
+        config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", "DiTTransformer2DModel"]}
+        config.pop("auto_map", None)
         return config
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """As every pipeline's; what was downloaded is checked before it is loaded."""
+        folder = super().download(pretrained_model_name, **kwargs)
+        index = cls._dict_from_json_file(Path(folder, cls.config_name))
+        model_folders.check_pipeline_folder(folder, index, kwargs, kwargs.get("variant"))
+        return folder
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As every pipeline's; one that is optimized can't be cast, as `restore` could not undo that."""
+        casts = kwargs.get("dtype") or kwargs.get("torch_dtype") or any(isinstance(each, torch.dtype) for each in args)
+        if casts and "_before_optimization" in vars(self):
+            raise ValueError("The pipeline is optimized for speed; call `dit_hf.restore(pipe)` before casting it.")
+        return super().to(*args, **kwargs)
 
     def save_pretrained(
         self,

@@ -7,14 +7,20 @@ diffusers from `MIN_DIFFUSERS` on. Names that are private to diffusers are optio
 needs them is missing.
 """
 
+import copy
 import difflib
 import inspect
 import json
+import math
 import operator
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -62,6 +68,7 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 LEARNED_VARIANCE = ("learned", "learned_range")
 # Settings of a call that neither the caller nor `recommended_call` gives.
 CALL_DEFAULTS = {
@@ -70,6 +77,66 @@ CALL_DEFAULTS = {
     "guidance_channels": None,
     "guidance_interval": (0.0, 1.0),
 }
+
+OVERFLOW_HINT = (
+    "Try float32 or bfloat16 weights, another scheduler or fewer steps than the training's timesteps, and a smaller "
+    "`guidance_scale`; weights that are not finite give nothing else."
+)
+# What one call may ask for, far beyond what memory and patience allow: a typo must not fill the memory.
+MAX_STEPS = 10_000
+MAX_IMAGES = 2**20
+MAX_PIXELS = 2**16
+MAX_LATENT_VALUES = 2**30
+
+
+class _Lock:
+    """A re-entrant lock, and whether its thread is in the middle of a call."""
+
+    def __init__(self):
+        self.lock, self.occupied = threading.RLock(), False
+
+
+# By pipeline and by component. They are not attributes, so that a pipeline can be copied and pickled, and pipelines
+# that share a component share its lock.
+_LOCKS: WeakKeyDictionary[Any, _Lock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def _lock_of(owner):
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(owner, _Lock())
+
+
+def _sampling(method):
+    """Makes a call wait for those of other threads, and refuses it in the middle of another of the same thread."""
+
+    @wraps(method)
+    def call(self, *args, **kwargs):
+        with self._occupied():
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+def one_at_a_time(method: Callable) -> Callable:
+    """Makes a pipeline's method wait while another thread is in such a method of the pipeline."""
+
+    @wraps(method)
+    def call(self, *args, **kwargs):
+        with self.exclusive():
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number, numpy's too, and no bool or text."""
+    if isinstance(value, (bool, str, bytes)):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several values
+        return False
 
 
 def trained_prediction(scheduler_config: Mapping) -> str:
@@ -83,9 +150,12 @@ def trained_prediction(scheduler_config: Mapping) -> str:
         `str`: `"velocity"` for flow matching, `"edm"` for EDM's preconditioned output, else the `prediction_type`.
 
     Raises:
-        ValueError: if only one of the two options is set that make a solver of diffusion models sample flow matching.
+        ValueError: if the prediction is unknown, or only one of the two options is set that make a solver of diffusion
+            models sample flow matching.
     """
     name, prediction = scheduler_config.get("_class_name", ""), scheduler_config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"{name} has prediction_type={prediction!r}; it must be one of {', '.join(PREDICTIONS)}.")
     if name.startswith("FlowMatch"):
         return "velocity"
     uses_flow_sigmas = bool(scheduler_config.get("use_flow_sigmas"))
@@ -171,12 +241,46 @@ def find_class(id2label: Mapping[int, str], name: str) -> int | None:
     return ClassNames(id2label).find(name)
 
 
+def check_id2label(id2label: Any) -> dict[int, str]:
+    """
+    Class names with numbers as keys, in order; JSON has turned them into strings.
+
+    Args:
+        id2label (`dict[int, str]`, `dict[str, str]` or None): The class names.
+
+    Returns:
+        `dict[int, str]`
+
+    Raises:
+        ValueError: naming the entry that is no class name, or the class that has two.
+    """
+    if id2label is None:
+        return {}
+    if not isinstance(id2label, Mapping):
+        raise ValueError(f"`id2label` is a {type(id2label).__name__}; it must be a dictionary, class id -> name.")
+    names: dict[int, str] = {}
+    for key, name in id2label.items():
+        try:
+            class_id = int(key) if isinstance(key, str) else operator.index(key)
+        except (TypeError, ValueError):
+            class_id = -1
+        if class_id < 0 or isinstance(key, bool):
+            raise ValueError(f"`id2label` has a key that is no class id: {str(key)[:100]!r}.")
+        if class_id in names:
+            raise ValueError(f"`id2label` has two names for class {class_id}.")
+        if not isinstance(name, str):
+            raise ValueError(f"`id2label` has {name!r} for class {class_id}; names must be strings.")
+        names[class_id] = name
+    return dict(sorted(names.items()))
+
+
 class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
     """Loads, fuses and saves LoRA adapters of the transformer."""
 
     _lora_loadable_modules = ["transformer"]
     transformer_name = "transformer"
 
+    @one_at_a_time
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
         """
         Puts adapters on the transformer.
@@ -250,11 +354,13 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
             missing = "transformers" if SD3LoraLoaderMixin is None else "peft"
             raise ImportError(f"LoRA needs {missing}: pip install 'dit_hf[train]', or peft and transformers.")
 
+    @one_at_a_time
     def fuse_lora(self, components: list[str] = ["transformer"], **kwargs):
         """Adds the adapters to the weights; `unfuse_lora` subtracts them."""
         self._check_adapters_possible()
         super().fuse_lora(components=components, **kwargs)
 
+    @one_at_a_time
     def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs):
         """Subtracts the adapters that `fuse_lora` has added."""
         self._check_adapters_possible()
@@ -296,22 +402,23 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self._check_component_types()
         self._trained_prediction = self._scheduler_prediction()
         self._trained_alphas = getattr(scheduler, "alphas_cumprod", None)
         self._trained_timesteps = scheduler.config.get("num_train_timesteps")
-        try:  # JSON turns the keys into strings; they are numbers again here
-            self.id2label = dict(sorted((int(key), name) for key, name in (id2label or {}).items()))
-        except ValueError as error:
-            raise ValueError(f"`id2label` has a key that is no class id: {error}.") from None
-        if stray := [key for key, name in self.id2label.items() if not isinstance(name, str)]:
-            raise ValueError(
-                f"`id2label` has {self.id2label[stray[0]]!r} for class {stray[0]}; names must be strings."
-            )
-        if unknown := sorted((recommended_call or {}).keys() - CALL_DEFAULTS.keys()):
+        self.id2label = check_id2label(id2label)
+        if recommended_call is not None and not isinstance(recommended_call, Mapping):
+            raise ValueError(f"`recommended_call` is {recommended_call!r}; it must be a dictionary.")
+        if unknown := sorted(map(str, (recommended_call or {}).keys() - CALL_DEFAULTS.keys())):
             raise ValueError(f"`recommended_call` has {unknown[0]!r}; it may hold {', '.join(CALL_DEFAULTS)}.")
         self.register_to_config(id2label=self.id2label or None, recommended_call=recommended_call)
         self._check_vae()
+        self._check_diffusion()
         self._current_timestep = None
+        try:
+            self.resolve_call()
+        except ValueError as error:
+            raise ValueError(f"`recommended_call` can't be used: {error}") from None
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
@@ -339,6 +446,63 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         """Drops `auto_map`, which only tells diffusers where the code is."""
         config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         return super().extract_init_dict(config_dict, **kwargs)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """
+        Inside of it the pipeline and its components belong to one thread; others wait until it leaves. A call, loading
+        of adapters and setting a component do that by themselves; to do several of them as one, put them inside.
+
+        Example:
+
+            >>> from dit_hf import DiTClassCondPipeline, make_scheduler
+            >>> pipe = DiTClassCondPipeline.from_bundled("emoji64")
+            >>> with pipe.exclusive():
+            ...     pipe.scheduler = make_scheduler("flow_heun")
+            ...     image = pipe("food", num_inference_steps=4).images[0]
+        """
+        with self._locked():
+            yield
+
+    @contextmanager
+    def _locked(self):
+        with ExitStack() as stack:
+            locks = [_lock_of(self)]
+            stack.enter_context(locks[0].lock)
+            parts = {id(part): part for part in self.components.values() if part is not None}
+            for _, part in sorted(parts.items()):  # in the same order in every thread
+                locks.append(_lock_of(part))
+                stack.enter_context(locks[-1].lock)
+            yield locks
+
+    @contextmanager
+    def _occupied(self):
+        """As `exclusive`, and refused in the middle of a call, whose state in scheduler and caches would be lost."""
+        with self._locked() as locks:
+            if any(lock.occupied for lock in locks):
+                raise ValueError(
+                    "The pipeline, or one that shares a component with it, is in the middle of a call: a callback "
+                    "must not call, optimize or restore it."
+                )
+            for lock in locks:
+                lock.occupied = True
+            try:
+                yield
+            finally:
+                for lock in locks:
+                    lock.occupied = False
+
+    def __setattr__(self, name, value):
+        if name in ("transformer", "scheduler", "vae") and name in vars(self):
+            with _lock_of(self).lock:
+                super().__setattr__(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @one_at_a_time
+    def to(self, *args, **kwargs):
+        """As every pipeline's; waits while another thread samples."""
+        return super().to(*args, **kwargs)
 
     def save_config(self, save_directory, push_to_hub=False, **kwargs):
         """Writes `model_index.json`, and beside it this file, which `trust_remote_code=True` runs."""
@@ -469,7 +633,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         settings |= {name: value for name, value in given.items() if value is not None}
         if isinstance(settings["guidance_interval"], list):  # as JSON has it
             settings["guidance_interval"] = tuple(settings["guidance_interval"])
-        settings["num_inference_steps"] = self._check_count("num_inference_steps", settings["num_inference_steps"])
+        steps = self._check_count("num_inference_steps", settings["num_inference_steps"], MAX_STEPS)
+        settings["num_inference_steps"] = steps
         self._check_guidance(*(settings[f"guidance_{name}"] for name in ("scale", "channels", "interval")))
         return settings
 
@@ -502,8 +667,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             class_labels = class_labels.reshape(-1).tolist()
         if not isinstance(class_labels, (list, tuple, range)):
             class_labels = [class_labels]
-        if len(class_labels) == 0:
-            raise ValueError("`class_labels` is empty; give at least one class id or name.")
+        if not 0 < len(class_labels) <= MAX_IMAGES:
+            given = "is empty" if len(class_labels) == 0 else f"has {len(class_labels):,} entries"
+            raise ValueError(f"`class_labels` {given}; give 1 to {MAX_IMAGES:,} class ids or names.")
         names = [label for label in class_labels if isinstance(label, str)]
         ids_by_name = dict(zip(names, self.get_label_ids(names), strict=True)) if names else {}
         return [self._check_label(ids_by_name[label] if isinstance(label, str) else label) for label in class_labels]
@@ -524,25 +690,20 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             raise ValueError(f"`class_labels` holds {number}; the model's classes are 0 to {num_classes - 1}.")
         return number
 
-    def _check_count(self, argument, number, largest=None, multiple=1):
-        """A whole number, numpy's too, as an int."""
+    def _check_count(self, argument, number, largest, multiple=1):
+        """A whole number from 1, numpy's too, as an int."""
         try:
             count = 0 if isinstance(number, bool) else operator.index(number)
-        except TypeError:
+        except (TypeError, RuntimeError):  # RuntimeError: a tensor of several values
             count = 0
-        if count < 1 or count % multiple or (largest is not None and count > largest):
-            allowed = "a whole number from 1" if largest is None else f"None (all) or 1 to {largest}"
-            allowed = allowed if multiple == 1 else f"a positive multiple of {multiple} pixels"
-            raise ValueError(f"`{argument}` is {number!r}; it must be {allowed}.")
+        if not 1 <= count <= largest or count % multiple:
+            kind = "a whole number" if multiple == 1 else f"a positive multiple of {multiple} pixels,"
+            raise ValueError(f"`{argument}` is {number!r}; it must be {kind} from {multiple} to {largest}.")
         return count
 
     def _check_guidance(self, guidance_scale, guidance_channels, guidance_interval):
         config = self.transformer.config
-        try:
-            finite = 0 <= float(guidance_scale) < float("inf")
-        except (TypeError, ValueError):
-            finite = False
-        if not finite or isinstance(guidance_scale, (str, bool)):
+        if not is_finite(guidance_scale) or float(guidance_scale) < 0:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 (0 ignores the class, 1 is no "
                 "guidance)."
@@ -555,9 +716,13 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if guidance_channels is not None:
             self._check_count("guidance_channels", guidance_channels, config.in_channels)
         pair = isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2
-        if not pair or not 0.0 <= guidance_interval[0] < guidance_interval[1] <= 1.0:
+        if (
+            not pair
+            or not all(map(is_finite, guidance_interval))
+            or not 0.0 <= guidance_interval[0] < guidance_interval[1] <= 1.0
+        ):
             raise ValueError(
-                f"`guidance_interval` is {guidance_interval}; it must be (start, end) with 0 ≤ start < end ≤ 1."
+                f"`guidance_interval` is {guidance_interval!r}; it must be (start, end) with 0 ≤ start < end ≤ 1."
             )
 
     def _scheduler_prediction(self):
@@ -565,10 +730,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _check_scheduler(self, timesteps, sigmas, eta):
         """Refuses a scheduler that samples something else than the model was trained for, and options it lacks."""
-        if not isinstance(self.scheduler, SchedulerMixin):
-            raise ValueError(
-                f"`pipe.scheduler` is a {type(self.scheduler).__name__}; it must be a diffusers scheduler."
-            )
+        self._check_component_types()
+        self._check_diffusion()
         name, config = type(self.scheduler).__name__, self.scheduler.config
         prediction = self._scheduler_prediction()
         if prediction != self._trained_prediction:
@@ -608,12 +771,73 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             # EDMEulerScheduler's `sigmas` are positions on its own schedule, not sigmas.
             if argument not in accepted or name == "EDMEulerScheduler":
                 raise ValueError(f"`{argument}` was given, but {name} takes no custom {argument}.")
-            if len(schedule) == 0:
-                raise ValueError(f"`{argument}` is empty.")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"`eta` is {eta}; it must be from 0 to 1.")
+            self._check_given_schedule(argument, schedule)
+        if not is_finite(eta) or not 0 <= eta <= 1:
+            raise ValueError(f"`eta` is {eta!r}; it must be a number from 0 to 1.")
         if eta != 0 and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"`eta` is {eta}, but {name} has no such parameter; leave it at 0.")
+
+    def _check_component_types(self):
+        for name, kind in (("transformer", torch.nn.Module), ("scheduler", SchedulerMixin), ("vae", torch.nn.Module)):
+            component = getattr(self, name)
+            if not isinstance(component, kind) and not (name == "vae" and component is None):
+                what = "scheduler" if name == "scheduler" else "model"
+                raise ValueError(f"`pipe.{name}` is a {type(component).__name__}; it must be a diffusers {what}.")
+
+    def _check_diffusion(self):
+        """Refuses a scheduler whose config makes no diffusion: betas that are NaN or above 1, or no timesteps."""
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        steps = config.get("num_train_timesteps", 1000)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"{name} has num_train_timesteps={steps!r}; it must be a whole number from 1.")
+        alphas = getattr(self.scheduler, "alphas_cumprod", None)
+        if alphas is not None and not ((alphas >= 0) & (alphas <= 1)).all():  # nor is NaN
+            options = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
+            betas = ", ".join(f"{option}={str(config.get(option))[:100]}" for option in options)
+            raise ValueError(f"{name} has {betas}; betas must be numbers from 0 to 1.")
+
+    def _check_given_schedule(self, argument, schedule):
+        """Refuses a caller's timesteps or sigmas that are not finite numbers, descending from at most the first."""
+        values = schedule.tolist() if hasattr(schedule, "tolist") else schedule
+        shown = f"`{argument}` is {str(values)[:100]}"
+        if not isinstance(values, (list, tuple)) or not all(map(is_finite, values)):
+            raise ValueError(f"{shown}; it must be a list of finite numbers.")
+        if not 0 < len(values) <= MAX_STEPS:
+            raise ValueError(f"{shown}, {len(values) or 'empty'}; it must hold 1 to {MAX_STEPS} numbers.")
+        largest = self.scheduler.config.get("num_train_timesteps", math.inf) if argument == "timesteps" else math.inf
+        descending = all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
+        if not descending or values[0] > largest or values[-1] < 0:
+            raise ValueError(f"{shown}; it must be descending, without repetitions, from at most {largest} to 0.")
+
+    def _check_schedule(self, num_inference_steps):
+        """Refuses a schedule that the scheduler can't run: one that divides by zero or leaves its tables."""
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        schedule, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
+        if not all(torch.isfinite(torch.as_tensor(table)).all() for table in (schedule, sigmas) if table is not None):
+            raise ValueError(f"{name} makes a schedule that is not finite, with the config {dict(scheduler.config)}.")
+        # Solvers in the logarithm of the signal-to-noise ratio divide by its differences; some allow for none.
+        repeated = hasattr(scheduler, "lambda_t") and (torch.as_tensor(sigmas).diff() == 0).any()
+        if repeated and not self._stays_finite():
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps}, with which {name} visits a noise level twice and "
+                "divides by zero; give fewer than the training's "
+                f"{scheduler.config.get('num_train_timesteps')}, or descending `timesteps`."
+            )
+        alphas = getattr(scheduler, "alphas_cumprod", None)
+        if sigmas is None and alphas is not None and not ((schedule >= 0) & (schedule < len(alphas))).all():
+            raise ValueError(
+                f"{name} starts at timestep {int(schedule.max())}, and the model was trained up to {len(alphas) - 1}; "
+                "its steps_offset or the number of steps is too large."
+            )
+
+    def _stays_finite(self):
+        """Whether the schedule, run on one value, ends in a number."""
+        scheduler, sample = copy.deepcopy(self.scheduler), torch.ones(1, 1, 1, 1)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        options = {"generator": torch.Generator()} if takes_generator else {}  # not the caller's, nor the global one
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(torch.zeros_like(sample), timestep, sample, **options, return_dict=False)[0]
+        return bool(torch.isfinite(sample).all())
 
     def _samples_what_was_trained(self):
         """Whether timesteps, and for diffusion betas, are those of the scheduler that the pipeline was built with."""
@@ -633,16 +857,35 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 f"The VAE has {channels} latent channels and the transformer {self.transformer.config.in_channels}; "
                 "they don't belong together."
             )
+        for name in () if self.vae is None else ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+            value, per_channel = self.vae.config.get(name), name.startswith("latents_")
+            values = value if isinstance(value, (list, tuple)) else [value]
+            fits = isinstance(value, (list, tuple)) == per_channel and all(map(is_finite, values))
+            fits = fits and (name not in ("scaling_factor", "latents_std") or all(each > 0 for each in values))
+            if value is not None and not (fits and len(values) == (channels or len(values) if per_channel else 1)):
+                allowed = f"{channels or ''} finite numbers" if per_channel else "a finite number"
+                allowed += ", above 0" if name in ("scaling_factor", "latents_std") else ""
+                raise ValueError(f"The VAE's config has {name}={str(value)[:100]}; it must be {allowed}.")
+
+    def _check_generator(self, generator, count):
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"{len(generator)} generators were given for {count} images; pass one per image.")
+        for each in generator if isinstance(generator, list) else [generator]:
+            if not isinstance(each, torch.Generator) and generator is not None:
+                raise ValueError(f"`generator` is a {type(each).__name__}; it must be a torch.Generator or a list.")
 
     def _check_size(self, height, width, latents, batch_size):
-        """The shape of the latents that the arguments ask for."""
+        """The shape of the latents that the arguments ask for; those given are finite."""
+        if latents is not None and (not isinstance(latents, torch.Tensor) or not latents.is_floating_point()):
+            given = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(f"`latents` is a {given}; it must be a floating-point torch.Tensor.")
         config = self.transformer.config
         factor = self.vae_scale_factor
         sizes = {"height": height, "width": width}
         sizes = {
             argument: None
             if pixels is None
-            else self._check_count(argument, pixels, multiple=factor * config.patch_size)
+            else self._check_count(argument, pixels, MAX_PIXELS, multiple=factor * config.patch_size)
             for argument, pixels in sizes.items()
         }
         if latents is not None and height is None and width is None and latents.ndim == 4:
@@ -651,10 +894,17 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         shape = (batch_size, config.in_channels, *sides)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}; these arguments need {shape}.")
+        if math.prod(shape) > MAX_LATENT_VALUES:
+            raise ValueError(
+                f"`class_labels`, `num_images_per_label`, `height` and `width` ask for latents of {shape}; one call "
+                f"makes at most {MAX_LATENT_VALUES:,} values."
+            )
         if any(side % config.patch_size for side in sides):
             raise ValueError(
                 f"`latents` of {sides[0]}×{sides[1]} are not divisible by patches of {config.patch_size}."
             )
+        if latents is not None:
+            self._check_finite("given latents", latents, "They must be finite numbers.")
         return shape
 
     def _check_output(self, output_type):
@@ -668,6 +918,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             )
 
     def _check_callback(self, callback_on_step_end_tensor_inputs):
+        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs!r}; it must be a list."
+            )
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -696,10 +950,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     @contextmanager
     def _trajectory(self):
         """Neither timestep nor cached blocks outlive a trajectory, not even one that a callback breaks off."""
+        self._trajectory_thread = threading.get_ident()
         try:
             yield
         finally:
-            self._current_timestep = None
+            self._current_timestep = self._trajectory_thread = None
             if hasattr(self.transformer, "_reset_stateful_cache"):
                 self.transformer._reset_stateful_cache()
 
@@ -760,6 +1015,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         return output if self._scheduler_takes_variance else output[:, :channels]
 
     @torch.no_grad()
+    @one_at_a_time
     def decode_latents(
         self,
         latents: torch.Tensor,
@@ -790,6 +1046,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
             raise ValueError(f"`latents` is {given}; it must be a tensor (batch, {channels}, height, width).")
         self._check_vae()
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        self._check_generator(generator, len(latents))
+        self._check_finite("given latents", latents, "They must be finite numbers.")
         if self.vae is None:
             return self.image_processor.postprocess(latents, output_type=output_type)
         config = self.vae.config
@@ -804,10 +1063,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         latents = latents + (config.get("shift_factor") or 0.0)
         takes_generator = "generator" in inspect.signature(self.vae.decode).parameters
         options = {"generator": generator} if takes_generator else {}
+        generators = [each for each in (generator if isinstance(generator, list) else [generator]) if each is not None]
+        states = [each.get_state() for each in generators]
         images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0].float()
         dtype = self.vae.dtype
         if dtype != torch.float32 and not torch.isfinite(images).all():
             logger.warning(f"The VAE overflows in {dtype}; the images are decoded in float32.")
+            for each, state in zip(generators, states, strict=True):
+                each.set_state(state)  # a decoder that samples gets the same noise again
             torch.nn.Module.to(self.vae, torch.float32)  # diffusers' own warns of what it does not do here
             try:
                 images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0]
@@ -816,15 +1079,13 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._check_finite("decoded images", images)
         return self.image_processor.postprocess(images, output_type=output_type)
 
-    def _check_finite(self, what, values):
-        bad = ~torch.isfinite(values).flatten(1).all(dim=1)
+    def _check_finite(self, what, values, hint=OVERFLOW_HINT, overflows=False):
+        bad = ~torch.isfinite(values).flatten(1).all(dim=1) | overflows
         if bad.any():
-            raise ValueError(
-                f"The {what} {bad.nonzero().flatten().tolist()} are not finite. Try float32 or bfloat16 weights, "
-                "another scheduler or fewer steps than the training's timesteps."
-            )
+            raise ValueError(f"The {what} {bad.nonzero().flatten().tolist()} are not finite. {hint}")
 
     @torch.no_grad()
+    @_sampling
     def __call__(
         self,
         class_labels: int | str | None | Sequence[int | str | None] | torch.Tensor,
@@ -846,7 +1107,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Generates images of the given classes.
+        Generates images of the given classes. Calls from several threads wait for each other; a callback must not call
+        the pipeline.
 
         Args:
             class_labels (`int`, `str`, None, `list` of these, or `torch.Tensor` of shape `(B,)`):
@@ -895,8 +1157,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
         # 1. Check everything before any compute
         class_ids = self.resolve_class_labels(class_labels)
-        count = self._check_count("num_images_per_label", num_images_per_label)
-        class_ids = [label for label in class_ids for _ in range(count)]
+        count = self._check_count("num_images_per_label", num_images_per_label, MAX_IMAGES)
         settings = self.resolve_call(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -906,14 +1167,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         num_inference_steps = settings["num_inference_steps"]
         guidance_channels, guidance_interval = settings["guidance_channels"], settings["guidance_interval"]
         generator = list(generator) if isinstance(generator, tuple) else generator
-        if isinstance(generator, list) and len(generator) != len(class_ids):
-            raise ValueError(
-                f"{len(generator)} generators were given for {len(class_ids)} images; pass one per image."
-            )
-        if not isinstance(generator, (torch.Generator, list, type(None))):
-            raise ValueError(f"`generator` is a {type(generator).__name__}; it must be a torch.Generator or a list.")
-        if not isinstance(latents, (torch.Tensor, type(None))):
-            raise ValueError(f"`latents` is a {type(latents).__name__}; it must be a torch.Tensor.")
+        self._check_generator(generator, len(class_ids) * count)
         if self.transformer.training and self._has_null_class:
             raise ValueError("The transformer is in training mode and drops labels; call `pipe.transformer.eval()`.")
         self._check_output(output_type)
@@ -922,7 +1176,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` is {callback_on_step_end!r}; it must be callable.")
         self._check_callback(callback_on_step_end_tensor_inputs)
-        shape = self._check_size(height, width, latents, len(class_ids))
+        shape = self._check_size(height, width, latents, len(class_ids) * count)
+        class_ids = [label for label in class_ids for _ in range(count)]
         self._guidance_scale = float(settings["guidance_scale"])
         self._interrupt = False
 
@@ -932,6 +1187,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         # looking up a GPU's timestep waits for the GPU, and so does taking one there. Some are float64, which not
         # every device has.
         schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, "cpu")
+        self._check_schedule(num_inference_steps)
         model_schedule = schedule.float().to(device)
         self._num_timesteps = len(schedule)
         class_labels = torch.tensor(class_ids, device=device)
@@ -943,6 +1199,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         tells_position = "kwargs" in inspect.signature(self.transformer.cache_context).parameters
 
         # 3. Denoise
+        overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
         steps = self.progress_bar(total=len(schedule))
         with self._trajectory(), self._without_foreign_variance(), steps as progress_bar:
             for index, timestep in enumerate(schedule):
@@ -963,6 +1220,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 output = self._predict(
                     model_input, model_schedule[index], class_labels, guidance_channels, guided, position
                 )
+                overflows |= ~torch.isfinite(output).flatten(1).all(dim=1)  # a scheduler that clips would hide it
                 latents = self.scheduler.step(output, timestep, latents, **step_options, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     available = {"latents": latents, "class_labels": class_labels}
@@ -971,7 +1229,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                     latents = changed.get("latents", latents)
                     class_labels = changed.get("class_labels", class_labels)
                 progress_bar.update()
-        self._check_finite("latents", latents)
+        self._check_finite("latents", latents, overflows=overflows)
 
         # 4. Decode
         images = latents if output_type == "latent" else self.decode_latents(latents, output_type, generator)

@@ -57,7 +57,7 @@ def preset_config(name: PresetName) -> dict[str, int]:
     Raises:
         ValueError: if there is no such preset.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
     preset = PRESETS[name]
     return {

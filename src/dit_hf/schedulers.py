@@ -94,6 +94,6 @@ def trained_options(name: SchedulerRecipe, config: Mapping) -> dict[str, Any]:
 
 
 def _recipe(name):
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f"There is no scheduler recipe {name!r}; choose one of {', '.join(RECIPES)}.")
     return RECIPES[name]

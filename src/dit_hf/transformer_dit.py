@@ -12,8 +12,9 @@ that needs them is missing.
 """
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,19 @@ FREQUENCY_DIM = 256
 NORM_EPS = 1e-6
 # Initial standard deviation of the embedding table and of the timestep MLP.
 EMBEDDING_STD = 0.02
+# Ranges of the sizes, far beyond every published model: a configuration must not ask for any memory it likes.
+SIZES = {
+    "sample_size": (1, 2**14),
+    "patch_size": (1, 2**14),
+    "in_channels": (1, 2**16),
+    "num_layers": (1, 2**10),
+    "num_attention_heads": (1, 2**12),
+    "attention_head_dim": (1, 2**14),
+    "num_classes": (1, 2**28),
+}
+FACTORS = {"mlp_ratio": 2**10, "timestep_scale": 10**6}
+MAX_PARAMETERS = 2**34
+MAX_TOKENS = 2**18
 
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
@@ -295,6 +309,98 @@ def count_modulation_vectors(conditioning: str, modulation_shift: bool) -> int:
     return 2 * (1 + (conditioning == "adaln_zero") + modulation_shift)
 
 
+def count_weights(config: Mapping) -> int:
+    """
+    Parameters of a model, biases and norms left out.
+
+    Args:
+        config (`Mapping`): A `DiTTransformer2DModel`'s config.
+
+    Returns:
+        `int`
+    """
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    patch_values = config["in_channels"] * config["patch_size"] ** 2
+    vectors = count_modulation_vectors(config["conditioning"], config["modulation_shift"])
+    hidden_dim = int(dim * config["mlp_ratio"])
+    ff = 3 * dim * swiglu_width(dim, config["mlp_ratio"]) if config["ff"] == "swiglu" else 2 * dim * hidden_dim
+    attention = 4 * dim**2 * (2 if config["conditioning"] == "cross_attention" else 1)
+    block = attention + ff + vectors * dim**2
+    head = dim * patch_values * (2 if config["learn_sigma"] else 1) + (2 * dim**2 if vectors else 0)
+    classes = config["num_classes"] + int(config["class_dropout_prob"] > 0)
+    embed = dim * (patch_values + FREQUENCY_DIM + dim + classes)
+    return embed + config["num_layers"] * block + head
+
+
+def check_config(config: Mapping) -> None:
+    """
+    Checks a model's options before anything is allocated.
+
+    Args:
+        config (`Mapping`): All arguments of `DiTTransformer2DModel`.
+
+    Raises:
+        ValueError: naming the option, its value and the allowed ones.
+    """
+    for name, (smallest, largest) in SIZES.items():
+        size = config[name]
+        if isinstance(size, bool) or not isinstance(size, int) or not smallest <= size <= largest:
+            raise ValueError(f"`{name}` is {size!r}; it must be a whole number from {smallest} to {largest}.")
+    for name, bound in FACTORS.items():
+        if not is_real(config[name]) or not 0 < config[name] <= bound:
+            raise ValueError(f"`{name}` is {config[name]!r}; it must be a number above 0, at most {bound}.")
+    if not is_real(config["class_dropout_prob"]) or not 0 <= config["class_dropout_prob"] <= 1:
+        raise ValueError(f"`class_dropout_prob` is {config['class_dropout_prob']!r}; it must be from 0 to 1.")
+    for name in ("learn_sigma", "qk_norm", "modulation_shift"):
+        if not isinstance(config[name], bool):
+            raise ValueError(f"`{name}` is {config[name]!r}; it must be True or False.")
+    choices = {"conditioning": CONDITIONINGS, "position_embedding": POSITION_EMBEDDINGS}
+    for name, allowed in (choices | {"norm": NORMS, "ff": FEED_FORWARDS}).items():
+        if config[name] not in allowed:
+            raise ValueError(f"`{name}` is {config[name]!r}; it must be one of {', '.join(allowed)}.")
+    _check_sizes_fit(**{name: config[name] for name in SIZES})
+    _check_designs_fit(config)
+    if int(config["num_attention_heads"] * config["attention_head_dim"] * config["mlp_ratio"]) < 2:
+        raise ValueError(f"`mlp_ratio` is {config['mlp_ratio']!r}, which leaves the feed-forward layers no width.")
+    if (count := count_weights(config)) > MAX_PARAMETERS:
+        sizes = ", ".join(f"`{name}` {config[name]}" for name in SIZES)
+        raise ValueError(
+            f"A model of {sizes} and `mlp_ratio` {config['mlp_ratio']} has {count:,} parameters; at most "
+            f"{MAX_PARAMETERS:,} are possible."
+        )
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a finite number, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_sizes_fit(sample_size, patch_size, num_attention_heads, attention_head_dim, **_):
+    if sample_size % patch_size != 0:
+        raise ValueError(f"`sample_size` {sample_size} is not divisible by `patch_size` {patch_size}.")
+    if (sample_size // patch_size) ** 2 > MAX_TOKENS:
+        raise ValueError(
+            f"`sample_size` {sample_size} has {(sample_size // patch_size) ** 2:,} patches of {patch_size}; at most "
+            f"{MAX_TOKENS:,} are possible."
+        )
+    dim = num_attention_heads * attention_head_dim
+    if dim % 4 != 0:
+        raise ValueError(
+            f"The width `num_attention_heads` × `attention_head_dim` = {num_attention_heads} × "
+            f"{attention_head_dim} = {dim} must be divisible by 4, for two axes of sines and cosines."
+        )
+
+
+def _check_designs_fit(config):
+    conditioning, head_dim = config["conditioning"], config["attention_head_dim"]
+    if conditioning not in ADAPTIVE and not config["modulation_shift"]:
+        raise ValueError(f"`modulation_shift=False` needs adaptive norms; `conditioning` {conditioning!r} has none.")
+    if config["position_embedding"] == "sincos+rope" and conditioning == "in_context":
+        raise ValueError("`position_embedding='sincos+rope'` has no place for the tokens of 'in_context'.")
+    if config["position_embedding"] == "sincos+rope" and head_dim % 4 != 0:
+        raise ValueError(f"`attention_head_dim` is {head_dim}; 'sincos+rope' needs a multiple of 4.")
+
+
 class DiTBlock(nn.Module):
     """
     Adaptive layer norm block: `conditioning="adaln_zero"` scales both branches by regressed gates (DiT fig. 3), and
@@ -470,40 +576,10 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         timestep_scale: float = 1.0,
     ):
         super().__init__()
+        check_config(self.config)
         dim = num_attention_heads * attention_head_dim
-        options = {
-            "conditioning": (conditioning, CONDITIONINGS),
-            "position_embedding": (position_embedding, POSITION_EMBEDDINGS),
-            "norm": (norm, NORMS),
-            "ff": (ff, FEED_FORWARDS),
-        }
-        for name, (option, allowed) in options.items():
-            if option not in allowed:
-                raise ValueError(f"`{name}` is {option!r}; it must be one of {', '.join(allowed)}.")
         self.is_adaptive = conditioning in ADAPTIVE
-        if not self.is_adaptive and not modulation_shift:
-            raise ValueError(
-                f"`modulation_shift=False` needs adaptive norms; `conditioning` {conditioning!r} has none."
-            )
         rotary = position_embedding == "sincos+rope"
-        if rotary and conditioning == "in_context":
-            raise ValueError("`position_embedding='sincos+rope'` has no place for the tokens of 'in_context'.")
-        if rotary and attention_head_dim % 4 != 0:
-            raise ValueError(f"`attention_head_dim` is {attention_head_dim}; 'sincos+rope' needs a multiple of 4.")
-        counts = {"sample_size": sample_size, "patch_size": patch_size, "in_channels": in_channels}
-        counts |= {"num_layers": num_layers, "num_classes": num_classes}
-        for name, size in counts.items():
-            if size < 1:
-                raise ValueError(f"`{name}` is {size}; it must be at least 1.")
-        if not 0 <= class_dropout_prob <= 1:
-            raise ValueError(f"`class_dropout_prob` is {class_dropout_prob}; it must be from 0 to 1.")
-        if sample_size % patch_size != 0:
-            raise ValueError(f"`sample_size` {sample_size} is not divisible by `patch_size` {patch_size}.")
-        if dim < 4 or dim % 4 != 0:
-            raise ValueError(
-                f"The width `num_attention_heads` × `attention_head_dim` = {num_attention_heads} × "
-                f"{attention_head_dim} = {dim} must be divisible by 4, for two axes of sines and cosines."
-            )
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
 
         # 1. Embed patches, time and class
@@ -621,18 +697,36 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             `forward`'s `modulation`.
 
         Raises:
-            ValueError: if `conditioning` is not `"adaln_zero"` or `"adaln"`.
+            ValueError: if `conditioning` is not `"adaln_zero"` or `"adaln"`, or the ids or the shapes don't fit.
         """
         if not self.is_adaptive:
             raise ValueError(f"`conditioning` {self.config.conditioning!r} has no modulation.")
+        if not isinstance(class_labels, torch.Tensor) or class_labels.ndim != 1:
+            raise ValueError(f"`class_labels` is {class_labels!r}; it must be a tensor of shape (rows,).")
+        self._check_class_ids(class_labels)
+        if isinstance(timestep, torch.Tensor) and timestep.shape not in ((), (1,), class_labels.shape):
+            raise ValueError(
+                f"`timestep` has shape {tuple(timestep.shape)}; it must be that of `class_labels`, "
+                f"{tuple(class_labels.shape)}."
+            )
         keep_labels = torch.zeros_like(class_labels)
         condition = self._embed_condition(timestep, class_labels, keep_labels, len(class_labels))
         condition = F.silu(condition.to(self.pos_embed.proj.weight.dtype))
         layers: list[Any] = [*(block.modulation for block in self.transformer_blocks), self.norm_out.linear]
         return torch.cat([layer(condition) for layer in layers], dim=1)
 
+    def _check_class_ids(self, class_labels):
+        """Values are checked on the CPU only, as a GPU would have to wait."""
+        if class_labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"`class_labels` has dtype {class_labels.dtype}; it must hold class ids (torch.int64).")
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling() and len(class_labels):
+            last = self.config.num_classes - (self.config.class_dropout_prob == 0)
+            low, high = (bound.item() for bound in class_labels.aminmax())
+            if not 0 <= low <= high <= last:
+                raise ValueError(f"`class_labels` holds {high if low >= 0 else low}; the allowed ids are 0 to {last}.")
+
     def _check_inputs(self, hidden_states, timestep, class_labels, force_drop_ids, modulation):
-        """Refuses what does not fit; values of labels are checked on the CPU only, as a GPU would have to wait."""
+        """Refuses what does not fit."""
         patch_size = self.config.patch_size
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
             raise ValueError(
@@ -647,13 +741,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
                 f"`class_labels` has shape {tuple(class_labels.shape)}; a batch of {hidden_states.shape[0]} needs "
                 f"({hidden_states.shape[0]},)."
             )
-        if class_labels.is_floating_point() or class_labels.dtype == torch.bool:
-            raise ValueError(f"`class_labels` has dtype {class_labels.dtype}; it must hold class ids (torch.int64).")
-        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling() and len(class_labels):
-            last = self.config.num_classes - (self.config.class_dropout_prob == 0)
-            low, high = (bound.item() for bound in class_labels.aminmax())
-            if not 0 <= low <= high <= last:
-                raise ValueError(f"`class_labels` holds {high if low >= 0 else low}; the allowed ids are 0 to {last}.")
+        self._check_class_ids(class_labels)
         if isinstance(timestep, torch.Tensor) and timestep.shape not in ((), (1,), class_labels.shape):
             raise ValueError(
                 f"`timestep` has shape {tuple(timestep.shape)}; it must be a number or that of `class_labels`, "

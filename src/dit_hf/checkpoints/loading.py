@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 
-from .bounds import check_config
 from .family import Family, computed_tables
 from .links import download, is_link
 from .parsing import Checkpoint, parse_checkpoint
@@ -62,7 +61,6 @@ def build_model(model_class, checkpoint: Checkpoint, path: str | Path, dtype: to
     Raises:
         ValueError: if a key is missing, unknown or of another shape.
     """
-    check_config(checkpoint.config, f"Checkpoint {path}")
     try:
         with init_empty_weights():
             model = model_class(**checkpoint.config)

@@ -1,0 +1,216 @@
+"""
+Folders of models and pipelines, checked before diffusers loads them. It allocates what a configuration asks for, takes
+missing weights from whatever is in memory, and has many kinds of errors for a damaged file.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import diffusers
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from safetensors import safe_open
+
+from .files import check_file, read_json, reading
+from .pipeline_dit_class_cond import is_finite
+from .transformer_dit import MAX_PARAMETERS
+
+
+MODEL_CONFIG = "config.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+WEIGHTS = re.compile(
+    r"diffusion_pytorch_model(?:\.(?P<variant>[^.-]+))?(?:-\d+-of-\d+)?(?:\.[^.-]+)?\.(?P<kind>safetensors|bin)"
+)
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# Bounds of the numbers in another library's configuration, beyond every published one.
+MAX_NUMBER = 2**20
+MAX_LAYERS = 256
+MAX_TIMESTEPS = 2**17
+# Attention in the autoencoders of diffusers before 0.16, which it still reads.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def read_index(path: str | Path) -> dict[str, Any]:
+    """
+    Reads a `model_index.json`.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Returns:
+        `dict`: whose `transformer` and `scheduler`, and `vae` if there is one, are a library and a class.
+
+    Raises:
+        ValueError: naming the file and the key that holds something else.
+    """
+    index = read_config(path)
+    for name in ("transformer", "scheduler", "vae"):
+        entry = index.get(name, [None, None] if name == "vae" else None)
+        pair = entry if isinstance(entry, list) and len(entry) == 2 else []
+        none = name == "vae" and pair == [None, None]
+        if not none and not (pair and all(isinstance(word, str) and word.isidentifier() for word in pair)):
+            raise ValueError(f'{path} has {name}: {entry!r}; it must be a library and a class, ["diffusers", "…"].')
+    return index
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """
+    Reads a configuration of diffusers.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Returns:
+        `dict`
+
+    Raises:
+        ValueError: naming the file and the key that diffusers would stumble over.
+    """
+    config = read_json(path)
+    for name in ("_use_default_values", "_ignore_files"):
+        value = config.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            raise ValueError(f"{path} has {name}: {value!r}; it must be a list of names.")
+    if not isinstance(config.get("quantization_config", {}), dict):
+        raise ValueError(f"{path} has quantization_config: {config['quantization_config']!r}; it must be an object.")
+    return config
+
+
+def check_pipeline_folder(
+    folder: str | Path, index: Mapping[str, Any], given: Collection[str] = (), variant: str | None = None
+) -> None:
+    """
+    Checks the scheduler and the autoencoder of a pipeline; the transformer is checked where it is loaded.
+
+    Args:
+        folder (`str` or `Path`): The folder of the pipeline.
+        index (`Mapping`): From `read_index`.
+        given (`Collection[str]`): Components that are not loaded from the folder.
+        variant (`str`, *optional*): Of the weights.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    folder = Path(folder)
+    if "scheduler" not in given:
+        scheduler_class = find_class(folder, index, "scheduler", SchedulerMixin)
+        path = folder / "scheduler" / SCHEDULER_CONFIG
+        config = read_config(path)
+        check_numbers(config, path)
+        steps = config.get("num_train_timesteps", 1000)
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
+            raise ValueError(
+                f"{path} has num_train_timesteps: {steps!r}; it must be a whole number from 1 to {MAX_TIMESTEPS}."
+            )
+        with reading(path, f"the config of a {scheduler_class.__name__}"):
+            scheduler = scheduler_class.from_config(config)
+            if not config.get("use_dynamic_shifting"):
+                scheduler.set_timesteps(min(4, steps))
+    if "vae" not in given and index.get("vae", [None, None]) != [None, None]:
+        vae_class = find_class(folder, index, "vae", ModelMixin)
+        path = folder / "vae" / MODEL_CONFIG
+        config = read_config(path)
+        check_numbers(config, path)
+        with reading(path, f"the config of an {vae_class.__name__}"), torch.device("meta"):
+            vae = vae_class.from_config(config)
+        if sum(parameter.numel() for parameter in vae.parameters()) > MAX_PARAMETERS:
+            raise ValueError(f"{path} describes more than {MAX_PARAMETERS:,} parameters.")
+        if "quantization_config" not in config:
+            check_weights(path.parent, vae, variant, all_known=False)
+
+
+def find_class(folder: Path, index: Mapping[str, Any], name: str, kind: type) -> Any:
+    """The class of diffusers that an index names for a component; `ValueError` if there is none of the kind."""
+    library, class_name = index[name]
+    found = getattr(diffusers, class_name, None) if library in ("diffusers", "dit_hf") else None
+    fits = isinstance(found, type) and issubclass(found, kind) and (name != "vae" or hasattr(found, "decode"))
+    if not fits:
+        what = "scheduler" if name == "scheduler" else "autoencoder"
+        raise ValueError(
+            f"{folder / 'model_index.json'} has {name}: {index[name]!r}, and diffusers {diffusers.__version__} has no "
+            f"such {what}. To use one of your own, load it and pass it as `{name}=`."
+        )
+    return found
+
+
+def check_numbers(value: Any, path: str | Path, key: str = "", depth: int = 0) -> None:
+    """Raises `ValueError` for a number that is not finite, or so large that a model of it would fill the memory."""
+    if isinstance(value, (dict, list)):
+        entries = value.items() if isinstance(value, dict) else ((key, entry) for entry in value)
+        if len(value) > MAX_TIMESTEPS or depth > 8:
+            raise ValueError(f"{path} has {key}: {str(value)[:100]}…, which is too large.")
+        for name, entry in entries:
+            check_numbers(entry, path, f"{key}.{name}" if isinstance(value, dict) and key else name, depth + 1)
+    elif isinstance(value, (int, float)):
+        largest = MAX_LAYERS if "layers" in key else MAX_NUMBER
+        if not isinstance(value, bool) and (not is_finite(value) or abs(value) > largest):
+            raise ValueError(f"{path} has {key}: {str(value)[:100]}; it must be a number of at most {largest:,}.")
+
+
+def check_weights(folder: Path, model: torch.nn.Module, variant: str | None = None, all_known: bool = True) -> None:
+    """
+    Holds the weights in a folder against a model: names, shapes and types of its tensors.
+
+    Args:
+        folder (`Path`): The folder; without weights in it nothing is checked.
+        model (`torch.nn.Module`): Of the folder's configuration, on any device.
+        variant (`str`, *optional*): Of the weights, if there are files of it.
+        all_known (`bool`, defaults to `True`): Whether tensors are refused that the model has not.
+
+    Raises:
+        ValueError: naming the file and the first tensor that is missing, unknown, or of another shape or type.
+    """
+    files: dict[tuple[str, str | None], list[Path]] = {}
+    for file in sorted(folder.glob("*")):
+        if match := WEIGHTS.fullmatch(file.name):
+            files.setdefault((match["kind"], match["variant"]), []).append(file)
+    order = [(kind, each) for each in (variant, None) for kind in ("safetensors", "bin")]
+    chosen = next((files[key] for key in order if key in files), None)
+    if chosen is None:
+        return
+    check_shards(folder)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = set()
+    for file in chosen:
+        for key, (shape, dtype) in read_header(file).items():
+            for old, new in OLD_NAMES.items():
+                key = key if key in expected else key.replace(old, new)
+            found.add(key)
+            if dtype not in FLOATS:
+                raise ValueError(f"{file}: {key!r} has type {dtype}; weights are floating-point numbers.")
+            # Old attention layers were convolutions of one pixel, or the other way round.
+            same = key not in expected or [side for side in shape if side > 1] == [s for s in expected[key] if s > 1]
+            if not same:
+                raise ValueError(f"{file}: {key!r} has shape {shape}; the config needs {expected[key]}.")
+            if key not in expected and all_known:
+                raise ValueError(f"{file}: {key!r} is no weight of the model that the config describes.")
+    if missing := sorted(expected.keys() - found):
+        raise ValueError(f"{chosen[0]}: {missing[0]!r} is missing, as are {len(missing) - 1} other weights.")
+
+
+def check_shards(folder: Path) -> None:
+    """Raises `ValueError` if an index of weights names files outside of its folder, or is no index."""
+    for path in folder.glob("*.index*.json"):
+        weight_map = read_json(path).get("weight_map")
+        names = weight_map.values() if isinstance(weight_map, dict) else [None]
+        if stray := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise ValueError(f"{path} has the file {stray[0]!r} in its weight_map; it must be one beside it.")
+
+
+def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and types of a file's tensors, by name; `ValueError` if it is damaged or holds something else."""
+    check_file(file)
+    if file.suffix == ".bin":
+        with reading(file, "weights"):
+            weights = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
+        if not isinstance(weights, dict) or not all(isinstance(each, torch.Tensor) for each in weights.values()):
+            raise ValueError(f"{file} must hold a dictionary of tensors.")
+        return {str(key): (tuple(each.shape), TYPES.get(each.dtype, str(each.dtype))) for key, each in weights.items()}
+    with reading(file, "safetensors weights"), safe_open(file, framework="pt") as tensors:
+        slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  it is no dictionary
+        return {key: (tuple(each.get_shape()), each.get_dtype()) for key, each in slices.items()}
