@@ -27,15 +27,9 @@ from dit_hf.data.pixels import normalize_pixels
 from dit_hf.data.reader import ImageReader
 from dit_hf.evaluation.features import EfficientNetLite0
 from dit_hf.training.batches import SeededBatches
-from dit_hf.training.checkpointing import (
-    check_same_settings,
-    checkpoint_step,
-    list_checkpoints,
-    record_settings,
-    save_checkpoint,
-    truncate_log,
-)
+from dit_hf.training.checkpointing import checkpoint_step, list_checkpoints, save_checkpoint
 from dit_hf.training.ema import WeightAverage
+from dit_hf.training.records import check_same_settings, record_settings, truncate_log
 from dit_hf.training.running import only_run, start_accelerator
 
 
