@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ ACCELERATE = re.compile(
     r"model(_\d+)?\.safetensors|optimizer(_\d+)?\.bin|scaler\.pt|random_states_\d+\.pkl"
     r"|pytorch_model_fsdp(_\d+)?(_rank\d+)?\.bin|optimizer(_\d+)?_rank\d+\.bin"
     r"|(pytorch_model_fsdp|optimizer)_\d+/(\.metadata|__\d+_\d+\.distcp)"
-    r"|latest|zero_to_fp32\.py|pytorch_model(_\d+)?/\w+\.pt"
+    r"|latest|zero_to_\w+\.py|pytorch_model(_\d+)?/\w+\.pt"
 )
 # Version 0.2 had accelerate pickle our states, in the order in which they were registered, and had no manifest.
 PICKLED = re.compile(r"custom_checkpoint_\d+\.pkl|scheduler\.bin")
@@ -44,6 +45,13 @@ INDEX_GLOBALS = re.compile(
     r"|pathlib(\._local)?\.(Posix|Windows)Path|collections\.OrderedDict|builtins\.set"
 )
 
+# What DeepSpeed saves beside tensors: classes that hold settings and counters.
+DEEPSPEED = {
+    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+}
+
 
 @contextmanager
 def weights_only() -> Iterator[None]:
@@ -51,8 +59,11 @@ def weights_only() -> Iterator[None]:
     force, never = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name, None) for name in (force, never)}
     os.environ[force] = "1"
+    loaded = [(sys.modules[module], names) for module, names in DEEPSPEED.items() if module in sys.modules]
+    allowed: list[Any] = [getattr(module, name) for module, names in loaded for name in names]
     try:
-        yield
+        with torch.serialization.safe_globals(allowed):
+            yield
     finally:
         del os.environ[force]
         os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -21,7 +21,7 @@ from diffusers.utils import logging
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from ..files import check_writable
+from ..files import check_folder
 from ..models import DiTTransformer2DModel
 from .alignment import AlignmentHead
 from .batches import SeededBatches
@@ -415,7 +415,7 @@ def check_resume(config: TrainingConfig, settings: Mapping[str, Any]) -> None:
         ValueError: if there is no such checkpoint, it is damaged or of a run with other settings, or there is none but
             results that would be overwritten.
     """
-    checkpoint = checkpoint_to_resume(check_writable(config.output_dir), config.resume_from_checkpoint)
+    checkpoint = checkpoint_to_resume(check_folder(config.output_dir), config.resume_from_checkpoint)
     if checkpoint is None:
         check_fresh_start(config.output_dir, RESULTS, SETTINGS_FILE)
         return
