@@ -223,7 +223,7 @@ def test_arguments_that_do_not_fit_are_named(tmp_path):
         check_batch(6, 2, 2)
     for name, value, allowed in (
         ("max_train_steps", 0, "at least 1"),
-        ("flip_probability", 1.5, "between 0 and 1"),
+        ("flip_probability", 1.5, "at least 0 and at most 1"),
         ("ema_decay", 1.0, "below 1"),
         ("on_spike", "ignore", "one of skip, rewind, stop"),
     ):

@@ -248,10 +248,8 @@ def training_config(args, num_processes: int) -> TrainingConfig:
 def check_output(args) -> None:
     """Checks that the output folder can be written, and lies in nothing that is read."""
     check_folder(args.output_dir, "--output_dir")
-    for flag in ("latents_dir", "pretrained_model_name_or_path", "vae", "alignment_encoder"):
-        source = getattr(args, flag)
-        if source is not None and Path(source).is_dir():
-            check_apart(args.output_dir, source, "--output_dir")
+    if args.latents_dir is not None:
+        check_apart(args.output_dir, args.latents_dir, "--output_dir")
 
 
 class Training:
@@ -313,7 +311,6 @@ class Training:
         if self.reader is not None and not args.streaming:
             SeededBatches(len(self.reader.dataset), args.total_batch_size)  # too large a batch, before the work
         if args.proj_coeff:
-            check_depth(self.transformer, args.alignment_depth)
             self.encoder = load_encoder(args.alignment_encoder).to(accelerator.device)
         keep = args.pretrained_model_name_or_path is not None
         if args.latents_dir is not None:
@@ -323,6 +320,8 @@ class Training:
             SeededBatches(len(self.latents.labels), args.total_batch_size)
         elif not args.cache_latents:
             self.latents = EncodedImages(self.vae, self.reader, self.encoder)
+        if args.proj_coeff:
+            check_depth(self.transformer, args.alignment_depth)
         self.facts = {name: getattr(args, name) for name in COMPARED}
         if self.reader is not None:
             self.facts |= {name: getattr(args, name) for name in DATA}

@@ -224,7 +224,7 @@ def load_checkpoint(accelerator, checkpoint: Path, states: Mapping[str, Any]) ->
         if accelerator.is_main_process:
             verify_checkpoint(checkpoint)
         accelerator.wait_for_everyone()
-        with weights_only(), reading(checkpoint, "checkpoint"), accelerate_files(checkpoint) as folder:
+        with weights_only(checkpoint), reading(checkpoint, "checkpoint"), accelerate_files(checkpoint) as folder:
             accelerator.load_state(str(folder))
         load_states(checkpoint, states)
     except ValueError as error:

@@ -10,7 +10,6 @@ import os
 import pickle
 import re
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,28 +44,37 @@ INDEX_GLOBALS = re.compile(
     r"|pathlib(\._local)?\.(Posix|Windows)Path|collections\.OrderedDict|builtins\.set"
 )
 
-# What DeepSpeed saves beside tensors: classes that hold settings and counters.
-DEEPSPEED = {
-    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
-    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
-    "deepspeed.utils.tensor_fragment": ("fragment_address",),
-}
-
 
 @contextmanager
-def weights_only() -> Iterator[None]:
-    """Whatever a library asks for in this block, torch unpickles tensors and numbers alone."""
+def weights_only(folder: str | Path | None = None) -> Iterator[None]:
+    """
+    Whatever a library asks for in this block, torch unpickles tensors and numbers alone.
+
+    Args:
+        folder (`str` or `Path`, *optional*): The checkpoint that is read; DeepSpeed's have a few more classes.
+    """
     force, never = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name, None) for name in (force, never)}
     os.environ[force] = "1"
-    loaded = [(sys.modules[module], names) for module, names in DEEPSPEED.items() if module in sys.modules]
-    allowed: list[Any] = [getattr(module, name) for module, names in loaded for name in names]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(_deepspeed_classes(folder)):
             yield
     finally:
         del os.environ[force]
         os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _deepspeed_classes(folder):
+    """What DeepSpeed saves beside tensors: classes that hold settings and counters."""
+    if folder is None or not (Path(folder) / "pytorch_model").is_dir():
+        return []
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+    except ImportError as error:
+        raise ValueError(f"{folder} is a checkpoint of DeepSpeed, which is not installed ({error}).") from None
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def write_states(folder: str | Path, states: Mapping[str, dict], is_main_process: bool = True) -> None:
@@ -210,8 +218,9 @@ def check_checkpoint(folder: str | Path) -> None:
     for name in found:
         if listed is not None and (size := (folder / name).stat().st_size) != listed[name]["bytes"]:
             raise ValueError(f"{folder / name} is damaged: it has {size:,} bytes of {listed[name]['bytes']:,}.")
-    for name in found:
-        _check_content(folder / name)
+    with weights_only(folder):
+        for name in found:
+            _check_content(folder / name)
 
 
 def _read_manifest(folder):
@@ -239,7 +248,7 @@ def _check_content(path):
     elif path.name == ".metadata":
         _check_index(path)
     elif path.suffix in (".bin", ".pkl", ".pt"):
-        with weights_only(), reading(path, "state of a training"):
+        with reading(path, "state of a training"):
             try:
                 load_data(path, map_location="cpu", mmap=True)
             except pickle.UnpicklingError as error:
