@@ -23,8 +23,9 @@ from dit_hf.data.latents import CachedLatents, normalise_latents
 from dit_hf.data.pixels import normalize_pixels
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.batches import SeededBatches
-from dit_hf.training.checkpointing import list_checkpoints, save_checkpoint, truncate_log
+from dit_hf.training.checkpointing import list_checkpoints, save_checkpoint
 from dit_hf.training.objectives import VelocityObjective, draw_batch
+from dit_hf.training.records import truncate_log
 
 
 TRAIN_AUTOENCODER = ROOT / "examples" / "train_autoencoder" / "train_autoencoder.py"

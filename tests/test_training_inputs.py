@@ -145,12 +145,7 @@ def test_bad_input_is_named_before_the_first_step(workspace, tmp_path, flags, me
     assert "error: " in error
     written = {path.name for path in (tmp_path / "run").glob("*")} - {"latents", ".lock", ".lock_holder"}
     assert not written  # and nothing at all, but for what only encoding the images shows
-    assert (
-        "can't be read" in error
-        or "blocks 1 to 2" in error
-        or "--features" in error
-        or not (tmp_path / "run").exists()
-    )
+    assert "can't be read" in error or not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -195,8 +190,8 @@ def test_training_from_another_architecture_is_one_line(workspace, tmp_path, mon
         ({"lora_rank": 4}, "--lora_rank has no effect without --pretrained"),
         ({"latents_dir": "here"}, "--dataset_name has no effect with --latents_dir"),
         ({"alignment_depth": 1}, "--alignment_depth has no effect without --proj_coeff"),
-        ({"checkpointing_steps": 0}, "invalid positive value: '0'"),
-        ({"max_train_steps": -1}, "invalid positive value: '-1'"),
+        ({"checkpointing_steps": 0}, "'0' is not a whole number at least 1"),
+        ({"max_train_steps": -1}, "'-1' is not a whole number at least 1"),
         ({"lr_scheduler": "steps"}, "invalid choice: 'steps'"),
         ({"vae": None}, "--vae is missing"),
         ({"objective": "epsilon", "time_sampling": "uniform"}, "--time_sampling has no effect on epsilon"),

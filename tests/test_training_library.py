@@ -14,10 +14,11 @@ from testing_utils.training_runs import read_log
 
 from dit_hf.data.latents import CachedLatents
 from dit_hf.training.alignment import AlignmentHead
-from dit_hf.training.checkpointing import check_same_settings, checkpoint_to_resume, record_settings
+from dit_hf.training.checkpointing import checkpoint_to_resume
 from dit_hf.training.config import TrainingConfig
 from dit_hf.training.ema import WeightAverage
 from dit_hf.training.objectives import LogitNormal, Objective, VelocityObjective
+from dit_hf.training.records import check_same_settings, record_settings
 from dit_hf.training.running import StopRequest, only_run
 from dit_hf.training.trainer import Trainer, check_batch
 
@@ -222,7 +223,7 @@ def test_arguments_that_do_not_fit_are_named(tmp_path):
         check_batch(6, 2, 2)
     for name, value, allowed in (
         ("max_train_steps", 0, "at least 1"),
-        ("flip_probability", 1.5, "between 0 and 1"),
+        ("flip_probability", 1.5, "at least 0 and at most 1"),
         ("ema_decay", 1.0, "below 1"),
         ("on_spike", "ignore", "one of skip, rewind, stop"),
     ):

@@ -24,7 +24,7 @@ from dit_hf.evaluation.extractors import Features, extract, load_extractor
 from dit_hf.evaluation.metrics import compute_metrics
 from dit_hf.evaluation.samples import sample_images, sample_labels
 from dit_hf.evaluation.sources import ImageSource
-from dit_hf.training.checkpointing import check_same_settings, record_settings
+from dit_hf.training.records import check_same_settings, record_settings
 
 
 TRAIN = Path(__file__).resolve().parents[1] / "train_class_cond" / "train_dit.py"

@@ -4,14 +4,18 @@
     python examples/train_autoencoder/train_autoencoder.py --dataset_name outputs/emoji64 \
         --output_dir outputs/autoencoder
 
-Expected: 0.73 s per step of 32 images on 2 cores. Re-run the same command to resume; Ctrl-C ends with exit code 130.
+Expected: 0.73 s per step of 32 images on 2 cores. Re-run the same command to resume; Ctrl-C saves and ends with
+exit code 130.
 
 Shapes: `B` images of a batch, `(B, 3, H, W)` pixels in [-1, 1], `(B, 4, H/4, W/4)` latents.
 """
 
 import json
+import sys
+import tempfile
 import time
 from pathlib import Path
+from signal import Signals
 
 import torch
 import torch.nn.functional as F
@@ -20,25 +24,41 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
 from tqdm import tqdm
 
-from dit_hf.command_line import ArgumentParser, run
+from dit_hf.command_line import ArgumentParser, integer, real, run
 from dit_hf.data.folders import check_output_outside_data
 from dit_hf.data.images import load_image_dataset
 from dit_hf.data.pixels import normalize_pixels
 from dit_hf.data.reader import ImageReader
 from dit_hf.evaluation.features import EfficientNetLite0
+from dit_hf.files import PARTIAL, check_folder
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import (
-    check_same_settings,
+    check_resumable,
     checkpoint_step,
     list_checkpoints,
-    record_settings,
+    load_checkpoint,
     save_checkpoint,
+)
+from dit_hf.training.config import COUNT, NOT_NEGATIVE, RANGES
+from dit_hf.training.ema import WeightAverage
+from dit_hf.training.guard import TrainingStopped, check_losses
+from dit_hf.training.records import (
+    append_record,
+    begin,
+    check_fresh_start,
+    check_same_settings,
+    read_losses,
+    record_settings,
     truncate_log,
 )
-from dit_hf.training.ema import WeightAverage
-from dit_hf.training.running import only_run, start_accelerator
+from dit_hf.training.running import StopRequest, only_run, start_accelerator
 
 
+SETTINGS_FILE, LOG_FILE = "training_config.json", "train_log.jsonl"
+# What a run writes beside its checkpoints.
+RESULTS = (LOG_FILE, "vae", "reconstruction-*.png")
+# Groups of a normalisation, which the channels are divided into.
+GROUPS = 8
 # Settings that a resumed run may change; any other makes it another run.
 MAY_CHANGE = (
     *("max_train_steps", "output_dir", "checkpointing_steps", "checkpoints_total_limit", "validation_images"),
@@ -56,7 +76,7 @@ def build_autoencoder(resolution, block_out_channels, latent_channels):
         block_out_channels=block_out_channels,
         layers_per_block=1,
         latent_channels=latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=GROUPS,
         mid_block_add_attention=False,
         scaling_factor=1.0,
         force_upcast=False,
@@ -101,30 +121,46 @@ def validate(vae, images, path):
 def parse_args():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", required=True, help="Hub id or folder with a train and a test split.")
-    parser.add_argument("--holdout", type=float, default=0.0, help="Fraction to hold out of data with one split.")
+    parser.add_argument(
+        "--holdout", type=real(at_least=0, below=1), default=0.0, help="Fraction to hold out of data with one split."
+    )
     parser.add_argument("--image_column", default="image", help="Column with images.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Checkpoints, samples and the final weights.")
-    parser.add_argument("--resolution", type=int, default=64, help="Pixels per side.")
-    parser.add_argument("--block_out_channels", type=int, nargs="+", default=[24, 48, 96], help="Channels per level.")
-    parser.add_argument("--latent_channels", type=int, default=4, help="Channels of the latents.")
-    parser.add_argument("--train_batch_size", type=int, default=32, help="Images per step.")
-    parser.add_argument("--max_train_steps", type=int, default=3000, help="Optimizer steps.")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="Peak of the cosine schedule.")
-    parser.add_argument("--lr_warmup_steps", type=int, default=100, help="Steps of linear warm-up.")
-    parser.add_argument("--perceptual_weight", type=float, default=0.3, help="Weight of the feature distance.")
-    parser.add_argument("--perceptual_resolution", type=int, default=64, help="Pixels per side for the features.")
-    parser.add_argument("--kl_weight", type=float, default=1e-3, help="Weight of the mean KL of a latent value.")
-    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradient clipping.")
-    parser.add_argument("--ema_decay", type=float, default=0.995, help="Decay of the averaged weights.")
-    parser.add_argument("--checkpointing_steps", type=int, default=250, help="Steps between checkpoints.")
-    parser.add_argument("--checkpoints_total_limit", type=int, default=2, help="Checkpoints kept.")
+    parser.add_argument("--resolution", type=integer(at_least=8), default=64, help="Pixels per side.")
+    parser.add_argument(
+        "--block_out_channels", type=integer(at_least=1), nargs="+", default=[24, 48, 96], help="Channels per level."
+    )
+    parser.add_argument("--latent_channels", type=COUNT.flag, default=4, help="Channels of the latents.")
+    parser.add_argument("--train_batch_size", type=COUNT.flag, default=32, help="Images per step.")
+    parser.add_argument("--max_train_steps", type=COUNT.flag, default=3000, help="Optimizer steps.")
+    parser.add_argument(
+        "--learning_rate", type=RANGES["learning_rate"].flag, default=1e-3, help="Peak of the cosine schedule."
+    )
+    parser.add_argument(
+        "--lr_warmup_steps", type=RANGES["lr_warmup_steps"].flag, default=100, help="Steps of linear warm-up."
+    )
+    parser.add_argument(
+        "--perceptual_weight", type=NOT_NEGATIVE.flag, default=0.3, help="Weight of the feature distance."
+    )
+    parser.add_argument(
+        "--perceptual_resolution", type=integer(at_least=32), default=64, help="Pixels per side for the features."
+    )
+    parser.add_argument(
+        "--kl_weight", type=NOT_NEGATIVE.flag, default=1e-3, help="Weight of the mean KL of a latent value."
+    )
+    parser.add_argument("--max_grad_norm", type=RANGES["max_grad_norm"].flag, default=1.0, help="Gradient clipping.")
+    parser.add_argument(
+        "--ema_decay", type=RANGES["ema_decay"].flag, default=0.995, help="Decay of the averaged weights."
+    )
+    parser.add_argument("--checkpointing_steps", type=COUNT.flag, default=250, help="Steps between checkpoints.")
+    parser.add_argument("--checkpoints_total_limit", type=COUNT.flag, default=2, help="Checkpoints kept.")
     parser.add_argument(
         "--resume_from_checkpoint",
         default="latest",
         help="`latest` of OUTPUT_DIR if any, a checkpoint's path, or `never`.",
     )
-    parser.add_argument("--validation_images", type=int, default=256, help="Held-out images reconstructed.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the order, flips and noise.")
+    parser.add_argument("--validation_images", type=COUNT.flag, default=256, help="Held-out images reconstructed.")
+    parser.add_argument("--seed", type=RANGES["seed"].flag, default=0, help="Seed of the order, flips and noise.")
     return parser.parse_args()
 
 
@@ -163,74 +199,130 @@ def read_images(args):
 
 def main():
     args = parse_args()
+    check_folder(args.output_dir, "--output_dir")
     check_output_outside_data(args.output_dir, args.dataset_name)
+    factor = 2 ** (len(args.block_out_channels) - 1)
+    if args.resolution % factor or any(channels % GROUPS for channels in args.block_out_channels):
+        raise ValueError(
+            f"--resolution {args.resolution} must be divisible by {factor}, and --block_out_channels by {GROUPS}."
+        )
+    checkpoint, _ = start_checkpoint(args)
+    if not list_checkpoints(args.output_dir):
+        check_fresh_start(args.output_dir, RESULTS, SETTINGS_FILE)
+    if checkpoint is not None:
+        check_same_settings(checkpoint.parent / SETTINGS_FILE, vars(args), MAY_CHANGE)
+        check_resumable(checkpoint)
     accelerator = start_accelerator()
     if accelerator.num_processes > 1:
         raise ValueError(f"This script trains in one process; it was started in {accelerator.num_processes}.")
     print(json.dumps(vars(args), indent=2, default=str))
-    with only_run(args.output_dir):
-        train(args, accelerator)
-
-
-def train(args, accelerator):
-    """All steps, from the checkpoint to start from."""
-    checkpoint, step = start_checkpoint(args)
-    if checkpoint is not None:
-        check_same_settings(checkpoint.parent / "training_config.json", vars(args), MAY_CHANGE)
     images, held_out = read_images(args)
-    held_out = held_out.to(accelerator.device)
-    record_settings(args.output_dir / "training_config.json", vars(args))
+    SeededBatches(len(images), args.train_batch_size)  # too large a batch, before the work
+    with only_run(args.output_dir), StopRequest() as stop:
+        step = Training(args, accelerator, images, held_out).run(stop)
+    if step < args.max_train_steps:
+        print(f"Stopped at step {step} by {Signals(stop.signal).name}; run the same command again to resume.")
+        sys.exit(128 + stop.signal)
+    check_losses(read_losses(args.output_dir / LOG_FILE))
+    print(f"Autoencoder: {args.output_dir / 'vae'}")
 
-    torch.manual_seed(args.seed)
-    vae = build_autoencoder(args.resolution, args.block_out_channels, args.latent_channels)
-    vae.to(accelerator.device, memory_format=torch.channels_last)
-    features = EfficientNetLite0(args.perceptual_resolution)
-    features.to(accelerator.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
-    ema = WeightAverage(vae.parameters(), decay=args.ema_decay)
-    vae, optimizer, schedule = accelerator.prepare(vae, optimizer, schedule)
-    accelerator.register_for_checkpointing(ema)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-    truncate_log(args.output_dir / "train_log.jsonl", step)
 
-    batches = SeededBatches(len(images), args.train_batch_size, args.seed)
-    latent_side = args.resolution // 2 ** (len(args.block_out_channels) - 1)
-    noise_shape = (args.train_batch_size, args.latent_channels, latent_side, latent_side)
+class Training:
+    """One run: networks, optimizer and data, and where it is."""
 
-    started, first = time.time(), step
-    progress = tqdm(total=args.max_train_steps, initial=step, mininterval=10)
-    with open(args.output_dir / "train_log.jsonl", "a", encoding="utf-8") as log:
-        while step < args.max_train_steps:
-            generator = batches.generator(step)
-            batch = normalize_pixels(images[batches.indices(step)])
-            flip = torch.rand(len(batch), generator=generator) < 0.5
-            batch = torch.where(flip[:, None, None, None], batch.flip(-1), batch)
-            noise = torch.randn(noise_shape, generator=generator)
-            batch = batch.to(accelerator.device, memory_format=torch.channels_last)
-            terms = autoencoder_loss(vae, features, batch, noise.to(accelerator.device), args)
-            accelerator.backward(terms["loss"])
-            accelerator.clip_grad_norm_(vae.parameters(), args.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            ema.step(vae.parameters())
+    def __init__(self, args, accelerator, images, held_out):
+        self.args, self.accelerator, self.images = args, accelerator, images
+        self.held_out = held_out.to(accelerator.device)
+        torch.manual_seed(args.seed)
+        vae = build_autoencoder(args.resolution, args.block_out_channels, args.latent_channels)
+        vae.to(accelerator.device, memory_format=torch.channels_last)
+        self.features = EfficientNetLite0(args.perceptual_resolution)
+        self.features.to(accelerator.device, memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+        self.schedule = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
+        self.ema = WeightAverage(vae.parameters(), decay=args.ema_decay)
+        self.vae, self.optimizer = accelerator.prepare(vae, optimizer)
+        self.states = {"ema": self.ema, "schedule": self.schedule}
+        self.batches = SeededBatches(len(images), args.train_batch_size, args.seed)
+
+    def start(self):
+        """Resumes, and records the settings; the number of finished steps."""
+        args = self.args
+        checkpoint, step = start_checkpoint(args)
+        if checkpoint is not None:
+            load_checkpoint(self.accelerator, checkpoint, self.states)
+        truncate_log(args.output_dir / LOG_FILE, step)
+        record_settings(args.output_dir / SETTINGS_FILE, vars(args))
+        begin(args.output_dir, resumed=bool(list_checkpoints(args.output_dir)))
+        return step
+
+    def run(self, stop):
+        """All steps, until the last or a signal; the number of finished ones."""
+        args = self.args
+        started, step = time.time(), self.start()
+        first, stopped = step, False
+        progress = tqdm(total=args.max_train_steps, initial=step, mininterval=10)
+        while step < args.max_train_steps and not stopped:
+            record = self.step(step)
             step += 1
             progress.update()
-            record = {"step": step} | {name: term.item() for name, term in terms.items()}
+            stopped = stop.signal != 0 and step < args.max_train_steps
             if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-                ema.store(vae.parameters())
-                ema.copy_to(vae.parameters())
-                record["psnr"] = validate(vae, held_out, args.output_dir / f"reconstruction-{step:06d}.png")
-                accelerator.unwrap_model(vae).save_pretrained(args.output_dir / "vae")
-                ema.restore(vae.parameters())
-                save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+                record["psnr"] = self.validate(step)
                 record["seconds_per_step"] = (time.time() - started) / (step - first)
                 progress.write(json.dumps(record))
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-    print(f"Autoencoder: {args.output_dir / 'vae'}")
+                self.save(step, record)
+            elif stopped:
+                self.save(step, record)
+            else:
+                append_record(args.output_dir / LOG_FILE, record)
+        return step
+
+    def step(self, step):
+        """One optimizer step; its record for the log."""
+        args, device = self.args, self.accelerator.device
+        generator = self.batches.generator(step)
+        batch = normalize_pixels(self.images[self.batches.indices(step)])
+        flip = torch.rand(len(batch), generator=generator) < 0.5
+        batch = torch.where(flip[:, None, None, None], batch.flip(-1), batch)
+        side = args.resolution // 2 ** (len(args.block_out_channels) - 1)
+        noise = torch.randn((args.train_batch_size, args.latent_channels, side, side), generator=generator)
+        batch = batch.to(device, memory_format=torch.channels_last)
+        terms = autoencoder_loss(self.vae, self.features, batch, noise.to(device), args)
+        self.accelerator.backward(terms["loss"])
+        norm = self.accelerator.clip_grad_norm_(self.vae.parameters(), args.max_grad_norm)
+        if not (terms["loss"].isfinite() and norm.isfinite()):
+            raise TrainingStopped(
+                f"Step {step + 1} is not finite: loss {terms['loss'].item()}, gradient norm {float(norm)}. The "
+                "checkpoints are of before; a lower --learning_rate may help."
+            )
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.vae.parameters())
+        return {"step": step + 1} | {name: term.item() for name, term in terms.items()}
+
+    def validate(self, step):
+        """PSNR of the averaged weights, which are saved as `vae`."""
+        folder, parameters = self.args.output_dir, list(self.vae.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        psnr = validate(self.vae, self.held_out, folder / f"reconstruction-{step:06d}.png")
+        with tempfile.TemporaryDirectory(
+            dir=folder, prefix=PARTIAL
+        ) as partial:  # each file is whole or the one before
+            self.accelerator.unwrap_model(self.vae).save_pretrained(partial)
+            (folder / "vae").mkdir(exist_ok=True)
+            for path in Path(partial).iterdir():
+                path.replace(folder / "vae" / path.name)
+        self.ema.restore(parameters)
+        return psnr
+
+    def save(self, step, record):
+        """The record and a checkpoint."""
+        append_record(self.args.output_dir / LOG_FILE, record)
+        limit = self.args.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.args.output_dir, step, limit, self.states)
 
 
 if __name__ == "__main__":

@@ -231,6 +231,28 @@ def check_writable(path: str | Path) -> Path:
     return path
 
 
+def check_folder(path: str | Path, flag: str = "the output") -> Path:
+    """
+    Checks before work that files can be written into a folder, as [`check_writable`].
+
+    Args:
+        path (`str` or `Path`): The folder; it need not exist.
+        flag (`str`): What it is called.
+
+    Returns:
+        `Path`
+
+    Raises:
+        ValueError: if it is a file, a link to nothing, or can't be written.
+    """
+    path = check_writable(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{flag} {path} is a file, not a folder.")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{flag} {path} is a link to {os.path.realpath(path)}, which does not exist.")
+    return path
+
+
 def check_apart(output: str | Path, source: str | Path, flag: str = "the output") -> None:
     """
     Refuses to write where a dataset is read: its next reader would take the output for a part of it.

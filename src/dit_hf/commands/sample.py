@@ -32,7 +32,7 @@ from ..evaluation.samples import (
 from ..pipeline import DiTClassCondPipeline
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import seeded_generator
-from ..training.checkpointing import check_same_settings, record_settings
+from ..training.records import check_same_settings, record_settings
 from ..training.running import only_run, start_accelerator
 
 

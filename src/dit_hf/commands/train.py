@@ -10,20 +10,21 @@ from signal import Signals
 
 import torch
 from accelerate.utils import DistributedType, set_seed
-from diffusers.optimization import SchedulerType
+from diffusers.utils import logging
 
 from ..bundled import resolve_pipeline
 from ..command_line import ArgumentParser, run
 from ..data.autoencoders import latent_channels, vae_statistics
 from ..data.latents import CachedLatents, EncodedImages, read_index
+from ..files import check_apart, check_folder
 from ..hub import BackgroundUploads, publish_folder
 from ..pipeline import DiTClassCondPipeline
 from ..presets import PRESETS
-from ..training.alignment import AlignmentHead, load_encoder
+from ..training.alignment import AlignmentHead, check_depth, load_encoder
 from ..training.batches import SeededBatches
-from ..training.config import TrainingConfig
+from ..training.config import COUNT, NOT_NEGATIVE, POSITIVE, RANGES, SCHEDULES, TrainingConfig
 from ..training.data import checksums, latent_size, open_latents, write_latents
-from ..training.guard import POLICIES
+from ..training.guard import LONG, POLICIES, TrainingStopped, loss_change
 from ..training.model import (
     check_architecture,
     check_prediction,
@@ -39,15 +40,20 @@ from ..training.model import (
 from ..training.objectives import OBJECTIVES, TIME_SAMPLERS
 from ..training.plan import training_plan
 from ..training.recipes import RECIPES
-from ..training.result import logged_distance, save_pipeline, training_facts
+from ..training.records import read_losses
+from ..training.result import check_hub, logged_distance, save_pipeline, training_facts
 from ..training.running import only_run, start_accelerator
-from ..training.trainer import Trainer, check_batch, check_resume, run_settings
-from ..training.validation import Validation
-from .latents import add_data_arguments, image_data, positive
+from ..training.trainer import LOG_FILE, Trainer, build_optimizer, check_batch, check_resume, run_settings
+from ..training.validation import Validation, check_sampling
+from .latents import add_data_arguments, image_data
 
+
+logger = logging.get_logger(__name__)
 
 # Flags that make a run what it is, beside the fields of `TrainingConfig`, the transformer, the objective and the data.
 COMPARED = ("lora_rank", "lora_alpha", "freeze", "alignment_encoder", "alignment_depth", "cache_latents")
+# And those that decide which images there are, if there are images. The fingerprint tells only that they have changed.
+DATA = ("split", "holdout", "resolution", "image_column", "label_column")
 
 # Flags that would be ignored in silence: flag, when, and why.
 IGNORED = (
@@ -104,7 +110,9 @@ def add_model_arguments(parser):
         default=True,
         help="Encode once into OUTPUT_DIR/latents, or as images are drawn.",
     )
-    data.add_argument("--flip_probability", type=float, default=0.5, help="Fraction of mirrored images.")
+    data.add_argument(
+        "--flip_probability", type=RANGES["flip_probability"].flag, default=0.5, help="Fraction of mirrored images."
+    )
     model = parser.add_argument_group("model")
     size = model.add_mutually_exclusive_group(required=True)
     size.add_argument("--preset", choices=PRESETS, help="A size of the paper.")
@@ -112,10 +120,15 @@ def add_model_arguments(parser):
     size.add_argument(
         "--pretrained_model_name_or_path", help="Pipeline whose weights to start from: folder, Hub id or bundled name."
     )
-    model.add_argument("--lora_rank", type=positive, help="Train adapters of this rank instead of all weights.")
-    model.add_argument("--lora_alpha", type=positive, help="Adapters count alpha / rank; the rank if not given.")
+    model.add_argument("--lora_rank", type=COUNT.flag, help="Train adapters of this rank instead of all weights.")
+    model.add_argument("--lora_alpha", type=COUNT.flag, help="Adapters count alpha / rank; the rank if not given.")
     model.add_argument("--freeze", nargs="+", default=[], help="Parts to keep: time_embed, transformer_blocks.0 ...")
-    model.add_argument("--class_dropout_prob", type=float, default=0.1, help="Fraction of samples without a label.")
+    model.add_argument(
+        "--class_dropout_prob",
+        type=RANGES["class_dropout_prob"].flag,
+        default=0.1,
+        help="Fraction of samples without a label.",
+    )
 
 
 def add_training_arguments(parser):
@@ -124,32 +137,54 @@ def add_training_arguments(parser):
     train.add_argument("--recipe", choices=RECIPES, help="A paper's settings; other flags replace single values.")
     train.add_argument("--objective", choices=OBJECTIVES, default="velocity", help="What is predicted.")
     train.add_argument("--time_sampling", choices=TIME_SAMPLERS, default="logit_normal", help="Of velocity's sigma.")
-    train.add_argument("--snr_gamma", type=float, help="Bound of min-SNR weights for epsilon; none if not given.")
+    train.add_argument(
+        "--snr_gamma", type=POSITIVE.flag, help="Bound of min-SNR weights for epsilon; none if not given."
+    )
     train.add_argument("--cosine_loss", action="store_true", help="Add LightningDiT's direction loss to velocity.")
-    train.add_argument("--proj_coeff", type=float, default=0.0, help="Weight of REPA's alignment; 0 is none.")
-    train.add_argument("--alignment_depth", type=positive, default=4, help="Block whose tokens are aligned, from 1.")
+    train.add_argument(
+        "--proj_coeff", type=RANGES["proj_coeff"].flag, default=0.0, help="Weight of REPA's alignment; 0 is none."
+    )
+    train.add_argument("--alignment_depth", type=COUNT.flag, default=4, help="Block whose tokens are aligned, from 1.")
     train.add_argument("--balance_classes", action="store_true", help="Draw all classes equally often.")
     batch = train.add_mutually_exclusive_group()
     batch.add_argument(
-        "--total_batch_size", type=positive, default=128, help="Samples of one optimizer step, over all processes."
+        "--total_batch_size",
+        type=RANGES["total_batch_size"].flag,
+        default=128,
+        help="Samples of one optimizer step, over all processes.",
     )
-    batch.add_argument("--train_batch_size", type=positive, help="Instead: samples of one micro-batch of one process.")
+    batch.add_argument(
+        "--train_batch_size", type=COUNT.flag, help="Instead: samples of one micro-batch of one process."
+    )
     train.add_argument(
-        "--gradient_accumulation_steps", type=positive, default=1, help="Micro-batches of one step of one process."
+        "--gradient_accumulation_steps",
+        type=RANGES["gradient_accumulation_steps"].flag,
+        default=1,
+        help="Micro-batches of one step of one process.",
     )
     train.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
     train.add_argument("--on_spike", choices=POLICIES, default="skip", help="What a spike of the loss leads to.")
-    train.add_argument("--max_train_steps", type=positive, default=4000, help="Optimizer steps.")
-    train.add_argument("--learning_rate", type=float, default=1e-3, help="Peak learning rate.")
-    train.add_argument("--layer_decay", type=float, default=1.0, help="A block's rate over that of the next one.")
-    schedules = [schedule.value for schedule in SchedulerType if schedule.value != "piecewise_constant"]
-    train.add_argument("--lr_scheduler", choices=schedules, default="cosine", help="A schedule of diffusers.")
-    train.add_argument("--lr_warmup_steps", type=int, default=100, help="Steps of linear warm-up.")
-    train.add_argument("--adam_beta2", type=float, default=0.99, help="AdamW's second beta.")
-    train.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's weight decay.")
+    train.add_argument("--max_train_steps", type=RANGES["max_train_steps"].flag, default=4000, help="Optimizer steps.")
+    train.add_argument("--learning_rate", type=RANGES["learning_rate"].flag, default=1e-3, help="Peak learning rate.")
+    train.add_argument(
+        "--layer_decay", type=RANGES["layer_decay"].flag, default=1.0, help="A block's rate over that of the next one."
+    )
+    train.add_argument("--lr_scheduler", choices=SCHEDULES, default="cosine", help="A schedule of diffusers.")
+    train.add_argument(
+        "--lr_warmup_steps", type=RANGES["lr_warmup_steps"].flag, default=100, help="Steps of linear warm-up."
+    )
+    train.add_argument("--adam_beta2", type=RANGES["adam_beta2"].flag, default=0.99, help="AdamW's second beta.")
+    train.add_argument("--weight_decay", type=RANGES["weight_decay"].flag, default=0.0, help="AdamW's weight decay.")
     train.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes.")
-    train.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradient clipping.")
-    train.add_argument("--ema_decay", type=float, default=0.999, help="Decay of the averaged weights in every step.")
+    train.add_argument(
+        "--max_grad_norm", type=RANGES["max_grad_norm"].flag, default=1.0, help="Gradient clipping; `inf` for none."
+    )
+    train.add_argument(
+        "--ema_decay",
+        type=RANGES["ema_decay"].flag,
+        default=0.999,
+        help="Decay of the averaged weights in every step.",
+    )
     train.add_argument(
         "--ema_warmup",
         action=argparse.BooleanOptionalAction,
@@ -162,28 +197,37 @@ def add_training_arguments(parser):
         help="Keep what `python -m dit_hf.commands.choose_ema` needs, in OUTPUT_DIR/ema.",
     )
     train.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="accelerate's own if not given.")
-    train.add_argument("--seed", type=int, default=0, help="Seed of weights, order and draws.")
+    train.add_argument("--seed", type=RANGES["seed"].flag, default=0, help="Seed of weights, order and draws.")
 
 
 def add_output_arguments(parser):
     """Flags of what is written, looked at and published."""
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", type=Path, required=True, help="Cache, checkpoints, samples, final pipeline.")
-    output.add_argument("--checkpointing_steps", type=positive, default=500, help="Steps between checkpoints.")
-    output.add_argument("--checkpoints_total_limit", type=positive, default=2, help="Checkpoints kept.")
+    output.add_argument(
+        "--checkpointing_steps",
+        type=RANGES["checkpointing_steps"].flag,
+        default=500,
+        help="Steps between checkpoints.",
+    )
+    output.add_argument(
+        "--checkpoints_total_limit", type=RANGES["checkpoints_total_limit"].flag, default=2, help="Checkpoints kept."
+    )
     output.add_argument(
         "--resume_from_checkpoint",
         default="latest",
         metavar="{latest,never,PATH}",
         help="Checkpoint of OUTPUT_DIR to resume from; `never` refuses a folder that holds one.",
     )
-    output.add_argument("--validation_steps", type=positive, default=500, help="Steps between sample grids.")
-    output.add_argument("--validation_classes", type=positive, default=10, help="Rows of a sample grid.")
-    output.add_argument("--validation_images_per_class", type=positive, default=8, help="Columns of a sample grid.")
-    output.add_argument("--validation_inference_steps", type=positive, default=25, help="Sampler steps of a grid.")
+    output.add_argument(
+        "--validation_steps", type=RANGES["validation_steps"].flag, default=500, help="Steps between sample grids."
+    )
+    output.add_argument("--validation_classes", type=COUNT.flag, default=10, help="Rows of a sample grid.")
+    output.add_argument("--validation_images_per_class", type=COUNT.flag, default=8, help="Columns of a sample grid.")
+    output.add_argument("--validation_inference_steps", type=COUNT.flag, default=25, help="Sampler steps of a grid.")
     output.add_argument("--validation_split", help="Split whose images the samples' Fréchet distance is taken to.")
-    output.add_argument("--validation_images", type=positive, default=1000, help="How many of them at most.")
-    output.add_argument("--guidance_scale", type=float, default=3.0, help="Guidance of a grid.")
+    output.add_argument("--validation_images", type=COUNT.flag, default=1000, help="How many of them at most.")
+    output.add_argument("--guidance_scale", type=NOT_NEGATIVE.flag, default=3.0, help="Guidance of a grid.")
     output.add_argument("--dry_run", action="store_true", help="Print what the run would take, and write nothing.")
     output.add_argument("--report_to", help="A tracker of accelerate: tensorboard, wandb ...")
     output.add_argument(
@@ -199,6 +243,13 @@ def training_config(args, num_processes: int) -> TrainingConfig:
         args.total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     check_batch(args.total_batch_size, num_processes, args.gradient_accumulation_steps)
     return TrainingConfig(**{entry.name: getattr(args, entry.name) for entry in fields(TrainingConfig)})
+
+
+def check_output(args) -> None:
+    """Checks that the output folder can be written, and lies in nothing that is read."""
+    check_folder(args.output_dir, "--output_dir")
+    if args.latents_dir is not None:
+        check_apart(args.output_dir, args.latents_dir, "--output_dir")
 
 
 class Training:
@@ -264,17 +315,33 @@ class Training:
         keep = args.pretrained_model_name_or_path is not None
         if args.latents_dir is not None:
             self.latents = open_latents(args.latents_dir, self.vae, args.resolution, self.encoder, keep)
+            if args.proj_coeff and self.latents.feature_dim is None:
+                raise ValueError(f"{args.latents_dir} holds no features; precompute it with --features.")
+            SeededBatches(len(self.latents.labels), args.total_batch_size)
         elif not args.cache_latents:
             self.latents = EncodedImages(self.vae, self.reader, self.encoder)
+        if args.proj_coeff:
+            check_depth(self.transformer, args.alignment_depth)
         self.facts = {name: getattr(args, name) for name in COMPARED}
         if self.reader is not None:
+            self.facts |= {name: getattr(args, name) for name in DATA}
             made_by = checksums(self.vae, self.encoder)
             self.facts["latents"] = self.data.fingerprint(self.reader, args.shard_size, **made_by)
         else:
             self.facts["latents"] = self.latents.index["fingerprint"]
         if keep or not args.cache_latents:
             self.facts["statistics"] = vae_statistics(self.vae)
+        build_optimizer(self.config, self.transformer)  # its library may be missing
+        check_sampling(self.pipeline(self.transformer), **self.sampling)
+        if args.push_to_hub and accelerator.is_main_process:
+            check_hub(args.hub_model_id)
         check_resume(self.config, run_settings(self.config, self.transformer, self.objective, accelerator, self.facts))
+
+    @property
+    def sampling(self):
+        """The settings of the calls that sample during training."""
+        scale = self.args.guidance_scale if self.args.class_dropout_prob else 1.0
+        return {"guidance_scale": scale, "num_inference_steps": self.args.validation_inference_steps}
 
     def pipeline(self, transformer):
         """The pipeline that is sampled during training and saved at its end."""
@@ -309,8 +376,6 @@ class Training:
             self.latents = open_latents(folder, self.vae, args.resolution, self.encoder, keep)
         latents, alignment = self.latents, None
         if args.proj_coeff:
-            if latents.feature_dim is None:
-                raise ValueError(f"{args.latents_dir} holds no features; precompute it with --features.")
             alignment = AlignmentHead(self.transformer, args.alignment_depth, latents.feature_dim)
         counts = zip(self.found, latents.labels.bincount(minlength=len(self.found)).tolist(), strict=True)
         accelerator.print(f"{len(latents.labels)} images: {', '.join(f'{name} {count}' for name, count in counts)}")
@@ -334,8 +399,7 @@ class Training:
                 self.held_out,
                 uploads,
                 main,
-                guidance_scale=args.guidance_scale if args.class_dropout_prob else 1.0,
-                num_inference_steps=args.validation_inference_steps,
+                **self.sampling,
             )
             step = trainer.train(validation)
         if trainer.stopped_by:
@@ -345,9 +409,26 @@ class Training:
             self.save(trainer)
         return trainer.stopped_by
 
+    def check_improved(self, losses):
+        """
+        A long run from random weights whose loss has not fallen has trained nothing: an error. Weights that were
+        trained before may be as good already, and a learning rate of 0 is asked for: a warning.
+        """
+        change = loss_change(losses)
+        if change is None or len(losses) < LONG or change[1] < change[0]:
+            return
+        first, last = change
+        what = f"The loss did not fall: it was {first:.4g} in the first steps and is {last:.4g} in the last ones."
+        if self.args.pretrained_model_name_or_path is None and self.args.learning_rate > 0:
+            raise TrainingStopped(
+                f"{what} No pipeline is written; the checkpoints stay. Raise --learning_rate or --max_train_steps."
+            )
+        logger.warning(what)
+
     def save(self, trainer):
         """The pipeline folder with its card and, if asked for, its copy on the Hub; or the adapters."""
         args = self.args
+        self.check_improved(read_losses(args.output_dir / LOG_FILE))
         with trainer.averaged_transformer() as transformer:
             if not self.accelerator.is_main_process:
                 return
@@ -367,10 +448,13 @@ class Training:
 def main() -> None:
     """Trains as the command line says; a signal that stopped it gives the exit code, 128 + its number."""
     args = parse_args()
+    check_output(args)
     accelerator = start_accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir / "logs"
     )
     args.mixed_precision = accelerator.mixed_precision
+    if args.report_to and not accelerator.log_with:
+        raise ValueError(f"--report_to {args.report_to} needs its package: `pip install {args.report_to}`.")
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharded and (args.proj_coeff or args.lora_rank is not None or args.dry_run):
         raise ValueError("--proj_coeff, --lora_rank and --dry_run work with DDP, not with sharded weights.")

@@ -67,6 +67,14 @@ def load_encoder(name: str) -> nn.Module:
         ) from error
 
 
+def check_depth(transformer: DiTTransformer2DModel, depth: int) -> None:
+    """Checks that a transformer has a block to align; `ValueError` if not."""
+    if not 1 <= depth <= len(transformer.transformer_blocks):
+        raise ValueError(
+            f"The alignment's depth is {depth}; the transformer has blocks 1 to {len(transformer.transformer_blocks)}."
+        )
+
+
 class AlignmentHead(nn.Module):
     """
     Projects the tokens that leave one block to the encoder's features, and measures how well they agree.
@@ -82,9 +90,7 @@ class AlignmentHead(nn.Module):
 
     def __init__(self, transformer: DiTTransformer2DModel, depth: int, feature_dim: int):
         super().__init__()
-        blocks = transformer.transformer_blocks
-        if not 1 <= depth <= len(blocks):
-            raise ValueError(f"The alignment's depth is {depth}; the transformer has blocks 1 to {len(blocks)}.")
+        check_depth(transformer, depth)
         self.grid = 2 * (transformer.config.sample_size // transformer.config.patch_size,)
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         self.projector = nn.Sequential(
@@ -95,7 +101,7 @@ class AlignmentHead(nn.Module):
             nn.Linear(PROJECTOR_WIDTH, feature_dim),
         )
         self._tokens: list[torch.Tensor] = []
-        blocks[depth - 1].register_forward_hook(self._keep)
+        transformer.transformer_blocks[depth - 1].register_forward_hook(self._keep)
 
     def _keep(self, block, args, output):
         self._tokens[:] = [output]

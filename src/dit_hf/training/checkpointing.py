@@ -1,17 +1,29 @@
 """Checkpoints that are whole or absent: written to the side, renamed, then the oldest removed."""
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from ..files import first_line, reading, remove
+from .records import BEFORE_CHECKPOINT
+from .saved_state import (
+    MANIFEST,
+    accelerate_files,
+    check_checkpoint,
+    load_states,
+    verify_checkpoint,
+    weights_only,
+    write_manifest,
+    write_states,
+)
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -25,7 +37,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
         `list[Path]`: folders named `checkpoint-N`.
     """
     output_dir = Path(output_dir)
-    found = [path for path in output_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    found = [path for path in output_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=checkpoint_step)
 
 
@@ -42,15 +54,22 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit: int | None = None) -> Path:
+def save_checkpoint(
+    accelerator,
+    output_dir: str | Path,
+    step: int,
+    total_limit: int | None = None,
+    states: Mapping[str, Any] | None = None,
+) -> Path:
     """
-    Saves everything the accelerator knows (models, optimizers, schedulers, registered objects, RNG) atomically.
+    Saves everything the accelerator knows (models, optimizers, RNG) and other states, atomically.
 
     Args:
-        accelerator (`accelerate.Accelerator`): With all that must survive prepared or registered.
+        accelerator (`accelerate.Accelerator`): With models and optimizers prepared.
         output_dir (`str` or `Path`): The run's folder.
         step (`int`): Number of finished optimizer steps.
         total_limit (`int`, *optional*): Keep this many of the newest checkpoints.
+        states (`Mapping[str, Any]`, *optional*): Objects with `state_dict`, by name: averages, schedule …
 
     Returns:
         `Path`: `output_dir/checkpoint-step`.
@@ -58,27 +77,40 @@ def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit:
     Raises:
         OSError: if it can't be written; what was written of it is removed, and earlier checkpoints are as they were.
     """
+    main = accelerator.is_main_process
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(f"partial-{final.name}")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+    if main:
+        remove(partial)
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(partial))
+        # Every process takes part: weights may be sharded.
+        write_states(partial, {name: state.state_dict() for name, state in (states or {}).items()}, main)
+        accelerator.wait_for_everyone()
+        if main:
+            write_manifest(partial, step)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        kept = list_checkpoints(output_dir)
-        before = f"{kept[-1].name} is whole, the same command resumes from it" if kept else "there is none before"
-        raise OSError(f"{final} can't be written: {error} ({before})") from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
+        remove(partial)
+        raise OSError(f"{final} can't be written: {first_line(error)} ({_before(final)})") from error
+    if main:
+        if final.is_dir():
+            shutil.rmtree(final)
         os.replace(partial, final)
-        if total_limit is not None:
-            for old in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
+        remove(Path(output_dir) / BEFORE_CHECKPOINT)
+        for old in list_checkpoints(output_dir)[:-total_limit] if total_limit is not None else ():
+            if (old / MANIFEST).exists() or (old / "custom_checkpoint_0.pkl").exists():  # it is one of this package
+                remove(old)
     accelerator.wait_for_everyone()
     return final
+
+
+def _before(checkpoint):
+    """What is left to resume from when a checkpoint is not."""
+    earlier = [
+        path for path in list_checkpoints(checkpoint.parent) if checkpoint_step(path) < checkpoint_step(checkpoint)
+    ]
+    return f"{earlier[-1].name} is whole, the same command resumes from it" if earlier else "there is none before"
 
 
 def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | Path = "latest") -> Path | None:
@@ -123,7 +155,36 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | P
     return checkpoints[-1]
 
 
-def resume_from(accelerator, output_dir: str | Path, resume_from_checkpoint: str | Path = "latest") -> int:
+def check_resumable(checkpoint: Path) -> None:
+    """
+    Checks that a checkpoint can be resumed from, as [`~dit_hf.training.saved_state.check_checkpoint`] does.
+
+    Args:
+        checkpoint (`Path`): The checkpoint.
+
+    Raises:
+        ValueError: naming the file, and the checkpoint before it.
+    """
+    try:
+        check_checkpoint(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{error}{_way_out(checkpoint)}") from None
+
+
+def _way_out(checkpoint):
+    names = [path.name for path in list_checkpoints(checkpoint.parent)]
+    if checkpoint.name in names[1:]:
+        before = names[names.index(checkpoint.name) - 1]
+        return f" To resume from {before}, move {checkpoint.name} out of {checkpoint.parent}."
+    return f" There is no checkpoint before {checkpoint.name}."
+
+
+def resume_from(
+    accelerator,
+    output_dir: str | Path,
+    resume_from_checkpoint: str | Path = "latest",
+    states: Mapping[str, Any] | None = None,
+) -> int:
     """
     Loads a checkpoint, if there is one to resume from.
 
@@ -131,104 +192,40 @@ def resume_from(accelerator, output_dir: str | Path, resume_from_checkpoint: str
         accelerator (`accelerate.Accelerator`): Prepared as when the checkpoint was saved.
         output_dir (`str` or `Path`): The run's folder.
         resume_from_checkpoint (`str` or `Path`, defaults to `"latest"`): As for [`checkpoint_to_resume`].
+        states (`Mapping[str, Any]`, *optional*): As for [`save_checkpoint`].
 
     Returns:
         `int`: the number of finished steps, 0 for a fresh start.
 
     Raises:
-        ValueError: as [`checkpoint_to_resume`].
+        ValueError: as [`checkpoint_to_resume`], or if the checkpoint is damaged or holds what does not belong there.
     """
     checkpoint = checkpoint_to_resume(output_dir, resume_from_checkpoint)
     if checkpoint is None:
         return 0
-    accelerator.load_state(str(checkpoint))
+    load_checkpoint(accelerator, checkpoint, states or {})
     return checkpoint_step(checkpoint)
 
 
-def check_same_settings(
-    file: str | Path,
-    settings: Mapping[str, Any],
-    may_change: Collection[str],
-    defaults: Mapping[str, Any] | None = None,
-) -> None:
+def load_checkpoint(accelerator, checkpoint: Path, states: Mapping[str, Any]) -> None:
     """
-    Refuses to resume a run with other settings than it was started with.
+    Loads a checkpoint once it is checked in full; nothing is loaded of one that is refused.
 
     Args:
-        file (`str` or `Path`): What [`record_settings`] wrote; it need not exist.
-        settings (`Mapping`): All settings; values are compared as JSON.
-        may_change (`Collection[str]`): Settings that a resumed run may change, such as the number of steps.
-        defaults (`Mapping`, *optional*):
-            Values that stand for settings which the record of an older version lacks. A setting that is in neither is
-            not compared.
+        accelerator (`accelerate.Accelerator`): Prepared as when the checkpoint was saved.
+        checkpoint (`Path`): The checkpoint.
+        states (`Mapping[str, Any]`): As for [`save_checkpoint`].
 
     Raises:
-        ValueError: naming the settings that differ.
+        ValueError: naming the file, and the checkpoint before it.
     """
-    file = Path(file)
-    if not file.exists():
-        return
-    before = json.loads(json.dumps(dict(defaults or {}), default=str)) | read_settings(file)
-    changed = [
-        _describe_change(name, before[name], value)
-        for name, value in json.loads(json.dumps(dict(settings), default=str)).items()
-        if name not in may_change and name in before and before[name] != value
-    ]
-    if changed:
-        raise ValueError(f"{file.parent} holds a run with other settings: {'; '.join(changed)}. Use a new folder.")
-
-
-def _describe_change(name, before, value):
-    if name == "latents":  # a fingerprint
-        return f"the images, or what encodes them, have changed (latents {before[:8]} and {value[:8]})"
-    return f"{name} was {before!r} and is {value!r}"
-
-
-def read_settings(file: str | Path) -> dict[str, Any]:
-    """
-    Reads what [`record_settings`] wrote.
-
-    Args:
-        file (`str` or `Path`): The record.
-
-    Returns:
-        `dict`: as this version names settings. Version 0.1 named the total batch size `train_batch_size`, always let
-        the decay of its averages rise (`ema_warmup`), and knew no fingerprint of images without a cache.
-    """
-    settings = json.loads(Path(file).read_text(encoding="utf-8"))
-    if "total_batch_size" not in settings and "train_batch_size" in settings:
-        settings["total_batch_size"] = settings.pop("train_batch_size")
-        settings.setdefault("ema_warmup", True)
-    return {name: value for name, value in settings.items() if (name, value) != ("latents", None)}
-
-
-def record_settings(file: str | Path, settings: dict) -> None:
-    """
-    Writes a run's settings for [`check_same_settings`] of its resumption.
-
-    Args:
-        file (`str` or `Path`): Its folder is created if it does not exist.
-        settings (`dict`): All settings; what is no JSON is written as text.
-    """
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"partial-{file.name}")
-    partial.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, file)
-
-
-def truncate_log(file: str | Path, step: int) -> None:
-    """
-    Removes the lines of steps after the checkpoint that a run resumes from, as these steps are repeated.
-
-    Args:
-        file (`str` or `Path`): JSON lines with a `step` each; it need not exist.
-        step (`int`): The checkpoint's step.
-    """
-    file = Path(file)
-    if file.exists():
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        partial = file.with_name(f"partial-{file.name}")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, file)
+    check_resumable(checkpoint)
+    try:
+        if accelerator.is_main_process:
+            verify_checkpoint(checkpoint)
+        accelerator.wait_for_everyone()
+        with weights_only(checkpoint), reading(checkpoint, "checkpoint"), accelerate_files(checkpoint) as folder:
+            accelerator.load_state(str(folder))
+        load_states(checkpoint, states)
+    except ValueError as error:
+        raise ValueError(f"{error}{_way_out(checkpoint)}") from None

@@ -1,10 +1,87 @@
 """Settings of a training run, and which of them a resumed run may change."""
 
+import math
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from diffusers.optimization import SchedulerType
+
+from ..command_line import integer, real
 from .guard import POLICIES
+
+
+# Schedules of diffusers; `piecewise_constant` needs rules that there is no setting for.
+SCHEDULES = tuple(schedule.value for schedule in SchedulerType if schedule.value != "piecewise_constant")
+# The largest seed that numpy takes, with which accelerate seeds.
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """
+    The values of a number: for a setting in Python, and as the type of a flag.
+
+    Args:
+        whole (`bool`): Whether it counts something.
+        at_least, at_most, above, below (`float`, *optional*): The ends; infinity is no value.
+        or_infinite (`bool`, defaults to `False`): Except where it stands for no bound.
+    """
+
+    whole: bool
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    or_infinite: bool = False
+
+    def __str__(self):
+        ends = {"at least": self.at_least, "at most": self.at_most, "above": self.above, "below": self.below}
+        words = [f"{word} {end}" for word, end in ends.items() if end is not None]
+        what = "a whole number" if self.whole else "a finite number"
+        return f"{what} {' and '.join(words)}{', or inf' if self.or_infinite else ''}"
+
+    def check(self, name: str, value: Any) -> None:
+        """`ValueError` if a value is out of range, or no number."""
+        ok = isinstance(value, int if self.whole else int | float) and not isinstance(value, bool)
+        ok = ok and (math.isfinite(value) or (self.or_infinite and value == math.inf))
+        ok = ok and (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)
+        if not (ok and (self.at_most is None or value <= self.at_most) and (self.below is None or value < self.below)):
+            raise ValueError(f"`{name}` is {value!r}; it must be {self}.")
+
+    @property
+    def flag(self) -> Callable[[str], Any]:
+        """The type of a flag."""
+        if self.whole:
+            return integer(self.at_least, self.at_most)  # type: ignore[arg-type]
+        parse = real(self.at_least, self.at_most, self.above, self.below)
+        return (lambda text: math.inf if text == "inf" else parse(text)) if self.or_infinite else parse
+
+
+COUNT = Range(True, at_least=1)
+FRACTION = Range(False, at_least=0, at_most=1)
+POSITIVE = Range(False, above=0)
+NOT_NEGATIVE = Range(False, at_least=0)
+RANGES = {
+    "total_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "max_train_steps": COUNT,
+    "learning_rate": NOT_NEGATIVE,
+    "layer_decay": Range(False, above=0, at_most=1),
+    "lr_warmup_steps": Range(True, at_least=0),
+    "adam_beta2": Range(False, at_least=0, below=1),
+    "weight_decay": NOT_NEGATIVE,
+    "max_grad_norm": Range(False, above=0, or_infinite=True),
+    "ema_decay": Range(False, at_least=0, below=1),
+    "class_dropout_prob": FRACTION,
+    "flip_probability": FRACTION,
+    "proj_coeff": NOT_NEGATIVE,
+    "checkpointing_steps": COUNT,
+    "checkpoints_total_limit": COUNT,
+    "validation_steps": COUNT,
+    "seed": Range(True, at_least=0, at_most=MAX_SEED),
+}
 
 
 def _may_change(default=MISSING):
@@ -31,7 +108,7 @@ class TrainingConfig:
         adam_beta2 (`float`, defaults to 0.99): AdamW's second beta.
         weight_decay (`float`, defaults to 0.0): AdamW's weight decay.
         use_8bit_adam (`bool`, defaults to `False`): AdamW of bitsandbytes.
-        max_grad_norm (`float`, defaults to 1.0): The norm that gradients are clipped to.
+        max_grad_norm (`float`, defaults to 1.0): The norm that gradients are clipped to; infinite for none.
         ema_decay (`float`, defaults to 0.999): Decay of the averaged weights, the same in every step.
         ema_warmup (`bool`, defaults to `False`):
             Whether the decay rises to `ema_decay` as 1 - step^(-3/4), which suits runs that are short for their decay.
@@ -82,21 +159,19 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in (
-            *("total_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"),
-            *("checkpoints_total_limit", "validation_steps"),
-        ):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
-        for name in ("class_dropout_prob", "flip_probability"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"`{name}` is {value}; it must be between 0 and 1.")
-        if not 0 <= self.learning_rate < float("inf"):
-            raise ValueError(f"`learning_rate` is {self.learning_rate}; it must be at least 0.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` is {self.ema_decay}; it must be at least 0 and below 1.")
+        if "\0" in str(self.output_dir):
+            raise ValueError("`output_dir` holds a null byte.")
+        for entry in fields(self):
+            if entry.type in (bool, "bool") and not isinstance(getattr(self, entry.name), bool):
+                raise ValueError(f"`{entry.name}` is {getattr(self, entry.name)!r}; it must be True or False.")
+        for name, range_ in RANGES.items():
+            value = getattr(self, name)
+            if not (value is None and name == "checkpoints_total_limit"):
+                range_.check(name, value)
         if self.on_spike not in POLICIES:
             raise ValueError(f"`on_spike` is {self.on_spike!r}; it must be one of {', '.join(POLICIES)}.")
+        if self.lr_scheduler not in SCHEDULES:
+            raise ValueError(f"`lr_scheduler` is {self.lr_scheduler!r}; it must be one of {', '.join(SCHEDULES)}.")
 
 
 # Settings that a resumed run may change; any other makes it another run.

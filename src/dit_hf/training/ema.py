@@ -14,10 +14,12 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..files import check_file, reading, writing
 
-SNAPSHOT = re.compile(r"ema-(\d+)-([\d.]+)\.safetensors")
+
 # Relative standard deviations of the two profiles that are kept.
 KEPT = (0.05, 0.10)
+SNAPSHOT = re.compile(r"ema-([1-9]\d{0,14})-(0\.05|0\.10)\.safetensors")
 
 
 def _full(tensor):
@@ -25,6 +27,8 @@ def _full(tensor):
 
 
 def _sharded_like(tensor, like):
+    if tensor.shape != like.shape:
+        raise ValueError(f"it holds an average of shape {tuple(tensor.shape)} where {tuple(like.shape)} is needed")
     if isinstance(like, DTensor) and not isinstance(tensor, DTensor):
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor.to(like.device)
@@ -122,10 +126,8 @@ class PowerAverages:
             whole = {name: _full(weight).half().cpu() for name, weight in zip(names, averages, strict=True)}
             if is_main_process:
                 path = Path(folder) / f"ema-{self.steps}-{width:.2f}.safetensors"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(f"partial-{path.name}")
-                save_file(whole, partial)
-                partial.replace(path)
+                with writing(path) as partial:
+                    save_file(whole, partial)
 
     @staticmethod
     def drop_snapshots(folder: str | Path, step: int) -> None:
@@ -142,14 +144,14 @@ class PowerAverages:
 
     def state_dict(self) -> dict:
         """Everything a resumed run needs."""
-        averages = {width: [_full(weight) for weight in averages] for width, averages in self.averages.items()}
+        averages = {f"{width:.2f}": [_full(weight) for weight in kept] for width, kept in self.averages.items()}
         return {"steps": self.steps, "averages": averages}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores what `state_dict` returned; version 0.2 had numbers for the widths."""
         self.steps = state["steps"]
         for width, averages in self.averages.items():
-            saved = state["averages"][width]
+            saved = state["averages"].get(f"{width:.2f}") or state["averages"][width]
             self.averages[width] = [_sharded_like(new, old) for new, old in zip(saved, averages, strict=True)]
 
 
@@ -172,7 +174,7 @@ def average_after_training(folder: str | Path, sigma_rel: float, step: int | Non
         `dict[str, torch.Tensor]`: float32 weights by name.
 
     Raises:
-        ValueError: if there are no snapshots up to the step, or it is beyond the newest.
+        ValueError: if there are no snapshots up to the step, it is beyond the newest, or one is damaged.
     """
     found = {
         path: (profile_exponent(float(match[2])), int(match[1]))
@@ -194,6 +196,19 @@ def average_after_training(folder: str | Path, sigma_rel: float, step: int | Non
     coefficients = coefficients / coefficients.sum()  # of a weight that did not change, the average is that weight
     weights: dict[str, torch.Tensor] = {}
     for path, coefficient in zip(found, coefficients.tolist(), strict=True):
-        for name, tensor in load_file(path).items():
+        for name, tensor in _read_snapshot(path, weights).items():
             weights[name] = weights.get(name, 0) + coefficient * tensor.float()
     return weights
+
+
+def _read_snapshot(path, like):
+    """A snapshot, of the same weights as the others, all of them finite."""
+    with reading(check_file(path), "snapshot of averages"):
+        snapshot = load_file(path)
+    if like and {name: tensor.shape for name, tensor in snapshot.items()} != {
+        name: tensor.shape for name, tensor in like.items()
+    }:
+        raise ValueError(f"{path} is of another model than the other snapshots; move it away.")
+    if bad := [name for name, tensor in snapshot.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path} is damaged: {bad[0]} is not finite; move it away.")
+    return snapshot

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 
 
 POLICIES = ("skip", "rewind", "stop")
@@ -12,6 +13,8 @@ MIN_HISTORY = 50
 WINDOW = 200
 # What a guard keeps beside the recent losses.
 COUNTS = ("in_a_row", "skipped", "draw_offset", "rewound_to", "rewinds")
+# A run of this many steps tells whether the loss has fallen; a shorter one only whether it has exploded.
+LONG = 200
 
 
 class TrainingStopped(ValueError):
@@ -29,10 +32,12 @@ class LossGuard:
         max_in_a_row (`int`, defaults to 10): More bad steps than this one after the other end the run.
 
     Raises:
-        ValueError: if the policy is unknown.
+        ValueError: if the policy is unknown, or the number below 1.
     """
 
     def __init__(self, policy: str = "skip", max_in_a_row: int = 10):
+        if max_in_a_row < 1:
+            raise ValueError(f"`max_in_a_row` is {max_in_a_row}; it must be at least 1.")
         if policy not in POLICIES:
             raise ValueError(f"The policy is {policy!r}; it must be one of {', '.join(POLICIES)}.")
         self.policy, self.max_in_a_row = policy, max_in_a_row
@@ -106,6 +111,44 @@ class LossGuard:
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` returned."""
-        self.recent = deque(state["recent"], maxlen=WINDOW)
+        self.recent = deque(map(float, state["recent"]), maxlen=WINDOW)
         for name in COUNTS:
             setattr(self, name, state.get(name, getattr(self, name)))  # an older checkpoint has fewer
+
+
+def loss_change(losses: Sequence[float]) -> tuple[float, float] | None:
+    """
+    How the loss has changed over a run: the medians of its first and its last tenth, at least 5 steps each.
+
+    Args:
+        losses (`Sequence[float]`): Of all steps.
+
+    Returns:
+        `tuple[float, float]`: first and last; `None` for fewer than 10 steps.
+    """
+    window = max(len(losses) // 10, 5)
+    if len(losses) < 2 * window:
+        return None
+    return statistics.median(losses[:window]), statistics.median(losses[-window:])
+
+
+def check_losses(losses: Sequence[float]) -> None:
+    """
+    Refuses a run that has made the model worse: whose loss at the end is twice that of its start, or ten times if the
+    run is too short to tell more. A loss that only has not fallen is no error here, as that of fine-tuning may not.
+
+    Args:
+        losses (`Sequence[float]`): Of all steps that were taken.
+
+    Raises:
+        TrainingStopped: with both losses.
+    """
+    change = loss_change(losses)
+    if change is None or change[0] <= 0:  # a loss that can be negative has no such scale
+        return
+    first, last = change
+    if not last <= (2 if len(losses) >= LONG else 10) * first:
+        raise TrainingStopped(
+            f"Training made the model worse: the loss was {first:.4g} in the first steps and is {last:.4g} in the "
+            "last ones. No pipeline is written; the checkpoints stay. A lower learning rate may help."
+        )

@@ -29,10 +29,12 @@ def add_lora(model: DiTTransformer2DModel, rank: int, alpha: int) -> None:
         alpha (`int`): The adapters' output is scaled by alpha / rank.
 
     Raises:
-        ValueError: if the rank is not positive.
+        ValueError: if the rank or alpha is not positive.
     """
     if rank < 1:
         raise ValueError(f"The rank of the adapters is {rank}; it must be at least 1.")
+    if alpha < 1:
+        raise ValueError(f"The alpha of the adapters is {alpha}; it must be at least 1.")
     names = [name for name, _ in model.named_modules()]
     targets = [layer for layer in LAYERS if any(name.endswith(layer) for name in names)]
     model.requires_grad_(False)

@@ -16,6 +16,7 @@ from diffusers import SchedulerMixin
 
 from ..data.latents import normalise_latents
 from ..schedulers import DIFFUSION, SchedulerRecipe, make_scheduler
+from .config import POSITIVE, Range
 from .losses import diffusion_loss, min_snr_weight, velocity_loss
 
 
@@ -37,10 +38,17 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """Times whose logit is normal (Stable Diffusion 3, https://arxiv.org/abs/2403.03206, eq. 19)."""
+    """
+    Times whose logit is normal (Stable Diffusion 3, https://arxiv.org/abs/2403.03206, eq. 19); `ValueError` if its
+    mean is not finite, or its deviation not positive.
+    """
 
     mean: float = 0.0
     std: float = 1.0
+
+    def __post_init__(self):
+        Range(False).check("mean", self.mean)
+        POSITIVE.check("std", self.std)
 
     def __call__(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Times of shape `(count,)`."""
@@ -52,9 +60,15 @@ class LogitNormal:
 
 @dataclass(frozen=True)
 class MinSNR:
-    """Weights min(SNR, gamma) / SNR of an epsilon loss (Min-SNR, https://arxiv.org/abs/2303.09556)."""
+    """
+    Weights min(SNR, gamma) / SNR of an epsilon loss (Min-SNR, https://arxiv.org/abs/2303.09556); `ValueError` if gamma
+    is not positive.
+    """
 
     gamma: float = 5.0
+
+    def __post_init__(self):
+        POSITIVE.check("gamma", self.gamma)
 
     def __call__(self, timestep: torch.Tensor, diffusion: SchedulerMixin) -> torch.Tensor:
         """Weights of shape `(B,)` for timesteps of shape `(B,)`."""

@@ -1,15 +1,21 @@
 """What a finished training leaves: a pipeline folder with its card, or adapters, and its copy on the Hub."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
 from ..evaluation.cards import card_results
 from ..evaluation.extractors import EFFICIENTNET
+from ..files import first_line
 from ..hub import CardFacts
+from ..hub.connection import unreachable
 from ..hub.model_card import PIPELINE_TAG
+from .records import read_log
 from .trainer import LOG_FILE
 from .validation import DISTANCE, plot_losses
 
@@ -77,10 +83,33 @@ def save_pipeline(pipe, output_dir: str | Path, facts: CardFacts) -> Path:
 
 def loss_curve(output_dir: str | Path) -> tuple[list[int], list[float]]:
     """Steps and losses of a run's log."""
-    lines = [json.loads(line) for line in (Path(output_dir) / LOG_FILE).read_text(encoding="utf-8").splitlines()]
-    return [line["step"] for line in lines], [line["loss"] for line in lines]
+    records = [record for record in read_log(Path(output_dir) / LOG_FILE) if "loss" in record]
+    return [record["step"] for record in records], [record["loss"] for record in records]
 
 
 def logged_distance(output_dir: str | Path) -> float | None:
     """The Fréchet distance of a run's last step, if it was measured."""
-    return json.loads((Path(output_dir) / LOG_FILE).read_text(encoding="utf-8").splitlines()[-1]).get(DISTANCE)
+    *_, last = read_log(Path(output_dir) / LOG_FILE)
+    return last.get(DISTANCE)
+
+
+def check_hub(repo_id: str) -> None:
+    """
+    Checks before a training that its result can be published: the name of the repository, the connection, the token.
+
+    Args:
+        repo_id (`str`): `"name"` or `"user/name"`.
+
+    Raises:
+        ValueError: if the name is none.
+        OSError: if the Hub can't be reached, or refuses the token.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"--hub_model_id {repo_id!r} is no name of a repository: {first_line(error)}") from None
+    try:
+        HfApi().whoami()
+    except (HTTPError, OSError) as error:
+        reason = unreachable() or first_line(error)
+        raise OSError(f"--push_to_hub can't publish to {repo_id}: {reason}. Nothing was started.") from None

@@ -1,6 +1,7 @@
 """A run and the machine it runs on: one run per folder, a clean end on a signal, and the accelerator."""
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,8 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, PrecisionType
 from filelock import FileLock, Timeout
+
+from ..files import check_file, check_folder, first_line
+
+
+# Variables by which `accelerate launch` and `torchrun` tell a process what it is.
+ENVIRONMENT = re.compile(r"(ACCELERATE|FSDP|MASTER|TORCHELASTIC)_\w+|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)")
+# What ends a run after it is saved; SIGHUP is that of a terminal that is closed.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
 
 @contextmanager
@@ -23,14 +32,19 @@ def only_run(output_dir: str | Path) -> Iterator[None]:
     Raises:
         ValueError: if another process holds it.
     """
-    output_dir = Path(output_dir)
+    output_dir = check_folder(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     holder = output_dir / ".lock_holder"  # beside the lock, which other processes can't read on Windows
+    for path in (output_dir / ".lock", holder):
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, through which another file would be overwritten; remove it.")
+        if path.exists():
+            check_file(path)
     try:
         # A singleton, so that a command and the trainer that it calls can both hold the folder.
         lock = FileLock(output_dir / ".lock", timeout=0, is_singleton=True).acquire()
     except Timeout:
-        process = holder.read_text(encoding="utf-8") if holder.exists() else "unknown"
+        process = holder.read_text(encoding="utf-8", errors="replace")[:20] if holder.exists() else "unknown"
         raise ValueError(
             f"{output_dir} is in use by another run (process {process}); wait for it or choose another folder."
         ) from None
@@ -41,8 +55,9 @@ def only_run(output_dir: str | Path) -> Iterator[None]:
 
 class StopRequest:
     """
-    Whether SIGTERM or Ctrl-C has come, so that a run can save and end. A context manager, which restores the signal
-    handlers; a second Ctrl-C interrupts at once. Outside the main thread Python allows no handlers, and none are set.
+    Whether SIGTERM, SIGHUP or Ctrl-C has come, so that a run can save and end. A context manager, which restores the
+    signal handlers; a second Ctrl-C interrupts at once. Outside the main thread, where Python allows none, it does
+    nothing.
 
     Attributes:
         signal (`int`): Number of the signal that came, 0 if none.
@@ -51,11 +66,14 @@ class StopRequest:
     def __init__(self):
         self.signal = 0
         self._previous = {}
+        self._terminals = []
 
     def __enter__(self):
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._request)
+            for number in SIGNALS:
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_):
@@ -66,6 +84,11 @@ class StopRequest:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+        if number == getattr(signal, "SIGHUP", None):  # a terminal that is gone fails what is printed
+            silent = os.open(os.devnull, os.O_WRONLY)
+            for terminal in self._terminals:
+                os.dup2(silent, terminal)
+            os.close(silent)
 
 
 class DeepSpeedAccelerator(Accelerator):
@@ -122,10 +145,17 @@ def start_accelerator(**options) -> Accelerator:
         `Accelerator`
 
     Raises:
-        ValueError: if accelerate has started several processes that do not know of each other.
+        ValueError: if accelerate can't use the options or the environment variables, or has started several processes
+            that do not know of each other.
     """
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    accelerator = (DeepSpeedAccelerator if deepspeed else Accelerator)(**options)
+    try:
+        accelerator = (DeepSpeedAccelerator if deepspeed else Accelerator)(**options)
+        PrecisionType(accelerator.mixed_precision)
+    except Exception as error:
+        variables = ", ".join(name for name in sorted(os.environ) if ENVIRONMENT.fullmatch(name))
+        seen = f" Of the environment it reads {variables}." if variables else ""
+        raise ValueError(f"accelerate can't start: {first_line(error)}.{seen}") from error
     world_size = os.environ.get("WORLD_SIZE") or "1"
     if world_size != str(accelerator.num_processes):
         raise ValueError(

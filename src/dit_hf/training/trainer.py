@@ -18,25 +18,34 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from ..files import check_folder
 from ..models import DiTTransformer2DModel
 from .alignment import AlignmentHead
 from .batches import SeededBatches
 from .checkpointing import (
-    check_same_settings,
+    check_resumable,
     checkpoint_to_resume,
     list_checkpoints,
-    record_settings,
     resume_from,
     save_checkpoint,
-    truncate_log,
 )
 from .config import DEFAULTS, MAY_CHANGE, TrainingConfig
 from .ema import PowerAverages, WeightAverage
 from .finetuning import parameter_groups
-from .guard import LossGuard
+from .guard import LossGuard, TrainingStopped, check_losses
 from .objectives import Objective, draw_batch
+from .records import (
+    append_record,
+    begin,
+    check_fresh_start,
+    check_same_settings,
+    read_losses,
+    record_settings,
+    truncate_log,
+)
 from .running import StopRequest, only_run, start_accelerator
 from .validation import averaged_weights
 
@@ -45,6 +54,8 @@ logger = logging.get_logger(__name__)
 
 SETTINGS_FILE = "training_config.json"
 LOG_FILE = "train_log.jsonl"
+# What a run writes beside its checkpoints.
+RESULTS = (LOG_FILE, "samples", "ema/ema-*.safetensors", "pipeline", "pytorch_lora_weights.safetensors")
 # More of the initial weights than this in the final average deserve a warning.
 MAX_INITIAL_WEIGHT = 0.05
 
@@ -116,7 +127,7 @@ class Trainer:
         self.stopped_by = 0
 
     def _prepare(self, transformer, alignment):
-        """Wraps what is trained with accelerate, and registers all state for the checkpoints."""
+        """Wraps what is trained with accelerate, and collects all state for the checkpoints."""
         config, accelerator = self.config, self.accelerator
         transformer.to(accelerator.device).train()
         if config.gradient_checkpointing:
@@ -133,8 +144,9 @@ class Trainer:
         average = {"decay": config.ema_decay, "use_ema_warmup": config.ema_warmup, "power": 0.75}
         self.ema = WeightAverage(self.trainable(), **average)
         self.profiles = PowerAverages(self.trainable()) if config.ema_profiles else None
-        kept = (self.ema, self.schedule, self.guard, *([self.profiles] if self.profiles else []))
-        accelerator.register_for_checkpointing(*kept)
+        self.states = {"ema": self.ema, "schedule": self.schedule, "guard": self.guard}
+        if self.profiles is not None:
+            self.states["profiles"] = self.profiles
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """All parameters of the transformer, or the adapters'."""
@@ -173,7 +185,7 @@ class Trainer:
 
         Raises:
             ValueError: if another process trains in the output folder.
-            TrainingStopped: if the loss does not recover; see [`LossGuard`].
+            TrainingStopped: if the loss does not recover, see [`LossGuard`], or the weights are not finite.
         """
         main = self.accelerator.is_main_process
         with only_run(self.output_dir) if main else nullcontext(), StopRequest() as stop:
@@ -191,22 +203,62 @@ class Trainer:
                 # Every process has to leave at the same step.
                 signals = torch.tensor([stop.signal], device=self.accelerator.device)
                 self.stopped_by = 0 if finished else int(self.accelerator.gather(signals).max())
-                if validate is not None and (step % self.config.validation_steps == 0 or finished):
-                    with self.averaged():
-                        self.metrics = validate(step)
-                    record |= self.metrics
+                validated = validate is not None and (step % self.config.validation_steps == 0 or finished)
+                saved = step % self.config.checkpointing_steps == 0 or finished or self.stopped_by
+                if validated or saved:
+                    self._check_weights(step)
+                if validated:
+                    record |= self._validate(validate, step, record)
                     self.accelerator.print(json.dumps(record))
                 self._log(record)
-                if step % self.config.checkpointing_steps == 0 or finished or self.stopped_by:
-                    self._save_profiles()  # first, as a run that is killed in between would not come back for them
-                    save_checkpoint(self.accelerator, self.output_dir, step, self.config.checkpoints_total_limit)
+                if saved:
+                    self._save(step)
+            if step == self.config.max_train_steps and not self.stopped_by:
+                self._check_result(step)
         return step
 
-    def _start(self):
-        """Records the settings and resumes; returns the number of finished steps."""
+    def _validate(self, validate, step, record):
+        """Metrics of the averaged weights; if they can't be had, the steps are saved all the same."""
+        try:
+            with self.averaged():
+                self.metrics = validate(step)
+        except Exception:
+            if self.accelerator.num_processes == 1:  # others would wait for this one
+                self._log(record)
+                self._save(step)
+            raise
+        return self.metrics
+
+    def _save(self, step):
+        """A checkpoint, and before it what a run that is killed in between would not come back for."""
+        self._save_profiles()
+        save_checkpoint(self.accelerator, self.output_dir, step, self.config.checkpoints_total_limit, self.states)
+
+    def _check_weights(self, step):
+        """Neither a checkpoint nor a sample is made of weights that are not finite."""
+        weights = [*self.trainable(), *self.ema.shadow_params]
+        parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        finite = torch.stack([part.detach().isfinite().all() for part in parts]).all().to(self.accelerator.device)
+        if not self.accelerator.gather(finite[None]).all():
+            kept = list_checkpoints(self.output_dir)
+            before = f"{kept[-1].name} is of before" if kept else "there is no checkpoint before"
+            raise TrainingStopped(
+                f"The weights are not finite after step {step}; {before}. A lower learning rate may help."
+            )
+
+    def _check_result(self, step):
+        """A run that has trained nothing, or made things worse, is not a success."""
+        if self.ema.optimization_step == 0:
+            raise TrainingStopped(
+                f"Every one of the {step} steps was skipped, as its loss or gradient was not finite: nothing was "
+                f"trained. {self.output_dir / LOG_FILE} has the losses."
+            )
         if self.accelerator.is_main_process:
-            record_settings(self.output_dir / SETTINGS_FILE, self.settings)
-        step = resume_from(self.accelerator, self.output_dir, self.config.resume_from_checkpoint)
+            check_losses(read_losses(self.output_dir / LOG_FILE))
+
+    def _start(self):
+        """Resumes, and records the settings; returns the number of finished steps."""
+        step = resume_from(self.accelerator, self.output_dir, self.config.resume_from_checkpoint, self.states)
         if step > self.config.max_train_steps:
             raise ValueError(
                 f"{self.output_dir} is at step {step} already, beyond --max_train_steps {self.config.max_train_steps}."
@@ -216,6 +268,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             truncate_log(self.output_dir / LOG_FILE, step)
             PowerAverages.drop_snapshots(self.output_dir / "ema", step)
+            record_settings(self.output_dir / SETTINGS_FILE, self.settings)
+            begin(self.output_dir, resumed=step > 0)
+        self.accelerator.wait_for_everyone()
         return step
 
     def _step(self, step):
@@ -283,7 +338,7 @@ class Trainer:
         """Returns to the last checkpoint, to continue with other batches; its step."""
         self.optimizer.zero_grad()
         before = copy(self.guard)
-        step = resume_from(self.accelerator, self.output_dir)
+        step = resume_from(self.accelerator, self.output_dir, states=self.states)
         self.guard.rewound(from_step, step, before)
         if self.accelerator.is_main_process:
             truncate_log(self.output_dir / LOG_FILE, step)
@@ -292,8 +347,7 @@ class Trainer:
     def _log(self, record):
         """One line of the log, and accelerate's trackers."""
         if self.accelerator.is_main_process:
-            with open(self.output_dir / LOG_FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_record(self.output_dir / LOG_FILE, record)
         self.accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
 
     def _save_profiles(self):
@@ -358,11 +412,15 @@ def check_resume(config: TrainingConfig, settings: Mapping[str, Any]) -> None:
         settings (`Mapping`): From [`run_settings`].
 
     Raises:
-        ValueError: if there is no such checkpoint, or it is of a run with other settings.
+        ValueError: if there is no such checkpoint, it is damaged or of a run with other settings, or there is none but
+            results that would be overwritten.
     """
-    checkpoint = checkpoint_to_resume(config.output_dir, config.resume_from_checkpoint)
-    if checkpoint is not None:
-        check_same_settings(checkpoint.parent / SETTINGS_FILE, settings, MAY_CHANGE, DEFAULTS)
+    checkpoint = checkpoint_to_resume(check_folder(config.output_dir), config.resume_from_checkpoint)
+    if checkpoint is None:
+        check_fresh_start(config.output_dir, RESULTS, SETTINGS_FILE)
+        return
+    check_same_settings(checkpoint.parent / SETTINGS_FILE, settings, MAY_CHANGE, DEFAULTS)
+    check_resumable(checkpoint)
 
 
 def check_batch(total_batch_size: int, num_processes: int, gradient_accumulation_steps: int) -> None:

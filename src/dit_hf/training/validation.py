@@ -11,6 +11,7 @@ from ..evaluation.extractors import EFFICIENTNET, extract, load_extractor
 from ..evaluation.frechet import frechet_distance
 from ..evaluation.metrics import METRICS
 from ..evaluation.samples import sample_images
+from ..files import reading
 from ..hub import BackgroundUploads
 from ..seeds import seeded_generator
 
@@ -37,6 +38,23 @@ def averaged_weights(ema, transformer):
     finally:
         transformer.train()
         ema.restore(parameters)
+
+
+def check_sampling(pipe, **options) -> None:
+    """
+    Checks what the samples during training are asked for, before there is one.
+
+    Args:
+        pipe (`DiTClassCondPipeline`): The pipeline.
+        options: For its calls: `guidance_scale`, `num_inference_steps` …
+
+    Raises:
+        ValueError: if the pipeline or its scheduler can't do it.
+    """
+    pipe.check_components()
+    steps = pipe.resolve_call(**options)["num_inference_steps"]
+    with reading("scheduler", "what takes so many steps"):
+        type(pipe.scheduler).from_config(pipe.scheduler.config).set_timesteps(steps)
 
 
 def sample_grid(pipe, classes: list[int], columns: int, seed: int, **options):
@@ -86,6 +104,7 @@ class Validation:
         is_main_process: bool = True,
         **options,
     ):
+        check_sampling(pipe, **options)
         self.pipe, self.folder, self.seed, self.options = pipe, Path(output_dir) / "samples", seed, options
         self.classes, self.images_per_class = list(pipe.id2label)[:classes], images_per_class
         self.held_out, self.uploads, self.is_main_process = held_out, uploads, is_main_process
