@@ -103,7 +103,7 @@ class ImageGenerator:
         """
         if len(self.classes) <= MAX_LISTED:
             return self.classes
-        first = [name for name in chosen if name in self._ids]
+        first = [name for name in chosen if isinstance(name, str) and name in self._ids]
         found = (name for name in self.classes if text.casefold() in name.casefold() and name not in first)
         return [*first, *islice(found, MAX_FOUND)]
 

@@ -41,6 +41,7 @@ settings give the same images, and the snippet below generates them in Python. E
 settings."""
 
 POLLING = 0.1  # seconds
+NOT_TEXT = ("Enter", "Escape", "Tab", "Shift", "ArrowDown", "ArrowUp", "ArrowLeft", "ArrowRight", "Home", "End")
 
 
 def refusal(error: ValueError) -> gr.Error:
@@ -247,19 +248,16 @@ class Page:
         return [self._shown(name, value) for name, value in zip(names, row, strict=True)]
 
     def search(self, chosen, event: gr.EventData):
-        """The classes that fit what is written in a control, where they are too many to be listed."""
-        text = getattr(event, "input_value", "")
-        chosen = [chosen] if isinstance(chosen, str) else chosen
-        chosen = [name for name in chosen if isinstance(name, str)] if isinstance(chosen, list) else []
-        return self.generator.find_classes(text if isinstance(text, str) else "", chosen[:MAX_IMAGES])
+        """What fits the text that is written in a control, where the classes are too many to be listed."""
+        text, key = (getattr(event, name, "") for name in ("input_value", "key"))
+        if key in NOT_TEXT or not isinstance(text, str):  # new choices would move what Enter has just chosen
+            return gr.skip()
+        return gr.update(choices=with_none(self.generator.find_classes(text, [chosen])))
 
-    def search_class(self, chosen, event: gr.EventData):
-        """Choices of the control for the classes."""
-        return gr.update(choices=self.search(chosen, event))
-
-    def search_other(self, chosen, event: gr.EventData):
-        """Choices of the control for the mixed class."""
-        return gr.update(choices=with_none(self.search(chosen, event)))
+    def add(self, found, chosen):
+        """The chosen classes with the one that was found."""
+        chosen = chosen if isinstance(chosen, list) else []
+        return self._shown("class_labels", chosen if found in ("", *chosen) else [*chosen, found][-MAX_IMAGES:])
 
     def _shown(self, name, value):
         """A control's new value; a class must be among its choices."""
@@ -303,8 +301,13 @@ def build(page: Page) -> gr.Blocks:
         cancel.click(page.cancel, None, status, cancels=[job], queue=False, api_name="cancel")
         table.click(page.example, table, [controls[name] for name in names], **hidden)
         if len(generator.classes) > len(generator.find_classes()):
-            for name, search in (("class_labels", page.search_class), ("mix_with", page.search_other)):
-                controls[name].key_up(search, controls[name], controls[name], show_progress="hidden", **hidden)
+            for control in (controls["found"], controls["mix_with"]):
+                # Gradio's other trigger modes send the text of an earlier key.
+                control.key_up(
+                    page.search, control, control, show_progress="hidden", trigger_mode="multiple", **hidden
+                )
+            chosen = controls["class_labels"]
+            controls["found"].input(page.add, [controls["found"], chosen], chosen, **hidden)
         filled = [controls[name] for name in ("steps", "sampler", "guidance_start", "guidance_end")]
         controls["speed"].input(page.speed, controls["speed"], filled, **hidden)
         reuse.click(page.reuse, finished, [*inputs, controls["speed"], status], **hidden)
@@ -348,7 +351,11 @@ def examples(generator):
 def first_controls(generator):
     """The controls that are always visible."""
     classes, steps = generator.find_classes(), generator.pipe.resolve_call()["num_inference_steps"]
-    return {
+    found = {}
+    if len(generator.classes) > len(classes):  # new choices are not shown by a control of several values
+        info = f"Write a part of its name and choose; there are {len(generator.classes):,}."
+        found["found"] = gr.Dropdown(with_none(classes), value="", label="Find a class", info=info)
+    return found | {
         "class_labels": gr.Dropdown(
             classes, value=[classes[0]], multiselect=True, max_choices=MAX_IMAGES, label=LABELS["class_labels"]
         ),

@@ -53,13 +53,13 @@ class Turns:
         if self._current is None:
             self._current = turn
             return turn
+        if len(self._order()) >= self.size:
+            raise ValueError("The queue is full; try again later.")
         sessions = self._waiting.get(address, {})
         if len(sessions.get(session, ())) >= MAX_WAITING:
             raise ValueError(f"{MAX_WAITING} of your sets wait already; wait for one, or cancel them.")
         if sum(map(len, sessions.values())) >= max(1, self.size // 2):
             raise ValueError("Too many sets of your address wait already; try again later.")
-        if len(self._order()) >= self.size:
-            raise ValueError("The queue is full; try again later.")
         self._waiting.setdefault(address, {}).setdefault(session, deque()).append(turn)
         self._postpone(self._current)
         return turn
