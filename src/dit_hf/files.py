@@ -176,11 +176,12 @@ def _remove_leftovers(path):
     prefix = f"{PARTIAL}{platform.node()}-"
     for leftover in path.parent.glob(f"{escape(prefix)}*-{escape(path.name)}"):
         process = leftover.name.removeprefix(prefix).split("-")[0]
-        if process.isdecimal() and int(process) != os.getpid() and not _is_running(int(process)):
+        if process.isdecimal() and int(process) != os.getpid() and not is_running(int(process)):
             remove(leftover)
 
 
-def _is_running(process):
+def is_running(process: int) -> bool:
+    """Whether a process of this machine runs, of whichever user."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -7,13 +7,22 @@ Expected: the page answers at http://127.0.0.1:7860 after a few seconds.
 
 import atexit
 import os
+import platform
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
 
-from ..command_line import ArgumentParser, run
+from ..command_line import ArgumentParser, integer, real, run
+from ..files import first_line, is_running, remove
+
+
+FIRST_PORT, PORTS = 7860, 100
+FOLDER = "dit_hf-space-"
+# Gradio's own variables would share the page, serve other folders or start other servers; these few are read here.
+GRADIO_VARIABLES = ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH")
 
 
 def parse_args():
@@ -21,44 +30,112 @@ def parse_args():
     parser.add_argument(
         "--pretrained_model_name_or_path",
         "--model",
-        default=os.environ.get("DIT_HF_MODEL", "emoji64"),
+        default=os.environ.get("DIT_HF_MODEL") or "emoji64",
         help="Folder, Hub id, or bundled name; by default the environment variable DIT_HF_MODEL.",
     )
     parser.add_argument(
-        "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="Address to listen at."
+        "--host", default=os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1", help="Address to listen at."
     )
-    parser.add_argument("--port", type=int, help="Port; the first free one from 7860 if not given.")
-    parser.add_argument("--queue_size", type=int, default=64, help="Sets that may wait; more are turned away.")
-    parser.add_argument("--max_minutes", type=float, default=5.0, help="A set that would take longer is refused.")
+    parser.add_argument(
+        "--port",
+        type=integer(at_least=0, at_most=65535),
+        default=os.environ.get("GRADIO_SERVER_PORT") or None,
+        help="Port; 0 takes any free one. By default GRADIO_SERVER_PORT, or the first free one from 7860.",
+    )
+    parser.add_argument(
+        "--queue_size",
+        type=integer(at_least=1, at_most=1000),
+        default=64,
+        help="Sets that may wait, half of them of one address; more are turned away.",
+    )
+    parser.add_argument(
+        "--max_minutes", type=real(above=0, at_most=1440), default=5.0, help="A set that would take longer is refused."
+    )
     return parser.parse_args()
+
+
+def find_port(host: str, port: int | None) -> int:
+    """
+    A port that can be listened at.
+
+    Args:
+        host (`str`): Name or address of this machine.
+        port (`int`, *optional*): 0 for any; if not given, the first free one from 7860.
+
+    Returns:
+        `int`
+
+    Raises:
+        ValueError: if there is none, or the host is none of this machine's.
+    """
+    tried = range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]
+    for candidate in tried:
+        try:
+            family, kind, *_, place = socket.getaddrinfo(host.strip("[]"), candidate, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+                return probe.getsockname()[1]
+        except (OSError, UnicodeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+    raise ValueError(f"--host {host} --port {tried[0]} can't be listened at: {reason}. Choose another one.")
 
 
 def isolate() -> Path:
     """
     Keeps gradio and torch, which are imported only later, to one temporary folder that is removed at the end, and from
-    reporting to anyone.
+    reporting to anyone; removes what killed servers have left.
     """
-    folder = Path(tempfile.mkdtemp(prefix="dit_hf-space-")).resolve()
+    own = f"{FOLDER}{platform.node()}-"
+    for leftover in Path(tempfile.gettempdir()).glob(f"{own}*-*"):
+        process = leftover.name.removeprefix(own).split("-")[0]
+        stale = process.isdecimal() and (int(process) == os.getpid() or not is_running(int(process)))
+        if stale and leftover.lstat().st_uid == os.getuid():
+            remove(leftover)
+    folder = Path(tempfile.mkdtemp(prefix=f"{own}{os.getpid()}-")).resolve()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    if ignored := [name for name in os.environ if name.startswith("GRADIO_") and name not in GRADIO_VARIABLES]:
+        print(f"Ignored, as this page takes its settings from flags: {', '.join(sorted(ignored))}.", flush=True)
+    for name in (*ignored, "GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+        os.environ.pop(name, None)
+    (folder / "images").mkdir()
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder / "images")}
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "torch"))
     os.environ.setdefault("MPLCONFIGDIR", str(folder / "matplotlib"))  # gradio imports it
-    return folder
+    return folder / "images"
 
 
 def main():
     args = parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is removed then too
+    for name in ("SIGTERM", "SIGHUP"):  # so that the folder is removed then too
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: sys.exit(0))
+    port = find_port(args.host, args.port)
     folder = isolate()
-    from .page import ImageGenerator, Page, build
+    from starlette.middleware import Middleware
 
-    page = Page(ImageGenerator(args.pretrained_model_name_or_path, args.max_minutes), folder)
-    atexit.register(page.end)
-    build(page, args.queue_size).launch(
-        server_name=args.host, server_port=args.port, footer_links=["api"], max_file_size=1
-    )
+    from .page import ImageGenerator, Page, build
+    from .requests import Gate
+
+    page = Page(ImageGenerator(args.pretrained_model_name_or_path, args.max_minutes), folder, args.queue_size)
+    gate = Middleware(Gate, blocks=(blocks := build(page)), clients=page.clients, folder=folder)
+    try:
+        blocks.launch(
+            server_name=args.host,
+            server_port=port,
+            app_kwargs={"middleware": [gate]},
+            footer_links=["api"],
+            run_history=False,
+            share=False,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            max_threads=args.queue_size + 64,  # sets that wait are known to Gradio as running
+            state_session_capacity=1000,
+        )
+    finally:  # before Python waits for the threads that generate
+        page.end()
 
 
 if __name__ == "__main__":

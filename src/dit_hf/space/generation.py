@@ -6,9 +6,10 @@ Shapes: `B` images, `C` channels, `h w` latent size.
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..command_line import printable
 from ..mixing import mix_classes
 from ..optimization import SPEED_PRESETS, SpeedPresetName
 from ..pipeline import DiTClassCondPipeline
@@ -25,6 +27,9 @@ from .settings import OWN_SAMPLER, Settings
 
 
 MAX_SCALE = 20.0
+MAX_LISTED, MAX_FOUND = 1000, 100  # classes that a page holds; more are searched for, and so many found
+MAX_NAME = 200  # characters
+JOINERS = "\u200c\u200d"  # of Persian words, of emoji
 MAX_MINUTES = 5.0  # per set: the next visitor waits for it
 PREVIEWS, PREVIEWED_IMAGES = 8, 8
 FLOW_SAMPLERS = ("flow_euler", "flow_heun", "flow_dpm++", "flow_unipc")
@@ -64,8 +69,8 @@ class ImageGenerator:
         self.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         self.pipe.set_progress_bar_config(disable=True)
         count = self.pipe.transformer.config.num_classes
-        names = [self.pipe.id2label.get(index, str(index)) for index in range(count)]
-        self.classes = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+        self.classes = shown_names([self.pipe.id2label.get(index, "") for index in range(count)])
+        self._ids = {name: index for index, name in enumerate(self.classes)}
         config = self.pipe.transformer.config
         if self.pipe.vae is None and config.in_channels not in (1, 3):
             raise ValueError(f"{model} generates {config.in_channels} channels and has no VAE to decode them.")
@@ -85,6 +90,23 @@ class ImageGenerator:
             overrides["ddpm"]["variance_type"] = "fixed_large"
         return overrides
 
+    def find_classes(self, text: str = "", chosen: Iterable[str] = ()) -> list[str]:
+        """
+        Classes to choose from, as a browser can't hold any number of them.
+
+        Args:
+            text (`str`): A part of their names.
+            chosen (`Iterable[str]`): Names that are listed first, as they are chosen already.
+
+        Returns:
+            `list[str]`: all if they are few, else some that fit.
+        """
+        if len(self.classes) <= MAX_LISTED:
+            return self.classes
+        first = [name for name in chosen if isinstance(name, str) and name in self._ids]
+        found = (name for name in self.classes if text.casefold() in name.casefold() and name not in first)
+        return [*first, *islice(found, MAX_FOUND)]
+
     def speed_settings(self, name: SpeedPresetName) -> list:
         """Steps, sampler and guidance interval of a preset of `dit_hf.optimize` that has them."""
         preset = SPEED_PRESETS[name]
@@ -93,7 +115,7 @@ class ImageGenerator:
 
     def check(self, settings: Settings) -> None:
         """Raises a `ValueError` if a value is out of its bounds, or the set would take too long."""
-        settings.check(self.classes, self.samplers, self.max_scale)
+        settings.check(self._ids, self.samplers, self.max_scale)
         seconds = self.estimate(settings)
         if seconds > 60 * self.max_minutes:
             raise ValueError(f"This set would take about {seconds / 60:.0f} minutes; choose fewer images or steps.")
@@ -127,10 +149,11 @@ class ImageGenerator:
                 event = events.get(timeout=0.1)
             except queue.Empty:
                 continue
+            if stop.is_set():
+                return
             if isinstance(event, BaseException):
                 raise event
-            if not stop.is_set():
-                yield event
+            yield event
             if event.finished:
                 return
 
@@ -160,11 +183,11 @@ class ImageGenerator:
         self._lock.acquire()
 
     def _call(self, settings, on_step):
-        labels = [self.classes.index(name) for name in settings.class_labels]
+        labels = [self._ids[name] for name in settings.class_labels]
         generators = [seeded_generator(settings.seed, index) for index in range(len(settings.labels))]
         mixed = nullcontext()
         if settings.mix_with and settings.mix_share > 0:
-            mixed = mix_classes(self.pipe.transformer, self.classes.index(settings.mix_with), settings.mix_share)
+            mixed = mix_classes(self.pipe.transformer, self._ids[settings.mix_with], settings.mix_share)
         with mixed:
             return self.pipe(
                 labels,
@@ -211,12 +234,12 @@ class ImageGenerator:
 
     def snippet(self, settings: Settings) -> str:
         """Python that generates the same images."""
-        labels = [self.classes.index(name) for name in settings.class_labels]
+        labels = [self._ids[name] for name in settings.class_labels]
         mixes = bool(settings.mix_with and settings.mix_share > 0)
         own = settings.sampler == OWN_SAMPLER
         imported = "DiTClassCondPipeline" + ("" if own else ", make_scheduler") + (", mix_classes" if mixes else "")
         call = f"""images = pipe(
-    {labels},  # {", ".join(name.split(",")[0] for name in settings.class_labels)}
+    {labels},  # {", ".join(printable(name.split(",")[0]) for name in settings.class_labels)}
     num_images_per_label={settings.images},
     num_inference_steps={settings.steps},
     guidance_scale={settings.guidance_scale},
@@ -224,7 +247,7 @@ class ImageGenerator:
     generator=[seeded_generator({settings.seed}, index) for index in range({len(settings.labels)})],
 ).images"""
         if mixes:
-            label = self.classes.index(settings.mix_with)
+            label = self._ids[settings.mix_with]
             body = "\n".join(f"    {line}" for line in call.splitlines())
             call = f"with mix_classes(pipe.transformer, {label}, {settings.mix_share}):\n{body}"
         options = [f"{name}={value!r}" for name, value in self._overrides.get(settings.sampler, {}).items()]
@@ -236,6 +259,30 @@ from dit_hf.seeds import seeded_generator
 
 pipe = DiTClassCondPipeline.from_pretrained({self.model!r}){remark}
 {sampler}{call}"""
+
+
+def shown_names(names: list[str]) -> list[str]:
+    """
+    Names of classes as the page shows them, each once: in one line, without control characters.
+
+    Args:
+        names (`list[str]`): By id; empty ones become the id.
+
+    Returns:
+        `list[str]`
+    """
+    spaced = (" ".join(name.split()) for name in names)
+    lines = ["".join(c if c in JOINERS else printable(c) for c in name)[:MAX_NAME] for name in spaced]
+    counts, taken, shown = Counter(lines), set(lines), []
+    for index, line in enumerate(lines):
+        name = line
+        if not line or counts[line] > 1:
+            name = f"{line} ({index})".strip() if line else str(index)
+            while name in taken:
+                name += f" ({index})"
+            taken.add(name)
+        shown.append(name)
+    return shown
 
 
 def fit_colours(latents: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The settings of a set of images: the controls they come from, their bounds, and the PNGs that hold them."""
 
 import json
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class Settings:
         """The class of each image."""
         return [name for name in self.class_labels for _ in range(self.images)]
 
-    def check(self, classes: list[str], samplers: list[str], max_scale: float) -> None:
+    def check(self, classes: Container[str], samplers: list[str], max_scale: float) -> None:
         """Raises a `ValueError` that names the control of a value out of bounds: requests come from anywhere."""
         self._check_names(classes, samplers)
         bounds = {"images": (1, MAX_IMAGES), "seed": (0, MAX_SEED), "steps": (1, MAX_STEPS)}
@@ -76,9 +77,9 @@ class Settings:
         others = [] if self.mix_with == "" else [self.mix_with]
         for control, names in (("class_labels", self.class_labels), ("mix_with", others)):
             for name in names:
-                if name not in classes:
+                if not isinstance(name, str) or name not in classes:
                     raise ValueError(f"{LABELS[control]}: there is no class {str(name)[:60]!r}.")
-        if self.sampler not in samplers:
+        if not isinstance(self.sampler, str) or self.sampler not in samplers:
             raise ValueError(f"There is no sampler {str(self.sampler)[:60]!r}; choose of {', '.join(samplers)}.")
 
 
