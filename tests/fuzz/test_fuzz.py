@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.data.latents import CachedLatents, read_index, verify_latents
 from dit_hf.evaluation.samples import sampling_recipe
-from dit_hf.training.checkpointing import read_settings
+from dit_hf.training.records import read_settings
 
 
 settings.register_profile(

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ..checkpoints.bounds import LARGEST
 from ..checkpoints.parsing import IMAGENET_CLASSES
 from ..checkpoints.saving import TRAINING_ONLY_FILE
 from ..command_line import ArgumentParser, run
 from ..conversion import build_pipeline, check_vae
 from ..files import PARTIAL, check_writable, is_occupied, read_json, remove, writing_folder
 from ..hub import CardFacts, publish_folder, write_card
+from ..transformer_dit import SIZES
 from .verify import DTYPES, add_checkpoint_arguments, read, verify
 
 
@@ -28,7 +28,7 @@ def read_id2label(path):
     """A JSON object of id -> name, or a list of names."""
     names = read_json(path, (dict, list))
     pairs = list(enumerate(names) if isinstance(names, list) else names.items())
-    if len(pairs) > LARGEST["num_classes"]:
+    if len(pairs) > SIZES["num_classes"][1]:
         raise ValueError(f"{path} has {len(pairs):,} names.")
     id2label = {}
     for key, name in pairs:
