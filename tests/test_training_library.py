@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import FIXTURES, tiny_transformer
-from testing_utils.training_runs import read_log
+from testing_utils.training_runs import read_log, train
 
 from dit_hf.data.latents import CachedLatents
 from dit_hf.training.alignment import AlignmentHead
@@ -26,16 +26,6 @@ from dit_hf.training.trainer import Trainer, check_batch
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def train(output_dir, objective=None, validate=None, seed=0, model=None, **settings):
-    """A short run of a tiny model on the emoji latents; returns its trainer."""
-    settings = {"total_batch_size": 4, "max_train_steps": 4, "checkpointing_steps": 2, "lr_warmup_steps": 0} | settings
-    config = TrainingConfig(output_dir, **({"ema_decay": 0.5} | settings))
-    transformer = tiny_transformer(sample_size=16, learn_sigma=False, seed=seed, **(model or {}))
-    trainer = Trainer(config, transformer, CachedLatents(FIXTURES / "emoji_latents"), objective or VelocityObjective())
-    trainer.train(validate)
-    return trainer
 
 
 @dataclass(frozen=True)

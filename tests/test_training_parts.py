@@ -210,12 +210,12 @@ def test_uploads_are_closed_whatever_ends_the_training(tmp_path, monkeypatch, er
 
     monkeypatch.setattr(train_command_module, "BackgroundUploads", Uploads)
     monkeypatch.setattr(train_command_module, "Validation", lambda *parts, **options: None)
-    names = "output_dir seed validation_classes validation_images_per_class guidance_scale class_dropout_prob"
-    args = SimpleNamespace(**dict.fromkeys([*names.split(), "validation_inference_steps"]))
+    names = "output_dir seed validation_classes validation_images_per_class"
+    args = SimpleNamespace(**dict.fromkeys(names.split()))
     args.push_to_hub, args.hub_model_id = True, "user/watched"
     trainer = SimpleNamespace(transformer=None, train=train, stopped_by=15)
     accelerator = SimpleNamespace(is_main_process=True, print=print)
-    training = SimpleNamespace(args=args, accelerator=accelerator, held_out=None)
+    training = SimpleNamespace(args=args, accelerator=accelerator, held_out=None, sampling={})
     training.trainer, training.pipeline = lambda: trainer, lambda transformer: None
     with pytest.raises(error) if error else nullcontext():
         assert train_command_module.Training.run(training) == 15
