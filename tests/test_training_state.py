@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import FIXTURES, ROOT, tiny_transformer
 from safetensors.torch import load_file
-from testing_utils.training_runs import losses, read_log, train
+from testing_utils.training_runs import Code, losses, read_log, train
 
 from dit_hf.data.latents import CachedLatents
 from dit_hf.training.checkpointing import load_checkpoint
@@ -18,16 +18,6 @@ from dit_hf.training.config import TrainingConfig
 from dit_hf.training.objectives import VelocityObjective
 from dit_hf.training.saved_state import MANIFEST, STATES, TENSORS, check_checkpoint, read_json, weights_only
 from dit_hf.training.trainer import Trainer
-
-
-class Code:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (open, (str(self.marker), "w"))
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,24 @@ from dit_hf.training.trainer import Trainer
 
 TRAIN_DIT = ROOT / "examples" / "train_class_cond" / "train_dit.py"
 
+HOLD = """
+import sys, time
+from dit_hf.training.running import only_run
+with only_run(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+class Code:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
+
 
 def train(output_dir, objective=None, validate=None, seed=0, model=None, **settings):
     """A short run of a tiny model on the emoji latents; returns its trainer."""
