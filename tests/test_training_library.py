@@ -123,6 +123,14 @@ def test_a_decay_too_slow_for_the_run_is_named(tmp_path, caplog):
     assert trainer.ema.use_ema_warmup
 
 
+def test_a_warm_up_as_long_as_the_run_is_named(tmp_path, caplog):
+    train(tmp_path / "long", max_train_steps=1, lr_warmup_steps=1, ema_decay=0.0)
+    assert "never reaches its peak: --lr_warmup_steps 1 of --max_train_steps 1" in caplog.text
+    caplog.clear()
+    train(tmp_path / "short", max_train_steps=2, lr_warmup_steps=1, ema_decay=0.0)
+    assert not caplog.text
+
+
 def test_the_checkpoint_to_resume_from(tmp_path):
     assert checkpoint_to_resume(tmp_path / "none") is None
     assert checkpoint_to_resume(tmp_path / "none", "never") is None
