@@ -4,12 +4,17 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from copy import copy
+from types import SimpleNamespace
 
 import pytest
+from accelerate.state import AcceleratorState
+from testing_utils.training_runs import HOLD
 
-from dit_hf.training.guard import MIN_HISTORY, LossGuard, TrainingStopped
-from dit_hf.training.running import only_run
+from dit_hf.commands.train import Training
+from dit_hf.training.guard import MIN_HISTORY, LossGuard, TrainingStopped, check_losses, loss_change
+from dit_hf.training.running import only_run, start_accelerator
 
 
 def settled(policy="skip", **options):
@@ -102,15 +107,6 @@ def test_processes_that_do_not_know_of_each_other_are_refused():
     assert "WORLD_SIZE is 2" in result.stderr and "cpu.yaml" in result.stderr
 
 
-HOLD = """
-import sys, time
-from dit_hf.training.running import only_run
-with only_run(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
 def test_a_folder_is_one_runs_and_a_dead_run_leaves_no_lock(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
@@ -120,3 +116,45 @@ def test_a_folder_is_one_runs_and_a_dead_run_leaves_no_lock(tmp_path):
     other.wait()
     with only_run(tmp_path):
         pass
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    for name in (".lock", ".lock_holder"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "mine.txt")
+        with pytest.raises(ValueError, match=f"{name} is a link"), only_run(tmp_path):
+            pass
+        (tmp_path / name).unlink()
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"])
+def test_bad_variables_of_accelerate_are_named(variable, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv(variable, "nonsense")
+    with pytest.raises(ValueError, match=f"accelerate can't start: .*{variable}"):
+        start_accelerator()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_run_that_made_things_worse_is_no_success():
+    check_losses([1.0] * 9)  # too short to tell
+    check_losses([1.0 + 0.1 * (step % 7) for step in range(300)])  # fine-tuning of good weights
+    check_losses([1.0] * 50 + [5.0] * 50)  # a short run is noisy
+    check_losses([-1.0] * 300)
+    for losses in ([1.0] * 100 + [3.0] * 200, [1.0] * 10 + [1e9] * 10, [1.0] * 10 + [math.inf] * 10):
+        with pytest.raises(TrainingStopped, match="made the model worse: the loss was 1 .* No pipeline"):
+            check_losses(losses)
+    assert loss_change([4.0] * 100 + [2.0] * 100) == (4.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "rate", "losses", "refused"),
+    [(None, 1e-3, [1.0] * 250, True), (None, 0.0, [1.0] * 250, False), ("base", 1e-3, [1.0] * 250, False),
+     (None, 1e-3, [1.0] * 100, False), (None, 1e-3, [1.0] * 125 + [0.9] * 125, False)],
+)  # fmt: skip
+def test_a_long_run_from_scratch_has_to_improve(pretrained, rate, losses, refused):
+    args = SimpleNamespace(pretrained_model_name_or_path=pretrained, learning_rate=rate)
+    with pytest.raises(TrainingStopped, match="The loss did not fall") if refused else nullcontext():
+        Training.check_improved(SimpleNamespace(args=args), losses)

@@ -3,16 +3,18 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 
 import pytest
+import torch
 from conftest import ROOT
 from datasets import load_dataset
 from testing_utils.scripts import run_forked
-from testing_utils.training_runs import read_log, refused
+from testing_utils.training_runs import HOLD, Code, read_log, refused
 
-from dit_hf.training.checkpointing import list_checkpoints
+from dit_hf.training.checkpointing import checkpoint_step, list_checkpoints
 
 
 SCRIPT = ROOT / "examples" / "train_autoencoder" / "train_autoencoder.py"
@@ -65,7 +67,7 @@ def test_it_resumes_from_where_it_is_told(data, tmp_path, monkeypatch, capsys):
     assert not (data / "0" / "out").exists()
 
 
-def test_an_interrupted_run_exits_130(data, tmp_path):
+def test_an_interrupted_run_saves_and_exits_130(data, tmp_path):
     def interrupt():
         log = tmp_path / "train_log.jsonl"
         while not stop.wait(0.02):
@@ -81,4 +83,42 @@ def test_an_interrupted_run_exits_130(data, tmp_path):
     stop.set()
     thread.join()
     assert result.returncode == 130
-    assert "Stopped." in result.stderr
+    (checkpoint,) = list_checkpoints(tmp_path)  # none was due
+    assert f"Stopped at step {checkpoint_step(checkpoint)} by SIGINT; run the same command" in result.stdout
+    assert read_log(tmp_path)[-1]["step"] == checkpoint_step(checkpoint)
+
+
+def test_it_refuses_before_it_writes(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "other" / "vae").mkdir(parents=True)
+    (tmp_path / "other" / "vae" / "config.json").write_text("mine")
+    for folder, flags, message in (
+        ("file", {}, "is a file, not a folder"),
+        ("other", {}, "holds vae, which this run would overwrite"),
+        ("run", {"learning_rate": "nan"}, "--learning_rate: 'nan' is not a finite number at least 0"),
+        ("run", {"max_grad_norm": -1}, "--max_grad_norm: '-1' is not a finite number above 0"),
+        ("run", {"resolution": 30}, "--resolution 30 must be divisible by 4"),
+        ("run", {"train_batch_size": 64}, "A batch of 64 can't be drawn"),
+        ("run", {"holdout": 1}, "--holdout: '1' is not a finite number at least 0 and below 1"),
+    ):
+        assert message in refused(command(data, tmp_path / folder, **flags), monkeypatch, capsys)
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "other" / "vae" / "config.json").read_text() == "mine"
+
+
+def test_no_pickle_runs_code_and_no_second_run_enters(data, tmp_path, monkeypatch, capsys):
+    run_forked(command(data, tmp_path / "run"), check=True)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    for name in ("custom_checkpoint_0.pkl", "scheduler.bin", "optimizer.bin", "random_states_0.pkl"):
+        before = (checkpoint / name).read_bytes() if (checkpoint / name).exists() else None
+        torch.save(Code(tmp_path / "marker"), checkpoint / name)
+        error = refused(command(data, tmp_path / "run", max_train_steps=2), monkeypatch, capsys)
+        assert f"checkpoint-1/{name} " in error
+        (checkpoint / name).unlink() if before is None else (checkpoint / name).write_bytes(before)
+    assert not (tmp_path / "marker").exists()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    error = refused(command(data, tmp_path / "run", max_train_steps=2), monkeypatch, capsys)
+    assert "in use by another run" in error
+    holder.kill()
+    holder.wait()

@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partialmethod
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from accelerate.state import AcceleratorState
 from conftest import FIXTURES, ROOT, tiny_transformer, tiny_vae
 from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import AutoencoderTiny
+from huggingface_hub import HfApi
 from PIL import Image as PILImage
 from testing_utils.training_runs import TRAIN_DIT, losses, read_log, refused, run, train_command
 
@@ -122,6 +125,17 @@ def one_class(workspace, folder):
          "has no class 'light', and adapters can't add one"),
         ({"total_batch_size": 64}, "A batch of 64 can't be drawn from 20 samples"),
         ({"validation_split": "nothing"}, "split 'nothing'"),
+        ({"objective": "epsilon", "validation_inference_steps": 2000},
+         "`num_inference_steps` is 2000, which DDPMScheduler can't take"),
+        ({"push_to_hub": "", "hub_model_id": "no name"}, "--hub_model_id 'no name' is no name of a repository"),
+        ({"output_dir": "{tmp}/broken/a/x.png"}, "x.png is a file, not a folder"),
+        ({"output_dir": "{tmp}/broken/a/x.png/run"}, "x.png is a file"),
+        ({"dataset_name": None, "latents_dir": "{tmp}/empty", "output_dir": "{tmp}/empty/run"},
+         "is in the folder {tmp}/empty that is read"),
+        ({"dataset_name": None, "train_data_dir": "{tmp}/broken", "output_dir": "{tmp}/broken/run"},
+         "lies in the data {tmp}/broken"),
+        ({"report_to": "nothing"}, "accelerate can't start"),
+        ({"transformer_config": "{tmp}/empty"}, "{tmp}/empty is a folder, not a file"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_before_the_first_step(workspace, tmp_path, flags, message, monkeypatch, capsys):
@@ -140,7 +154,8 @@ def test_bad_input_is_named_before_the_first_step(workspace, tmp_path, flags, me
         scaled.encoder.conv_in.weight.mul_(2)
     scaled.save_pretrained(tmp_path / "wide")
     given = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in flags.items()}
-    error = refused(train_command(workspace, tmp_path / "run", **given), monkeypatch, capsys)
+    folder = given.pop("output_dir", tmp_path / "run")
+    error = refused(train_command(workspace, folder, **given), monkeypatch, capsys)
     assert message.format(tmp=tmp_path) in error
     assert "error: " in error
     written = {path.name for path in (tmp_path / "run").glob("*")} - {"latents", ".lock", ".lock_holder"}
@@ -219,6 +234,48 @@ def test_the_batch_is_given_per_process_or_in_all():
     assert total(8, "--recipe", "dit", "--train_batch_size", "4") == 32
     with pytest.raises(ValueError, match="--total_batch_size 64 can't be split evenly over 3 processes"):
         total(3, "--total_batch_size", "64")
+
+
+OUT_OF_RANGE = [
+    *((name, value) for name in ("guidance_scale", "learning_rate", "max_grad_norm", "snr_gamma", "weight_decay")
+      for value in ("nan", "-1", "-inf", "x")),
+    *((name, "inf") for name in ("guidance_scale", "learning_rate", "snr_gamma", "weight_decay", "proj_coeff")),
+    *((name, value) for name in ("class_dropout_prob", "flip_probability", "ema_decay", "adam_beta2")
+      for value in ("nan", "-0.1", "1.1")),
+    ("lr_warmup_steps", -1), ("seed", -1), ("seed", 2**32), ("layer_decay", 0), ("lora_rank", 0),
+    ("validation_inference_steps", 0), ("alignment_depth", 0), ("snr_gamma", 0), ("max_train_steps", 1.5),
+]  # fmt: skip
+
+
+def test_numbers_out_of_range_are_no_flags(workspace, tmp_path, monkeypatch, capsys):
+    for name, value in OUT_OF_RANGE:
+        command = [str(part) for part in train_command(workspace, tmp_path)[1:]]
+        monkeypatch.setattr(sys, "argv", [*command, f"--{name}={value}"])
+        with pytest.raises(SystemExit) as stop:
+            parse_args()
+        assert stop.value.code == 2
+        assert f"argument --{name}: '{value}' is not a" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*command, "--max_grad_norm=inf"])
+    assert parse_args().max_grad_norm == float("inf")  # none
+
+
+def test_an_unreachable_hub_is_noticed_before_training(workspace, tmp_path, monkeypatch, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr(HfApi, "__init__", partialmethod(HfApi.__init__, endpoint=address, token="hf_none"))
+    command = train_command(workspace, tmp_path / "run", push_to_hub="", hub_model_id="user/mine")
+    error = refused(command, monkeypatch, capsys)
+    assert "--push_to_hub can't publish to user/mine" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_holdout_is_named_as_such(workspace, tmp_path, monkeypatch, capsys):
+    images = class_folders(workspace, tmp_path / "images")
+    flags = {"dataset_name": None, "train_data_dir": images, "max_train_steps": 1, "holdout": 0.2}
+    run(train_command(workspace, tmp_path / "run", **flags))
+    error = refused(train_command(workspace, tmp_path / "run", **flags | {"holdout": 0.4}), monkeypatch, capsys)
+    assert "holdout was 0.2 and is 0.4. Use a new folder" in error
 
 
 def test_latents_that_moved_resume(workspace, tmp_path, monkeypatch):

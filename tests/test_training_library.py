@@ -3,21 +3,22 @@
 import json
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import FIXTURES, tiny_transformer
-from testing_utils.training_runs import read_log
+from testing_utils.training_runs import read_log, train
 
 from dit_hf.data.latents import CachedLatents
 from dit_hf.training.alignment import AlignmentHead
 from dit_hf.training.checkpointing import checkpoint_to_resume
-from dit_hf.training.config import TrainingConfig
+from dit_hf.training.config import RANGES, TrainingConfig
 from dit_hf.training.ema import WeightAverage
-from dit_hf.training.objectives import LogitNormal, Objective, VelocityObjective
+from dit_hf.training.guard import TrainingStopped
+from dit_hf.training.objectives import LogitNormal, MinSNR, Objective, VelocityObjective
 from dit_hf.training.records import check_same_settings, record_settings
 from dit_hf.training.running import StopRequest, only_run
 from dit_hf.training.trainer import Trainer, check_batch
@@ -26,16 +27,6 @@ from dit_hf.training.trainer import Trainer, check_batch
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def train(output_dir, objective=None, validate=None, seed=0, model=None, **settings):
-    """A short run of a tiny model on the emoji latents; returns its trainer."""
-    settings = {"total_batch_size": 4, "max_train_steps": 4, "checkpointing_steps": 2, "lr_warmup_steps": 0} | settings
-    config = TrainingConfig(output_dir, **({"ema_decay": 0.5} | settings))
-    transformer = tiny_transformer(sample_size=16, learn_sigma=False, seed=seed, **(model or {}))
-    trainer = Trainer(config, transformer, CachedLatents(FIXTURES / "emoji_latents"), objective or VelocityObjective())
-    trainer.train(validate)
-    return trainer
 
 
 @dataclass(frozen=True)
@@ -132,6 +123,14 @@ def test_a_decay_too_slow_for_the_run_is_named(tmp_path, caplog):
     assert trainer.ema.use_ema_warmup
 
 
+def test_a_warm_up_as_long_as_the_run_is_named(tmp_path, caplog):
+    train(tmp_path / "long", max_train_steps=1, lr_warmup_steps=1, ema_decay=0.0)
+    assert "never reaches its peak: --lr_warmup_steps 1 of --max_train_steps 1" in caplog.text
+    caplog.clear()
+    train(tmp_path / "short", max_train_steps=2, lr_warmup_steps=1, ema_decay=0.0)
+    assert not caplog.text
+
+
 def test_the_checkpoint_to_resume_from(tmp_path):
     assert checkpoint_to_resume(tmp_path / "none") is None
     assert checkpoint_to_resume(tmp_path / "none", "never") is None
@@ -184,7 +183,7 @@ def test_settings_are_compared_as_far_as_they_are_known(tmp_path):
 
 
 def test_signal_handlers_are_restored(tmp_path):
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
 
     def validate(step):
@@ -197,6 +196,14 @@ def test_signal_handlers_are_restored(tmp_path):
     assert len(logged_losses(tmp_path / "stopped")) == 2  # the step after the signal is saved
     assert (tmp_path / "stopped" / "checkpoint-2").exists()
     assert [signal.getsignal(number) for number in numbers] == before
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)  # of a terminal that is closed
+        assert stop.signal == signal.SIGHUP
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.signal == 0
+    signal.signal(signal.SIGHUP, before[-1])
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.signal == signal.SIGINT
@@ -259,3 +266,75 @@ def test_alignment_is_logged(tmp_path):
 
 def test_time_samplers_count_as_settings():
     assert VelocityObjective(LogitNormal(0.5, 1.0)).settings()["time_sampling"] == "logit_normal(0.5, 1.0)"
+
+
+NAN, INF = float("nan"), float("inf")
+OUT_OF_RANGE = {
+    "learning_rate": (-1e-3, NAN, INF, "1e-3", None, True),
+    "layer_decay": (0.0, -1.0, 1.5, NAN),
+    "lr_warmup_steps": (-1, 2.5),
+    "adam_beta2": (-0.1, 1.0, NAN),
+    "weight_decay": (-0.1, INF, NAN),
+    "max_grad_norm": (0.0, -1.0, NAN, -INF),
+    "ema_decay": (-0.1, 1.0, NAN),
+    "class_dropout_prob": (-0.1, 1.1, NAN),
+    "flip_probability": (-0.1, NAN),
+    "proj_coeff": (-1.0, INF, NAN),
+    "seed": (-1, 2**32, 0.5),
+    "max_train_steps": (0, -5, 2.5, "2", True),
+    "checkpoints_total_limit": (0, -1),
+    "lr_scheduler": ("piecewise_constant", "steps"),
+    "gradient_checkpointing": ("no", 1),
+    "output_dir": ("a\0b",),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_every_setting_has_a_range(tmp_path, name):
+    for value in OUT_OF_RANGE[name]:
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            TrainingConfig(**({"output_dir": tmp_path} | {name: value}))
+
+
+def test_values_at_the_ends_of_their_ranges(tmp_path):
+    ends = {"learning_rate": 0, "layer_decay": 1, "adam_beta2": 0, "max_grad_norm": INF, "ema_decay": 0.0}
+    TrainingConfig(tmp_path, seed=2**32 - 1, checkpoints_total_limit=None, class_dropout_prob=1, **ends)
+    numbers = [entry.name for entry in fields(TrainingConfig) if entry.type in (int, float, int | None)]
+    assert set(numbers) == RANGES.keys()  # none is forgotten
+
+
+def test_parts_of_objectives_have_ranges():
+    for part, options in ((MinSNR, {"gamma": 0.0}), (MinSNR, {"gamma": NAN}), (LogitNormal, {"std": -1.0}),
+                          (LogitNormal, {"mean": INF})):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(options))):
+            part(**options)
+
+
+def test_a_run_that_trained_nothing_is_no_success(tmp_path):
+    """All steps skipped, or weights that are not finite: an error, and checkpoints of the good ones only."""
+    latents = CachedLatents(FIXTURES / "emoji_latents")
+    read = latents.read
+    latents.read = lambda *parts: {
+        name: values * NAN if name == "mean" else values for name, values in read(*parts).items()
+    }
+    config = TrainingConfig(tmp_path / "nan", 4, max_train_steps=3, lr_warmup_steps=0)
+    trainer = Trainer(config, tiny_transformer(sample_size=16, learn_sigma=False), latents, VelocityObjective())
+    with pytest.raises(TrainingStopped, match="Every one of the 3 steps was skipped"):
+        trainer.train()
+    assert (tmp_path / "nan" / "checkpoint-3").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(TrainingStopped, match="not finite after step 1; there is no checkpoint before"):
+        train(tmp_path / "inf", learning_rate=1e39, checkpointing_steps=1)
+    assert not (tmp_path / "inf" / "checkpoint-1").exists()
+
+
+def test_an_output_that_is_a_file_or_in_the_data_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    for name, message in (("file", "is a file"), ("file/run", "is a file"), ("dangling", "is a link to")):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    train(tmp_path / "link", max_train_steps=1)
+    assert (tmp_path / "empty" / "checkpoint-1").exists()

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, tiny_inputs, tiny_transformer
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from testing_utils.hub_server import HubServer
-from testing_utils.training_runs import run, train_command
+from testing_utils.training_runs import refused, run, train_command
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -73,16 +73,38 @@ def test_any_average_is_found_when_training_is_over(tmp_path):
     for folder, step in ((tmp_path / "nothing", None), (tmp_path, 401)):
         with pytest.raises(ValueError, match="--ema_profiles"):
             average_after_training(folder, 0.1, step)
+    (tmp_path / "ema-0-0.05.safetensors").write_text("no snapshot by its name, so left alone")
+    newest = tmp_path / "ema-400-0.10.safetensors"
+    whole = newest.read_bytes()
+    for content, message in ((whole[:-1], "can't be read as snapshot of averages"), (b"", "can't be read")):
+        newest.write_bytes(content)
+        with pytest.raises(ValueError, match=f"ema-400-0.10.safetensors {message}"):
+            average_after_training(tmp_path, 0.1)
+    bad, other = {"w": torch.full((1,), torch.nan)}, {"v": torch.ones(1)}
+    for tensors, message in ((bad, "w is not finite"), (other, "another")):
+        save_file(tensors, newest)
+        with pytest.raises(ValueError, match=f"ema-400-0.10.safetensors is .*{message}"):
+            average_after_training(tmp_path, 0.1)
+    (tmp_path / "ema-0-0.05.safetensors").unlink()
     PowerAverages.drop_snapshots(tmp_path, 200)
     assert max(int(path.name.split("-")[1]) for path in tmp_path.iterdir()) == 200
 
 
-def test_a_run_with_profiles_gives_other_averages(workspace, tmp_path):
+def test_a_run_with_profiles_gives_other_averages(workspace, tmp_path, monkeypatch, capsys):
     flags = {"ema_profiles": "", "max_train_steps": 4, "checkpointing_steps": 1, "report_to": "tensorboard"}
     run(train_command(workspace, tmp_path / "run", **flags, lr_warmup_steps=0))
     assert list((tmp_path / "run" / "logs").rglob("events.out*"))
     script = ROOT / "examples" / "train_class_cond" / "choose_ema.py"
     run([sys.executable, script, "--run", tmp_path / "run", "--sigma_rel", "0.1", "--output_dir", tmp_path / "ema"])
+    again = [sys.executable, script, "--run", tmp_path / "run", "--sigma_rel", "0.1", "--output_dir"]
+    for folder, flags, message in (
+        (tmp_path / "ema", (), "is not empty; choose a new folder"),
+        (tmp_path / "run" / "pipeline", (), "is not empty"),
+        (tmp_path / "run" / "train_log.jsonl", (), "is a file"),
+        (tmp_path / "new", ("--sigma_rel", "nan"), "--sigma_rel: 'nan' is not a finite number"),
+    ):
+        assert message in refused([*again, folder, *flags], monkeypatch, capsys)
+    assert not (tmp_path / "new").exists()
     card = (tmp_path / "ema" / "README.md").read_text()
     assert "averaged after training, sigma_rel 0.1" in card
     assert "learning_rate" not in card  # of other weights
@@ -210,12 +232,12 @@ def test_uploads_are_closed_whatever_ends_the_training(tmp_path, monkeypatch, er
 
     monkeypatch.setattr(train_command_module, "BackgroundUploads", Uploads)
     monkeypatch.setattr(train_command_module, "Validation", lambda *parts, **options: None)
-    names = "output_dir seed validation_classes validation_images_per_class guidance_scale class_dropout_prob"
-    args = SimpleNamespace(**dict.fromkeys([*names.split(), "validation_inference_steps"]))
+    names = "output_dir seed validation_classes validation_images_per_class"
+    args = SimpleNamespace(**dict.fromkeys(names.split()))
     args.push_to_hub, args.hub_model_id = True, "user/watched"
     trainer = SimpleNamespace(transformer=None, train=train, stopped_by=15)
     accelerator = SimpleNamespace(is_main_process=True, print=print)
-    training = SimpleNamespace(args=args, accelerator=accelerator, held_out=None)
+    training = SimpleNamespace(args=args, accelerator=accelerator, held_out=None, sampling={})
     training.trainer, training.pipeline = lambda: trainer, lambda transformer: None
     with pytest.raises(error) if error else nullcontext():
         assert train_command_module.Training.run(training) == 15

@@ -16,12 +16,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline
-from dit_hf.command_line import ArgumentParser, run
+from dit_hf.command_line import ArgumentParser, integer, real, run
 from dit_hf.data.folders import check_output_outside_data
 from dit_hf.data.images import load_image_dataset, load_unlabelled_folder
 from dit_hf.data.reader import ImageReader
+from dit_hf.files import PARTIAL, check_folder, remove
 from dit_hf.pipeline_dit_class_cond import find_class
 from dit_hf.seeds import seeded_generator
+from dit_hf.training.validation import check_sampling
 
 
 def parse_args():
@@ -29,21 +31,26 @@ def parse_args():
     parser.add_argument("--dataset_name", help="Hub id or local dataset with images of the new class.")
     parser.add_argument("--train_data_dir", type=Path, help="Or a folder with such images.")
     parser.add_argument("--image_column", default="image", help="Column with images.")
-    parser.add_argument("--num_images", type=int, default=24, help="How many of them to take.")
+    parser.add_argument("--num_images", type=integer(at_least=1), default=24, help="How many of them to take.")
     parser.add_argument("--class_name", required=True, help="Name of the new class.")
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Folder, Hub id or bundled name.")
-    parser.add_argument("--prior_images_per_class", type=int, default=48, help="Images generated per old class.")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="Guidance scale of those.")
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="Sampler steps of those.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of those.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Must not exist.")
+    parser.add_argument(
+        "--prior_images_per_class", type=integer(at_least=1), default=48, help="Images generated per old class."
+    )
+    parser.add_argument("--guidance_scale", type=real(at_least=0), default=2.0, help="Guidance scale of those.")
+    parser.add_argument("--num_inference_steps", type=integer(at_least=1), default=25, help="Sampler steps of those.")
+    parser.add_argument("--seed", type=integer(at_least=0), default=0, help="Seed of those.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="A new or empty folder.")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.output_dir.exists():
-        raise ValueError(f"{args.output_dir} exists; choose another folder.")
+    if check_folder(args.output_dir, "--output_dir").exists():
+        for path in args.output_dir.glob(f"{PARTIAL}*"):  # of a killed run
+            remove(path)
+        if any(args.output_dir.iterdir()):
+            raise ValueError(f"{args.output_dir} exists and is not empty; choose another folder.")
     check_output_outside_data(args.output_dir, args.train_data_dir or args.dataset_name)
     dataset = new_class_dataset(args)
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
@@ -51,15 +58,17 @@ def main():
         raise ValueError(f"The model has a class {args.class_name!r} already; choose another --class_name.")
     names = [args.class_name, *pipe.id2label.values()]
     check_names(names)
+    check_sampling(pipe, guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     resolution = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     images = new_images(args, dataset, resolution)
-    args.output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output_dir.parent, prefix=f".{args.output_dir.name}-") as folder:
-        save(Path(folder) / "images" / names[0], images)
-        generate_prior(pipe, args, Path(folder) / "images")
-        (Path(folder) / "images").rename(args.output_dir)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=PARTIAL) as folder:
+        save(Path(folder) / names[0], images)
+        generate_prior(pipe, args, Path(folder))
+        for path in sorted(Path(folder).iterdir()):
+            path.rename(args.output_dir / path.name)
     print(f"{len(names)} classes: {args.output_dir}")
 
 
@@ -80,7 +89,7 @@ def check_names(names):
     """Checks that every class can have a folder of its name."""
     folded = [name.strip().casefold() for name in names]
     for name in names:
-        if "/" in name or name.startswith("."):
+        if "/" in name or "\0" in name or name.startswith(".") or not name.strip():
             raise ValueError(f"The class {name!r} can't be a folder's name; train on a dataset with labels instead.")
         if folded.count(name.strip().casefold()) > 1:
             raise ValueError(f"There are two classes {name!r}; choose another --class_name, or rename the model's.")
@@ -95,8 +104,6 @@ def save(folder, images):
 
 def new_class_dataset(args):
     """The images of the new class, whatever their labels."""
-    if args.num_images < 1:
-        raise ValueError(f"--num_images {args.num_images} must be at least 1.")
     if args.train_data_dir is not None and args.dataset_name is None:
         return load_unlabelled_folder(args.train_data_dir)
     return load_image_dataset(args.dataset_name, train_data_dir=args.train_data_dir)

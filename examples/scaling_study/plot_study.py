@@ -8,15 +8,22 @@ Expected: seconds. Prints the correlation of distance with the logarithm of Gflo
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas
 from matplotlib.figure import Figure
+from pandas.api.types import is_numeric_dtype
 from scipy.stats import linregress
 
 from dit_hf.command_line import ArgumentParser, run
+from dit_hf.files import check_file, check_folder, reading, writing
+
+
+NUMBERS = ["steps", "guidance_scale", "gflops", "sampling_gflops", "fd_efficientnet_lite0", "precision", "recall"]
+MAX_BYTES = 2**26
 
 
 def parse_args():
@@ -77,9 +84,15 @@ PLOTS: dict[str, Callable] = {
 
 def main():
     args = parse_args()
-    if not args.results.exists():
-        raise ValueError(f"There is no file {args.results}; run_study.py writes it.")
-    results = pandas.read_csv(args.results)
+    check_folder(args.output_dir, "--output_dir")
+    with reading(check_file(args.results, MAX_BYTES), "CSV"):
+        results = pandas.read_csv(args.results)
+    numbers = results.get(NUMBERS)
+    if numbers is None or "study" not in results or "model" not in results:
+        raise ValueError(f"{args.results} is no table of run_study.py, which has {', '.join(NUMBERS)}.")
+    if not (all(map(is_numeric_dtype, numbers.dtypes)) and np.isfinite(numbers).all(axis=None)):
+        raise ValueError(f"{args.results} is damaged: a value is no finite number.")
+    copy = args.output_dir / "results.csv"
     args.output_dir.mkdir(parents=True, exist_ok=True)
     found = {}
     for name, plot in PLOTS.items():
@@ -93,7 +106,9 @@ def main():
         axes.set_ylabel("FD (EfficientNet-Lite0)")
         found[name] = plot(axes, rows)
         figure.savefig(args.output_dir / f"{name}.png", dpi=120)
-    results.to_csv(args.output_dir / "results.csv", index=False)
+    if not (copy.exists() and copy.samefile(args.results)):
+        with writing(copy) as partial:
+            shutil.copyfile(args.results, partial)
     print(json.dumps(found, indent=2))
 
 

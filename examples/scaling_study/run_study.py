@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 
 from dit_hf import DiTClassCondPipeline
-from dit_hf.command_line import ArgumentParser, run
+from dit_hf.command_line import ArgumentParser, integer, run
 from dit_hf.complexity import count_macs
 from dit_hf.evaluation.extractors import Features, extract, load_extractor
 from dit_hf.evaluation.metrics import compute_metrics
 from dit_hf.evaluation.samples import sample_images, sample_labels
 from dit_hf.evaluation.sources import ImageSource
+from dit_hf.files import check_apart, check_file, check_folder, reading, writing
 from dit_hf.training.records import check_same_settings, record_settings
 
 
@@ -53,10 +54,10 @@ def parse_args():
     )
     parser.add_argument("--reference", required=True, help="Held-out images, as compute_metrics.py takes them.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Runs and results.csv.")
-    parser.add_argument("--max_train_steps", type=int, default=1000, help="Of every model.")
-    parser.add_argument("--train_batch_size", type=int, default=64, help="Of every model.")
+    parser.add_argument("--max_train_steps", type=integer(at_least=1), default=1000, help="Of every model.")
+    parser.add_argument("--train_batch_size", type=integer(at_least=1), default=64, help="Of every model.")
     parser.add_argument("--mixed_precision", choices=DTYPES, default="no", help="Of training and of the sampler.")
-    parser.add_argument("--num_samples", type=int, default=500, help="For every row of results.")
+    parser.add_argument("--num_samples", type=integer(at_least=1), default=500, help="For every row of results.")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="Rows of the first study.")
     parser.add_argument("--patches", nargs="+", type=int, choices=PATCHES, default=PATCHES, help="Its columns.")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="What to run.")
@@ -129,11 +130,18 @@ STUDIES = {
 
 
 def done_already(results):
-    """Rows of an earlier run, by what they are of."""
-    if not results.exists():
-        results.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-    with open(results, newline="") as file:
-        return {tuple(row[name] for name in COLUMNS[:4]) for row in csv.DictReader(file)}
+    """Rows of an earlier run, by what they are of; a last row that a kill has cut is removed."""
+    lines = [",".join(COLUMNS)]
+    if results.exists():
+        with reading(check_file(results), "CSV"):
+            lines = results.read_text(encoding="utf-8").splitlines()
+        if lines[:1] != [",".join(COLUMNS)]:
+            raise ValueError(f"{results} is no table of this script; choose another --output_dir.")
+        if len(lines[-1].split(",")) != len(COLUMNS):
+            lines.pop()
+    with writing(results) as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {tuple(row[name] for name in COLUMNS[:4]) for row in csv.DictReader(lines)}
 
 
 def main():
@@ -141,6 +149,10 @@ def main():
     for needed in (args.latents_dir / "index.json", args.latents_dir / "vae"):
         if not needed.exists():
             raise ValueError(f"There is no {needed}; precompute_latents.py makes --latents_dir.")
+    check_folder(args.output_dir, "--output_dir")
+    check_apart(args.output_dir, args.latents_dir, "--output_dir")
+    if Path(args.reference).is_dir():
+        check_apart(args.output_dir, args.reference, "--output_dir")
     check_same_settings(args.output_dir / "settings.json", vars(args), MAY_CHANGE)
     record_settings(args.output_dir / "settings.json", vars(args))
     extractor = load_extractor("efficientnet-lite0")

@@ -11,11 +11,44 @@ import time
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT
+from conftest import FIXTURES, ROOT, tiny_transformer
 from testing_utils.scripts import run_forked
+
+from dit_hf.data.latents import CachedLatents
+from dit_hf.training.config import TrainingConfig
+from dit_hf.training.objectives import VelocityObjective
+from dit_hf.training.trainer import Trainer
 
 
 TRAIN_DIT = ROOT / "examples" / "train_class_cond" / "train_dit.py"
+
+HOLD = """
+import sys, time
+from dit_hf.training.running import only_run
+with only_run(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+class Code:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
+
+
+def train(output_dir, objective=None, validate=None, seed=0, model=None, **settings):
+    """A short run of a tiny model on the emoji latents; returns its trainer."""
+    settings = {"total_batch_size": 4, "max_train_steps": 4, "checkpointing_steps": 2, "lr_warmup_steps": 0} | settings
+    config = TrainingConfig(output_dir, **({"ema_decay": 0.5} | settings))
+    transformer = tiny_transformer(sample_size=16, learn_sigma=False, seed=seed, **(model or {}))
+    trainer = Trainer(config, transformer, CachedLatents(FIXTURES / "emoji_latents"), objective or VelocityObjective())
+    trainer.train(validate)
+    return trainer
 
 
 def train_command(workspace, output_dir, **flags):

@@ -1,7 +1,6 @@
 """The transformer that is trained: new, or a pipeline's, and what its pipeline says of it."""
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 
 from ..data.autoencoders import load_autoencoder, spatial_factor
+from ..files import read_json, reading
 from ..models import DiTTransformer2DModel
 from ..presets import PresetName
 from ..schedulers import make_scheduler, trained_options, trained_prediction
@@ -186,24 +186,17 @@ def new_transformer(
         config: Arguments that data, autoencoder and objective decide.
 
     Raises:
-        ValueError: if the file sets one of these, or an argument that does not exist.
+        ValueError: if the file is no JSON object, sets one of these, or an argument that does not exist.
     """
     if preset is not None:
         return DiTTransformer2DModel.from_preset(preset, **config)
     if config_file is None:
         raise ValueError("Pass --preset or --transformer_config.")
-    try:
-        given = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--transformer_config {config_file} can't be read: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"--transformer_config {config_file} must hold a JSON object of arguments.")
+    given = read_json(config_file)
     if clash := sorted(config.keys() & given.keys()):
         raise ValueError(f"--transformer_config sets {', '.join(clash)}, which data, VAE and flags decide here.")
-    try:
+    with reading(f"--transformer_config {config_file}", "arguments of a transformer"):
         return DiTTransformer2DModel(**(config | given))
-    except TypeError as error:
-        raise ValueError(f"--transformer_config {config_file}: {error}") from error
 
 
 def pretrained_transformer(

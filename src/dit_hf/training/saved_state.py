@@ -72,8 +72,8 @@ def _deepspeed_classes(folder):
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
-    except ImportError as error:
-        raise ValueError(f"{folder} is a checkpoint of DeepSpeed, which is not installed ({error}).") from None
+    except ImportError:  # what reads its checkpoints is missing, too
+        return []
     return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 

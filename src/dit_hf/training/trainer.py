@@ -121,6 +121,11 @@ class Trainer:
                 f"With --ema_decay {config.ema_decay} the initial weights are {100 * initial:.0f} % of the average "
                 f"after {config.max_train_steps} steps; for a run this short lower it, or pass --ema_warmup."
             )
+        if config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_train_steps:
+            logger.warning(
+                f"The learning rate never reaches its peak: --lr_warmup_steps {config.lr_warmup_steps} of "
+                f"--max_train_steps {config.max_train_steps}."
+            )
         self.settings = {**(notes or {}), **settings}
         self._prepare(transformer, alignment)
         self.metrics: dict[str, float] = {}

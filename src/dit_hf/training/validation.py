@@ -11,7 +11,7 @@ from ..evaluation.extractors import EFFICIENTNET, extract, load_extractor
 from ..evaluation.frechet import frechet_distance
 from ..evaluation.metrics import METRICS
 from ..evaluation.samples import sample_images
-from ..files import reading
+from ..files import first_line
 from ..hub import BackgroundUploads
 from ..seeds import seeded_generator
 
@@ -53,8 +53,12 @@ def check_sampling(pipe, **options) -> None:
     """
     pipe.check_components()
     steps = pipe.resolve_call(**options)["num_inference_steps"]
-    with reading("scheduler", "what takes so many steps"):
-        type(pipe.scheduler).from_config(pipe.scheduler.config).set_timesteps(steps)
+    scheduler = type(pipe.scheduler)
+    try:
+        scheduler.from_config(pipe.scheduler.config).set_timesteps(steps)
+    except ValueError as error:
+        what = f"`num_inference_steps` is {steps}, which {scheduler.__name__} can't take"
+        raise ValueError(f"{what}: {first_line(error)}") from None
 
 
 def sample_grid(pipe, classes: list[int], columns: int, seed: int, **options):
