@@ -2,7 +2,9 @@
 
 import io
 import os
+import resource
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -12,6 +14,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
+from dit_hf.command_line import run
+from dit_hf.commands.latents import main
 from dit_hf.data.archives import check_archive
 from dit_hf.data.images import label_names, load_image_dataset
 from dit_hf.data.pixels import MAX_IMAGE_BYTES, open_image
@@ -269,3 +273,88 @@ def test_a_holdout_that_holds_out_nothing_is_said(tmp_path, caplog):
     for holdout in (float("nan"), float("inf"), -0.1, 1.0):
         with pytest.raises(ValueError, match=f"--holdout {holdout} must be at least 0 and less than 1"):
             load_image_dataset(train_data_dir=tmp_path, holdout=holdout)
+
+
+@pytest.fixture
+def latents(workspace, tmp_path, monkeypatch, capfd):
+    """The command's exit code, and the last line that it wrote to stderr; a folder `images` is its data."""
+    monkeypatch.chdir(tmp_path)
+    for index in range(4):
+        folder = tmp_path / "images" / ("cats" if index % 2 else "dogs")
+        folder.mkdir(parents=True, exist_ok=True)
+        PILImage.new("RGB", (32, 32), (60 * index, 9, 9)).save(folder / f"{index}.png")
+
+    def call(*flags, output="out"):
+        data = ("--train_data_dir", "images", "--vae", str(workspace / "vae"), "--resolution", "32")
+        monkeypatch.setattr(sys, "argv", ["dit-hf latents", *data, "--output_dir", output, *map(str, flags)])
+        try:
+            run(main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, capfd.readouterr().err.strip().splitlines()[-1:]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--resolution", "0"), "'0' is not a whole number at least 8 and at most 8192"),
+        (("--resolution", "100000"), "'100000' is not a whole number"),
+        (("--resolution", "33"), "--resolution 33 is not divisible by 4"),
+        (("--shard_size", "0"), "'0' is not a whole number at least 1"),
+        (("--shard_size", str(10**30)), "is not a whole number at least 1 and at most 1048576"),
+        (("--holdout", "nan"), "'nan' is not a finite number at least 0 and below 1"),
+        (("--holdout", "-1"), "'-1' is not a finite number at least 0"),
+        (("--image_column", "label"), "Column 'label' holds int64, no images"),
+        (("--label_column", "image"), "Column 'image' holds images"),
+        (("--train_data_dir", "a\0b"), "There is no folder 'a"),
+        (("--output_dir", "a\0b"), "its name holds a null byte"),
+        (("--output_dir", "images/out"), "--output_dir images/out is in the folder images that is read"),
+        (("--output_dir", "file"), "--output_dir file is no folder"),
+        (("--output_dir", "file/out"), "file is a file"),
+        (("--output_dir", "dangling"), "--output_dir dangling is no folder, and no link to one"),
+        (("--output_dir", "pipe"), "pipe is a pipe, socket or device"),
+        (("--output_dir", "mine"), "mine/vae was not written by this command"),
+    ],
+)
+def test_bad_flags_and_folders_are_one_line(latents, tmp_path, flags, message):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "mine" / "vae").mkdir(parents=True)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    code, (line,) = latents(*flags)
+    assert (code, line[:7]) == (2, "error: ") and message in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_output_into_an_empty_folder_a_link_and_here(latents, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    for _ in range(2):  # new, and verified again
+        assert latents(output="link")[0] == 0
+    assert (tmp_path / "there" / "vae" / "config.json").exists() and (tmp_path / "link").is_symlink()
+    assert not list((tmp_path / "there").rglob(".partial*")) and not (tmp_path / "there" / "vae" / ".saved").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert latents("--train_data_dir", "../images", output=".")[0] == 0
+    assert (tmp_path / "here" / "index.json").exists()
+
+
+def test_a_full_disk_is_one_line(latents, tmp_path):
+    """A limit on files ends a write as a full disk does."""
+    assert latents("--shard_size", "1", output="out")[0] == 0
+    for name in ("shard-00003.safetensors", "vae/config.json"):
+        (tmp_path / "out" / name).unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        code, (line,) = latents("--shard_size", "1", output="out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert "shard-00003.safetensors can't be written" in line and "The shards before it are whole and kept" in line
+    assert not list((tmp_path / "out").glob(".partial*"))
+    assert latents("--shard_size", "1", output="out")[0] == 0
