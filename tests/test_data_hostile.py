@@ -1,7 +1,9 @@
 """Damaged and hostile data: refused or skipped by name, in one line, before they take memory or start a program."""
 
+import importlib
 import io
 import os
+import platform
 import resource
 import struct
 import sys
@@ -11,6 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
@@ -358,3 +361,76 @@ def test_a_full_disk_is_one_line(latents, tmp_path):
     assert "shard-00003.safetensors can't be written" in line and "The shards before it are whole and kept" in line
     assert not list((tmp_path / "out").glob(".partial*"))
     assert latents("--shard_size", "1", output="out")[0] == 0
+
+
+@pytest.fixture
+def example(monkeypatch, capfd):
+    """The exit code of an example's script and the last line that it wrote to stderr."""
+
+    def call(script, **flags):
+        folder, name = script.split("/")
+        monkeypatch.syspath_prepend(ROOT / "examples" / folder)
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        try:
+            run(importlib.import_module(name).main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, capfd.readouterr().err.strip().splitlines()[-1:]
+
+    return call
+
+
+def test_a_new_class_into_an_empty_folder(example, tmp_path):
+    """A mount point can't be replaced; a killed run's files go."""
+    (tmp_path / "data").mkdir()
+    for index in range(2):
+        PILImage.new("RGB", (64, 64), (90 * index, 0, 0)).save(tmp_path / "data" / f"{index}.png")
+    output = tmp_path / "out"
+    (output / "lost+found").mkdir(parents=True)
+    (output / f".partial-{platform.node()}-4194304999-.images" / "coins").mkdir(parents=True)
+    flags = {"train_data_dir": tmp_path / "data", "class_name": "coins", "output_dir": output}
+    flags |= {"pretrained_model_name_or_path": "emoji64", "prior_images_per_class": 1, "num_inference_steps": 1}
+    script = "finetune/prepare_new_class"
+    for change, message in (
+        ({"num_images": 0}, "'0' is not a whole number at least 1"),
+        ({"guidance_scale": "nan"}, "'nan' is not a finite number"),
+        ({"class_name": "a/b"}, "The class 'a/b' can't be a folder's name"),
+        ({"class_name": "a\nb"}, "can't be a folder's name"),
+        ({"class_name": " "}, "The class ' ' can't be a folder's name"),
+        ({"class_name": "x" * 300}, "can't be a folder's name"),
+        ({"class_name": "food"}, "The model has a class 'food' already"),
+        ({"output_dir": tmp_path / "data" / "out"}, "is in the folder"),
+        ({"output_dir": ROOT / "README.md"}, "exists and is not empty"),
+    ):
+        code, (line,) = example(script, **flags | change)
+        assert (code, line[:7]) == (2, "error: ") and message in line
+    assert example(script, **flags)[0] == 0
+    assert sorted(path.name for path in output.iterdir() if path.name in ("coins", "food")) == ["coins", "food"]
+    assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
+    assert len(load_image_dataset(train_data_dir=output)) == 11
+    code, (line,) = example(script, **flags)
+    assert code == 2 and "exists and is not empty" in line
+
+
+@pytest.mark.parametrize(
+    ("icons", "message"),
+    [
+        ("{", "icons.json can't be read as JSON"),
+        ("[]", "icons.json must hold an object"),
+        ('{"icons": {"a": 5}}', "icons.json: 'icons' is missing, or of another kind"),
+        ('{"icons": {"a": {}}}', "icons.json can't be read as icons (key 'a'): KeyError"),
+        ('{"icons": {"a": {"body": "<g"}}}', "icons.json can't be read as icons (key 'a')"),
+        ('{"icons": {"a": {"body": "<g/>", "width": 1, "height": 1e9}}}', "An icon of 1 × 1000000000.0 can't be"),
+        ('{"icons": {"a": {"body": "<g/>", "width": Infinity}}}', "An icon of inf × inf can't be"),
+        ('{"icons": {"a": {"body": "<g/>"}}}', "is in the split 'train'; nothing is written"),
+    ],
+)
+def test_damaged_icons_are_named(example, tmp_path, icons, message):
+    (tmp_path / "noto").mkdir()
+    (tmp_path / "noto" / "icons.json").write_text(icons)
+    flags = {"icons_dir": tmp_path, "icon_sets": "noto", "one_class": "x", "output_dir": tmp_path / "out"}
+    code, (line,) = example("train_autoencoder/prepare_emoji", **flags)
+    assert (code, line[:7]) == (2, "error: ") and message in line
+    assert not (tmp_path / "out").exists()

@@ -4,11 +4,11 @@
     python examples/finetune/prepare_new_class.py --dataset_name outputs/coins --num_images 24 --class_name coins \
         --pretrained_model_name_or_path emoji64 --output_dir outputs/emoji64-coins
 
-Expected: one to three minutes on 2 cores; Ctrl-C leaves nothing. The result has one folder per class, which
-`--train_data_dir` of the training reads; the model's own classes keep their labels by their names.
+Expected: one to three minutes on 2 cores; Ctrl-C leaves nothing, and the next run removes what a kill leaves. The
+result has one folder per class, which `--train_data_dir` of the training reads; the model's own classes keep their
+labels by their names.
 """
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -16,10 +16,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline
-from dit_hf.command_line import ArgumentParser, run
+from dit_hf.command_line import ArgumentParser, integer, real, run
 from dit_hf.data.folders import check_output_outside_data
 from dit_hf.data.images import load_image_dataset, load_unlabelled_folder
 from dit_hf.data.reader import ImageReader
+from dit_hf.files import PARTIAL, check_writable, writing
 from dit_hf.pipeline_dit_class_cond import find_class
 from dit_hf.seeds import seeded_generator
 
@@ -29,22 +30,22 @@ def parse_args():
     parser.add_argument("--dataset_name", help="Hub id or local dataset with images of the new class.")
     parser.add_argument("--train_data_dir", type=Path, help="Or a folder with such images.")
     parser.add_argument("--image_column", default="image", help="Column with images.")
-    parser.add_argument("--num_images", type=int, default=24, help="How many of them to take.")
+    parser.add_argument("--num_images", type=integer(at_least=1), default=24, help="How many of them to take.")
     parser.add_argument("--class_name", required=True, help="Name of the new class.")
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Folder, Hub id or bundled name.")
-    parser.add_argument("--prior_images_per_class", type=int, default=48, help="Images generated per old class.")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="Guidance scale of those.")
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="Sampler steps of those.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of those.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Must not exist.")
+    counts = {"type": integer(at_least=1), "default": 48}
+    parser.add_argument("--prior_images_per_class", **counts, help="Images generated per old class.")
+    parser.add_argument("--guidance_scale", type=real(at_least=0), default=2.0, help="Guidance scale of those.")
+    parser.add_argument("--num_inference_steps", type=integer(1, 1000), default=25, help="Sampler steps of those.")
+    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="Seed of those.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Must not exist, or be empty.")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.output_dir.exists():
-        raise ValueError(f"{args.output_dir} exists; choose another folder.")
-    check_output_outside_data(args.output_dir, args.train_data_dir or args.dataset_name)
+    check_output(args)
+    check_names([args.class_name])
     dataset = new_class_dataset(args)
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
     if find_class(pipe.id2label, args.class_name) is not None:  # among the synonyms, and in any case, too
@@ -55,12 +56,26 @@ def main():
     pipe.set_progress_bar_config(disable=True)
     resolution = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     images = new_images(args, dataset, resolution)
-    args.output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output_dir.parent, prefix=f".{args.output_dir.name}-") as folder:
-        save(Path(folder) / "images" / names[0], images)
-        generate_prior(pipe, args, Path(folder) / "images")
-        (Path(folder) / "images").rename(args.output_dir)
+    # A folder that exists may be a mount point, which nothing can replace.
+    inner = args.output_dir / ".images" if args.output_dir.exists() else None
+    with writing(inner or args.output_dir) as folder:
+        save(folder / names[0], images)
+        generate_prior(pipe, args, folder)
+    if inner is not None:
+        for folder in sorted(inner.iterdir()):
+            folder.rename(args.output_dir / folder.name)
+        inner.rmdir()
     print(f"{len(names)} classes: {args.output_dir}")
+
+
+def check_output(args):
+    """Checks that the output is a new or empty folder outside of the data."""
+    check_writable(args.output_dir)
+    check_output_outside_data(args.output_dir, args.train_data_dir or args.dataset_name)
+    if args.output_dir.exists():
+        names = [path.name for path in args.output_dir.iterdir()] if args.output_dir.is_dir() else [args.output_dir]
+        if [name for name in names if name != "lost+found" and not str(name).startswith(PARTIAL)]:
+            raise ValueError(f"{args.output_dir} exists and is not empty; choose another folder.")
 
 
 def generate_prior(pipe, args, folder):
@@ -80,7 +95,8 @@ def check_names(names):
     """Checks that every class can have a folder of its name."""
     folded = [name.strip().casefold() for name in names]
     for name in names:
-        if "/" in name or name.startswith("."):
+        usable = name.isprintable() and "/" not in name and len(name.encode(errors="replace")) < 256
+        if not usable or not name.strip() or name.startswith("."):
             raise ValueError(f"The class {name!r} can't be a folder's name; train on a dataset with labels instead.")
         if folded.count(name.strip().casefold()) > 1:
             raise ValueError(f"There are two classes {name!r}; choose another --class_name, or rename the model's.")
@@ -95,8 +111,6 @@ def save(folder, images):
 
 def new_class_dataset(args):
     """The images of the new class, whatever their labels."""
-    if args.num_images < 1:
-        raise ValueError(f"--num_images {args.num_images} must be at least 1.")
     if args.train_data_dir is not None and args.dataset_name is None:
         return load_unlabelled_folder(args.train_data_dir)
     return load_image_dataset(args.dataset_name, train_data_dir=args.train_data_dir)
