@@ -389,7 +389,7 @@ def test_a_new_class_into_an_empty_folder(example, tmp_path):
         PILImage.new("RGB", (64, 64), (90 * index, 0, 0)).save(tmp_path / "data" / f"{index}.png")
     output = tmp_path / "out"
     (output / "lost+found").mkdir(parents=True)
-    (output / f".partial-{platform.node()}-4194304999-.images" / "coins").mkdir(parents=True)
+    (output / f".partial-{platform.node()}-4194303-.images" / "coins").mkdir(parents=True)
     flags = {"train_data_dir": tmp_path / "data", "class_name": "coins", "output_dir": output}
     flags |= {"pretrained_model_name_or_path": "emoji64", "prior_images_per_class": 1, "num_inference_steps": 1}
     script = "finetune/prepare_new_class"
