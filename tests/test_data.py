@@ -186,6 +186,10 @@ def test_a_cache_of_others_is_not_overwritten(workspace, tmp_path):
         with pytest.raises(ValueError, match="shard-00003.safetensors was not written by `dit-hf latents`"):
             cache(tmp_path / "mine", vae, dataset)
         assert contents(tmp_path / "mine") == {"shard-00003.safetensors": content}
+    for facts in ("[]", "[" * 100_000, '{"fingerprint": 1, "unreadable": []}'):
+        save_file({"label": torch.zeros(1)}, tmp_path / "mine" / "shard-00003.safetensors", {"dit_hf": facts})
+        with pytest.raises(ValueError, match="shard-00003.safetensors was not written by `dit-hf latents`"):
+            cache(tmp_path / "mine", vae, dataset)
     (tmp_path / "mine" / "shard-00003.safetensors").unlink()
     (tmp_path / "mine" / "index.json").write_text("{}")
     with pytest.raises(ValueError, match="index.json is no index of a cache of latents: 'fingerprint' is missing"):

@@ -1,17 +1,24 @@
 """Damaged and hostile data: refused or skipped by name, in one line, before they take memory or start a program."""
 
+import importlib
 import io
 import os
+import platform
+import resource
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
+from dit_hf.command_line import run
+from dit_hf.commands.latents import main
 from dit_hf.data.archives import check_archive
 from dit_hf.data.images import label_names, load_image_dataset
 from dit_hf.data.pixels import MAX_IMAGE_BYTES, open_image
@@ -269,3 +276,161 @@ def test_a_holdout_that_holds_out_nothing_is_said(tmp_path, caplog):
     for holdout in (float("nan"), float("inf"), -0.1, 1.0):
         with pytest.raises(ValueError, match=f"--holdout {holdout} must be at least 0 and less than 1"):
             load_image_dataset(train_data_dir=tmp_path, holdout=holdout)
+
+
+@pytest.fixture
+def latents(workspace, tmp_path, monkeypatch, capfd):
+    """The command's exit code, and the last line that it wrote to stderr; a folder `images` is its data."""
+    monkeypatch.chdir(tmp_path)
+    for index in range(4):
+        folder = tmp_path / "images" / ("cats" if index % 2 else "dogs")
+        folder.mkdir(parents=True, exist_ok=True)
+        PILImage.new("RGB", (32, 32), (60 * index, 9, 9)).save(folder / f"{index}.png")
+
+    def call(*flags, output="out"):
+        data = ("--train_data_dir", "images", "--vae", str(workspace / "vae"), "--resolution", "32")
+        monkeypatch.setattr(sys, "argv", ["dit-hf latents", *data, "--output_dir", output, *map(str, flags)])
+        try:
+            run(main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, capfd.readouterr().err.strip().splitlines()[-1:]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--resolution", "0"), "'0' is not a whole number at least 8 and at most 8192"),
+        (("--resolution", "100000"), "'100000' is not a whole number"),
+        (("--resolution", "33"), "--resolution 33 is not divisible by 4"),
+        (("--shard_size", "0"), "'0' is not a whole number at least 1"),
+        (("--shard_size", str(10**30)), "is not a whole number at least 1 and at most 1048576"),
+        (("--holdout", "nan"), "'nan' is not a finite number at least 0 and below 1"),
+        (("--holdout", "-1"), "'-1' is not a finite number at least 0"),
+        (("--image_column", "label"), "Column 'label' holds int64, no images"),
+        (("--label_column", "image"), "Column 'image' holds images"),
+        (("--train_data_dir", "a\0b"), "There is no folder 'a"),
+        (("--output_dir", "a\0b"), "its name holds a null byte"),
+        (("--output_dir", "images/out"), "--output_dir images/out is in the folder images that is read"),
+        (("--output_dir", "file"), "--output_dir file is no folder"),
+        (("--output_dir", "file/out"), "file is a file"),
+        (("--output_dir", "dangling"), "--output_dir dangling is no folder, and no link to one"),
+        (("--output_dir", "pipe"), "pipe is a pipe, socket or device"),
+        (("--output_dir", "mine"), "mine/vae was not written by this command"),
+    ],
+)
+def test_bad_flags_and_folders_are_one_line(latents, tmp_path, flags, message):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "mine" / "vae").mkdir(parents=True)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    code, (line,) = latents(*flags)
+    assert (code, line[:7]) == (2, "error: ") and message in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_output_into_an_empty_folder_a_link_and_here(latents, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    for _ in range(2):  # new, and verified again
+        assert latents(output="link")[0] == 0
+    assert (tmp_path / "there" / "vae" / "config.json").exists() and (tmp_path / "link").is_symlink()
+    assert not list((tmp_path / "there").rglob(".partial*")) and not (tmp_path / "there" / "vae" / ".saved").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert latents("--train_data_dir", "../images", output=".")[0] == 0
+    assert (tmp_path / "here" / "index.json").exists()
+
+
+def test_a_full_disk_is_one_line(latents, tmp_path):
+    """A limit on files ends a write as a full disk does."""
+    assert latents("--shard_size", "1", output="out")[0] == 0
+    for name in ("shard-00003.safetensors", "vae/config.json"):
+        (tmp_path / "out" / name).unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        code, (line,) = latents("--shard_size", "1", output="out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert "shard-00003.safetensors can't be written" in line and "The shards before it are whole and kept" in line
+    assert not list((tmp_path / "out").glob(".partial*"))
+    assert latents("--shard_size", "1", output="out")[0] == 0
+
+
+@pytest.fixture
+def example(monkeypatch, capfd):
+    """The exit code of an example's script and the last line that it wrote to stderr."""
+
+    def call(script, **flags):
+        folder, name = script.split("/")
+        monkeypatch.syspath_prepend(ROOT / "examples" / folder)
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        try:
+            run(importlib.import_module(name).main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, capfd.readouterr().err.strip().splitlines()[-1:]
+
+    return call
+
+
+def test_a_new_class_into_an_empty_folder(example, tmp_path):
+    """A mount point can't be replaced; a killed run's files go."""
+    (tmp_path / "data").mkdir()
+    for index in range(2):
+        PILImage.new("RGB", (64, 64), (90 * index, 0, 0)).save(tmp_path / "data" / f"{index}.png")
+    output = tmp_path / "out"
+    (output / "lost+found").mkdir(parents=True)
+    (output / f".partial-{platform.node()}-4194303-.images" / "coins").mkdir(parents=True)
+    flags = {"train_data_dir": tmp_path / "data", "class_name": "coins", "output_dir": output}
+    flags |= {"pretrained_model_name_or_path": "emoji64", "prior_images_per_class": 1, "num_inference_steps": 1}
+    script = "finetune/prepare_new_class"
+    for change, message in (
+        ({"num_images": 0}, "'0' is not a whole number at least 1"),
+        ({"guidance_scale": "nan"}, "'nan' is not a finite number"),
+        ({"class_name": "a/b"}, "The class 'a/b' can't be a folder's name"),
+        ({"class_name": "a\nb"}, "can't be a folder's name"),
+        ({"class_name": " "}, "The class ' ' can't be a folder's name"),
+        ({"class_name": "x" * 300}, "can't be a folder's name"),
+        ({"class_name": "food"}, "The model has a class 'food' already"),
+        ({"output_dir": tmp_path / "data" / "out"}, "is in the folder"),
+        ({"output_dir": ROOT / "README.md"}, "exists and is not empty"),
+    ):
+        code, (line,) = example(script, **flags | change)
+        assert (code, line[:7]) == (2, "error: ") and message in line
+    assert example(script, **flags)[0] == 0
+    assert sorted(path.name for path in output.iterdir() if path.name in ("coins", "food")) == ["coins", "food"]
+    assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
+    assert len(load_image_dataset(train_data_dir=output)) == 11
+    code, (line,) = example(script, **flags)
+    assert code == 2 and "exists and is not empty" in line
+
+
+@pytest.mark.parametrize(
+    ("icons", "message"),
+    [
+        ("{", "icons.json can't be read as JSON"),
+        ("[]", "icons.json must hold an object"),
+        ('{"icons": {"a": 5}}', "icons.json: 'icons' is missing, or of another kind"),
+        ('{"icons": {"a": {}}}', "icons.json can't be read as icons (key 'a'): KeyError"),
+        ('{"icons": {"a": {"body": "<g"}}}', "icons.json can't be read as icons (key 'a')"),
+        ('{"icons": {"a": {"body": "<g/>", "width": 1, "height": 1e9}}}', "An icon of 1 × 1000000000.0 can't be"),
+        ('{"icons": {"a": {"body": "<g/>", "width": Infinity}}}', "An icon of inf × inf can't be"),
+        ('{"icons": {"a": {"body": "<g/>"}}}', "is in the split 'train'; nothing is written"),
+    ],
+)
+def test_damaged_icons_are_named(example, tmp_path, icons, message):
+    (tmp_path / "noto").mkdir()
+    (tmp_path / "noto" / "icons.json").write_text(icons)
+    flags = {"icons_dir": tmp_path, "icon_sets": "noto", "one_class": "x", "output_dir": tmp_path / "out"}
+    code, (line,) = example("train_autoencoder/prepare_emoji", **flags)
+    assert (code, line[:7]) == (2, "error: ") and message in line
+    assert not (tmp_path / "out").exists()

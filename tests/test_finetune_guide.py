@@ -85,7 +85,7 @@ def test_a_stopped_preparation_leaves_nothing(checkout):
     output = checkout / "outputs" / "emoji64-coins"
     listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a job in the background would not
     process = subprocess.Popen(command, shell=True, cwd=checkout, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
-    while not list(output.parent.glob(".emoji64-coins-*/images/coins/*")):
+    while not list(output.parent.glob(".partial-*-emoji64-coins/coins/*")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

@@ -4,8 +4,9 @@
     python examples/finetune/prepare_new_class.py --dataset_name outputs/coins --num_images 24 --class_name coins \
         --pretrained_model_name_or_path emoji64 --output_dir outputs/emoji64-coins
 
-Expected: one to three minutes on 2 cores; Ctrl-C leaves nothing. The result has one folder per class, which
-`--train_data_dir` of the training reads; the model's own classes keep their labels by their names.
+Expected: one to three minutes on 2 cores; Ctrl-C leaves nothing, and the next run removes what a kill leaves. The
+result has one folder per class, which `--train_data_dir` of the training reads; the model's own classes keep their
+labels by their names.
 """
 
 import tempfile
@@ -34,24 +35,19 @@ def parse_args():
     parser.add_argument("--num_images", type=integer(at_least=1), default=24, help="How many of them to take.")
     parser.add_argument("--class_name", required=True, help="Name of the new class.")
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Folder, Hub id or bundled name.")
-    parser.add_argument(
-        "--prior_images_per_class", type=integer(at_least=1), default=48, help="Images generated per old class."
-    )
+    counts = {"type": integer(at_least=1), "default": 48}
+    parser.add_argument("--prior_images_per_class", **counts, help="Images generated per old class.")
     parser.add_argument("--guidance_scale", type=real(at_least=0), default=2.0, help="Guidance scale of those.")
-    parser.add_argument("--num_inference_steps", type=integer(at_least=1), default=25, help="Sampler steps of those.")
-    parser.add_argument("--seed", type=integer(at_least=0), default=0, help="Seed of those.")
+    parser.add_argument("--num_inference_steps", type=integer(1, 1000), default=25, help="Sampler steps of those.")
+    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="Seed of those.")
     parser.add_argument("--output_dir", type=Path, required=True, help="A new or empty folder.")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if check_folder(args.output_dir, "--output_dir").exists():
-        for path in args.output_dir.glob(f"{PARTIAL}*"):  # of a killed run
-            remove(path)
-        if any(args.output_dir.iterdir()):
-            raise ValueError(f"{args.output_dir} exists and is not empty; choose another folder.")
-    check_output_outside_data(args.output_dir, args.train_data_dir or args.dataset_name)
+    check_output(args)
+    check_names([args.class_name])
     dataset = new_class_dataset(args)
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
     if find_class(pipe.id2label, args.class_name) is not None:  # among the synonyms, and in any case, too
@@ -89,7 +85,8 @@ def check_names(names):
     """Checks that every class can have a folder of its name."""
     folded = [name.strip().casefold() for name in names]
     for name in names:
-        if "/" in name or "\0" in name or name.startswith(".") or not name.strip():
+        usable = name.isprintable() and "/" not in name and len(name.encode(errors="replace")) < 256
+        if not usable or not name.strip() or name.startswith("."):
             raise ValueError(f"The class {name!r} can't be a folder's name; train on a dataset with labels instead.")
         if folded.count(name.strip().casefold()) > 1:
             raise ValueError(f"There are two classes {name!r}; choose another --class_name, or rename the model's.")
@@ -100,6 +97,16 @@ def save(folder, images):
     folder.mkdir(parents=True)
     for index, image in enumerate(images):
         image.save(folder / f"{index:04d}.png")
+
+
+def check_output(args):
+    """Checks that the output is a new or empty folder outside of the data; removes what a killed run left in it."""
+    if check_folder(args.output_dir, "--output_dir").exists():
+        for path in args.output_dir.glob(f"{PARTIAL}*"):
+            remove(path)
+        if any(path.name != "lost+found" for path in args.output_dir.iterdir()):
+            raise ValueError(f"{args.output_dir} exists and is not empty; choose another folder.")
+    check_output_outside_data(args.output_dir, args.train_data_dir or args.dataset_name)
 
 
 def new_class_dataset(args):

@@ -14,7 +14,7 @@ is trained on, and an image that occurs under a second name. Blank icons and exa
 
 import hashlib
 import io
-import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -24,7 +24,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from dit_hf.command_line import ArgumentParser, run
+from dit_hf.command_line import ArgumentParser, integer, real, run
+from dit_hf.data.pixels import open_image
+from dit_hf.files import check_writable, read_json, reading, writing
 
 
 ICON_SETS = ("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "fluent-emoji", "fxemoji", "emojione")
@@ -50,11 +52,23 @@ CLASS_OF_CATEGORY = {
 SKIN_TONE = re.compile(r"-((medium-)?(light|dark)|medium)-skin-tone|-tone-?[1-5]")
 PERSON_PREFIX = re.compile(r"^(man|woman|men|women|person|people|boy|girl|male|female)-")
 FLUENT_SKIN_TONE = re.compile(r"-(medium-light|medium-dark|light|medium|dark)(-|$)")
+# Of an icon's sides; a longer one would take memory out of all proportion.
+MAX_ASPECT = 16
 
 
 def glyph_key(name):
     """The name under which a glyph is known across sets: `woman-cook` and `womancook` agree."""
     return re.sub(r"[^a-z0-9]", "", name.removeprefix("flag-for-").replace("flag-", ""))
+
+
+def read_entries(file, key, kind, default=None):
+    """The entries of a package's JSON file by name: dictionaries, or lists of names."""
+    entries = read_json(file).get(key, default)
+    values = list(entries.values()) if isinstance(entries, dict) else [None]
+    names = [name for value in values if isinstance(value, list) for name in value]
+    if not all(isinstance(value, kind) for value in values) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: {key!r} is missing, or of another kind.")
+    return entries
 
 
 def is_skin_tone_variant(name, names):
@@ -69,8 +83,7 @@ def class_table(icons_dir):
     """Glyph key -> class, from the reference sets."""
     table = {}
     for icon_set in REFERENCE_SETS:
-        categories = json.loads((icons_dir / icon_set / "metadata.json").read_text(encoding="utf-8"))["categories"]
-        for category, names in categories.items():
+        for category, names in read_entries(icons_dir / icon_set / "metadata.json", "categories", list).items():
             for name in names:
                 if category in CLASS_OF_CATEGORY:
                     table.setdefault(glyph_key(name), CLASS_OF_CATEGORY[category])
@@ -80,7 +93,7 @@ def class_table(icons_dir):
 def own_classes(icons_dir, icon_set):
     """Icon name -> class, from a set's own metadata (fluent-emoji ships none)."""
     file = icons_dir / icon_set / "metadata.json"
-    categories = json.loads(file.read_text(encoding="utf-8")).get("categories", {}) if file.exists() else {}
+    categories = read_entries(file, "categories", list, {}) if file.exists() else {}
     return {
         name: CLASS_OF_CATEGORY[category]
         for category, names in categories.items()
@@ -94,12 +107,15 @@ def rasterise(icon, defaults, resolution):
     box = [icon.get(key, defaults.get(key, fallback)) for key, fallback in (("left", 0), ("top", 0), ("width", 16))]
     left, top, width = box
     height = icon.get("height", defaults.get("height", width))
+    numbers = all(isinstance(side, (int, float)) and math.isfinite(side) for side in (left, top, width, height))
+    if not numbers or min(width, height) <= 0 or max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"An icon of {str(width)[:20]} × {str(height)[:20]} can't be rasterised.")
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
     )
     png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", width=4 * resolution, skip_system_fonts=True)
-    image = PILImage.open(io.BytesIO(png)).convert("RGB")
+    image = open_image(io.BytesIO(png)).convert("RGB")
     canvas = PILImage.new("RGB", (max(image.size),) * 2, "white")
     canvas.paste(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
     return canvas.resize((resolution, resolution), PILImage.Resampling.LANCZOS)
@@ -107,7 +123,8 @@ def rasterise(icon, defaults, resolution):
 
 def rows_of_set(icons_dir, icon_set, classes, resolution, one_class=None):
     """Yields one row per glyph, of its own class or of one for all; skips blank ones and those without a class."""
-    icons = json.loads((icons_dir / icon_set / "icons.json").read_text(encoding="utf-8"))
+    file = icons_dir / icon_set / "icons.json"
+    icons = read_json(file) | {"icons": read_entries(file, "icons", dict)}
     own = own_classes(icons_dir, icon_set)
     for name, icon in tqdm(sorted(icons["icons"].items()), desc=icon_set):
         if is_skin_tone_variant(name, icons["icons"]):
@@ -117,7 +134,8 @@ def rows_of_set(icons_dir, icon_set, classes, resolution, one_class=None):
         label = one_class or label
         if label is None:
             continue
-        image = rasterise(icon, icons, resolution)
+        with reading(file, f"icons (key {name!r})"):  # of damaged ones, the rasteriser raises all kinds
+            image = rasterise(icon, icons, resolution)
         if image.convert("L").getextrema() == (255, 255):
             continue
         buffer = io.BytesIO()
@@ -152,9 +170,14 @@ def parse_args():
     parser.add_argument("--output_dir", type=Path, required=True, help="Where train.parquet and test.parquet go.")
     parser.add_argument("--icon_sets", nargs="+", default=ICON_SETS, help="Packages to take icons from.")
     parser.add_argument("--one_class", help="Give all icons this class, whatever they show.")
-    parser.add_argument("--resolution", type=int, default=64, help="Pixels per side.")
-    parser.add_argument("--held_out", type=float, default=0.1, help="Fraction of glyph names kept for evaluation.")
+    parser.add_argument("--resolution", type=integer(8, 1024), default=64, help="Pixels per side.")
+    parser.add_argument(
+        "--held_out", type=real(above=0, below=1), default=0.1, help="Fraction of glyph names kept for evaluation."
+    )
     args = parser.parse_args()
+    check_writable(args.output_dir)
+    if there := [name for name in ("train", "test") if (args.output_dir / f"{name}.parquet").exists()]:
+        parser.error(f"{args.output_dir} holds {there[0]}.parquet already; choose another --output_dir, or remove it")
     needed = (*args.icon_sets, *(() if args.one_class else REFERENCE_SETS))
     missing = [name for name in needed if not (args.icons_dir / name / "icons.json").exists()]
     if missing:
@@ -173,9 +196,12 @@ def main():
     classes = {} if args.one_class else class_table(args.icons_dir)
     options = (classes, args.resolution, args.one_class)
     rows = [row for name in args.icon_sets for row in rows_of_set(args.icons_dir, name, *options)]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for split, chosen in zip(("train", "test"), split_rows(rows, args.held_out), strict=True):
-        Dataset.from_list(chosen, features=features).to_parquet(args.output_dir / f"{split}.parquet")
+    splits = dict(zip(("train", "test"), split_rows(rows, args.held_out), strict=True))
+    if empty := [split for split, chosen in splits.items() if not chosen]:
+        raise ValueError(f"No icon of {', '.join(args.icon_sets)} is in the split {empty[0]!r}; nothing is written.")
+    for split, chosen in splits.items():
+        with writing(args.output_dir / f"{split}.parquet") as partial:
+            Dataset.from_list(chosen, features=features).to_parquet(partial)
         counts = Counter(row["label"] for row in chosen)
         print(f"{split}: {len(chosen)} images, {dict(sorted(counts.items()))}")
     print(f"Dataset: {args.output_dir}")

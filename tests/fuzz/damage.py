@@ -1,5 +1,6 @@
 """Strategies that damage files as disks, networks and attackers do."""
 
+import copy
 import json
 
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ HOSTILE = st.sampled_from(
         *("", "two", "1", "../../etc/passwd", "/dev/zero", "a\nb", "\x00", "os", "system", "x" * 10_000),
         *([], [[]], {}, [0] * 1000, ["os", "system"], ["builtins", "eval"], {"a": {}}, [None], [10**12]),
     ]
-)
+).map(copy.deepcopy)
 
 
 @st.composite

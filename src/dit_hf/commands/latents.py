@@ -9,10 +9,10 @@ from pathlib import Path
 from ..command_line import ArgumentParser, integer, real, run
 from ..data.folders import check_output_outside_data
 from ..data.latents import verify_latents
-from ..data.shards import INDEX, MAX_SHARD_SIZE
+from ..data.shards import INDEX, MAX_SHARD_SIZE, shard_facts
 from ..files import check_writable, remove, writing
 from ..training.alignment import load_encoder
-from ..training.data import ImageData, write_latents
+from ..training.data import ImageData, latent_size, write_latents
 from ..training.model import image_resolution, load_vae
 from ..training.running import only_run, start_accelerator
 
@@ -76,11 +76,12 @@ def parse_args() -> argparse.Namespace:
 
 def check_output(folder: Path, source: str | Path | None) -> None:
     """Refuses an output folder that can't be written, or holds an autoencoder which this command did not write."""
-    check_output_outside_data(folder, source)
     check_writable(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is no folder.")
-    if (folder / "vae").exists() and not (folder / INDEX).exists():
+    check_output_outside_data(folder, source)
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is no folder, and no link to one.")
+    ours = (folder / INDEX).exists() or any(map(shard_facts, folder.glob("shard-*.safetensors")))
+    if (folder / "vae").exists() and not ours:
         raise ValueError(f"{folder / 'vae'} was not written by this command; choose another --output_dir.")
 
 
@@ -103,6 +104,7 @@ def main() -> None:
     accelerator = start_accelerator()
     vae = load_vae(args.vae).to(accelerator.device)
     args.resolution = image_resolution(args.resolution, vae)
+    latent_size(vae, args.resolution)  # as training will ask
     data = image_data(args)
     reader = data.reader()
     accelerator.print(reader.describe())

@@ -34,8 +34,8 @@ SPLIT_WORDS = {
 }
 # What may stand beside such a name in a folder's name.
 AFFIXES = {"set", "data", "dataset", "images", "image", "imgs", "img", "split", "seg"}
-# What archives and Python leave behind.
-NOT_DATA = ("__MACOSX", "__pycache__")
+# What archives, Python and file systems leave behind.
+NOT_DATA = ("__MACOSX", "__pycache__", "lost+found")
 # Names that a message lists before it only counts the others.
 LISTED = 8
 # Levels of folders, and ways by links to the same one: more are a mistake, or made to keep a reader busy.

@@ -307,6 +307,9 @@ def check_column(dataset, column: str, flag: str):
     feature = (dataset.features or {}).get(column)
     if flag == "--label_column" and isinstance(feature, datasets.Image):  # reading it would decode
         raise ValueError(f"Column {column!r} holds images; a label is a class's id, from 0, or its name. Pass {flag}.")
+    dtype = getattr(feature, "dtype", None) if isinstance(feature, (datasets.ClassLabel, datasets.Value)) else None
+    if flag == "--image_column" and dtype not in (None, "string", "large_string", "binary", "large_binary"):
+        raise ValueError(f"Column {column!r} holds {dtype}, no images. Pass {flag}.")
     return feature
 
 

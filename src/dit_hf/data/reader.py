@@ -48,6 +48,8 @@ class ImageReader:
         check_column(dataset, image_column, "--image_column")
         feature = None
         if names is not None:
+            if image_column == label_column:
+                raise ValueError(f"--image_column and --label_column are both {image_column!r}.")
             feature = check_column(dataset, label_column, "--label_column")
             columns.append(label_column)
         # Undecoded, so that one damaged image does not end the run.

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from ..files import PARTIAL, check_file, read_json, remove
+from ..files import PARTIAL, check_file, read_json, reading, remove
 from .fingerprints import describe_change
 
 
@@ -38,21 +38,21 @@ def shard_facts(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
-    except (OSError, SafetensorError, ValueError):
+    except (OSError, SafetensorError, ValueError, RecursionError):
         return {}
-    lists = all(isinstance(facts.get(key, []), list) for key in ("unreadable", "unreadable_labels"))
-    return facts if isinstance(facts, dict) and lists else {}
+    ours = isinstance(facts, dict) and isinstance(facts.get("unreadable"), list)
+    return facts if ours and isinstance(facts.get("fingerprint"), str) else {}
 
 
 def shard_labels(path: Path):
     """The classes of a shard's images."""
-    with safe_open(path, "pt") as file:
+    with reading(path, "a shard of latents"), safe_open(path, "pt") as file:
         return file.get_tensor("label")
 
 
 def shard_digests(path: Path):
     """Digests of a shard's encoded images, unreadable ones too; None in a cache of a release before 0.3."""
-    with safe_open(path, "pt") as file:
+    with reading(path, "a shard of latents"), safe_open(path, "pt") as file:
         names = set(file.keys())
         return file.get_tensor("source") if "source" in names else None
 
