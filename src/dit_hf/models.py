@@ -169,7 +169,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
             if unfit := sorted({*info["missing_keys"], *info["unexpected_keys"]}):  # of the Hub, not checked above
                 raise ValueError(f"{pretrained_model_name_or_path}: the key {unfit[0]!r} is missing or unknown.")
-            return (model, info) if with_info else model
+            return (model, info) if with_info else model  # type: ignore[return-value]
         stock, info = StockDiTTransformer2DModel.from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
