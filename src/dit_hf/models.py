@@ -191,6 +191,10 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As every `ConfigMixin`'s; the configuration of diffusers' own DiT is read as well."""
+        if not isinstance(config, dict) and not Path(str(config)).is_dir():
+            raise ValueError(
+                f"`config` is {str(config)[:100]!r}; it must be a dictionary, as `load_config` returns it."
+            )
         if isinstance(config, dict) and diffusers_dit.CONFIG_MARK in config:
             config = diffusers_dit.our_config(config)
         return super().from_config(config, return_unused_kwargs, **kwargs)

@@ -397,8 +397,10 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
                     **options,
                 )
         except ValueError:
-            if added := set(getattr(self.transformer, "peft_config", {})) - before:
-                self.transformer.delete_adapters(list(added)) if before else self.transformer.unload_lora()
+            if not before:
+                self.transformer.unload_lora()
+            elif added := set(self.transformer.peft_config) - before:
+                self.transformer.delete_adapters(list(added))
             raise
 
     @classmethod
