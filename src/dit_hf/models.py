@@ -184,7 +184,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         return model
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: Any, **kwargs: Any) -> dict[str, Any]:
         """Reads a `config.json`; `ValueError` names what is wrong with it."""
         return model_folders.read_config(json_file)
 
