@@ -20,6 +20,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UniPCMultistepScheduler,
 )
+from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig, get_peft_model
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
@@ -145,10 +146,38 @@ def test_a_vae_that_overflows_is_decoded_in_float32(caplog):
     np.testing.assert_allclose(images, expected, atol=0.01)
 
 
+class SamplingVAE(AutoencoderKL):
+    """Its decoder adds noise of the generator, as a consistency decoder's."""
+
+    def decode(self, z, return_dict=True, generator=None):
+        self.noise = [*getattr(self, "noise", []), randn_tensor(z.shape, generator=generator)]
+        return super().decode(z + self.noise[-1].to(z.dtype), return_dict=return_dict)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_a_decoder_that_overflows_gets_the_same_noise_again(per_image):
+    vae = SamplingVAE.from_config(tiny_vae().config)
+    with torch.no_grad():
+        for name, layer in vae.decoder.named_modules():
+            if name == "conv_in" or name.endswith("conv2"):
+                layer.weight.mul_(4e4)
+                layer.bias.mul_(4e4)
+    vae.half()
+    pipe, generator = tiny_pipeline(vae=vae), torch.Generator().manual_seed(3)
+    pipe.decode_latents(torch.randn(1, 4, 8, 8), "pt", [generator] if per_image else generator)
+    first, second = vae.noise
+    assert torch.equal(first, second)
+
+
 def test_what_is_not_finite_is_not_returned():
     pipe = tiny_pipeline(vae=tiny_vae())
     with pytest.raises(ValueError, match=r"latents \[1\] are not finite"):
         sample(pipe, [1, 2], latents=torch.stack([torch.zeros(4, 8, 8), torch.full((4, 8, 8), float("nan"))]))
+    with pytest.raises(ValueError, match="latents .* are not finite"):
+        pipe.decode_latents(torch.full((1, 4, 8, 8), float("inf")))
+    pixels = tiny_pipeline(in_channels=3)  # without a VAE
+    with pytest.raises(ValueError, match="latents .* are not finite"):
+        pixels.decode_latents(torch.full((1, 3, 8, 8), float("nan")))
     torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, float("inf"))
     with pytest.raises(ValueError, match=r"decoded images \[0\] are not finite"):
         sample(pipe, output_type="np")

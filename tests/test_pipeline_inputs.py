@@ -179,6 +179,38 @@ REFUSED = {
     ),
 }
 
+NAN, INF = float("nan"), float("inf")
+REFUSED |= {
+    f"{argument} {value!r:.30}": ({}, {argument: value}, [argument])
+    for argument, values in {
+        "num_inference_steps": (10**9, 10**30, "2", [2], NAN),
+        "num_images_per_label": (10**9, -1, 2.0, True),
+        "guidance_scale": (INF, -INF, True, [1], torch.ones(2), 10**400, 1j),
+        "guidance_interval": ((NAN, 1.0), (0.0, NAN), ("a", "b"), (0, 1, 2), "ab", (None, 1)),
+        "eta": (NAN, INF, "x", None, True),
+        "class_labels": (10**30, range(10**10), 1j, [NAN], torch.tensor([NAN])),
+        "height": (10**9, 2**62),
+        "latents": (torch.full((1, 4, 8, 8), NAN), torch.full((1, 4, 8, 8), INF), torch.zeros(1, 4, 8, 8).long()),
+        "generator": ([5],),
+        "callback_on_step_end_tensor_inputs": (None, "latents"),
+    }.items()
+    for value in values
+}
+REFUSED |= {
+    f"timesteps {values!r:.30}": ({"scheduler": "ddpm"}, {"timesteps": values}, ["timesteps"])
+    for values in ([NAN, 1], [5, 5], [1, 5], [10**9, 1], [5, -1], ["a"], 5, [True, False], list(range(20_000, 0, -1)))
+}
+REFUSED |= {
+    f"sigmas {values!r:.30}": ({"scheduler": "flow_euler"}, {"sigmas": values}, ["sigmas"])
+    for values in ([1.0, NAN], [0.5, 1.0], [1.0, 1.0], [1.0, -0.5], [INF, 1.0], "ab", [None])
+}
+REFUSED |= {
+    f"{name} in {steps} steps": ({"scheduler": name}, {"num_inference_steps": steps}, ["num_inference_steps", "zero"])
+    for name, steps in (("dpm++", 1000), ("unipc", 1000), ("dpm++_singlestep", 1001))
+}
+REFUSED["too many values"] = ({}, {"num_images_per_label": 2**20, "height": 2**12, "width": 2**12}, ["at most"])
+REFUSED["offset"] = ({"scheduler": make_scheduler("ddim", steps_offset=999)}, {}, ["steps_offset"])
+
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_input_is_refused_before_any_compute(name):
@@ -403,3 +435,34 @@ def test_recipes_log_nothing(caplog):
 def test_no_such_bundled_pipeline():
     with pytest.raises(ValueError, match="no bundled pipeline 'imagenet'; this installation has"):
         DiTClassCondPipeline.from_bundled("imagenet")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_finite_at_its_ends(name):
+    """With the most steps that are taken, too, and eta; what divides by zero is refused above."""
+    pipe = tiny_pipeline(name, num_layers=1)
+    most = {"dpm++": 999, "unipc": 999}.get(name, 1000)
+    for steps in (1, 2, 3, most):
+        for eta in (0.0, 1.0) if name == "ddim" and steps < 10 else (0.0,):
+            images = pipe(1, num_inference_steps=steps, eta=eta, guidance_scale=1.0, output_type="latent").images
+            assert torch.isfinite(images).all(), (steps, eta)
+
+
+def test_a_scheduler_that_clips_does_not_hide_an_overflow():
+    """Pixels are clipped to [-1, 1], and infinity with them."""
+    pipe = DiTClassCondPipeline(tiny_transformer(in_channels=3), make_scheduler("ddim", clip_sample=True))
+    torch.nn.init.constant_(pipe.transformer.proj_out.bias, -1e38)
+    with pytest.raises(ValueError, match="not finite"):
+        pipe(1, num_inference_steps=2, guidance_scale=1e30, output_type="np")
+
+
+@pytest.mark.parametrize("call", [5, [1], {"steps": 1}, {"num_inference_steps": "50"}, {"guidance_scale": NAN}])
+def test_recommended_calls_are_checked_at_construction(call):
+    with pytest.raises(ValueError, match="recommended_call"):
+        DiTClassCondPipeline(tiny_transformer(num_layers=1), make_scheduler("ddim"), recommended_call=call)
+
+
+@pytest.mark.parametrize("names", [5, "ab", ["a"], {"x": "a"}, {-1: "a"}, {1.5: "a"}, {0: "a", "00": "b"}, {0: None}])
+def test_names_that_are_none_are_refused(names):
+    with pytest.raises(ValueError, match="id2label"):
+        tiny_pipeline(id2label=names, num_layers=1)

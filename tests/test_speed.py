@@ -273,3 +273,41 @@ def test_int8_is_saved_and_loaded(tmp_path):
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     assert 0 < (outputs[0] - outputs[3]).norm() / outputs[3].norm() < 0.02
     assert draw(pipe, num_inference_steps=2).isfinite().all()
+
+
+def test_what_is_no_pipeline_is_named():
+    for call in (dit_hf.optimize, dit_hf.restore):
+        with pytest.raises(ValueError, match="DiTTransformer2DModel; it must be a DiTClassCondPipeline"):
+            call(tiny_transformer())
+    for preset in (None, ["exact"], 5):
+        with pytest.raises(ValueError, match="no preset"):
+            dit_hf.optimize(tiny_pipeline(), preset)
+
+
+def test_weights_that_are_cast_meanwhile_do_not_go_unnoticed():
+    pipe = tiny_pipeline()
+    dit_hf.optimize(pipe, "fastest")
+    with pytest.raises(ValueError, match="restore"):
+        pipe.to(torch.bfloat16)
+    pipe.to("cpu")
+    pipe.transformer.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="cast from torch.float32 to torch.bfloat16"):
+        dit_hf.restore(pipe)
+    dit_hf.restore(pipe)  # nothing is left to undo
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler" and pipe.transformer._compiled_call_impl is None
+
+
+def test_modulation_of_classes_that_are_none_is_refused():
+    model = tiny_transformer()
+    for labels in (
+        torch.tensor([11]),
+        torch.tensor([-1]),
+        torch.tensor([1.0]),
+        torch.tensor([[1]]),
+        [1],
+        torch.tensor(1),
+    ):
+        with pytest.raises(ValueError, match="class_labels"):
+            model.compute_modulation(torch.zeros(1), labels)
+    with pytest.raises(ValueError, match="timestep"):
+        model.compute_modulation(torch.zeros(2), torch.tensor([1, 2, 3]))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import tiny_inputs, tiny_transformer
+from conftest import DESIGNS, tiny_design, tiny_inputs, tiny_transformer
 
 from dit_hf import DiTTransformer2DModel
-from dit_hf.transformer_dit import CONDITIONINGS, sincos_positions
+from dit_hf.transformer_dit import CONDITIONINGS, count_weights, sincos_positions
 
 
 TINY = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 12, "num_classes": 10}
@@ -216,3 +216,32 @@ def test_rotary_tables_of_an_inference_call_do_not_spoil_training():
 def test_options_that_do_not_fit_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         tiny_transformer(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("num_layers", "num_classes") for value in ("two", 0, -1, True, None, 2.0, 10**9)),
+        *(("patch_size", value) for value in (0, [2, 2], 10**9)),
+        *(("mlp_ratio", value) for value in (0, float("nan"), "4", 1e9, 1e-9)),
+        *(("class_dropout_prob", value) for value in (-0.1, 1.1, float("nan"), "x", True)),
+        *(("timestep_scale", value) for value in (0, float("inf"), "x")),
+        *(("learn_sigma", value) for value in ("yes", 1, None)),
+        ("sample_size", 2**14),
+        ("attention_head_dim", 2**14),
+    ],
+)
+def test_sizes_out_of_range_are_refused_before_anything_is_allocated(name, value):
+    options = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 12}
+    if name == "attention_head_dim":
+        options |= {"num_attention_heads": 2**12}
+    with pytest.raises(ValueError) as error:
+        DiTTransformer2DModel(**(options | {name: value}))
+    assert f"`{name}`" in str(error.value) and str(value) in str(error.value)
+
+
+def test_weights_are_counted_as_they_are():
+    for design in DESIGNS:
+        model = tiny_design(design)
+        matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim > 1)
+        assert count_weights(model.config) == matrices, design

@@ -4,8 +4,9 @@ missing weights from whatever is in memory, and has many kinds of errors for a d
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
@@ -35,12 +36,13 @@ MAX_TIMESTEPS = 2**17
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def read_index(path: str | Path) -> dict[str, Any]:
+def read_index(path: str | Path, transformers: Sequence[str]) -> dict[str, Any]:
     """
     Reads a `model_index.json`.
 
     Args:
         path (`str` or `Path`): The file.
+        transformers (`Sequence[str]`): Names of classes that its transformer may have.
 
     Returns:
         `dict`: whose `transformer` and `scheduler`, and `vae` if there is one, are a library and a class.
@@ -55,6 +57,8 @@ def read_index(path: str | Path) -> dict[str, Any]:
         none = name == "vae" and pair == [None, None]
         if not none and not (pair and all(isinstance(word, str) and word.isidentifier() for word in pair)):
             raise ValueError(f'{path} has {name}: {entry!r}; it must be a library and a class, ["diffusers", "…"].')
+        if name == "transformer" and pair[1] not in transformers:
+            raise ValueError(f"{path}: its transformer is a {pair[1]}, not a {transformers[0]}.")
     return index
 
 
@@ -207,7 +211,10 @@ def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     check_file(file)
     if file.suffix == ".bin":
         with reading(file, "weights"):
-            weights = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
+            try:
+                weights = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
+            except UnpicklingError:  # torch's own message advises to run the code
+                raise ValueError(f"{file} is damaged, or holds code, which is not run; weights are tensors.") from None
         if not isinstance(weights, dict) or not all(isinstance(each, torch.Tensor) for each in weights.values()):
             raise ValueError(f"{file} must hold a dictionary of tensors.")
         return {str(key): (tuple(each.shape), TYPES.get(each.dtype, str(each.dtype))) for key, each in weights.items()}

@@ -186,16 +186,20 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             raise ValueError(f"{pretrained_model_name_or_path}: {error}") from None
         if is_stock:
             logger.warning(f"{pretrained_model_name_or_path}: {diffusers_dit.CORRECTED}.")
-        return (model, info) if wants_info else model
+        return (model, info) if wants_info else model  # type: ignore[return-value]
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: Any, **kwargs: Any) -> dict[str, Any]:
         """Reads a `config.json`; `ValueError` names what is wrong with it."""
         return model_folders.read_config(json_file)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As every `ConfigMixin`'s; the configuration of diffusers' own DiT is read as well."""
+        if not isinstance(config, dict) and not Path(str(config)).is_dir():
+            raise ValueError(
+                f"`config` is {str(config)[:100]!r}; it must be a dictionary, as `load_config` returns it."
+            )
         if isinstance(config, dict) and diffusers_dit.CONFIG_MARK in config:
             config = diffusers_dit.our_config(config)
         return super().from_config(config, return_unused_kwargs, **kwargs)

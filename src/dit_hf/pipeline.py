@@ -158,9 +158,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         Then no remote code is needed, and a folder of diffusers' own DiT is read by our transformer, which corrects
         it.
         """
-        config = model_folders.read_index(json_file)
-        if (found := config["transformer"][-1]) not in diffusers_dit.CLASS_NAMES:
-            raise ValueError(f"{json_file}: its transformer is a {found}, not a {DiTTransformer2DModel.__name__}.")
+        config = model_folders.read_index(json_file, diffusers_dit.CLASS_NAMES)
         config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", "DiTTransformer2DModel"]}
         config.pop("auto_map", None)
         return config

@@ -274,6 +274,68 @@ def check_id2label(id2label: Any) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
+@contextmanager
+def _errors_of_values(what):
+    """Whatever a library raises for a file or values that it can't use, as a `ValueError` that says so."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{reason}") from error
+
+
+def check_adapter_tensors(weights: Mapping) -> None:
+    """Raises `ValueError` for adapters that are not finite floating-point tensors under names."""
+    for key, tensor in weights.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"The adapters have {key!r}: {given}; they must be floating-point tensors by their names."
+            )
+        if not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"The adapters' {key!r} is not finite.")
+
+
+def check_adapter_shapes(weights: Mapping[str, torch.Tensor], prefix: str, layers: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if the two matrices of an adapter don't fit each other, or their layer."""
+    names = {key.removeprefix(prefix).split(".lora_")[0] for key in weights}
+    for name in sorted(names):
+        down, up = (weights.get(f"{prefix}{name}.lora_{part}.weight") for part in "AB")
+        layer = getattr(layers[name], "base_layer", layers[name])
+        if not isinstance(layer, torch.nn.Linear):
+            continue  # peft refuses layers that it does not know
+        if down is None or up is None:
+            raise ValueError(f"The adapters of {name!r} have lora_A or lora_B alone; they need both.")
+        rank = down.shape[0] if down.ndim == 2 else 0
+        sizes = (rank, layer.in_features), (layer.out_features, rank)
+        if rank < 1 or (tuple(down.shape), tuple(up.shape)) != sizes:
+            raise ValueError(
+                f"The adapters of {name!r} have the shapes {tuple(down.shape)} and {tuple(up.shape)}; the layer needs "
+                f"(rank, {layer.in_features}) and ({layer.out_features}, rank)."
+            )
+
+
+def check_adapter_metadata(metadata: Any, largest_rank: int) -> None:
+    """Raises `ValueError` for a rank above the tensors', for which memory would be allocated, or an alpha like NaN."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise ValueError(f"The adapters' metadata is a {type(metadata).__name__}; it must be a dictionary.")
+    for key, value in (metadata or {}).items():
+        option = key.rsplit(".", 1)[-1]
+        if option not in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+            continue
+        if option.endswith("_pattern") and not isinstance(value, Mapping):
+            raise ValueError(f"The adapters' metadata has {key}: {value!r}; it must be a dictionary.")
+        for number in value.values() if isinstance(value, Mapping) else [value]:
+            is_rank = option.startswith("r")
+            fits = is_finite(number) and (not is_rank or (isinstance(number, int) and 1 <= number <= largest_rank))
+            if not fits:
+                allowed = f"a rank of the tensors, at most {largest_rank}" if is_rank else "a finite number"
+                raise ValueError(f"The adapters' metadata has {key}: {value!r}; it must be {allowed}.")
+
+
 class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
     """Loads, fuses and saves LoRA adapters of the transformer."""
 
@@ -293,12 +355,21 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
 
         Raises:
             ImportError: if peft or transformers is missing.
-            ValueError: if a key belongs to no layer of the transformer; nothing is loaded then.
+            ValueError: if they can't be read, a key belongs to no layer of the transformer, a shape does not fit it,
+                or a value is not finite; nothing is loaded then.
         """
         self._check_adapters_possible()
+        if adapter_name is not None and (not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name):
+            raise ValueError(f"`adapter_name` is {adapter_name!r}; it must be a text without a dot.")
         options = {name: kwargs.pop(name) for name in ("low_cpu_mem_usage", "hotswap") if name in kwargs}
         kwargs = {"use_safetensors": True, "return_lora_metadata": True} | kwargs
-        weights, metadata = SD3LoraLoaderMixin.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, Mapping):
+            check_adapter_tensors(source)
+        named = "The adapters" if isinstance(source, Mapping) else f"The adapters of {source}"
+        with _errors_of_values(f"{named} can't be read"):
+            weights, metadata = SD3LoraLoaderMixin.lora_state_dict(source, **kwargs)
+        check_adapter_tensors(weights)
         prefix, layers = f"{self.transformer_name}.", {name for name, _ in self.transformer.named_modules()}
         stray = [
             key
@@ -313,9 +384,24 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
                 f"{len(weights) - len(stray)} of the adapters' {len(weights)} keys belong to a layer of the "
                 f"transformer; keys look like {example!r}, and these are not: {others or 'none'}."
             )
-        self.transformer.load_lora_adapter(
-            dict(weights), prefix=self.transformer_name, adapter_name=adapter_name, metadata=metadata, **options
-        )
+        check_adapter_shapes(weights, prefix, dict(self.transformer.named_modules()))
+        check_adapter_metadata(metadata, max((tensor.shape[0] for key, tensor in weights.items() if "_A" in key)))
+        before = set(getattr(self.transformer, "peft_config", {}))
+        try:
+            with _errors_of_values(f"{named} can't be put on the transformer"):
+                self.transformer.load_lora_adapter(
+                    dict(weights),
+                    prefix=self.transformer_name,
+                    adapter_name=adapter_name,
+                    metadata=metadata,
+                    **options,
+                )
+        except ValueError:
+            if not before:
+                self.transformer.unload_lora()
+            elif added := set(self.transformer.peft_config) - before:
+                self.transformer.delete_adapters(list(added))
+            raise
 
     @classmethod
     def save_lora_weights(
