@@ -271,13 +271,14 @@ def test_one_of_many_thousand_classes_is_searched_for(browser, tmp_path):
     with serve(tmp_path / "model", tmp_path / "temporary") as address:
         for page in opened(browser, address, 1400, "light"):
             assert len(page.request.get(address).body()) < 300_000
-            for name in ("number 19876", "number 12345"):
+            for row, name in ((1, "number 19876"), (2, "number 12345")):  # after "none", and what is chosen
                 box = page.get_by_label("Find a class", exact=True)
                 box.click()
                 box.press("Control+a")
                 box.press_sequentially(name)
-                expect(page.get_by_role("option", name=name)).to_have_count(1)
-                page.get_by_role("option", name=name).click()
+                # Gradio's list keeps a few stale rows below the first ones, which are those that were found.
+                expect(page.get_by_role("option").nth(row)).to_contain_text(name)
+                page.get_by_role("option").nth(row).click()
                 expect(page.locator(SNIPPET)).to_contain_text(name)
             expect(page.locator(SNIPPET)).to_contain_text("[0, 19876, 12345],")
             set_number(page, "number input for Images of each class", 1)
