@@ -18,17 +18,18 @@ HIDING = ("TORCHINDUCTOR", "PYTHONDONTWRITEBYTECODE", "XDG_", "HF_HOME")
 
 
 @contextmanager
-def serve(model, folder, *flags, app=APP, **variables):
+def serve(model, folder, *flags, app=APP, log=None, **variables):
     """
     The page as a user starts it, with all temporary files in a folder of ours; yields its address. It may log no
-    traceback. Without a model, the variables name it; without an app, `dit-hf space` is run.
+    traceback. Without a model, the variables name it; without an app, `dit-hf space` is run. A list that is given
+    receives the lines of the log.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(HIDING)}
     environment |= {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | variables
     program = [app] if app else ["-m", "dit_hf.space.command"]
     named = ["--pretrained_model_name_or_path", str(model)] if model else []
     command = [sys.executable, *program, *named, *flags]
-    lines = []
+    lines = [] if log is None else log
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
     ) as server:

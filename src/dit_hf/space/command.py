@@ -6,6 +6,7 @@ Expected: the page answers at http://127.0.0.1:7860 after a few seconds.
 """
 
 import atexit
+import errno
 import os
 import platform
 import shutil
@@ -78,6 +79,8 @@ def find_port(host: str, port: int | None) -> int:
                 return probe.getsockname()[1]
         except (OSError, UnicodeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
+            if getattr(error, "errno", None) != errno.EADDRINUSE:
+                break
     raise ValueError(f"--host {host} --port {tried[0]} can't be listened at: {reason}. Choose another one.")
 
 
@@ -107,18 +110,21 @@ def isolate() -> Path:
 
 def main():
     args = parse_args()
+    port = find_port(args.host, args.port)
     for name in ("SIGTERM", "SIGHUP"):  # so that the folder is removed then too
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: sys.exit(0))
-    port = find_port(args.host, args.port)
     folder = isolate()
+    from .generation import ImageGenerator
+
+    generator = ImageGenerator(args.pretrained_model_name_or_path, args.max_minutes)
     from starlette.middleware import Middleware
 
-    from .page import ImageGenerator, Page, build
+    from .page import Page, build
     from .requests import Gate
 
-    page = Page(ImageGenerator(args.pretrained_model_name_or_path, args.max_minutes), folder, args.queue_size)
+    page = Page(generator, folder, args.queue_size)
     gate = Middleware(Gate, blocks=(blocks := build(page)), clients=page.clients, folder=folder)
     try:
         blocks.launch(

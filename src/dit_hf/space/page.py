@@ -247,7 +247,7 @@ class Page:
         row = rows[index] if type(index) is int and 0 <= index < len(rows) else [gr.skip()] * len(names)
         return [self._shown(name, value) for name, value in zip(names, row, strict=True)]
 
-    def search(self, chosen, event: gr.EventData):
+    async def search(self, chosen, event: gr.EventData):  # not in threads, which would answer in any order
         """What fits the text that is written in a control, where the classes are too many to be listed."""
         text, key = (getattr(event, name, "") for name in ("input_value", "key"))
         if key in NOT_TEXT or not isinstance(text, str):  # new choices would move what Enter has just chosen

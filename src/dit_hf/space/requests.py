@@ -1,6 +1,7 @@
 """What the server answers: the page's own requests, of a size and a form that they have; and which clients listen."""
 
 import json
+import os
 import re
 import time
 import uuid
@@ -177,9 +178,9 @@ class Gate:
         if not path.startswith(f"{API}/file="):
             return
         found = FILE.fullmatch(path)
-        file = Path(found["path"]) if found and "\0" not in path else self.folder
-        inside = file.is_absolute() and ".." not in file.parts and self.folder in file.parents
-        if not inside or not file.is_file() or file.resolve() != file:
+        file = found["path"] if found and "\0" not in path else ""
+        inside = file.startswith(f"{self.folder}{os.sep}") and os.path.normpath(file) == file
+        if not inside or not os.path.isfile(file) or os.path.realpath(file) != file:
             raise Refused(404, "There is no such file; images are kept for ten minutes.")
 
     async def _stream(self, scope, receive, send):
