@@ -120,7 +120,9 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    check_pixels(f"An image of {image.width} × {image.height} pixels, resized to a short side of {size},", width, height)
+    check_pixels(
+        f"An image of {image.width} × {image.height} pixels, resized to a short side of {size},", width, height
+    )
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
