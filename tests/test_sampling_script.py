@@ -223,7 +223,10 @@ def test_what_is_wrong_is_refused_before_anything_is_written(tmp_path):
         (["--output_dir", tmp_path / "data"], "is not empty and holds no set of samples"),
         (["--output_dir", tmp_path / "new", "--scheduler", "euler"], "no scheduler recipe 'euler'"),
         (["--output_dir", tmp_path / "new", "--scheduler", "ddim"], "this pipeline was built for 'velocity'"),
-        (["--output_dir", tmp_path / "new", "--guidance_scale", "-1"], "--guidance_scale: '-1' is not a finite number at least 0"),
+        (
+            ["--output_dir", tmp_path / "new", "--guidance_scale", "-1"],
+            "--guidance_scale: '-1' is not a finite number at least 0",
+        ),
         (["--output_dir", tmp_path / "new", "--seed", "-1"], "--seed: '-1' is not a whole number at least 0"),
     ):
         result = run_forked([*command, *flags])

@@ -137,9 +137,9 @@ def call_settings(pipe, args):
 def load_pipeline(args, device):
     """The pipeline that the flags name, with their scheduler and decoder."""
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, revision=args.revision)
-    if args.vae:
+    if args.vae is not None:
         pipe.register_modules(vae=load_autoencoder(args.vae))
-    if args.scheduler:
+    if args.scheduler is not None:
         pipe.scheduler = make_scheduler(args.scheduler, **trained_options(args.scheduler, pipe.scheduler.config))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
