@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -359,3 +360,47 @@ def test_the_command_knows_a_new_row_and_its_defaults(tmp_path, monkeypatch, cap
         command_in_process(monkeypatch, capsys, *flags, "--metrics", "sfdi")
     with pytest.raises(ValueError, match="accuracy needs training images"):
         command_in_process(monkeypatch, capsys, *flags, "--metrics", "accuracy")
+
+
+def test_few_images_omit_metrics_and_the_command_says_so(images, monkeypatch, capsys):
+    folder, pixels = images
+    np.savez(folder / "few.npz", arr_0=pixels[:9])
+    flags = ("--samples", folder / "few.npz", "--reference", folder / "images.npz", "--bootstrap", 0)
+    flags += ("--cache_dir", folder / "cache", "--training", folder / "few.npz")
+    monkeypatch.setattr(sys, "argv", ["metrics", *map(str, flags)])
+    main()
+    output = capsys.readouterr()
+    assert "Omitted: is needs at least 10 images; there are 9 (samples)." in output.err
+    assert list(json.loads(output.out))[:5] == [FD, SFD, "kid", "precision", "recall"]
+    with pytest.raises(ValueError, match="is needs at least 10 images; there are 9"):
+        command_in_process(monkeypatch, capsys, *flags, "--metrics", "is")
+
+
+def test_cached_features_are_those_of_the_images(images, monkeypatch, capsys):
+    """Another set's under the name are computed again; a damaged file is named."""
+    folder, _ = images
+    flags = ("--samples", folder / "folder", "--reference", folder / "images.npz", "--bootstrap", 0)
+    flags += ("--cache_dir", folder / "cache", "--metrics", FD)
+    command_in_process(monkeypatch, capsys, *flags)
+    (cached,) = (folder / "cache").iterdir()
+    features = Features.load(cached)
+    replace(features, features=features.features + 1, digest="0" * 64).save(cached)
+    assert abs(command_in_process(monkeypatch, capsys, *flags)[FD]["value"]) < 1e-2
+    assert torch.equal(Features.load(cached).features, features.features)
+    content = bytearray(cached.read_bytes())
+    content[-9] ^= 1
+    cached.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{cached.name} is damaged"):
+        command_in_process(monkeypatch, capsys, *flags)
+
+
+def test_classes_without_training_images_are_refused_before_the_work(images, monkeypatch, capsys):
+    folder, pixels = images
+    for place in ("data/test/cats", "data/test/dogs", "training/train/cats", "training/train/cows"):
+        (folder / place).mkdir(parents=True)
+        for index in range(2):
+            PILImage.fromarray(pixels[index]).save(folder / place / f"{index}.png")
+    flags = ("--samples", folder / "data", "--reference", folder / "images.npz", "--training", folder / "training")
+    with pytest.raises(ValueError, match="No training image is of class 'dogs'"):
+        command_in_process(monkeypatch, capsys, *flags, "--cache_dir", folder / "cache")
+    assert not (folder / "cache").exists()

@@ -31,7 +31,7 @@ from ..evaluation.samples import (
     write_npz,
 )
 from ..evaluation.sources import ImageSource
-from ..files import PARTIAL, check_apart, check_writable, read_json, remove, remove_leftovers
+from ..files import PARTIAL, check_apart, check_writable, read_json, remove_leftovers
 from ..pipeline import DiTClassCondPipeline
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import seeded_generator
@@ -242,7 +242,8 @@ def sample(args, accelerator, pipe, labels, settings, recipe):
             progress.update(count)
     except BaseException:
         if is_new and accelerator.is_main_process and not any(folder.iterdir()):
-            remove(file)  # or other flags would be refused for a set that was never begun
+            folder.rmdir()
+            file.unlink()  # or other flags would be refused for a set that was never begun
         raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
