@@ -28,10 +28,8 @@ def image_features(source: ImageSource, extractor: Extractor, cache_dir: str | P
     path = Path(cache_dir) / f"{digest[:24]}-{extractor.description['weights']}.safetensors"
     if path.exists():
         features = Features.load(path)
-        if features.is_of(extractor.description) and (features.digest, len(features.features)) == (
-            digest,
-            source.count,
-        ):
+        own = features.digest == digest and len(features.features) == source.count
+        if own and features.is_of(extractor.description):
             features.image_size = source.image_size
             return features
     batches = tqdm(source.batches(batch_size), desc=f"features of {source.source}", mininterval=5)
