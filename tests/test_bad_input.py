@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.checkpoints import FAMILIES
+from dit_hf.checkpoints.saving import save_original
 from dit_hf.command_line import run
 from dit_hf.commands import convert, export, generate, latents, metrics, sample, train, verify
 from dit_hf.data import pixels
@@ -37,8 +39,8 @@ COMMANDS = {
 }
 # What is given beside the bad flag; names of files are those of `files`.
 GIVEN = {
-    "convert": {"checkpoint_path": "pipe/transformer", "output_dir": "new"},
-    "export": {"pretrained_model_name_or_path": "pipe", "family": "dit", "checkpoint_path": "new.pt"},
+    "convert": {"checkpoint_path": "dit.pt", "output_dir": "new"},
+    "export": {"model_path": "diffusion", "family": "dit", "checkpoint_path": "new.pt"},
     "generate": {"pipeline": "pipe", "output": "new.png", "num_inference_steps": "1", "num_images_per_label": "1"},
     "latents": {"train_data_dir": "data", "vae": "pipe/vae", "output_dir": "new"},
     "metrics": {"samples": "images.npz", "reference": "folder", "cache_dir": "new", "bootstrap": "0"},
@@ -52,7 +54,7 @@ GIVEN = {
     "sample": {"pipeline": "pipe", "output_dir": "new", "num_samples": "2", "num_inference_steps": "1"},
     "space": {"model": "pipe"},
     "train": {"train_data_dir": "data", "vae": "pipe/vae", "transformer_config": "config.json", "output_dir": "new"},
-    "verify": {"checkpoint_path": "pipe/transformer", "pretrained_model_name_or_path": "pipe"},
+    "verify": {"checkpoint_path": "dit.pt", "model_path": "diffusion"},
 }
 
 
@@ -72,6 +74,9 @@ def files(tmp_path_factory):
     transformer = tiny_transformer(num_classes=3, learn_sigma=False)
     names = {0: "dark", 1: "light", 2: "grey"}
     DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae(), names).save_pretrained(folder / "pipe")
+    diffusion = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddpm"))
+    diffusion.save_pretrained(folder / "diffusion")
+    save_original(diffusion.transformer, FAMILIES["dit"], folder / "dit.pt", None)
     for place in ("folder", *(f"data/{split}/{name}" for split in ("train", "test") for name in ("dark", "light"))):
         (folder / place).mkdir(parents=True)
         for index, image in enumerate(images if place == "folder" else images[:2]):
@@ -197,6 +202,7 @@ def rows(command, flag, values, **others):
     return [(command, {flag: value} | others) for value in values]
 
 
+CHECKPOINTS = ["nope", *(f"{name}.pt" for name in BAD_FILES), "config.json", "images.npz", *NAMES, *DEVICES]
 IMAGES = [
     *(f"bad/{name}.npz" for name in ("empty", "random", "cut", "pipe", "folder", "flipped", "float", "no_images")),
     *(f"bad/{name}.npz" for name in ("no_arrays", "no_side", "short", "long", "below_zero", "moments_alone")),
@@ -263,6 +269,20 @@ TABLE = [
         "generate", "output", ("new.txt", "new.psd", "new.h5", "new.xbm", "folder", "", "/proc/new.png", "a\0b.png")
     ),
     *rows("generate", "output", ("config.json/new.png", f"{'n' * 300}.png", f"{'n' * 250}.png")),
+    *(row for name in ("convert", "verify") for row in rows(name, "checkpoint_path", CHECKPOINTS)),
+    *(row for name in ("export", "verify") for row in rows(name, "model_path", ("nope", "config.json", *NAMES))),
+    *rows(
+        "convert", "id2label", ("nope", "bad/empty.json", "bad/random.json", "bad/list.json", "bad/text.json", "data")
+    ),
+    *rows("convert", "output_dir", (*OUTPUTS, "folder", "config.json")),
+    *rows("convert", "vae", ("nope/nope", "config.json", "pipe/transformer", *NAMES)),
+    *rows("export", "checkpoint_path", (*OUTPUTS, "new.txt", "folder", "bad/pipe.pt", "bad/folder.pt")),
+    *rows("latents", "train_data_dir", ("nope", "config.json", "bad/pipe.json", "bad/postscript", *NAMES)),
+    *rows("latents", "vae", ("nope/nope", "config.json", "pipe/transformer", *NAMES)),
+    *rows("latents", "output_dir", ("data", "data/new", *OUTPUTS)),
+    *rows("train", "transformer_config", ("nope", "bad/empty.json", "bad/list.json", "bad/text.json", "data", *NAMES)),
+    *rows("train", "output_dir", ("data", "data/new", *OUTPUTS)),
+    *rows("space", "model", ("nope", "config.json", *NAMES)),
     *(row for name in ("sample", "generate") for row in rows(name, "num_inference_steps", (*WHOLE, "0"))),
     *(row for name in ("sample", "generate") for row in rows(name, "guidance_scale", NUMBERS[:-1])),
     *(row for name in ("sample", "generate") for row in rows(name, "guidance_channels", (*WHOLE, "0"))),
