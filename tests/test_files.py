@@ -8,7 +8,16 @@ import sys
 import pytest
 from safetensors import SafetensorError
 
-from dit_hf.files import check_apart, check_file, check_links, check_writable, read_json, reading, writing
+from dit_hf.files import (
+    check_apart,
+    check_file,
+    check_links,
+    check_writable,
+    read_json,
+    reading,
+    remove_leftovers,
+    writing,
+)
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -90,6 +99,18 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     with writing(file) as partial:
         partial.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["a[1].json"]
+
+
+def test_one_of_many_files_does_not_list_the_folder(tmp_path):
+    """Leftovers of all are removed at once, those of running processes not."""
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "0.png")], check=False)
+    with writing(tmp_path / "0.png", one_of_many=True) as partial:
+        partial.write_text("whole")
+    assert len(list(tmp_path.iterdir())) == 2
+    with writing(tmp_path / "1.png", one_of_many=True) as partial:
+        partial.write_text("whole")
+        remove_leftovers(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [partial.name, "0.png"]
 
 
 def test_a_link_to_a_file_stays_a_link(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_bad_sources_are_named(images):
     flipped[len(content) // 2] ^= 1
     (folder / "flipped.npz").write_bytes(flipped)
     np.savez(folder / "none.npz", arr_0=pixels[:0])
-    bad = {"cut": "no npz", "float": "must be uint8", "missing": "no npz", "flipped": "CRC", "none": "no images"}
+    bad = {"cut": "an npz file", "float": "must be uint8", "missing": "", "flipped": "CRC", "none": "no images"}
     for name, message in (bad | {"other": "arr_0"}).items():
         with pytest.raises(ValueError, match=f"{name}.npz.*{message}"):
             list(ImageSource(folder / f"{name}.npz").batches())
@@ -96,8 +97,8 @@ def test_bad_sources_are_named(images):
             reference_statistics(folder / f"{name}.npz")
     np.savez(folder / "shape.npz", mu=np.zeros(3), sigma=np.eye(2))
     np.savez(folder / "words.npz", mu=np.zeros(3), sigma=np.eye(3), extractor=np.array("{"))
-    for name in ("shape", "words"):
-        with pytest.raises(ValueError, match=f"{name}.npz can't be used"):
+    for name, message in (("shape", "of shapes"), ("words", "can't be read as")):
+        with pytest.raises(ValueError, match=f"{name}.npz.*{message}"):
             reference_statistics(folder / f"{name}.npz")
     assert reference_statistics(folder / "images.npz") is None
     few = GaussianStatistics.from_moments(torch.zeros(12), torch.cov(draw(5).T))
@@ -338,9 +339,8 @@ def command_in_process(monkeypatch, capsys, *arguments):
 def test_a_folder_is_no_output(tmp_path, monkeypatch, capsys):
     """Refused at once, not after the work."""
     sets = ("--samples", tmp_path / "nowhere", "--reference", tmp_path / "nowhere")
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="is a folder; it must name a file"):
         command_in_process(monkeypatch, capsys, *sets, "--output", tmp_path)
-    assert "is a folder; it must name a file" in capsys.readouterr().err
 
 
 def test_the_command_knows_a_new_row_and_its_defaults(tmp_path, monkeypatch, capsys):
@@ -360,3 +360,47 @@ def test_the_command_knows_a_new_row_and_its_defaults(tmp_path, monkeypatch, cap
         command_in_process(monkeypatch, capsys, *flags, "--metrics", "sfdi")
     with pytest.raises(ValueError, match="accuracy needs training images"):
         command_in_process(monkeypatch, capsys, *flags, "--metrics", "accuracy")
+
+
+def test_few_images_omit_metrics_and_the_command_says_so(images, monkeypatch, capsys):
+    folder, pixels = images
+    np.savez(folder / "few.npz", arr_0=pixels[:9])
+    flags = ("--samples", folder / "few.npz", "--reference", folder / "images.npz", "--bootstrap", 0)
+    flags += ("--cache_dir", folder / "cache", "--training", folder / "few.npz")
+    monkeypatch.setattr(sys, "argv", ["metrics", *map(str, flags)])
+    main()
+    output = capsys.readouterr()
+    assert "Omitted: is needs at least 10 images; there are 9 (samples)." in output.err
+    assert list(json.loads(output.out))[:5] == [FD, SFD, "kid", "precision", "recall"]
+    with pytest.raises(ValueError, match="is needs at least 10 images; there are 9"):
+        command_in_process(monkeypatch, capsys, *flags, "--metrics", "is")
+
+
+def test_cached_features_are_those_of_the_images(images, monkeypatch, capsys):
+    """Another set's under the name are computed again; a damaged file is named."""
+    folder, _ = images
+    flags = ("--samples", folder / "folder", "--reference", folder / "images.npz", "--bootstrap", 0)
+    flags += ("--cache_dir", folder / "cache", "--metrics", FD)
+    command_in_process(monkeypatch, capsys, *flags)
+    (cached,) = (folder / "cache").iterdir()
+    features = Features.load(cached)
+    replace(features, features=features.features + 1, digest="0" * 64).save(cached)
+    assert abs(command_in_process(monkeypatch, capsys, *flags)[FD]["value"]) < 1e-2
+    assert torch.equal(Features.load(cached).features, features.features)
+    content = bytearray(cached.read_bytes())
+    content[-9] ^= 1
+    cached.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{cached.name} is damaged"):
+        command_in_process(monkeypatch, capsys, *flags)
+
+
+def test_classes_without_training_images_are_refused_before_the_work(images, monkeypatch, capsys):
+    folder, pixels = images
+    for place in ("data/test/cats", "data/test/dogs", "training/train/cats", "training/train/cows"):
+        (folder / place).mkdir(parents=True)
+        for index in range(2):
+            PILImage.fromarray(pixels[index]).save(folder / place / f"{index}.png")
+    flags = ("--samples", folder / "data", "--reference", folder / "images.npz", "--training", folder / "training")
+    with pytest.raises(ValueError, match="No training image is of class 'dogs'"):
+        command_in_process(monkeypatch, capsys, *flags, "--cache_dir", folder / "cache")
+    assert not (folder / "cache").exists()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 import sys
 from argparse import Namespace
 
@@ -9,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_transformer, tiny_vae
+from filelock import FileLock
 from PIL import Image
 from testing_utils.scripts import run_forked
 from testing_utils.training_runs import kill_after, run
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.commands import generate, metrics, sample
 from dit_hf.commands.generate import class_labels
 from dit_hf.commands.sample import asked_labels, call_settings
 from dit_hf.evaluation.samples import SAMPLING_RECIPES, sample_images, sample_labels
@@ -223,11 +227,98 @@ def test_what_is_wrong_is_refused_before_anything_is_written(tmp_path):
         (["--output_dir", tmp_path / "data"], "is not empty and holds no set of samples"),
         (["--output_dir", tmp_path / "new", "--scheduler", "euler"], "no scheduler recipe 'euler'"),
         (["--output_dir", tmp_path / "new", "--scheduler", "ddim"], "this pipeline was built for 'velocity'"),
-        (["--output_dir", tmp_path / "new", "--guidance_scale", "-1"], "`guidance_scale` is -1.0"),
-        (["--output_dir", tmp_path / "new", "--seed", "-1"], "--seed -1 must be at least 0"),
+        (
+            ["--output_dir", tmp_path / "new", "--guidance_scale", "-1"],
+            "--guidance_scale: '-1' is not a finite number at least 0",
+        ),
+        (["--output_dir", tmp_path / "new", "--seed", "-1"], "--seed: '-1' is not a whole number at least 0"),
     ):
         result = run_forked([*command, *flags])
         assert result.returncode == 2, result.stderr
         assert message in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["own.txt"]
+
+
+def in_process(monkeypatch, arguments, main=sample.main):
+    monkeypatch.setattr(sys, "argv", [str(part) for part in arguments[1:]])
+    main()
+
+
+def test_damaged_samples_are_generated_again_and_foreign_ones_refused(pipeline, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    flags = command(pipeline, folder, num_samples=3, num_inference_steps=1, batch_size=1)
+    in_process(monkeypatch, flags)
+    first = images(folder)
+    files = [folder / "images" / f"{index:06d}.png" for index in range(3)]
+    whole = files[1].read_bytes()
+    for damaged in (whole[:-40], whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]):
+        files[1].write_bytes(damaged)
+        in_process(monkeypatch, flags)
+        assert np.array_equal(images(folder), first)
+        assert files[1].read_bytes() == whole
+    recipe, samples = ((folder / name).read_bytes() for name in ("recipe.json", "samples.npz"))
+    other = tmp_path / "other"
+    in_process(monkeypatch, command(pipeline, other, num_samples=3, num_inference_steps=1, seed=1))
+    for content in ((other / "images" / "000002.png").read_bytes(), (pipeline / "README.md").read_bytes(), b""):
+        files[2].write_bytes(content)
+        with pytest.raises(ValueError, match="000002.png is no sample of this set"):
+            in_process(monkeypatch, flags)
+        assert files[2].read_bytes() == content
+    files[2].unlink()
+    (folder / "images" / "mine.png").write_text("mine")
+    with pytest.raises(ValueError, match="mine.png is no sample of this set"):
+        in_process(monkeypatch, flags)
+    assert [(folder / name).read_bytes() for name in ("recipe.json", "samples.npz")] == [recipe, samples]
+    (folder / "recipe.json").write_text("{}")
+    with pytest.raises(ValueError, match="recipe.json was not written by this version"):
+        in_process(monkeypatch, flags)
+
+
+def test_a_set_that_was_never_begun_leaves_no_recipe(pipeline, tmp_path, monkeypatch):
+    """Or the next command, with other flags, would be refused."""
+    flags = command(pipeline, tmp_path / "out", num_samples=2, num_inference_steps=1)
+
+    def fails(*_, **__):
+        raise OSError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiTClassCondPipeline, "__call__", fails)
+        with pytest.raises(OSError, match="no"):
+            in_process(monkeypatch, flags)
+    in_process(monkeypatch, [*flags, "--seed", "1"])
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["seed"] == 1
+
+
+def test_a_folder_in_use_is_refused(pipeline, tmp_path, monkeypatch):
+    holder = FileLock(tmp_path / ".lock")  # as another process holds it
+    with holder, pytest.raises(ValueError, match="is in use by another run"):
+        in_process(monkeypatch, command(pipeline, tmp_path))
+    assert not (tmp_path / "recipe.json").exists()
+
+
+def test_samples_are_those_of_their_recipe(pipeline, tmp_path, monkeypatch):
+    for name, count in (("a", 2), ("b", 2), ("c", 3)):
+        flags = command(pipeline, tmp_path / name, num_samples=count, num_inference_steps=1, seed=ord(name))
+        in_process(monkeypatch, flags)
+    for name, difference in (("b", "`pixels`"), ("c", "`num_samples` is 3, there it is 2")):
+        (tmp_path / "a" / "samples.npz").write_bytes((tmp_path / name / "samples.npz").read_bytes())
+        flags = [0, "x", "--samples", tmp_path / "a" / "samples.npz", "--reference", tmp_path / "b" / "samples.npz"]
+        with pytest.raises(ValueError, match=f"is not the set that recipe.json beside it describes: {difference}"):
+            in_process(monkeypatch, [*flags, "--cache_dir", tmp_path / "cache"], metrics.main)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_grid_that_cannot_be_written_keeps_what_was_there(pipeline, tmp_path, monkeypatch):
+    (tmp_path / "grid.png").write_text("before")
+    flags = [0, "x", "--pipeline", pipeline, "--output", tmp_path / "grid.png", "--num_inference_steps", "1"]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))  # as a full disk
+        with pytest.raises(OSError, match="grid.png can't be written: .*; what was there before is unchanged"):
+            in_process(monkeypatch, flags, generate.main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"grid.png": "before"}

@@ -102,19 +102,21 @@ def read_json(path: str | Path, expected: type | tuple[type, ...] = dict) -> Any
     with reading(path, "JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, expected):
-        what = {dict: "an object", list: "a list"}.get(expected, "an object or a list")
+        what = "an object" if expected is dict else "a list" if expected is list else "an object or a list"
         raise ValueError(f"{path} must hold {what}; it holds a {type(value).__name__}.")
     return value
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
+def writing(path: str | Path, one_of_many: bool = False) -> Iterator[Path]:
     """
     Gives a path beside `path` to write to, which replaces `path` at the end. If writing fails, what was there stays.
     What a killed process left of the same file is removed.
 
     Args:
         path (`str` or `Path`): The file, or folder, to be written; its folder is created if it does not exist.
+        one_of_many (`bool`, defaults to `False`):
+            Whether leftovers stay, as looking for them lists the folder; call [`remove_leftovers`] before the first.
 
     Yields:
         `Path`: in the same folder, with the same suffix.
@@ -124,8 +126,9 @@ def writing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))  # a link's target is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    partial = path.with_name(f"{PARTIAL}{platform.node()}-{os.getpid()}-{path.name}")
+    if not one_of_many:
+        remove_leftovers(path.parent, path.name)
+    partial = _partial(path)
     try:
         yield partial
         os.replace(partial, path)
@@ -171,10 +174,20 @@ def is_occupied(folder: str | Path) -> bool:
     return os.path.lexists(folder)
 
 
-def _remove_leftovers(path):
-    """Partial versions of a file whose processes, of this machine, have ended."""
+def _partial(path):
+    return path.with_name(f"{PARTIAL}{platform.node()}-{os.getpid()}-{path.name}")
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """
+    Removes what processes of this machine that have ended left of files that they wrote with [`writing`].
+
+    Args:
+        folder (`Path`): The files' folder.
+        name (`str`, *optional*): Of one file; all if not given.
+    """
     prefix = f"{PARTIAL}{platform.node()}-"
-    for leftover in path.parent.glob(f"{escape(prefix)}*-{escape(path.name)}"):
+    for leftover in folder.glob(f"{escape(prefix)}*-{'*' if name is None else escape(name)}"):
         process = leftover.name.removeprefix(prefix).split("-")[0]
         if process.isdecimal() and int(process) != os.getpid() and not is_running(int(process)):
             remove(leftover)
@@ -218,7 +231,7 @@ def check_writable(path: str | Path) -> Path:
         raise ValueError(f"{path} can't be written: its name holds a null byte.")
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(path)
+            os.lstat(_partial(path) if path.name else path)  # its name is longer
         folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
         blocked = next((parent for parent in path.absolute().parents if parent.exists() and not parent.is_dir()), None)
         if blocked is not None:

@@ -6,17 +6,20 @@ Expected: under a minute on 2 cores for the bundled emoji64 model.
 """
 
 import time
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from ..command_line import ArgumentParser, run
-from ..evaluation.grid import labelled_grid
+from ..command_line import ArgumentParser, integer, run
+from ..data.pixels import MAX_PIXELS
+from ..evaluation.grid import grid_size, labelled_grid
+from ..files import check_writable, reading, writing
 from ..pipeline import DiTClassCondPipeline
 from ..pipeline_dit_class_cond import ClassNames
 from ..seeds import seeded_generator
-from .sample import add_call_flags, call_settings
+from .sample import add_call_flags, add_seed_flag, call_settings
 
 
 def parse_args():
@@ -33,16 +36,29 @@ def parse_args():
         help="Names as in `pipe(name)`, one value each, quoted if they hold spaces or commas. A number is the class "
         "of that name if there is one, else the class id. All classes (at most 12) if not given.",
     )
-    parser.add_argument("--num_images_per_label", type=int, default=10, help="Columns of the grid.")
+    parser.add_argument(
+        "--num_images_per_label", type=integer(at_least=1, at_most=1000), default=10, help="Columns of the grid."
+    )
     add_call_flags(parser)
-    parser.add_argument("--seed", type=int, default=0, help="Image i of the grid depends on (seed, i) alone.")
+    add_seed_flag(parser, "Image i of the grid depends on (seed, i) alone.")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="File of the grid.")
     args = parser.parse_args()
-    if args.num_images_per_label < 1:
-        parser.error(f"--num_images_per_label is {args.num_images_per_label}; it must be at least 1")
     if args.output.suffix.lower() not in Image.registered_extensions() or args.output.is_dir():
         parser.error(f"--output is {args.output}; it must name an image file such as grid.png")
+    check_writable(args.output)
+    check_format(args.output, 1, 1)
     return args
+
+
+def check_format(path, width, height):
+    """Refuses a format that is read only, or has no images of this size or kind, before they are generated."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"The grid would have {width:,} × {height:,} pixels; at most {MAX_PIXELS:,} in all are written."
+        )
+    format_name = Image.registered_extensions()[path.suffix.lower()]
+    with reading(path, f"a {format_name} to be written"):
+        Image.new("RGB", (width, height)).save(BytesIO(), format_name)
 
 
 def class_labels(values: list[str], id2label: dict[int, str]) -> list[int | str]:
@@ -59,18 +75,21 @@ def main():
     given = class_labels(args.class_labels, pipe.id2label) if args.class_labels else list(all_classes)
     labels = pipe.resolve_class_labels(given)
     columns = args.num_images_per_label
+    settings = call_settings(pipe, args)
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    check_format(args.output, *grid_size(len(labels), columns, side, side))
     started = time.time()
     images = pipe(
         labels,
         num_images_per_label=columns,
         generator=[seeded_generator(args.seed, index) for index in range(len(labels) * columns)],
-        **call_settings(pipe, args),
+        **settings,
     ).images
     seconds = time.time() - started
 
     rows = [images[index * columns : (index + 1) * columns] for index in range(len(labels))]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(rows, [pipe.id2label.get(label, str(label)) for label in labels]).save(args.output)
+    with writing(args.output) as partial:
+        labelled_grid(rows, [pipe.id2label.get(label, str(label)) for label in labels]).save(partial)
     print(f"{len(images)} images in {seconds:.1f} s: {args.output}")
 
 

@@ -9,21 +9,31 @@ images, which are what a perfect model would reach, and tells whether samples ar
 """
 
 import json
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from ..command_line import ArgumentParser, run
+from ..command_line import ArgumentParser, integer, printable, real, run
 from ..evaluation.cards import card_results
 from ..evaluation.extractors import PRECOMPUTED, Features, load_extractor
 from ..evaluation.feature_cache import image_features
-from ..evaluation.metrics import METRICS, Available, check_metrics, check_same_size, default_metrics
+from ..evaluation.metrics import (
+    METRICS,
+    Available,
+    check_metrics,
+    check_same_size,
+    default_metrics,
+    find_metrics,
+    too_few_images,
+)
 from ..evaluation.reference import reference_statistics, save_statistics
-from ..evaluation.samples import sampling_recipe
+from ..evaluation.samples import check_recipe, sampling_recipe
 from ..evaluation.sources import ImageSource
-from ..evaluation.training_images import evaluate
+from ..evaluation.training_images import check_classes, evaluate
+from ..files import check_apart, check_links, check_writable, writing
 from ..hub import CardFacts, publish_folder, write_card
 from ..hub.model_card import PIPELINE_TAG
 from ..pipeline import DiTClassCondPipeline
@@ -41,11 +51,16 @@ def parse_args():
     parser.add_argument("--training", help="Images the model was trained on; of a dataset the train split.")
     parser.add_argument("--split", default="test", help="Of a dataset that is samples or reference.")
     parser.add_argument(
-        "--holdout", type=float, default=0.0, help="Of a dataset with one split, the fraction that is its test split."
+        "--holdout",
+        type=real(at_least=0, below=1),
+        default=0.0,
+        help="Of a dataset with one split, the fraction that is its test split.",
     )
     parser.add_argument("--image_column", default="image", help="Of a dataset.")
     parser.add_argument(
-        "--resolution", type=int, help="Pixels a side to crop all images to, as training does; none by default."
+        "--resolution",
+        type=integer(at_least=1, at_most=8192),
+        help="Pixels a side to crop all images to, as training does; none by default.",
     )
     parser.add_argument(
         "--feature_extractor",
@@ -59,9 +74,14 @@ def parse_args():
         help=f"Separated by commas, of {titles}; with inception fid, sfid, is, kid. By default those that the "
         "extractor and the reference allow, without density, coverage and accuracy.",
     )
-    parser.add_argument("--bootstrap", type=int, default=10, help="Redrawn sets for the intervals; 0 for none.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Images in a batch.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the redrawn sets.")
+    parser.add_argument(
+        "--bootstrap",
+        type=integer(at_least=0, at_most=10_000),
+        default=10,
+        help="Redrawn sets for the intervals; 0 for none.",
+    )
+    parser.add_argument("--batch_size", type=integer(at_least=1, at_most=2**16), default=64, help="Images in a batch.")
+    parser.add_argument("--seed", type=integer(at_least=0, at_most=2**63 - 1), default=0, help="Of the redrawn sets.")
     parser.add_argument("--cache_dir", type=Path, default=Path("outputs/features"), help="Where features are kept.")
     parser.add_argument("--save_statistics", type=Path, help="Write the reference's statistics, as ADM's .npz.")
     parser.add_argument("--output", type=Path, help="JSON file for the result.")
@@ -70,17 +90,40 @@ def parse_args():
     parser.add_argument("--push_to_hub", action="store_true", help="Publish that folder.")
     parser.add_argument("--hub_model_id", help="Repository; the folder's name if not given.")
     args = parser.parse_args()
-    if args.resolution is not None and args.resolution < 1:
-        parser.error(f"--resolution {args.resolution} is no number of pixels")
-    if args.batch_size < 1:
-        parser.error(f"--batch_size is {args.batch_size}; it must be at least 1")
-    if args.output is not None and args.output.is_dir():
-        parser.error(f"--output {args.output} is a folder; it must name a file such as metrics.json")
     if args.push_to_hub and args.update_card is None:
         parser.error("--push_to_hub publishes the folder of --update_card")
-    if args.update_card and not (args.update_card / "model_index.json").exists():
-        parser.error(f"--update_card {args.update_card} is no pipeline folder")
+    if args.hub_model_id is not None and not args.push_to_hub:
+        parser.error("--hub_model_id has no effect without --push_to_hub")
+    if args.metrics is not None:
+        names = [name.strip() for name in args.metrics.split(",")]
+        if len(set(names)) < len(names) or "" in names:
+            parser.error(f"--metrics {args.metrics!r} must be names separated by commas, each once")
+        args.metrics = names
+    check_outputs(args)
     return args
+
+
+def check_outputs(args):
+    """Refuses what can't be written, or would change what is read, before any work."""
+    sources = [source for source in (args.samples, args.reference, args.training) if source]
+    outputs = {"--output": args.output, "--save_statistics": args.save_statistics, "--cache_dir": args.cache_dir}
+    for flag, path in outputs.items():
+        if path is None:
+            continue
+        if flag != "--cache_dir" and path.is_dir():
+            raise ValueError(f"{flag} {path} is a folder; it must name a file.")
+        if flag == "--cache_dir" and path.exists() and not path.is_dir():
+            raise ValueError(f"{flag} {path} is a file; it must name a folder.")
+        check_writable(path)
+        for source in sources:
+            if os.path.lexists(source):
+                check_apart(path, source, flag)
+    if args.output and args.save_statistics and args.output.resolve() == args.save_statistics.resolve():
+        raise ValueError(f"--output and --save_statistics are both {args.output}; name two files.")
+    if args.update_card is not None:
+        if not (args.update_card / "model_index.json").is_file():
+            raise ValueError(f"--update_card {args.update_card} is no pipeline folder.")
+        check_links(args.update_card)
 
 
 def open_sets(args, extractor, use_images):
@@ -105,6 +148,11 @@ def open_statistics(args, description):
         return None, True
     use_images = statistics.has_images and args.feature_extractor != PRECOMPUTED
     if statistics.is_of(description):
+        for part in statistics.parts.values():
+            try:
+                part.root()  # kept for the distances
+            except ValueError as error:
+                raise ValueError(f"{args.reference}: {error}") from None
         return statistics, use_images
     if not use_images:
         whose = statistics.extractor or "inception (the file names none, as ADM's)"
@@ -112,23 +160,54 @@ def open_statistics(args, description):
     return None, True
 
 
-def read_features(args, extractor, sources, statistics, labelled):
-    """Features of every set; those of `labelled` sets with class names where they are known."""
-    for name, source in sources.items():
+def read_images(args, sources, statistics, labelled):
+    """Reads every set once: names what is skipped, and checks sizes and classes before the extractor's work."""
+    for source in sources.values():
         source.digest()
-        for reason in list(source.skipped.values())[:5]:
-            print(f"Skipped in {name} {source.source}: {reason}", file=sys.stderr)
-        if len(source.skipped) > 5:
-            print(f"Skipped in {name} {source.source}: {len(source.skipped)} images in all", file=sys.stderr)
     sizes = {name: source.image_size for name, source in sources.items()}
     for name, size in (sizes | {"statistics": statistics and statistics.image_size}).items():
         check_same_size(sizes["samples"], name, size)
+    if args.resolution is None:
+        check_recipe(args.samples, sources["samples"].count, sources["samples"].digest())
+    for name, source in sources.items():
+        for reason in list(source.skipped.values())[:5]:
+            print(printable(f"Skipped in {name} {source.source}: {reason}"), file=sys.stderr)
+        if len(source.skipped) > 5:
+            print(printable(f"Skipped in {name} {source.source}: {len(source.skipped)} images"), file=sys.stderr)
+    labels = {name: sources[name].labels() for name in sources if name in labelled}
+    check_classes(labels.get("samples"), labels.get("training"))
+    return labels
+
+
+def read_features(args, extractor, sources, labels):
+    """Features of every set, with class names where they are known."""
     features = {
         name: image_features(source, extractor, args.cache_dir, args.batch_size) for name, source in sources.items()
     }
-    for name in labelled & set(sources):
-        features[name].labels = sources[name].labels()
+    for name, classes in labels.items():
+        features[name].labels = classes
     return features
+
+
+def enough_images(args, names, extractor, counts):
+    """The metrics that there are enough images for; those that were asked for must be."""
+    if counts.get("training", 2) < 2:
+        raise ValueError("--training holds one image; at least 2 are needed.")
+    reasons = too_few_images(names, extractor, counts)
+    for name, reason in reasons.items():
+        if args.metrics:
+            raise ValueError(f"{name} {reason}.")
+        print(f"Omitted: {name} {reason}.", file=sys.stderr)
+    if len(reasons) == len(names):
+        raise ValueError("There are too few images for any metric.")
+    return [name for name in names if name not in reasons]
+
+
+def check_labelled(rows, names, labels):
+    """Refuses metrics that need classes which are not known."""
+    for name, row in zip(names, rows, strict=True):
+        if row.labels and any(labels[set_] is None for set_ in ("samples", "training")):
+            raise ValueError(f"{name} needs the class of every image of the samples and of the training images.")
 
 
 def measure(args):
@@ -145,23 +224,32 @@ def measure(args):
     if args.save_statistics and not use_images:
         raise ValueError(f"--save_statistics: {args.reference} is a file of statistics already.")
     available = Available(parts, use_images, tuple(statistics.parts) if statistics else (), bool(args.training))
-    names = [name.strip() for name in args.metrics.split(",")] if args.metrics else None
-    names = names or default_metrics(description["name"], available)
-    rows = check_metrics(names, description["name"], available, args.bootstrap)
+    names = args.metrics or default_metrics(description["name"], available)
+    check_metrics(names, description["name"], available, args.bootstrap)
     sets = open_sets(args, extractor, use_images)
     skipped = {}
-    if extractor is not None:
+    if extractor is None:
+        names = enough_images(
+            args, names, description["name"], {name: len(part.features) for name, part in sets.items()}
+        )
+    else:
+        if args.holdout and not any(source.is_dataset for source in sets.values()):
+            raise ValueError(f"--holdout {args.holdout} has no effect: none of the sets is a dataset.")
+        rows = find_metrics(names, description["name"])
         # Classes are read where they are needed, and to choose training images of the samples' classes.
         needed = {"samples", "reference", "training"} if any(row.labels for row in rows) else set()
-        labelled = needed | ({"samples", "training"} if args.training else set())
-        sources, sets = sets, read_features(args, extractor, sets, statistics, labelled)
-        skipped = {name: source.skipped for name, source in sources.items()}
+        labels = read_images(args, sets, statistics, needed | ({"samples", "training"} if args.training else set()))
+        check_labelled(rows, names, labels)
+        names = enough_images(args, names, description["name"], {name: source.count for name, source in sets.items()})
+        skipped = {name: source.skipped for name, source in sets.items()}
+        sets = read_features(args, extractor, sets, labels)
     reference, training = sets.get("reference"), sets.get("training")
     found = evaluate(sets["samples"], reference, names, args.bootstrap, args.seed, training, statistics)
     for pair in found.get("nearest training image", {}).get("nearest", ()):
         pair |= {name: position(pair[name], skipped.get(source, ())) for name, source in PAIR.items()}
     if args.save_statistics:
         save_statistics(reference, args.save_statistics)
+    rows = find_metrics(names, description["name"])
     recipe = {
         "samples": args.samples,
         "num_samples": len(sets["samples"].features),
@@ -209,10 +297,8 @@ def main():
     result = json.dumps(found | {"recipe": recipe}, indent=2, ensure_ascii=False)
     print(result)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.output.with_name(f"partial-{args.output.name}")
-        partial.write_text(result + "\n", "utf-8")
-        partial.replace(args.output)
+        with writing(args.output) as partial:
+            partial.write_text(result + "\n", "utf-8")
     if args.feature_extractor != PRECOMPUTED:
         print(f"Features: {args.cache_dir}", file=sys.stderr)
     if args.update_card:

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..command_line import ArgumentParser, run
+from ..command_line import ArgumentParser, integer, real, run
 from ..complexity import count_macs
 from ..data.autoencoders import load_autoencoder
 from ..data.fingerprints import checksum
 from ..evaluation.samples import (
+    RECIPE,
     SAMPLES,
     SAMPLING_RECIPES,
     generate_samples,
@@ -29,6 +30,8 @@ from ..evaluation.samples import (
     sample_labels,
     write_npz,
 )
+from ..evaluation.sources import ImageSource
+from ..files import PARTIAL, check_apart, check_writable, read_json, remove_leftovers
 from ..pipeline import DiTClassCondPipeline
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import seeded_generator
@@ -38,18 +41,23 @@ from ..training.running import only_run, start_accelerator
 
 # What may differ between two runs that generate the same set.
 MAY_CHANGE = ("batch_size", "versions")
+# Values of --labels that are no dataset.
+POLICIES = ("balanced", "random")
 
 
 def parse_args():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="Pipeline: folder, Hub id or bundled name."
+        "--pretrained_model_name_or_path",
+        "--pipeline",
+        required=True,
+        help="Pipeline: folder, Hub id or bundled name.",
     )
     parser.add_argument("--revision", help="Of a repository on the Hub.")
     parser.add_argument(
         "--recipe", choices=SAMPLING_RECIPES, help="A row of the paper; other flags replace single values."
     )
-    parser.add_argument("--num_samples", type=int, default=50_000, help="Images.")
+    parser.add_argument("--num_samples", type=integer(at_least=1, at_most=10_000_000), default=50_000, help="Images.")
     parser.add_argument(
         "--labels",
         default="balanced",
@@ -57,45 +65,81 @@ def parse_args():
     )
     parser.add_argument(
         "--holdout",
-        type=float,
+        type=real(at_least=0, below=1),
         default=0.0,
         help="Of a dataset with one split, the fraction that is its test split (--labels).",
     )
     parser.add_argument("--scheduler", help="Recipe of `make_scheduler`; the pipeline's own if not given.")
     add_call_flags(parser)
     parser.add_argument("--vae", help="Folder or Hub id of another decoder.")
-    parser.add_argument("--seed", type=int, default=0, help="Image i depends on (seed, i) alone.")
-    parser.add_argument("--batch_size", type=int, default=48, help="Images in a batch of a process.")
+    add_seed_flag(parser, "Image i depends on (seed, i) alone.")
+    parser.add_argument(
+        "--batch_size", type=integer(at_least=1, at_most=2**16), default=48, help="Images in a batch of a process."
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="Images, samples.npz and recipe.json.")
     parser.add_argument("--dry_run", action="store_true", help="Print the cost, and write nothing.")
     parser.set_defaults(**SAMPLING_RECIPES.get(parser.parse_known_args()[0].recipe, {}))
     args = parser.parse_args()
-    if args.num_samples < 1 or args.batch_size < 1:
-        parser.error("--num_samples and --batch_size must be at least 1")
+    if args.holdout and args.labels in POLICIES:
+        parser.error(f"--holdout has no effect with --labels {args.labels}, which is no dataset")
+    if not args.dry_run:
+        check_output(args)
     return args
+
+
+def check_output(args):
+    """Refuses a folder that can't be written, is the dataset's, or holds something else than a set of samples."""
+    folder = args.output_dir
+    check_writable(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file; it must name a folder.")
+    if args.labels not in POLICIES and Path(args.labels).is_dir():
+        check_apart(folder, args.labels, "--output_dir")
+    files = (
+        [path for path in folder.iterdir() if not path.name.startswith((".lock", PARTIAL))] if folder.exists() else []
+    )
+    if files and not (folder / RECIPE).is_file():
+        raise ValueError(f"--output_dir {folder} is not empty and holds no set of samples; choose a new folder.")
+    if files:
+        read_json(folder / RECIPE)
 
 
 def add_call_flags(parser):
     """The flags of a call of the pipeline; what is not given is what its makers recommend."""
     default = "the pipeline's own if not given"
-    parser.add_argument("--num_inference_steps", type=int, help=f"Sampler steps; {default}.")
-    parser.add_argument("--guidance_scale", type=float, help=f"Classifier-free guidance; {default}.")
-    parser.add_argument("--guidance_channels", type=int, help=f"Guided channels, 3 in the paper; {default}.")
-    parser.add_argument("--guidance_interval", type=float, nargs=2, help=f"Guided part of the steps; {default}.")
+    parser.add_argument(
+        "--num_inference_steps", type=integer(at_least=1, at_most=100_000), help=f"Sampler steps; {default}."
+    )
+    parser.add_argument("--guidance_scale", type=real(at_least=0), help=f"Classifier-free guidance; {default}.")
+    parser.add_argument(
+        "--guidance_channels", type=integer(at_least=1), help=f"Guided channels, 3 in the paper; {default}."
+    )
+    parser.add_argument(
+        "--guidance_interval", type=real(at_least=0, at_most=1), nargs=2, help=f"Guided part of the steps; {default}."
+    )
+
+
+def add_seed_flag(parser, help):
+    """The seed, a whole number that JSON and every generator hold."""
+    parser.add_argument("--seed", type=integer(at_least=0, at_most=2**63 - 1), default=0, help=help)
 
 
 def call_settings(pipe, args):
     """What the pipeline is called with: the flags, and its own settings for those that are not given."""
     names = ("num_inference_steps", "guidance_scale", "guidance_channels", "guidance_interval")
-    return pipe.resolve_call(**{name: getattr(args, name) for name in names})
+    settings = pipe.resolve_call(**{name: getattr(args, name) for name in names})
+    pipe.check_components()
+    # On a copy: some schedulers refuse numbers of steps.
+    type(pipe.scheduler).from_config(pipe.scheduler.config).set_timesteps(settings["num_inference_steps"])
+    return settings
 
 
 def load_pipeline(args, device):
     """The pipeline that the flags name, with their scheduler and decoder."""
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, revision=args.revision)
-    if args.vae:
+    if args.vae is not None:
         pipe.register_modules(vae=load_autoencoder(args.vae))
-    if args.scheduler:
+    if args.scheduler is not None:
         pipe.scheduler = make_scheduler(args.scheduler, **trained_options(args.scheduler, pipe.scheduler.config))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -103,7 +147,7 @@ def load_pipeline(args, device):
 
 def asked_labels(args, pipe, count):
     """Class ids of the samples."""
-    if args.labels in ("balanced", "random"):
+    if args.labels in POLICIES:
         return sample_labels(args.labels, count, pipe.transformer.config.num_classes, args.seed)
     from ..data.images import check_column, load_image_dataset
     from ..evaluation.sources import dataset_labels
@@ -143,29 +187,20 @@ def main():
     accelerator = start_accelerator()
     pipe = load_pipeline(args, accelerator.device)
     settings = call_settings(pipe, args)
-    pipe.check_components()
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed} must be at least 0.")
-    if args.output_dir.exists() and not args.dry_run and accelerator.is_main_process:
-        check_own_folder(args.output_dir)
     if args.dry_run:
         if accelerator.is_main_process:
             print_cost(args, pipe, settings, accelerator.num_processes)
         return
     labels = asked_labels(args, pipe, args.num_samples)
+    recipe = make_recipe(args, pipe, labels, settings)
+    if accelerator.is_main_process:
+        samples_to_generate(args, recipe)  # what is refused is refused before the lock, which writes
     with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
-        sample(args, accelerator, pipe, labels, settings)
+        sample(args, accelerator, pipe, labels, settings, recipe)
 
 
-def check_own_folder(folder):
-    """Refuses a folder that holds something else than a set of samples."""
-    files = [path for path in folder.iterdir() if not path.name.startswith(".lock")]
-    if files and not (folder / "recipe.json").is_file():
-        raise ValueError(f"--output_dir {folder} is not empty and holds no set of samples; choose a new folder.")
-
-
-def sample(args, accelerator, pipe, labels, settings):
-    """All images that are not there yet, each process its part; then the npz."""
+def make_recipe(args, pipe, labels, settings):
+    """All that the images depend on, and a mark of it for each image."""
     recipe = {name: value for name, value in vars(args).items() if name not in ("dry_run", "output_dir")}
     recipe |= settings | {"label_ids": hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]}
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
@@ -173,23 +208,55 @@ def sample(args, accelerator, pipe, labels, settings):
     recipe |= {"dtype": str(pipe.transformer.dtype), "weights": checksum(pipe.transformer)[:16]}
     recipe["vae_weights"] = checksum(pipe.vae)[:16] if pipe.vae is not None else None
     recipe["classes"] = {str(label): name for label, name in pipe.id2label.items()}
+    fixed = {name: value for name, value in recipe.items() if name not in MAY_CHANGE}
+    recipe["mark"] = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()[:16]
     recipe["versions"] = {name: version(name) for name in ("dit_hf", "torch", "diffusers")}
-    folder = args.output_dir / "images"
-    missing = missing_samples(folder, args.num_samples)
-    if accelerator.is_main_process:
-        check_same_settings(args.output_dir / "recipe.json", recipe, MAY_CHANGE)
-        if missing:  # a complete set keeps the versions that generated it
-            record_settings(args.output_dir / "recipe.json", recipe)
+    return recipe
+
+
+def samples_to_generate(args, recipe):
+    """Samples that are missing or damaged; `ValueError` if the folder's are of another set. Nothing is written."""
+    file = args.output_dir / RECIPE
+    check_same_settings(file, recipe, MAY_CHANGE)
+    if file.exists() and "mark" not in read_json(file):
+        raise ValueError(f"{file} was not written by this version; choose a new --output_dir.")
+    return missing_samples(args.output_dir / "images", args.num_samples, recipe["mark"])
+
+
+def sample(args, accelerator, pipe, labels, settings, recipe):
+    """All images that are not there yet, each process its part; then the npz."""
+    folder, file = args.output_dir / "images", args.output_dir / RECIPE
+    missing, is_new = samples_to_generate(args, recipe), not file.exists()
     accelerator.wait_for_everyone()  # or one would list what another has already written
+    if accelerator.is_main_process and missing:  # a complete set keeps the versions that generated it
+        record_settings(file, recipe)
+        folder.mkdir(exist_ok=True)
+        remove_leftovers(folder)
+    accelerator.wait_for_everyone()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     progress = tqdm(total=len(mine), desc="samples", mininterval=5, disable=not accelerator.is_main_process)
-    for count in generate_samples(pipe, labels, mine, folder, args.seed, args.batch_size, **settings):
-        progress.update(count)
+    try:
+        for count in generate_samples(
+            pipe, labels, mine, folder, recipe["mark"], args.seed, args.batch_size, **settings
+        ):
+            progress.update(count)
+    except BaseException:
+        if is_new and accelerator.is_main_process and not any(folder.iterdir()):
+            folder.rmdir()
+            file.unlink()  # or other flags would be refused for a set that was never begun
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_npz(folder, labels, args.output_dir / SAMPLES)
-        print(f"{args.num_samples} images, {len(missing)} of them new: {args.output_dir / SAMPLES}")
+        finish(args, labels, recipe, len(missing))
     accelerator.end_training()
+
+
+def finish(args, labels, recipe, new):
+    """Writes the npz, and records the hash of its pixels, which tells that they belong to the recipe."""
+    path, file = args.output_dir / SAMPLES, args.output_dir / RECIPE
+    write_npz(args.output_dir / "images", labels, path)
+    record_settings(file, read_json(file) | {"pixels": ImageSource(path).digest()})
+    print(f"{args.num_samples} images, {new} of them new: {path}")
 
 
 if __name__ == "__main__":

@@ -6,26 +6,28 @@ A metric only compares with values of the same extractor, weights and resize rul
 distance by a factor of ten.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..data.fingerprints import checksum
 from ..data.pixels import normalize_pixels
+from ..files import check_file, reading, writing
 from .features import EfficientNetLite0
 
 
 EFFICIENTNET, INCEPTION, PRECOMPUTED = "efficientnet-lite0", "inception", "precomputed"
 PARTS = ("features", "spatial", "logits")
-KNOWN = ("extractor", "image_size")  # in the metadata of a file of features
+KNOWN = ("extractor", "image_size", "checksum", "digest")  # in the metadata of a file of features
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the last map, as ADM's sFID takes the first 7 of Inception's.
 SPATIAL_CHANNELS = 7
 
@@ -42,6 +44,7 @@ class Features:
         extractor (`dict`): Name, weights, resize rule.
         labels (`list[str]`, *optional*): Class names of the images; they are not saved.
         image_size (`tuple[int, int]`, *optional*): Height and width of the images before the extractor's resize.
+        digest (`str`, *optional*): A hash of the images' pixels, which tells that a cached file is theirs.
     """
 
     features: torch.Tensor
@@ -50,6 +53,7 @@ class Features:
     extractor: dict[str, Any]
     labels: list[str] | None = None
     image_size: tuple[int, int] | None = None
+    digest: str | None = None
 
     @property
     def parts(self) -> list[str]:
@@ -69,11 +73,12 @@ class Features:
     def save(self, path: str | Path) -> None:
         """Writes a `.safetensors` that `Features.load` and `--feature_extractor precomputed` read."""
         tensors = {name: getattr(self, name).contiguous() for name in self.parts}
-        partial = Path(path).with_name(f"partial-{Path(path).name}")
-        partial.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"extractor": json.dumps(self.extractor), "image_size": json.dumps(self.image_size)}
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(path)
+        metadata["checksum"] = json.dumps(_checksum(tensors))
+        if self.digest is not None:
+            metadata["digest"] = json.dumps(self.digest)
+        with writing(path) as partial:
+            save_file(tensors, partial, metadata=metadata)
 
     @classmethod
     def join(cls, parts: list["Features"]) -> "Features":
@@ -84,24 +89,40 @@ class Features:
     @classmethod
     def load(cls, path: str | Path) -> "Features":
         """Reads a `.safetensors` with `features` and perhaps `spatial`, `logits`; `ValueError` names a bad file."""
-        try:
-            with safe_open(path, "pt") as file:
-                names = [name for name in PARTS if name in file.keys()]  # noqa: SIM118
-                tensors = {name: file.get_tensor(name) for name in names}
-                metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in KNOWN}
-        except (OSError, SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} can't be read as features: {error}") from error
+        check_file(path)
+        with reading(path, "features"), safe_open(path, "pt") as file:
+            names = [name for name in PARTS if name in file.keys()]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
+            metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in KNOWN}
         if "features" not in tensors:
             raise ValueError(f"{path} has no tensor `features`.")
         for name, tensor in tensors.items():
-            if tensor.ndim != 2 or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            fits = tensor.ndim == 2 and 0 not in tensor.shape and tensor.dtype in FLOATING
+            if not fits or not torch.isfinite(tensor).all():
                 raise ValueError(f"{path}: `{name}` is not (images, channels) of finite floating-point numbers.")
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"{path} has tensors of different numbers of images: {counts}.")
-        extractor = {"name": PRECOMPUTED} | (metadata.get("extractor") or {})
-        size = metadata.get("image_size") and tuple(metadata["image_size"])
-        return cls(tensors["features"], tensors.get("spatial"), tensors.get("logits"), extractor, image_size=size)
+        if "checksum" in metadata and metadata["checksum"] != _checksum(tensors):
+            raise ValueError(f"{path} is damaged: its values are not those of its checksum. Delete it.")
+        described, size = metadata.get("extractor") or {}, metadata.get("image_size")
+        if not isinstance(described, dict) or not isinstance(described.get("name", ""), str):
+            raise ValueError(f"{path}: `extractor` in its metadata must be a JSON object with a `name`.")
+        if size is not None and not (isinstance(size, list) and [type(side) for side in size] == [int, int]):
+            raise ValueError(f"{path}: `image_size` in its metadata must be a list of height and width.")
+        extractor = {"name": PRECOMPUTED} | described
+        parts = (tensors["features"], tensors.get("spatial"), tensors.get("logits"))
+        size = None if size is None else (size[0], size[1])
+        return cls(*parts, extractor, image_size=size, digest=metadata.get("digest"))
+
+
+def _checksum(tensors):
+    """A hash of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class Extractor(nn.Module):
@@ -149,14 +170,15 @@ class VisionModel(nn.Module):
             from transformers import AutoImageProcessor, AutoModel
         except ModuleNotFoundError as error:
             raise ImportError(f"{__name__} needs transformers: pip install 'dit_hf[evaluate]'.") from error
-        model = AutoModel.from_pretrained(name)
-        self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
-        processor = AutoImageProcessor.from_pretrained(name)
-        for statistic in ("mean", "std"):
-            values = torch.tensor(getattr(processor, f"image_{statistic}")).view(1, 3, 1, 1)
-            self.register_buffer(statistic, values, persistent=False)
-        size = getattr(processor, "crop_size", None) or processor.size
-        self.side = size.get("height") or size["shortest_edge"]
+        with reading(name, "a vision model of transformers"):
+            model = AutoModel.from_pretrained(name)
+            self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
+            processor = AutoImageProcessor.from_pretrained(name)
+            for statistic in ("mean", "std"):
+                values = torch.tensor(getattr(processor, f"image_{statistic}")).view(1, 3, 1, 1)
+                self.register_buffer(statistic, values, persistent=False)
+            size = getattr(processor, "crop_size", None) or processor.size
+            self.side = size.get("height") or size["shortest_edge"]
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor):
@@ -203,14 +225,12 @@ class InceptionExtractor(Extractor):
             raise ValueError(
                 f"The Inception network needs torch-fidelity, which does not import here: {error}"
             ) from error
-        try:
+        with reading(weights, "the Inception network's weights"):
             # Checked first, as torch-fidelity would run what is pickled in the file.
             torch.load(weights, map_location="cpu", weights_only=True)
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
             )
-        except (OSError, RuntimeError, UnpicklingError) as error:
-            raise ValueError(f"{weights} can't be read as the Inception network's weights: {error}") from error
         self.network.eval().requires_grad_(False)
         # ADM's spatial features: TensorFlow's `mixed_6/conv`, whose channels come first in the block's output.
         self.network.Mixed_6d.register_forward_hook(self._keep_spatial)
@@ -246,15 +266,22 @@ def load_extractor(name: str, weights: str | Path | None = None, resolution: int
     """
     if name == INCEPTION and weights is None:
         raise ValueError("The Inception extractor needs --extractor_weights, the file of TensorFlow-ported weights.")
+    if name != INCEPTION and weights is not None:
+        raise ValueError(f"--extractor_weights has no effect on the extractor {name!r}; it is for {INCEPTION}.")
+    if name == INCEPTION:
+        check_file(weights)  # type: ignore[arg-type]
     try:
         if name == EFFICIENTNET:
             return EfficientNetExtractor(resolution)
-        return InceptionExtractor(weights) if name == INCEPTION else TransformersExtractor(name)  # type: ignore[arg-type]
+        if name == INCEPTION:
+            return InceptionExtractor(weights)  # type: ignore[arg-type]
     except ImportError as error:
         raise ValueError(str(error)) from error
-    except (OSError, AttributeError, TypeError, ValueError, KeyError) as error:
-        if name in (EFFICIENTNET, INCEPTION):
-            raise
+    try:
+        return TransformersExtractor(name)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    except ValueError as error:
         raise ValueError(
             f"{name!r} is no extractor: neither {EFFICIENTNET}, {INCEPTION} nor a vision model: {error}"
         ) from error

@@ -22,13 +22,18 @@ def image_features(source: ImageSource, extractor: Extractor, cache_dir: str | P
         `Features`: without labels.
 
     Raises:
-        ValueError: if the images can't be used.
+        ValueError: if the images can't be used, or the file in the cache is damaged.
     """
-    path = Path(cache_dir) / f"{source.digest()[:24]}-{extractor.description['weights']}.safetensors"
-    if path.exists() and (features := Features.load(path)).is_of(extractor.description):
-        features.image_size = source.image_size
-        return features
+    digest = source.digest()
+    path = Path(cache_dir) / f"{digest[:24]}-{extractor.description['weights']}.safetensors"
+    if path.exists():
+        features = Features.load(path)
+        own = features.digest == digest and len(features.features) == source.count
+        if own and features.is_of(extractor.description):
+            features.image_size = source.image_size
+            return features
     batches = tqdm(source.batches(batch_size), desc=f"features of {source.source}", mininterval=5)
     features = Features.join([extract(batch, extractor) for batch in batches])
+    features.digest = digest
     features.save(path)
     return features

@@ -7,6 +7,11 @@ LABEL_WIDTH = 104
 GAP = 4
 
 
+def grid_size(rows: int, columns: int, width: int, height: int) -> tuple[int, int]:
+    """Width and height of a grid of images of a size."""
+    return LABEL_WIDTH + columns * (width + GAP), rows * (height + GAP)
+
+
 def labelled_grid(rows: list[list[Image.Image]], names: list[str]) -> Image.Image:
     """
     One row a class on white, its name on the left.
@@ -19,7 +24,7 @@ def labelled_grid(rows: list[list[Image.Image]], names: list[str]) -> Image.Imag
         `PIL.Image.Image`: RGB.
     """
     width, height = rows[0][0].size
-    canvas = Image.new("RGB", (LABEL_WIDTH + len(rows[0]) * (width + GAP), len(rows) * (height + GAP)), "white")
+    canvas = Image.new("RGB", grid_size(len(rows), len(rows[0]), width, height), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=16)
     for index, (images, name) in enumerate(zip(rows, names, strict=True)):

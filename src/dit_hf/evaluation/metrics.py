@@ -6,7 +6,7 @@ Shapes: `N` samples, `M` reference or training images, `D` feature channels.
 """
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Metric:
             extractor they are called `{name}_{extractor}`.
         redrawn (`bool`, defaults to `False`): Whether `compute` takes `counts`, how often each sample was redrawn.
         settings (`str`, *optional*): What else the value depends on; part of the recipe.
+        at_least (`int`, defaults to 2): Images that it needs of every set.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Metric:
     inception_name: str | None = None
     redrawn: bool = False
     settings: str | None = None
+    at_least: int = 2
 
     def full_name(self, extractor: str) -> str:
         """Its name with an extractor: `fid` of Inception's features, `fd_dinov2_base` of `facebook/dinov2-base`'s."""
@@ -84,15 +86,16 @@ METRICS = [
            inception_name="fid"),
     Metric("sfd", "spatial Fréchet distance", frechet_distance, "spatial", "statistics", higher_is_better=False,
            default=True, inception_name="sfid"),
-    Metric("is", "Inception Score", inception_score, "logits", None, default=True, settings=SPLITS),
+    Metric("is", "Inception Score", inception_score, "logits", None, default=True, settings=SPLITS,
+           at_least=10),
     Metric("kid", "KID", kernel_distance, higher_is_better=False, default=True, redrawn=True,
            settings="cubic kernel, unbiased, all images"),
-    Metric("precision", "precision", precision_recall, per_image=True, default=True, settings=BALLS),
-    Metric("recall", "recall", precision_recall, per_image=True, default=True, settings=BALLS),
-    Metric("density", "density", precision_recall, per_image=True, settings=BALLS),
-    Metric("coverage", "coverage", precision_recall, per_image=True, settings=BALLS),
+    Metric("precision", "precision", precision_recall, per_image=True, default=True, settings=BALLS, at_least=4),
+    Metric("recall", "recall", precision_recall, per_image=True, default=True, settings=BALLS, at_least=4),
+    Metric("density", "density", precision_recall, per_image=True, settings=BALLS, at_least=4),
+    Metric("coverage", "coverage", precision_recall, per_image=True, settings=BALLS, at_least=4),
     Metric("accuracy", "class accuracy of a linear probe", class_accuracy, against="training", per_image=True,
-           labels=True),
+           labels=True, at_least=1),
 ]
 # fmt: on
 
@@ -192,6 +195,27 @@ def check_metrics(names: Sequence[str], extractor: str, available: Available, bo
         if missing := available.missing(metric):
             raise ValueError(f"{name} needs {missing}.")
     return rows
+
+
+def too_few_images(names: Sequence[str], extractor: str, counts: Mapping[str, int]) -> dict[str, str]:
+    """
+    Metrics that need more images than there are.
+
+    Args:
+        names (`Sequence[str]`): Names of metrics.
+        extractor (`str`): Name of the extractor.
+        counts (`Mapping[str, int]`): Images by set: `"samples"`, and where there are any `"reference"`.
+
+    Returns:
+        `dict[str, str]`: by name the reason.
+    """
+    reasons = {}
+    for name, metric in zip(names, find_metrics(names, extractor), strict=True):
+        sets = ("samples",) if metric.against in (None, "training") else ("samples", "reference")
+        for set_ in sets:
+            if counts.get(set_, metric.at_least) < metric.at_least:
+                reasons[name] = f"needs at least {metric.at_least} images; there are {counts[set_]} ({set_})"
+    return reasons
 
 
 def compute_metrics(

@@ -1,8 +1,6 @@
 """Statistics of a reference in the format of ADM's reference files: means and covariances instead of images."""
 
 import json
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..files import reading, writing
 from .extractors import INCEPTION, PRECOMPUTED, Features
-from .statistics import GaussianStatistics, gaussian
+from .npz import array_names, open_npz, read_array
+from .statistics import GaussianStatistics, check_moments, gaussian
 
 
 # Parts of `Features`, and the suffix that ADM's files give their statistics.
 SUFFIXES = {"features": "", "spatial": "_s"}
+# Of a mean that is read: four times Inception's, whose covariance has 512 MB.
+MAX_CHANNELS = 8192
+MAX_TEXT_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -40,25 +43,6 @@ class ReferenceStatistics:
         return extractor["name"] in (INCEPTION, PRECOMPUTED) if self.extractor is None else self.extractor == extractor
 
 
-def open_npz(path: str | Path) -> zipfile.ZipFile:
-    """
-    Opens an `.npz`.
-
-    Args:
-        path (`str` or `Path`): The file.
-
-    Returns:
-        `zipfile.ZipFile`
-
-    Raises:
-        ValueError: if it can't be opened, or is something else.
-    """
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no npz file: {error}") from error
-
-
 def reference_statistics(path: str | Path) -> ReferenceStatistics | None:
     """
     Reads the statistics of a reference file.
@@ -70,30 +54,60 @@ def reference_statistics(path: str | Path) -> ReferenceStatistics | None:
         `ReferenceStatistics`: or None, if the file holds images only.
 
     Raises:
-        ValueError: if the file is damaged or the statistics are not finite.
+        ValueError: if the file is damaged, or the statistics are not a finite mean and a symmetric covariance.
     """
     with open_npz(path) as archive:
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
-    if "mu" not in names:
-        if "arr_0" not in names:
-            raise ValueError(f"{path} has neither `arr_0` nor `mu` and `sigma`; it has {', '.join(sorted(names))}.")
-        return None
-    parts = {}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            extractor = json.loads(str(arrays["extractor"])) if "extractor" in names else None
-            count = int(arrays["count"]) if "count" in names else None
-            size = tuple(arrays["image_size"].tolist()) if "image_size" in names else None
-            for part, suffix in SUFFIXES.items():
-                if f"mu{suffix}" in names:
-                    mean, covariance = (torch.from_numpy(arrays[f"{name}{suffix}"]) for name in ("mu", "sigma"))
-                    finite = torch.isfinite(mean).all() and torch.isfinite(covariance).all()
-                    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not finite:
-                        raise ValueError(f"`mu{suffix}` and `sigma{suffix}` are not a finite mean and covariance.")
-                    parts[part] = GaussianStatistics.from_moments(mean, covariance, count)
-    except (KeyError, EOFError, zipfile.BadZipFile, zlib.error, OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} can't be used: {error}") from error
-    return ReferenceStatistics(parts, extractor, size, "arr_0" in names)
+        names = array_names(archive)
+        if "mu" not in names:
+            if "arr_0" not in names:
+                raise ValueError(
+                    f"{path} has neither `arr_0` nor `mu` and `sigma`; it has {', '.join(names) or 'none'}."
+                )
+            return None
+        extractor = read_extractor(archive) if "extractor" in names else None
+        count = read_counts(archive, "count", ())[0] if "count" in names else None
+        size = read_counts(archive, "image_size", (2,)) if "image_size" in names else None
+        if count is not None and count < 2:
+            raise ValueError(f"{path}: `count` is {count}; a covariance needs at least 2 images.")
+        parts = {}
+        for part, suffix in SUFFIXES.items():
+            if f"mu{suffix}" in names:
+                mean, covariance = (read_moment(archive, f"{name}{suffix}") for name in ("mu", "sigma"))
+                try:
+                    check_moments(mean, covariance)
+                except ValueError as error:
+                    raise ValueError(f"{path}: `mu{suffix}` and `sigma{suffix}` can't be used: {error}") from None
+                parts[part] = GaussianStatistics.from_moments(mean, covariance, count)
+    return ReferenceStatistics(parts, extractor, (size[0], size[1]) if size else None, "arr_0" in names)
+
+
+def read_moment(archive, name):
+    """A mean or a covariance."""
+    array = read_array(archive, name, 8 * MAX_CHANNELS**2)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{archive.filename}: `{name}` is {array.dtype}; it must be real numbers.")
+    return torch.from_numpy(array.astype(np.float64))
+
+
+def read_counts(archive, name, shape):
+    """Whole numbers, not negative, as a tuple."""
+    array = read_array(archive, name, 16)
+    if array.shape != shape or array.dtype.kind not in "iu" or (array < 0).any():
+        what = "a number" if shape == () else "two numbers"
+        raise ValueError(f"{archive.filename}: `{name}` must be {what} from 0; it is {array.dtype} of {array.shape}.")
+    return tuple(array.reshape(-1).tolist())
+
+
+def read_extractor(archive):
+    """The description of the extractor, JSON in an array of one text."""
+    array = read_array(archive, "extractor", MAX_TEXT_BYTES)
+    description = None
+    if array.dtype.kind == "U" and array.size == 1:
+        with reading(archive.filename, "statistics of an extractor"):
+            description = json.loads(str(array.reshape(())))
+    if not isinstance(description, dict) or not isinstance(description.get("name"), str):
+        raise ValueError(f"{archive.filename}: `extractor` must hold a JSON object with a `name`.")
+    return description
 
 
 def save_statistics(features: Features, path: str | Path) -> None:
@@ -103,6 +117,9 @@ def save_statistics(features: Features, path: str | Path) -> None:
     Args:
         features (`Features`): Of the reference.
         path (`str` or `Path`): The `.npz`.
+
+    Raises:
+        OSError: if it can't be written; what was there before is unchanged.
     """
     arrays = {"count": np.array(len(features.features)), "extractor": np.array(json.dumps(features.extractor))}
     if features.image_size is not None:
@@ -111,8 +128,5 @@ def save_statistics(features: Features, path: str | Path) -> None:
         if (tensor := getattr(features, part)) is not None:
             statistics = gaussian(tensor)
             arrays |= {f"mu{suffix}": statistics.mean.numpy(), f"sigma{suffix}": statistics.covariance.numpy()}
-    partial = Path(path).with_name(f"partial-{Path(path).name}")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "wb") as file:
+    with writing(path) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    partial.replace(path)

@@ -3,15 +3,19 @@
 Shapes: `N` images, `H W` pixels.
 """
 
-import json
+import os
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from ..data.pixels import open_image
+from ..files import PARTIAL, check_file, read_json, writing
 from ..seeds import seeded_generator
 
 
@@ -38,8 +42,9 @@ def sample_images(pipe, labels: torch.Tensor, seed: int, batch_size: int = 48, *
     return torch.cat(batches)
 
 
-# The file that `sample.py` writes.
-SAMPLES = "samples.npz"
+# The files that `sample.py` writes beside the images, and the text in each image that tells its set.
+SAMPLES, RECIPE = "samples.npz", "recipe.json"
+MARK = "dit_hf set"
 # Rows of the paper's tables (DiT, tables 2 and 3): 250 steps of the original's sampler, three guided channels.
 _PAPER = {"scheduler": "ddpm", "num_inference_steps": 250, "num_samples": 50_000, "labels": "random"}
 _PAPER |= {"guidance_channels": 3, "guidance_interval": (0.0, 1.0), "vae": "stabilityai/sd-vae-ft-mse"}
@@ -86,23 +91,61 @@ def sample_path(folder: str | Path, index: int) -> Path:
     return Path(folder) / f"{index:06d}.png"
 
 
-def missing_samples(folder: str | Path, count: int) -> list[int]:
+def missing_samples(folder: str | Path, count: int, mark: str) -> list[int]:
     """
-    Samples that have not been generated yet.
+    Samples that have not been generated yet, or whose files are damaged. Nothing is written.
 
     Args:
-        folder (`str` or `Path`): Created if it does not exist.
+        folder (`str` or `Path`): Of all samples; it need not exist.
         count (`int`): N.
+        mark (`str`): Of the set; each file holds it.
 
     Returns:
         `list[int]`: their indices.
+
+    Raises:
+        ValueError: naming a file in the way that is none of this set.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return [index for index in range(count) if not sample_path(folder, index).exists()]
+    folder = Path(folder)
+    if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise ValueError(f"{folder} is no folder; move it away, or choose a new --output_dir.")
+        return list(range(count))
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(PARTIAL)}
+    if foreign := sorted(names - {sample_path(folder, index).name for index in range(count)}):
+        raise ValueError(
+            f"{folder / foreign[0]} is no sample of this set; move it away, or choose a new --output_dir."
+        )
+    paths = (sample_path(folder, index) for index in range(count))
+    return [index for index, path in enumerate(paths) if path.name not in names or not _is_whole(path, mark)]
+
+
+def _is_whole(path, mark):
+    """Whether an image's checksums hold; `ValueError` if it is not of this set."""
+    check_file(path)
+    found = None
+    with suppress(Exception), Image.open(path, formats=["PNG"]) as image:  # what is damaged raises all kinds
+        found = image.info.get(MARK)  # it comes before the pixels
+        image.verify()
+        if found == mark:
+            return True
+    if found == mark:
+        return False
+    raise ValueError(
+        f"{path} is no sample of this set: it was generated with other settings or by another program, or its header "
+        "is damaged. Move it away, or choose a new --output_dir."
+    )
 
 
 def generate_samples(
-    pipe, labels: torch.Tensor, indices: list[int], folder: str | Path, seed: int, batch_size: int, **options
+    pipe,
+    labels: torch.Tensor,
+    indices: list[int],
+    folder: str | Path,
+    mark: str,
+    seed: int,
+    batch_size: int,
+    **options,
 ) -> Iterator[int]:
     """
     Generates samples and writes each as a PNG, whole or not at all.
@@ -112,22 +155,26 @@ def generate_samples(
         labels (`torch.Tensor` of shape `(N,)`, int64): Of all samples.
         indices (`list[int]`): Those to generate.
         folder (`str` or `Path`): Of all samples.
+        mark (`str`): Of the set; each file holds it, so that a later run knows its own.
         seed (`int`): Image i depends on (seed, i) alone.
         batch_size (`int`): Images in a batch.
         options: For the pipeline: `guidance_scale`, `num_inference_steps` …
 
     Returns:
         `Iterator[int]`: after each batch the number of its images.
+
+    Raises:
+        OSError: if an image can't be written.
     """
+    metadata = PngInfo()
+    metadata.add_text(MARK, mark)
     for start in range(0, len(indices), batch_size):
         chosen = indices[start : start + batch_size]
         generators = [seeded_generator(seed, index) for index in chosen]
         images = pipe(labels[chosen].tolist(), generator=generators, **options).images
         for index, image in zip(chosen, images, strict=True):
-            path = sample_path(folder, index)
-            partial = path.with_name(f"partial-{path.name}")
-            image.save(partial)
-            partial.replace(path)
+            with writing(sample_path(folder, index), one_of_many=True) as partial:
+                image.save(partial, pnginfo=metadata)
         yield len(chosen)
 
 
@@ -139,19 +186,19 @@ def write_npz(folder: str | Path, labels: torch.Tensor, path: str | Path) -> Non
         folder (`str` or `Path`): With samples 0 … N-1.
         labels (`torch.Tensor` of shape `(N,)`, int64): Class ids.
         path (`str` or `Path`): The `.npz`.
+
+    Raises:
+        OSError: if it can't be written; what was there before is unchanged.
     """
-    path = Path(path)
-    partial = path.with_name(f"partial-{path.name}")
-    shape = (len(labels), *np.asarray(Image.open(sample_path(folder, 0)).convert("RGB")).shape)
+    shape = (len(labels), *np.asarray(open_image(sample_path(folder, 0)).convert("RGB")).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with zipfile.ZipFile(partial, "w") as archive:
+    with writing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for index in range(len(labels)):
-                file.write(np.asarray(Image.open(sample_path(folder, index)).convert("RGB")).tobytes())
+                file.write(np.asarray(open_image(sample_path(folder, index)).convert("RGB")).tobytes())
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, labels.numpy())
-    partial.replace(path)
 
 
 def sampling_recipe(source: str | Path) -> dict:
@@ -167,8 +214,32 @@ def sampling_recipe(source: str | Path) -> dict:
     Raises:
         ValueError: if that file is damaged.
     """
-    file = Path(source).parent / "recipe.json"
-    try:
-        return json.loads(file.read_text("utf-8")) if Path(source).name == SAMPLES and file.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} can't be read: {error}") from error
+    file = Path(source).parent / RECIPE
+    if Path(source).name != SAMPLES or not os.path.lexists(file):
+        return {}
+    recipe = read_json(file)
+    classes = recipe.get("classes")
+    if not isinstance(classes, dict | None) or not all(isinstance(name, str) for name in (classes or {}).values()):
+        raise ValueError(f"{file}: `classes` must be an object of class id to name.")
+    return recipe
+
+
+def check_recipe(source: str | Path, count: int, digest: str | None = None) -> None:
+    """
+    Checks that a set of samples is the one that its `recipe.json` describes.
+
+    Args:
+        source (`str` or `Path`): The set.
+        count (`int`): Its images.
+        digest (`str`, *optional*): The hash of its pixels.
+
+    Raises:
+        ValueError: if it is another.
+    """
+    recipe = sampling_recipe(source)
+    for name, found in (("num_samples", count), ("pixels", digest)):
+        if found is not None and recipe.get(name, found) != found:
+            raise ValueError(
+                f"{source} is not the set that {RECIPE} beside it describes: `{name}` is {found}, there it is "
+                f"{recipe[name]}. Generate it again, or move {RECIPE} away."
+            )

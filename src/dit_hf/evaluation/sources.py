@@ -15,13 +15,18 @@ import torch
 from PIL import Image
 
 from ..data.folders import IMAGE_SUFFIXES, normalize_name
-from ..data.pixels import center_crop, to_rgb, to_tensor
-from .reference import open_npz
-from .samples import sampling_recipe
+from ..data.pixels import center_crop, check_pixels, open_image, to_rgb, to_tensor
+from ..files import check_file, first_line
+from .npz import array_names, open_array, open_npz, read_array
+from .samples import check_recipe, sampling_recipe
 
 
 INSTALL = "pip install 'dit_hf[evaluate]'."
 FIX = "pass --resolution to crop them as training does"
+# Of a batch of images; large ones come in smaller batches.
+MAX_BATCH_BYTES = 2**27
+# Of the class ids of an `.npz`.
+MAX_LABEL_BYTES = 2**27
 
 
 class ImageSource:
@@ -38,6 +43,7 @@ class ImageSource:
     Attributes:
         skipped (`dict[int, str]`): Position and reason of each image that the last reading skipped.
         image_size (`tuple[int, int]`, *optional*): Height and width, once an image has been read.
+        count (`int`): Images that can be read, once [`digest`] has read them.
 
     Raises:
         ValueError: naming the file, if there are no images, or it holds something else.
@@ -54,9 +60,18 @@ class ImageSource:
         self.source, self.resolution = Path(source), resolution
         self.skipped: dict[int, str] = {}
         self.image_size: tuple[int, int] | None = None
+        self.count = 0
         self._digest: str | None = None
+        if str(source) == "":
+            raise ValueError("A set of images has an empty name; pass an .npz, a folder of images or a dataset.")
         if self.source.suffix == ".npz":
+            self._check_npz()
             self._read = self._npz
+        elif is_file(self.source):
+            raise ValueError(
+                f"{source} is a file that is not read: pass an .npz, a folder of images or a dataset; a .safetensors "
+                "of features goes with --feature_extractor precomputed."
+            )
         elif files := image_files(self.source):
             self._files = files
             self._read = self._folder
@@ -88,11 +103,11 @@ class ImageSource:
                     continue
                 self._check_size(name, image)
                 batch.append(image)
-                if len(batch) == size:
+                if len(batch) == size or len(batch) * image.numel() >= MAX_BATCH_BYTES:
                     yield torch.stack(batch)
                     batch = []
-        except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
-            raise ValueError(f"{self.source} can't be used: {error}") from error
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
+            raise ValueError(f"{self.source} can't be used: {first_line(error)}") from error
         if batch:
             yield torch.stack(batch)
         if self.image_size is None:
@@ -104,9 +119,17 @@ class ImageSource:
         if self._digest is None:
             digest = hashlib.sha256()
             for batch in self.batches():
-                digest.update(str(tuple(batch.shape[1:])).encode() + batch.numpy().tobytes())
+                if self.count == 0:
+                    digest.update(str(tuple(batch.shape[1:])).encode())
+                digest.update(batch.numpy().tobytes())
+                self.count += len(batch)
             self._digest = digest.hexdigest()
         return self._digest
+
+    @property
+    def is_dataset(self) -> bool:
+        """Whether it is a dataset, which has splits and columns."""
+        return self._read == self._rows
 
     def labels(self) -> list[str] | None:
         """
@@ -131,18 +154,32 @@ class ImageSource:
         names = sampling_recipe(self.source).get("classes")
         if not names:
             return None
-        with np.load(self.source, allow_pickle=False) as arrays:
-            ids = [str(label) for label in arrays["arr_1"].tolist()] if "arr_1" in arrays else []
+        with open_npz(self.source) as archive:
+            has_labels = "arr_1" in array_names(archive)
+            found = read_array(archive, "arr_1", MAX_LABEL_BYTES) if has_labels else np.zeros(0, np.int64)
+            images = open_array(archive, "arr_0")[1][0]
+        if has_labels and (found.dtype.kind not in "iu" or found.shape != (images,)):
+            raise ValueError(f"{self.source}: `arr_1` is {found.dtype} of {found.shape}, not {images} class ids.")
+        ids = [str(label) for label in found.tolist()]
         if unknown := sorted(set(ids) - set(names)):
             raise ValueError(f"{self.source} has images of class {unknown[0]}, which its recipe.json does not name.")
         return [normalize_name(names[label]) for label in ids] or None
 
-    def _npz(self):
-        with open_npz(self.source) as archive, archive.open("arr_0.npy") as file:
-            shape, dtype = npy_header(file, self.source)
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+    def _check_npz(self):
+        """The header of the images, and the recipe beside them, before anything is read."""
+        with open_npz(self.source) as archive:
+            _, shape, dtype = open_array(archive, "arr_0")
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
                 raise ValueError(f"{self.source}: `arr_0` is {dtype} of shape {shape}; it must be uint8 (N, H, W, 3).")
-            image_bytes = int(np.prod(shape[1:]))
+            check_pixels(f"{self.source}: an image", shape[2], shape[1])
+            if shape[0] == 0:
+                raise ValueError(f"{self.source} holds no images.")
+        check_recipe(self.source, shape[0])
+
+    def _npz(self):
+        with open_npz(self.source) as archive:
+            file, shape, _ = open_array(archive, "arr_0")
+            image_bytes = shape[1] * shape[2] * shape[3]
             for position in range(shape[0]):
                 content = file.read(image_bytes)
                 if len(content) != image_bytes:
@@ -160,8 +197,8 @@ class ImageSource:
 
     def _open(self, path):
         try:
-            return self._pixels(Image.open(path))
-        except Exception as error:  # decoders raise all kinds
+            return self._pixels(open_image(path))
+        except ValueError as error:
             raise OSError(f"{path.name}: {error}") from error
 
     def _pixels(self, image):
@@ -173,6 +210,17 @@ class ImageSource:
         if size != self.image_size:
             sizes = " and ".join(f"{height}×{width}" for height, width in (self.image_size, size))
             raise ValueError(f"{name} is of another size, {sizes} pixels: {FIX}")
+
+
+def is_file(path: Path) -> bool:
+    """Whether it exists and is no folder; `ValueError` if it is a pipe or a device, or can't be opened."""
+    try:
+        exists = path.exists() and not path.is_dir()
+    except (OSError, ValueError) as error:  # a name that is too long, or with a null byte
+        raise ValueError(f"{path} can't be opened: {getattr(error, 'strerror', None) or error}.") from None
+    if exists:
+        check_file(path)
+    return exists
 
 
 def image_files(folder: str | Path) -> list[Path]:
@@ -232,16 +280,3 @@ def dataset_labels(dataset) -> list[str] | None:
     if any(label is None or (names is not None and label < 0) for label in labels):
         return None
     return [normalize_name(str(label) if names is None else names[label]) for label in labels]
-
-
-def npy_header(file, path):
-    """Shape and type of an array in an `.npz`; it does not unpickle."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-    except ValueError as error:
-        raise ValueError(f"{path} holds no array: {error}") from error
-    if fortran or dtype.hasobject:
-        raise ValueError(f"{path}: `arr_0` is stored in an order or type that is not read.")
-    return shape, dtype

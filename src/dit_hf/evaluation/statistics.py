@@ -97,6 +97,33 @@ class GaussianStatistics:
         return self._scatter / (self.count - 1)
 
 
+def check_moments(mean: torch.Tensor, covariance: torch.Tensor) -> None:
+    """
+    Checks a mean and a covariance that were computed elsewhere, but for the signs of the covariance's eigenvalues,
+    which [`symmetric_root`] sees.
+
+    Args:
+        mean (`torch.Tensor`): Should be of shape `(D,)`.
+        covariance (`torch.Tensor`): Should be of shape `(D, D)`.
+
+    Raises:
+        ValueError: if the shapes are others, a value is not finite, or the covariance is not symmetric.
+    """
+    if mean.ndim != 1 or len(mean) == 0 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(f"they are of shapes {tuple(mean.shape)} and {tuple(covariance.shape)}, not (D,) and (D, D).")
+    if not torch.isfinite(mean).all() or not torch.isfinite(covariance).all():
+        raise ValueError("they are not finite.")
+    if not _is_symmetric(covariance):
+        raise ValueError("the covariance is not symmetric.")
+    if (covariance.diagonal() < 0).any():
+        raise ValueError("the covariance has a negative variance.")
+
+
+def _is_symmetric(covariance):
+    """Up to rounding."""
+    return (covariance - covariance.T).abs().max() <= 1e-8 * covariance.abs().max().clamp_min(1e-300)
+
+
 def gaussian(features: torch.Tensor) -> GaussianStatistics:
     """
     Statistics of a set of features.
@@ -133,7 +160,7 @@ def symmetric_root(covariance: torch.Tensor) -> torch.Tensor:
     """
     covariance = covariance.double()
     scale = covariance.abs().max().clamp_min(1e-300)
-    if not torch.isfinite(covariance).all() or (covariance - covariance.T).abs().max() > 1e-8 * scale:
+    if not torch.isfinite(covariance).all() or not _is_symmetric(covariance):
         raise ValueError("A covariance is not symmetric, or not finite.")
     eigenvalues, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     if eigenvalues[0] < -1e-6 * eigenvalues[-1].abs():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .extractors import Features
-from .metrics import compute_metrics, find_metrics
+from .metrics import compute_metrics, find_metrics, too_few_images
 from .order import content_order
 from .pairs import blocks, check_pair, squared_distances, tolerance
 from .reference import ReferenceStatistics
@@ -43,7 +43,8 @@ def evaluate(
     if training is not None:
         rows = dict(zip(metrics, find_metrics(metrics, samples.extractor["name"]), strict=True))
         real = matched_training_images(samples, training, seed)
-        plain = [name for name, row in rows.items() if row.against != "training"]
+        few = too_few_images(metrics, samples.extractor["name"], {"samples": len(real.features)})
+        plain = [name for name, row in rows.items() if row.against != "training" and name not in few]
         found["training images"] = {"count": len(real.features)}
         found["training images"] |= compute_metrics(real, reference, plain, statistics=statistics)
         found["nearest training image"] = compare_with_training(samples, reference, training)
@@ -71,14 +72,28 @@ def matched_training_images(samples: Features, training: Features, seed: int = 0
     order = content_order(training.features, seed)
     if samples.labels is None or training.labels is None:
         return training.select(order[: len(samples.features)])
-    if unknown := sorted(set(samples.labels) - set(training.labels)):
-        raise ValueError(f"No training image is of class {unknown[0]!r}, which samples are of.")
+    check_classes(samples.labels, training.labels)
     wanted, chosen = Counter(samples.labels), []
     for row in order.tolist():
         if wanted[training.labels[row]] > 0:
             wanted[training.labels[row]] -= 1
             chosen.append(row)
     return training.select(torch.tensor(chosen))
+
+
+def check_classes(samples: Sequence[str] | None, training: Sequence[str] | None) -> None:
+    """
+    Checks that there are training images of every class of the samples, before any metric is computed.
+
+    Args:
+        samples (`Sequence[str]`, *optional*): Classes of the samples; None where they are not known.
+        training (`Sequence[str]`, *optional*): Classes of the training images.
+
+    Raises:
+        ValueError: naming a class without training images.
+    """
+    if samples is not None and training is not None and (unknown := sorted(set(samples) - set(training))):
+        raise ValueError(f"No training image is of class {unknown[0]!r}, which samples are of.")
 
 
 def nearest_neighbours(features: torch.Tensor, training: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
