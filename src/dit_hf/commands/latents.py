@@ -17,13 +17,6 @@ from ..training.model import image_resolution, load_vae
 from ..training.running import only_run, start_accelerator
 
 
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the data and the VAE, the same for `latents` and `train`."""
     data = parser.add_argument_group("data")
