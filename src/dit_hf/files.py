@@ -102,7 +102,7 @@ def read_json(path: str | Path, expected: type | tuple[type, ...] = dict) -> Any
     with reading(path, "JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, expected):
-        what = {dict: "an object", list: "a list"}.get(expected, "an object or a list")
+        what = "an object" if expected is dict else "a list" if expected is list else "an object or a list"
         raise ValueError(f"{path} must hold {what}; it holds a {type(value).__name__}.")
     return value
 

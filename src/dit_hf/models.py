@@ -138,7 +138,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         return load_model(cls, path, num_attention_heads, family, weights, dtype, has_null_class)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """
         As every `ModelMixin`'s; weights of diffusers' own DiT are read too, and their timestep embedding corrected.
 

@@ -38,6 +38,22 @@ if TYPE_CHECKING:
         images: torch.Tensor  # type: ignore[assignment]
 
 
+def _check_components(config, file):
+    """Refuses a `model_index.json` with a component of another library: importing one by name would run it."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold an object; it holds a {type(config).__name__}.")
+    for name in ("transformer", "scheduler", "vae"):
+        value = config.get(name, [None, None])
+        pair = value if isinstance(value, list) and len(value) == 2 else ["", ""]
+        if not all(part is None or (isinstance(part, str) and part) for part in pair):
+            raise ValueError(f"{file}: {name} is {value!r:.80}; it must be a list of library and class.")
+        # Code of the repository itself is diffusers' to ask for, by `trust_remote_code`.
+        if name != "transformer" and pair[0] not in (None, "diffusers", "dit_hf"):
+            if pair[0].isidentifier() and (file.parent / name / f"{pair[0]}.py").is_file():
+                continue
+            raise ValueError(f"{file}: {name} is of {pair[0]!r:.80}; only diffusers and dit_hf are loaded.")
+
+
 class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
     __doc__ = pipeline_dit_class_cond.DiTClassCondPipeline.__doc__
 
@@ -151,6 +167,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         it.
         """
         config = super()._dict_from_json_file(json_file, **kwargs)
+        _check_components(config, Path(json_file))
         if isinstance(config.get("transformer"), list):
             if (found := config["transformer"][-1]) not in diffusers_dit.CLASS_NAMES:
                 raise ValueError(f"{json_file}: its transformer is a {found}, not a {DiTTransformer2DModel.__name__}.")
