@@ -85,7 +85,7 @@ def check_shards(folder: str | Path) -> None:
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no `weight_map`, an object of key to file.")
         for key, name in weight_map.items():
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or not name or Path(name).name != name:
                 raise ValueError(f"{index}: the file of {key!r} is {_short(name)}; it must be a name in that folder.")
         for name in sorted(set(weight_map.values())):
             check_file(index.with_name(name))
