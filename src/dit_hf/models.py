@@ -17,7 +17,7 @@ from .checkpoints import bounds, diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
-from .files import check_links
+from .files import check_links, read_json
 from .presets import PresetName, preset_config
 
 
@@ -159,6 +159,8 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         if not kwargs.get("local_files_only"):
             hub.check_available(pretrained_model_name_or_path, file, **places)
         places = {name: kwargs[name] for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
+        if (own := Path(pretrained_model_name_or_path, file)).exists():
+            read_json(own)
         config = cls.load_config(pretrained_model_name_or_path, **places)
         if (found := config.get("_class_name", cls.__name__)) not in diffusers_dit.CLASS_NAMES:
             raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")

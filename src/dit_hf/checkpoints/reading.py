@@ -128,7 +128,7 @@ def check_archive(path: Path) -> list[int]:
 def _explain(error):
     """Why a file can't be read, without the advice of torch to execute what is in it."""
     text = str(error)
-    if refused := re.search(r"GLOBAL (\S+)|Unsupported (?:class|global|operand) (\S+)", text):
+    if refused := re.search(r"GLOBAL (\S+)|Unsupported (?:class|global) (\S+)", text):
         return f"it holds {refused[1] or refused[2]}, which is neither a tensor nor a plain value"
     if "legacy .tar format" in text:
         return "it is a tar archive of torch before 0.1.10, which can't be read without executing it"
