@@ -1,7 +1,6 @@
 """Opening checkpoint files safely: nothing in them is executed."""
 
 import argparse
-import pickle
 import re
 import struct
 import zipfile
@@ -20,6 +19,8 @@ ENTRIES = {"ema": ("ema", "model_ema", "ema_model"), "model": ("model", "module"
 # The pickle of a zip archive has names, shapes and plain values; the tensors are beside it.
 MAX_PICKLE_BYTES = 32 * 2**20
 ENCRYPTED = 1
+# What the opcodes of a file that is no pickle end in.
+UNREADABLE = (EOFError, KeyError, IndexError, struct.error)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -127,7 +128,7 @@ def check_archive(path: Path) -> list[int]:
 def _explain(error):
     """Why a file can't be read, without the advice of torch to execute what is in it."""
     text = str(error)
-    if refused := re.search(r"GLOBAL (\S+)|Unsupported (?:class|global|operand) (\S+)", text):
+    if refused := re.search(r"GLOBAL (\S+)|Unsupported (?:class|global) (\S+)", text):
         return f"it holds {refused[1] or refused[2]}, which is neither a tensor nor a plain value"
     if "legacy .tar format" in text:
         return "it is a tar archive of torch before 0.1.10, which can't be read without executing it"
@@ -135,7 +136,7 @@ def _explain(error):
         return f"{first_line(error)}: its bytes are not those that were written; get the file again"
     if "failed finding central directory" in text:
         return "the end of its zip archive is missing; get the file again"
-    if isinstance(error, pickle.UnpicklingError | EOFError | KeyError | IndexError | struct.error) or " " not in text:
+    if isinstance(error, UNREADABLE) or type(error).__name__ == "UnpicklingError" or " " not in text:
         return f"it is no file that `torch.save` wrote, or it is damaged ({type(error).__name__})"
     return first_line(error)
 

@@ -114,7 +114,10 @@ def main():
     # With --push_to_hub it may be what a run wrote whose upload failed.
     if is_occupied(args.output_dir) and not (args.output_dir.is_dir() and args.push_to_hub):
         raise ValueError(f"--output_dir {args.output_dir} is not empty; choose a new folder.")
-    id2label = read_id2label(args.id2label) if args.id2label else None
+    try:
+        id2label = read_id2label(args.id2label) if args.id2label else None
+    except ValueError as error:
+        raise ValueError(f"--id2label: {error}") from None
     checkpoint = read(args)
     print(checkpoint.describe())
     if checkpoint.family.reading_note:

@@ -372,7 +372,8 @@ def _code(text):
 def _literal(text):
     """A Python string of one line, in double quotes where that needs no more than they."""
     quoted = repr(text)
-    return f'"{quoted[1:-1]}"' if quoted[0] == "'" and '"' not in text else quoted
+    quoted = f'"{quoted[1:-1]}"' if quoted[0] == "'" and '"' not in text else quoted
+    return quoted.replace("<", "\\x3c").replace("{", "\\x7b")  # no HTML, template or marker of ours
 
 
 def _public(value):
