@@ -1,5 +1,7 @@
 """How commands end, and the ranges of their flags."""
 
+from pathlib import Path
+
 import pytest
 
 from dit_hf.command_line import ArgumentParser, integer, printable, real, run
@@ -32,6 +34,15 @@ def test_numbers_have_ranges(kind, text, value, capsys):
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: argument --number: '")
+
+
+def test_an_empty_path_is_not_the_working_folder(capsys):
+    parser = ArgumentParser(prog="dit-hf train")
+    parser.add_argument("--output_dir", type=Path)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--output_dir", ""])
+    assert capsys.readouterr().err.startswith("error: argument --output_dir: the path is empty")
+    assert parser.parse_args(["--output_dir", "a"]).output_dir == Path("a")
 
 
 def test_text_from_outside_stays_on_its_line():

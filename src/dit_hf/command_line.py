@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -17,9 +18,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(**{"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options)
+        self.register("type", Path, _path)  # what `type=Path` calls
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {printable(message)} ({self.prog} --help lists all flags)\n")
+
+
+def _path(text):
+    if not text:  # `Path("")` is the working folder
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def integer(at_least: int | None = None, at_most: int | None = None) -> Callable[[str], int]:
