@@ -1,8 +1,9 @@
 """The Space and its clients: turns, clients that are gone, requests that no page sends."""
 
 import ast
+import asyncio
 import json
-import os
+import platform
 import re
 import signal
 import socket
@@ -25,11 +26,13 @@ from dit_hf.command_line import run
 from dit_hf.space import requests
 from dit_hf.space.command import main
 from dit_hf.space.generation import ImageGenerator, shown_names
-from dit_hf.space.requests import MAX_BODY, MAX_EVENTS, MAX_SILENT, Clients, Refused
+from dit_hf.space.requests import MAX_BODY, MAX_EVENTS, MAX_SILENT, Clients, Gate, Refused, address_of
 from dit_hf.space.settings import Settings
 from dit_hf.space.turns import MAX_WAITING, Turns
 
 
+JOIN = "/gradio_api/queue/join"
+WEB = httpx.Client(timeout=60)
 GENERATE = {"class_labels": "shark", "images": 8, "steps": 250, "sampler": "flow_heun", "api_name": "/generate"}
 DATA = ["shark", 1, 0, False, 1, 1.0, 0.0, 1.0, "default", "", 0.5]
 LONG = ["shark", 8, 0, False, 250, 4.0, 0.0, 1.0, "flow_heun", "", 0.5]
@@ -89,6 +92,14 @@ def test_no_client_can_hold_the_queue():
         turns.join("d", "d")
 
 
+def test_places_in_a_long_queue_are_looked_up():
+    turns = Turns(size=1000)
+    waiting = [turns.join(f"{index}", "") for index in range(1001)]
+    started = time.perf_counter()
+    assert [turns.before(turn) for turn in waiting] == list(range(1001))
+    assert time.perf_counter() - started < 0.05
+
+
 def test_sessions_that_never_listen_are_bounded_and_forgotten(monkeypatch):
     left = []
     clients = Clients(left.append)
@@ -110,6 +121,44 @@ def test_sessions_that_never_listen_are_bounded_and_forgotten(monkeypatch):
     assert "other" not in clients
 
 
+def test_an_old_streams_end_does_not_end_what_was_asked_for_since():
+    left = []
+    clients = Clients(left.append)
+    clients.ask("mine", "1.1.1.1")
+    with clients.listening("mine") as closed:
+        clients.ask("mine", "1.1.1.1")
+        closed()
+    assert not clients.is_gone("mine")
+    with clients.listening("mine") as closed:
+        closed()
+    assert left == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "address"),
+    [
+        ([], "session"),
+        (["unknown, 10.0.0.1"], "session"),
+        (["8.8.8.8"], "8.8.8.8"),
+        (["1.1.1.1, 8.8.8.8"], "8.8.8.8"),  # the first may be the client's own invention
+        (["1.1.1.1", "2606:4700::1111, 10.16.3.80"], "2606:4700::1111"),
+    ],
+)
+def test_visitors_of_the_hub_are_told_apart(monkeypatch, tmp_path, forwarded, address):
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(address_of(scope, "session"))
+
+    headers = [(b"x-forwarded-for", value.encode()) for value in forwarded]
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers, "client": ("10.16.3.80", 1)}
+    for variable in (None, "me/space"):
+        if variable:
+            monkeypatch.setenv("SPACE_ID", variable)
+        asyncio.run(Gate(app, None, Clients(seen.append), tmp_path)(scope, None, None))
+    assert seen == ["10.16.3.80", address]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
@@ -121,26 +170,41 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The server's temporary files; another one, which was killed, has left some."""
+    folder = tmp_path_factory.mktemp("temporary")
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    for name in (f".partial-{platform.node()}-{ended.pid}-left", "dit_hf-mine"):
+        (folder / name / "images").mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def log():
     return []
 
 
 @pytest.fixture(scope="module")
-def address(model, tmp_path_factory, log):
-    with serve(model, tmp_path_factory.mktemp("temporary"), "--queue_size", "12", app=None, log=log) as address:
+def address(model, folder, log):
+    """A server as on the Hub; it ends with its terminal, and leaves nothing."""
+    variables = {"SPACE_ID": "me/space", "GRADIO_SHARE": "True"}
+    with serve(model, folder, "--queue_size", "12", app=None, log=log, end=signal.SIGHUP, **variables) as address:
         yield address
+    assert [path.name for path in folder.iterdir()] == ["dit_hf-mine"]
 
 
-def join(address, session, data=DATA, client="127.0.0.1"):
+def join(address, session, data=DATA, client=""):
     """What a browser sends, as if through the proxy of a client with this address."""
     body = {"data": data, "fn_index": 0, "session_hash": session}
-    return httpx.post(f"{address}/gradio_api/queue/join", json=body, headers={"X-Forwarded-For": client}, timeout=30)
+    return WEB.post(f"{address}{JOIN}", json=body, headers={"X-Forwarded-For": client})
 
 
 @contextmanager
 def listen(address, session):
-    """The lines of a session's stream; at the end the connection is dropped."""
-    with httpx.stream("GET", f"{address}/gradio_api/queue/data?session_hash={session}", timeout=60) as stream:
+    """The lines of a session's stream, as a private Space's page asks for it; at the end the connection is dropped."""
+    query = {"session_hash": session, "__sign": "eyJ.eyJ.x"}
+    with WEB.stream("GET", f"{address}/gradio_api/queue/data", params=query) as stream:
         yield stream.iter_lines()
 
 
@@ -152,7 +216,7 @@ def outcome(lines, until):
     raise AssertionError(f"{until!r} did not come")
 
 
-def images(address, session="quick", client="127.0.0.1"):
+def images(address, session="quick", client=""):
     """Seconds until a small set was there."""
     started = time.perf_counter()
     assert join(address, session, client=client).status_code == 200
@@ -172,7 +236,11 @@ def test_work_for_a_client_that_is_gone_stops(address):
 
 
 def test_work_that_nobody_listens_to_stops(address):
-    join(address, "silent", LONG)
+    """As many wait as have no address, which are told apart by their sessions."""
+    for index in range(8):
+        join(address, f"silent{index}", LONG)
+    with listen(address, "silent7") as stream:
+        outcome(stream, "Waiting: 7 before")
     assert images(address) < requests.PATIENCE + 6
 
 
@@ -185,7 +253,7 @@ def test_one_client_does_not_hold_the_queue(address):
     jobs += [client.submit(**quick) for _ in range(MAX_WAITING)]
     until(lambda: any("Waiting: 4" in (output[1] or "") for job in jobs for output in job.outputs()))
     assert f"{MAX_WAITING} of your sets wait" in str(client.submit(**quick).exception(timeout=30))
-    join(address, "visitor", client="10.0.0.9")
+    join(address, "visitor", client="8.8.8.8")
     with listen(address, "visitor") as stream:
         outcome(stream, "Waiting: 1 before")  # not 5
         assert client.predict(api_name="/cancel") == "Cancelled."
@@ -215,10 +283,9 @@ def test_a_cancelled_set_leaves_the_pipeline_in_order(model):
 
 
 def raw(address, path, body, kind="application/json"):
-    return httpx.post(f"{address}{path}", content=body, headers={"content-type": kind}, timeout=30)
+    return WEB.post(f"{address}{path}", content=body, headers={"content-type": kind})
 
 
-JOIN = "/gradio_api/queue/join"
 POSTS = [(JOIN, body) for body in (b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"data": [' + b"9" * 9999 + b"]}")]
 POSTS += [
     (JOIN, json.dumps({"data": DATA, "fn_index": 0, "session_hash": "a"} | changed).encode())
@@ -236,6 +303,7 @@ POSTS += [
         {"data": []},
         {"data": None},
         {"data": [*DATA, 1]},
+        {"data": [json.loads("[" * 900 + "]" * 900), *DATA[1:]]},
         {"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, *DATA[1:]]},
     )
 ]
@@ -254,14 +322,13 @@ def test_other_requests_than_the_pages_are_refused_in_a_line(address, log):
     before = len(log)
     answers = [raw(address, *post) for post in POSTS]
     answers += [raw(address, JOIN, json.dumps({"data": DATA}).encode(), kind) for kind in ("text/plain", "image/png")]
-    answers += [httpx.get(address + path, timeout=30) for path in GETS]
+    answers += [WEB.get(address + path) for path in GETS]
     assert raw(address, JOIN, b'{"data": "' + b"a" * MAX_BODY + b'"}').status_code == 413
     for answer in answers:
         assert 400 <= answer.status_code < 500, answer.url
         assert len(answer.text) < 300
-    with httpx.Client(base_url=address) as client:
-        for index in range(300):
-            assert client.get(f"/gradio_api/queue/data?session_hash=none{index}").status_code == 404
+    for index in range(300):
+        assert WEB.get(f"{address}/gradio_api/queue/data?session_hash=none{index}").status_code == 404
     images(address)
     assert log[before:] == []
 
@@ -295,7 +362,7 @@ def test_only_images_that_the_page_has_made_are_served(address, tmp_path):
         path = Path(re.search(r'file=(/[^"]+\.png)', outcome(stream, "Images: 1"))[1])
 
     def status(name):
-        return httpx.get(f"{address}/gradio_api/file={name}").status_code
+        return WEB.get(f"{address}/gradio_api/file={name}").status_code
 
     assert status(path) == 200
     secret = tmp_path / "secret.png"
@@ -322,7 +389,7 @@ def test_only_images_that_the_page_has_made_are_served(address, tmp_path):
 
 
 def page_of(address, path):
-    return httpx.get(address + path).text
+    return WEB.get(address + path).text
 
 
 def test_names_stay_out_of_the_snippets_code(tmp_path, monkeypatch):
@@ -364,12 +431,6 @@ def test_sixty_thousand_names_are_shown_quickly():
     assert shown[20_000] == "thing 20000"
 
 
-def start(*flags, folder, **variables):
-    environment = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"} | variables
-    command = [sys.executable, "-m", "dit_hf.space.command", *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
 @pytest.mark.parametrize(
     ("flags", "variables", "message"),
     [
@@ -379,8 +440,8 @@ def start(*flags, folder, **variables):
         (["--queue_size", "0"], {}, "argument --queue_size: '0'"),
         (["--max_minutes", "nan"], {}, "argument --max_minutes: 'nan' is not a finite number"),
         (["--max_minutes", "-1"], {}, "argument --max_minutes: '-1'"),
-        (["--host", "no.such.host.invalid"], {}, "--host no.such.host.invalid --port 7860 can't be listened at"),
-        (["--port", "BUSY"], {}, "can't be listened at: Address already in use"),
+        (["--host", "no.such.host.invalid"], {}, "can't listen on --host no.such.host.invalid --port 7860"),
+        (["--port", "BUSY"], {}, ": Address already in use. Choose another one."),
     ],
 )
 def test_a_bad_flag_is_one_line(monkeypatch, capsys, flags, variables, message):
@@ -396,38 +457,18 @@ def test_a_bad_flag_is_one_line(monkeypatch, capsys, flags, variables, message):
     assert message in line
 
 
-def test_a_folder_that_is_no_pipeline_is_one_line(tmp_path):
-    (tmp_path / "temporary").mkdir()
-    (tmp_path / "model").mkdir()
-    variables = {"HF_HUB_OFFLINE": "1", "DIT_HF_MODEL": str(tmp_path / "model")}
-    with start("--port", 0, folder=tmp_path / "temporary", **variables) as process:
-        lines = process.stdout.readlines()
-    assert process.returncode == 2
-    assert lines[-1].startswith("error: ")
-    assert str(tmp_path / "model") in lines[-1]
-    assert "Traceback" not in "".join(lines)
-    assert list((tmp_path / "temporary").iterdir()) == []
+def test_a_folder_that_is_no_pipeline_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(lambda: ImageGenerator(str(tmp_path)))
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert str(tmp_path) in line
 
 
-def test_a_signal_ends_it_and_the_next_start_removes_what_a_killed_one_left(model, tmp_path):
-    def started(*numbers):
-        process = start("--model", model, "--port", 0, folder=tmp_path, GRADIO_SHARE="True")
-        for line in process.stdout:
-            if "Running on" in line:
-                break
-        folders = list(tmp_path.iterdir())
-        for number in numbers:
-            process.send_signal(number)
-        rest = process.stdout.read()
-        return folders, process.wait(60), rest
-
-    killed, status, _ = started(signal.SIGKILL)
-    assert status == -signal.SIGKILL
-    assert list(tmp_path.iterdir()) == killed
-    (tmp_path / "dit_hf-space-mine").mkdir()  # not a server's
-    folders, status, rest = started(signal.SIGHUP)
-    assert status == 0
-    assert "Traceback" not in rest
-    assert len(folders) == 2
-    assert killed[0] not in folders
-    assert [path.name for path in tmp_path.iterdir()] == ["dit_hf-space-mine"]
+def test_what_a_killed_server_left_is_removed_by_the_next(address, folder, log):
+    own, *others = sorted(folder.iterdir())
+    assert own.name.startswith(f".partial-{platform.node()}-")
+    assert "-left" not in own.name
+    assert [path.name for path in others] == ["dit_hf-mine"]
+    assert log[0] == "Ignored, as this page takes its settings from flags: GRADIO_SHARE.\n"

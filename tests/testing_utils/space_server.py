@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -18,11 +19,11 @@ HIDING = ("TORCHINDUCTOR", "PYTHONDONTWRITEBYTECODE", "XDG_", "HF_HOME")
 
 
 @contextmanager
-def serve(model, folder, *flags, app=APP, log=None, **variables):
+def serve(model, folder, *flags, app=APP, log=None, end=signal.SIGTERM, **variables):
     """
     The page as a user starts it, with all temporary files in a folder of ours; yields its address. It may log no
     traceback. Without a model, the variables name it; without an app, `dit-hf space` is run. A list that is given
-    receives the lines of the log.
+    receives the lines of the log. A signal ends it.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(HIDING)}
     environment |= {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | variables
@@ -44,7 +45,7 @@ def serve(model, folder, *flags, app=APP, log=None, **variables):
             else:
                 raise AssertionError("".join(lines))
         finally:
-            server.terminate()
+            server.send_signal(end)
             assert server.wait(60) == 0
     reader.join()
     assert "Traceback" not in (log := "".join(lines)), log

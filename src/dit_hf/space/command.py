@@ -14,14 +14,14 @@ import signal
 import socket
 import sys
 import tempfile
+from glob import escape
 from pathlib import Path
 
 from ..command_line import ArgumentParser, integer, real, run
-from ..files import first_line, is_running, remove
+from ..files import PARTIAL, first_line, remove, remove_leftovers
 
 
 FIRST_PORT, PORTS = 7860, 100
-FOLDER = "dit_hf-space-"
 # Gradio's own variables would share the page, serve other folders or start other servers; these few are read here.
 GRADIO_VARIABLES = ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_ROOT_PATH")
 
@@ -35,7 +35,7 @@ def parse_args():
         help="Folder, Hub id, or bundled name; by default the environment variable DIT_HF_MODEL.",
     )
     parser.add_argument(
-        "--host", default=os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1", help="Address to listen at."
+        "--host", default=os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1", help="Address to listen on."
     )
     parser.add_argument(
         "--port",
@@ -57,7 +57,7 @@ def parse_args():
 
 def find_port(host: str, port: int | None) -> int:
     """
-    A port that can be listened at.
+    A port that can be listened on.
 
     Args:
         host (`str`): Name or address of this machine.
@@ -81,7 +81,7 @@ def find_port(host: str, port: int | None) -> int:
             reason = getattr(error, "strerror", None) or first_line(error)
             if getattr(error, "errno", None) != errno.EADDRINUSE:
                 break
-    raise ValueError(f"--host {host} --port {tried[0]} can't be listened at: {reason}. Choose another one.")
+    raise ValueError(f"can't listen on --host {host} --port {tried[0]}: {reason}. Choose another one.")
 
 
 def isolate() -> Path:
@@ -89,13 +89,12 @@ def isolate() -> Path:
     Keeps gradio and torch, which are imported only later, to one temporary folder that is removed at the end, and from
     reporting to anyone; removes what killed servers have left.
     """
-    own = f"{FOLDER}{platform.node()}-"
-    for leftover in Path(tempfile.gettempdir()).glob(f"{own}*-*"):
-        process = leftover.name.removeprefix(own).split("-")[0]
-        stale = process.isdecimal() and (int(process) == os.getpid() or not is_running(int(process)))
-        if stale and leftover.lstat().st_uid == os.getuid():
-            remove(leftover)
-    folder = Path(tempfile.mkdtemp(prefix=f"{own}{os.getpid()}-")).resolve()
+    temporary = Path(tempfile.gettempdir())
+    remove_leftovers(temporary)
+    own = f"{PARTIAL}{platform.node()}-{os.getpid()}-"
+    for leftover in temporary.glob(f"{escape(own)}*"):  # a restarted container has the same processes
+        remove(leftover)
+    folder = Path(tempfile.mkdtemp(prefix=own)).resolve()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if ignored := [name for name in os.environ if name.startswith("GRADIO_") and name not in GRADIO_VARIABLES]:
         print(f"Ignored, as this page takes its settings from flags: {', '.join(sorted(ignored))}.", flush=True)
@@ -129,7 +128,7 @@ def main():
     try:
         blocks.launch(
             server_name=args.host,
-            server_port=port,
+            server_port=None if args.port is None else port,  # none: Gradio's choice, as others start meanwhile
             app_kwargs={"middleware": [gate]},
             footer_links=["api"],
             run_history=False,

@@ -103,7 +103,7 @@ class Page:
         session = request.session_hash or ""
         try:
             settings = self._checked(*values, sampler, mix_with, mix_share)
-            job = self._join(session, request.client.host if request.client else "")
+            job = self._join(session, (request.client.host if request.client else "") or session)
         except ValueError as error:
             raise refusal(error) from error
         try:

@@ -1,16 +1,18 @@
 """What the server answers: the page's own requests, of a size and a form that they have; and which clients listen."""
 
+import ipaddress
 import json
 import os
 import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from starlette.datastructures import Headers, QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -18,7 +20,8 @@ MAX_BODY = 2**20  # bytes; 32 class names have a thousandth of it
 MAX_STREAMS = 512  # open at the same time, of one address
 MAX_SESSIONS = 1000
 MAX_SILENT = 64  # of one address, that have not begun to listen
-MAX_EVENTS = 16  # of one session, that it has not been told the end of
+MAX_EVENTS = 16  # unfinished ones of one session
+MAX_DEPTH = 8  # of lists in lists; the page sends two
 # Seconds that a client may take between sending a set and listening to its images, as both are requests of their own.
 PATIENCE = 5.0
 SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -118,12 +121,15 @@ class Clients:
         """
         known = self._sessions[session]
         known.streams += 1
+        opened = time.monotonic()
         closed: list[bool] = []
         try:
             yield lambda: closed.append(True)
         finally:
             known.streams -= 1
-            if closed and not known.streams and self._sessions.get(session) is known:
+            # What was asked for since then may be listened to by a stream that has yet to come.
+            left = closed and not known.streams and (known.asked <= opened or known.is_gone)
+            if left and self._sessions.get(session) is known:
                 self._forget(session)
 
     def _forget(self, session):
@@ -159,6 +165,8 @@ class Gate:
 
     async def _answer(self, scope, receive, send):
         path, method = scope["path"], scope["method"]
+        if "SPACE_ID" in os.environ:  # on the Hub, where all come from the same proxy
+            scope = {**scope, "client": (forwarded_for(scope), 0)}
         if method == "OPTIONS":  # Gradio answers by its rules for other origins
             await self.app(scope, receive, send)
         elif method in ("GET", "HEAD") and PAGES.fullmatch(path):
@@ -169,7 +177,7 @@ class Gate:
                 await self.app(scope, receive, send)
         elif method == "POST" and POSTS.fullmatch(path):
             given = await read_json(scope, receive)
-            wanted = self._checked(path.removeprefix(f"{API}/").rstrip("/"), given, address_of(scope))
+            wanted = self._checked(path.removeprefix(f"{API}/").rstrip("/"), given, scope)
             await self.app(*with_body(scope, receive, json.dumps(wanted).encode()), send)
         else:
             raise Refused(404, "There is no such page.")
@@ -184,16 +192,17 @@ class Gate:
             raise Refused(404, "There is no such file; images are kept for ten minutes.")
 
     async def _stream(self, scope, receive, send):
-        address = address_of(scope)
+        beats = scope["path"].startswith(HEARTBEAT)
+        session = scope["path"].removeprefix(HEARTBEAT) if beats else self._session_of(scope)
+        self._check_session(session)
+        address = address_of(scope, session)
         if self._streams.get(address, 0) >= MAX_STREAMS:
             raise Refused(429, TOO_MANY)
         self._streams[address] = self._streams.get(address, 0) + 1
         try:
-            if scope["path"].startswith(HEARTBEAT):
-                self._check_session(scope["path"].removeprefix(HEARTBEAT))
+            if beats:
                 await self.app(scope, receive, send)
                 return
-            session = self._session_of(scope)
             with self.clients.listening(session) as closed:
                 await self.app(scope, *watched(receive, send, closed))
         finally:
@@ -204,8 +213,7 @@ class Gate:
     def _session_of(self, scope):
         """The session of a stream, if it waits for something."""
         if scope["path"] == STREAM:
-            found = re.fullmatch(r"session_hash=([^&]*)", scope["query_string"].decode("latin-1"))
-            session = found[1] if found else ""
+            session = QueryParams(scope["query_string"]).get("session_hash", "")  # as Gradio reads it
         else:
             event = scope["path"].rsplit("/")[-1]
             pending = getattr(self.blocks._queue, "pending_event_ids_session", {})
@@ -218,7 +226,7 @@ class Gate:
         if not isinstance(session, str) or not SESSION.fullmatch(session):
             raise Refused(400, "`session_hash` must have 1 to 64 letters and digits.")
 
-    def _checked(self, route, body, address):
+    def _checked(self, route, body, scope):
         """The fields of a request that Gradio needs, if they are what the page sends."""
         session = body.get("session_hash")
         if session is not None or route in ("queue/join", "cancel"):
@@ -232,18 +240,19 @@ class Gate:
         data = body.get("data")
         if not isinstance(data, list) or len(data) != len(function.inputs):
             raise Refused(400, f"`data` must be a list of {len(function.inputs)} values.")
-        if holds_object(data):  # Gradio would look for files
+        if not is_plain(data):
             raise Refused(400, "`data` must hold texts, numbers and lists of them.")
         trigger, event = body.get("trigger_id"), body.get("event_data")
         trigger = trigger if type(trigger) is int else None
         event = event if isinstance(event, dict) else {}
+        event = {name: value for name, value in event.items() if isinstance(value, str)}  # keys and what is written
         wanted = {"data": data, "fn_index": function._id, "trigger_id": trigger, "event_data": event}
         if not route.startswith(("run/", "api/")):
             session = session or uuid.uuid4().hex
             pending = getattr(self.blocks._queue, "pending_event_ids_session", {})
             if len(pending.get(session, ())) >= MAX_EVENTS:
                 raise Refused(429, TOO_MANY)
-            self.clients.ask(session, address)
+            self.clients.ask(session, address_of(scope, session))
         return wanted | {"session_hash": session}
 
     def _function(self, route, index):
@@ -257,9 +266,18 @@ class Gate:
         raise Refused(404, "There is no such function; `/gradio_api/info` lists them.")
 
 
-def address_of(scope: Scope) -> str:
-    """The client's address, as the server, or the proxy that it trusts, gives it."""
-    return (scope.get("client") or ("",))[0]
+def address_of(scope: Scope, session: str) -> str:
+    """The client's address, as the server, or the proxy that it trusts, gives it; without one, its session."""
+    return (scope.get("client") or ("",))[0] or session
+
+
+def forwarded_for(scope: Scope) -> str:
+    """The public address that proxies have added last, as clients can write others before it; empty without one."""
+    for added in reversed(",".join(Headers(scope=scope).getlist("x-forwarded-for")).split(",")):
+        with suppress(ValueError):
+            if ipaddress.ip_address(added.strip()).is_global:
+                return added.strip()
+    return ""
 
 
 def is_short(text: Any) -> bool:
@@ -267,9 +285,11 @@ def is_short(text: Any) -> bool:
     return text is None or (isinstance(text, str) and SESSION.fullmatch(text) is not None)
 
 
-def holds_object(value: Any) -> bool:
-    """Whether there is a JSON object in a value."""
-    return isinstance(value, dict) or (isinstance(value, list) and any(map(holds_object, value)))
+def is_plain(value: Any, depth: int = MAX_DEPTH) -> bool:
+    """Whether a value holds no JSON object, in which Gradio would look for files, and not too many lists in lists."""
+    if isinstance(value, list):
+        return depth > 0 and all(is_plain(entry, depth - 1) for entry in value)
+    return not isinstance(value, dict)
 
 
 async def read_json(scope: Scope, receive: Receive) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class Turns:
         self._current: Turn | None = None
         # By address and session, in the order in which they are served next.
         self._waiting: dict[str, dict[str, deque[Turn]]] = {}
+        # How many are generated before each; asked for much more often than it changes.
+        self._places: dict[Turn, int] = {}
 
     def join(self, address: str, session: str) -> Turn:
         """
@@ -52,8 +54,9 @@ class Turns:
         turn = Turn(address, session)
         if self._current is None:
             self._current = turn
+            self._count()
             return turn
-        if len(self._order()) >= self.size:
+        if len(self._places) > self.size:
             raise ValueError("The queue is full; try again later.")
         sessions = self._waiting.get(address, {})
         if len(sessions.get(session, ())) >= MAX_WAITING:
@@ -62,6 +65,7 @@ class Turns:
             raise ValueError("Too many sets of your address wait already; try again later.")
         self._waiting.setdefault(address, {}).setdefault(session, deque()).append(turn)
         self._postpone(self._current)
+        self._count()
         return turn
 
     def before(self, turn: Turn) -> int:
@@ -74,7 +78,7 @@ class Turns:
         Returns:
             `int`: 0 if it has its turn.
         """
-        return 0 if turn is self._current else 1 + self._order().index(turn)
+        return self._places[turn]
 
     def leave(self, turn: Turn) -> None:
         """
@@ -83,16 +87,22 @@ class Turns:
         Args:
             turn (`Turn`): From `join`.
         """
-        if turn is self._current:
-            self._current = next(iter(self._order()), None)
-            if self._current is not None:
-                self._remove(self._current)
-                self._postpone(self._current)
-        elif turn in self._order():
+        if turn not in self._places:
+            return
+        if turn is not self._current:
             self._remove(turn)
+        elif (following := next((other for other, place in self._places.items() if place == 1), None)) is None:
+            self._current = None
+        else:
+            self._current = following
+            self._remove(following)
+            self._postpone(following)
+        self._count()
 
-    def _order(self) -> list[Turn]:
-        return list(alternate(list(alternate(sessions.values())) for sessions in self._waiting.values()))
+    def _count(self):
+        waiting = alternate(list(alternate(sessions.values())) for sessions in self._waiting.values())
+        current = [] if self._current is None else [self._current]
+        self._places = {turn: place for place, turn in enumerate([*current, *waiting])}
 
     def _remove(self, turn):
         sessions = self._waiting[turn.address]
