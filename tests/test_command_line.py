@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_hf.command_line import ArgumentParser, integer, printable, real, run
+from dit_hf.command_line import ArgumentParser, integer, real, run
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,6 @@ def test_an_empty_path_is_not_the_working_folder(capsys):
         parser.parse_args(["--output_dir", ""])
     assert capsys.readouterr().err.startswith("error: argument --output_dir: the path is empty")
     assert parser.parse_args(["--output_dir", "a"]).output_dir == Path("a")
-
-
-def test_text_from_outside_stays_on_its_line():
-    assert printable("a\nb\x1b[31m\u2028c\u202e é 猫") == "a\\nb\\x1b[31m\\u2028c\\u202e é 猫"
 
 
 @pytest.mark.parametrize(
