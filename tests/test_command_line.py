@@ -2,7 +2,7 @@
 
 import pytest
 
-from dit_hf.command_line import ArgumentParser, integer, printable, real, run
+from dit_hf.command_line import ArgumentParser, integer, real, run
 
 
 @pytest.mark.parametrize(
@@ -32,10 +32,6 @@ def test_numbers_have_ranges(kind, text, value, capsys):
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: argument --number: '")
-
-
-def test_text_from_outside_stays_on_its_line():
-    assert printable("a\nb\x1b[31m\u2028c\u202e é 猫") == "a\\nb\\x1b[31m\\u2028c\\u202e é 猫"
 
 
 @pytest.mark.parametrize(

@@ -402,7 +402,7 @@ def test_a_new_class_into_an_empty_folder(example, tmp_path):
         ({"class_name": "x" * 300}, "can't be a folder's name"),
         ({"class_name": "food"}, "The model has a class 'food' already"),
         ({"output_dir": tmp_path / "data" / "out"}, "is in the folder"),
-        ({"output_dir": ROOT / "README.md"}, "exists and is not empty"),
+        ({"output_dir": ROOT / "README.md"}, "README.md is a file, not a folder"),
     ):
         code, (line,) = example(script, **flags | change)
         assert (code, line[:7]) == (2, "error: ") and message in line

@@ -2,21 +2,30 @@
 
 import errno
 import os
+import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from dit_hf.files import (
     check_apart,
     check_file,
     check_links,
     check_writable,
+    content_of,
+    is_occupied,
+    partial_path,
+    printable,
     read_json,
     reading,
     remove_leftovers,
     writing,
+    writing_folder,
 )
 
 
@@ -83,6 +92,96 @@ def test_a_failed_write_keeps_what_was_there(tmp_path):
     assert file.read_text() == "after"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), SafetensorError("bad header"), KeyError("a")],
+)
+def test_an_error_of_the_caller_is_its_own(error, tmp_path):
+    with pytest.raises(type(error)) as raised, writing(tmp_path / "grid.png"):
+        raise error
+    assert raised.value is error
+
+
+def test_the_libraries_write_errors_are_known(tmp_path):
+    """A limit on files ends a write as a full disk does."""
+    weights = torch.zeros(5000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writers = (
+        lambda path: torch.save(weights, path),
+        lambda path: torch.save(weights, path, _use_new_zipfile_serialization=False),
+        lambda path: save_file({"a": weights}, path),
+        lambda path: torch.save(weights, path / "missing" / "a.pt"),
+    )
+    for write in writers:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            with pytest.raises(OSError, match="a.pt can't be written"), writing(tmp_path / "a.pt") as partial:
+                write(partial)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_write_the_same_file_apart(tmp_path):
+    with writing(tmp_path / "a.json") as mine, ThreadPoolExecutor() as pool:
+        assert pool.submit(partial_path, tmp_path / "a.json").result() != mine
+        mine.write_text("{}")
+
+
+def test_leftovers_of_a_process_with_the_same_id_are_not_written_to(tmp_path):
+    """As after the restart of a container."""
+    leftover = partial_path(tmp_path / "pipe")
+    leftover.mkdir()
+    (leftover / "old").write_text("")
+    with writing_folder(tmp_path / "pipe") as partial:
+        partial.mkdir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["pipe"]
+
+
+FILL = """
+import os, sys
+from pathlib import Path
+from dit_hf.files import writing_folder
+if sys.argv[2] == "moving":
+    def replace(source, target):
+        move(source, target)
+        os.kill(os.getpid(), 9)
+    move, os.replace = os.replace, replace
+with writing_folder(sys.argv[1]) as partial:
+    partial.mkdir()
+    for name in ("model_index.json", "weights", "a"):
+        (partial / name).write_text("new")
+    if sys.argv[2] == "writing":
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize(("killed", "left"), [("writing", []), ("moving", ["a"])])
+def test_a_folder_that_exists_is_filled_after_a_kill(killed, left, tmp_path):
+    """What makes it look complete comes last."""
+    (tmp_path / "lost+found").mkdir()
+    subprocess.run([sys.executable, "-c", FILL, str(tmp_path), killed], check=False)
+    assert content_of(tmp_path) == left and is_occupied(tmp_path) == bool(left)
+    assert len(list(tmp_path.glob(".partial-*"))) == 1
+    subprocess.run([sys.executable, "-c", FILL, str(tmp_path), "no"], check=True)
+    assert sorted(os.listdir(tmp_path)) == ["a", "lost+found", "model_index.json", "weights"]
+
+
+def test_what_occupies_a_folder(tmp_path):
+    assert not is_occupied(tmp_path / "new")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert is_occupied(tmp_path / "dangling")
+    folder = tmp_path / "folder"
+    for name in (".partial-a-1-2-x", "lost+found", ".lock", ".lock_holder", ".DS_Store", "ours"):
+        (folder / name).mkdir(parents=True)
+    assert not is_occupied(folder, ours=("ours",))
+    assert is_occupied(folder) and content_of(folder) == ["ours"]
+
+
+def test_text_from_outside_stays_on_its_line():
+    assert printable("a\nb\x1b[31m\u2028c\u202e é 猫") == "a\\nb\\x1b[31m\\u2028c\\u202e é 猫"
+
+
 KILLED = """
 import os, sys
 from dit_hf.files import writing
@@ -138,6 +237,8 @@ def test_output_in_the_data_is_refused(tmp_path):
     (tmp_path / "link").symlink_to("images")
     check_apart(tmp_path / "latents", tmp_path / "images")
     check_apart(tmp_path, tmp_path / "images")
+    check_apart(tmp_path, None)
+    check_apart("user/dataset/out", "user/dataset")  # on the Hub
     for output in ("images", "images/latents", "link/latents", "other/../images/x"):
         with pytest.raises(ValueError, match="is in the folder"):
             check_apart(tmp_path / output, tmp_path / "images")
@@ -150,17 +251,18 @@ def test_links_that_leave_a_folder_are_refused(tmp_path):
     (cache / "blobs").mkdir()
     (cache / "blobs" / "1").write_text("{}")
     (snapshot / "vae" / "config.json").symlink_to("../../../blobs/1")
-    check_links(snapshot)
-    check_links(snapshot / "vae")
+    check_links(snapshot, "vae", "vae/config.json")
+    check_links(snapshot / "vae", "config.json")
     secret = tmp_path / "secret"
     secret.write_text("token")
     folder = tmp_path / "pipeline"
     folder.mkdir()
     (folder / "inside").symlink_to("config.json")
-    check_links(folder)
+    check_links(folder, "inside", "missing")
     for parent in (snapshot / "vae", folder):
         for target in (secret, tmp_path, tmp_path / "not-yet"):
             (parent / "link").symlink_to(target)
             with pytest.raises(ValueError, match="link is a link to .*, outside of"):
-                check_links(parent)
+                check_links(parent, "link")
+            check_links(parent, "other")
             (parent / "link").unlink()

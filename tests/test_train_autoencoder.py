@@ -63,7 +63,7 @@ def test_it_resumes_from_where_it_is_told(data, tmp_path, monkeypatch, capsys):
     ):
         again = command(data, tmp_path / "a", max_train_steps=3, resume_from_checkpoint=asked)
         assert message in refused(again, monkeypatch, capsys)
-    assert "lies in the data" in refused(command(data, data / "0" / "out"), monkeypatch, capsys)
+    assert "is in the folder" in refused(command(data, data / "0" / "out"), monkeypatch, capsys)
     assert not (data / "0" / "out").exists()
 
 

@@ -133,7 +133,7 @@ def one_class(workspace, folder):
         ({"dataset_name": None, "latents_dir": "{tmp}/empty", "output_dir": "{tmp}/empty/run"},
          "is in the folder {tmp}/empty that is read"),
         ({"dataset_name": None, "train_data_dir": "{tmp}/broken", "output_dir": "{tmp}/broken/run"},
-         "lies in the data {tmp}/broken"),
+         "is in the folder {tmp}/broken that is read"),
         ({"report_to": "nothing"}, "accelerate can't start"),
         ({"transformer_config": "{tmp}/empty"}, "{tmp}/empty is a folder, not a file"),
     ],

@@ -9,7 +9,6 @@ result has one folder per class, which `--train_data_dir` of the training reads;
 labels by their names.
 """
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -18,10 +17,9 @@ from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline
 from dit_hf.command_line import ArgumentParser, integer, real, run
-from dit_hf.data.folders import check_output_outside_data
 from dit_hf.data.images import load_image_dataset, load_unlabelled_folder
 from dit_hf.data.reader import ImageReader
-from dit_hf.files import PARTIAL, check_folder, remove
+from dit_hf.files import check_apart, check_folder, is_occupied, writing_folder
 from dit_hf.pipeline_dit_class_cond import find_class
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.validation import check_sampling
@@ -59,12 +57,9 @@ def main():
     pipe.set_progress_bar_config(disable=True)
     resolution = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     images = new_images(args, dataset, resolution)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=PARTIAL) as folder:
-        save(Path(folder) / names[0], images)
-        generate_prior(pipe, args, Path(folder))
-        for path in sorted(Path(folder).iterdir()):
-            path.rename(args.output_dir / path.name)
+    with writing_folder(args.output_dir) as folder:
+        save(folder / names[0], images)
+        generate_prior(pipe, args, folder)
     print(f"{len(names)} classes: {args.output_dir}")
 
 
@@ -100,13 +95,10 @@ def save(folder, images):
 
 
 def check_output(args):
-    """Checks that the output is a new or empty folder outside of the data; removes what a killed run left in it."""
-    if check_folder(args.output_dir, "--output_dir").exists():
-        for path in args.output_dir.glob(f"{PARTIAL}*"):
-            remove(path)
-        if any(path.name != "lost+found" for path in args.output_dir.iterdir()):
-            raise ValueError(f"{args.output_dir} exists and is not empty; choose another folder.")
-    check_output_outside_data(args.output_dir, args.train_data_dir or args.dataset_name)
+    """Checks that the output is a new or empty folder outside of the data."""
+    if is_occupied(check_folder(args.output_dir, "--output_dir")):
+        raise ValueError(f"{args.output_dir} exists and is not empty; choose another folder.")
+    check_apart(args.output_dir, args.train_data_dir or args.dataset_name, "--output_dir")
 
 
 def new_class_dataset(args):

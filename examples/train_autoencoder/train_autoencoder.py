@@ -25,12 +25,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit_hf.command_line import ArgumentParser, integer, real, run
-from dit_hf.data.folders import check_output_outside_data
 from dit_hf.data.images import load_image_dataset
 from dit_hf.data.pixels import normalize_pixels
 from dit_hf.data.reader import ImageReader
 from dit_hf.evaluation.features import EfficientNetLite0
-from dit_hf.files import PARTIAL, check_folder
+from dit_hf.files import PARTIAL, check_apart, check_folder
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import (
     check_resumable,
@@ -200,7 +199,7 @@ def read_images(args):
 def main():
     args = parse_args()
     check_folder(args.output_dir, "--output_dir")
-    check_output_outside_data(args.output_dir, args.dataset_name)
+    check_apart(args.output_dir, args.dataset_name, "--output_dir")
     factor = 2 ** (len(args.block_out_channels) - 1)
     if args.resolution % factor or any(channels % GROUPS for channels in args.block_out_channels):
         raise ValueError(

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from .files import printable
+
 
 # How torch says so, on a CPU and on a GPU; an error of its own type only for the latter.
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory")
@@ -68,20 +70,6 @@ def _number(kind, what, at_least=None, at_most=None, above=None, below=None):
         return value
 
     return parse
-
-
-def printable(text: str) -> str:
-    """
-    Text from files, flags and requests for one line of a terminal or log: line breaks and control characters, which
-    could forge a line or command the terminal, are escaped.
-
-    Args:
-        text (`str`): Any.
-
-    Returns:
-        `str`
-    """
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -8,7 +8,8 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -22,12 +23,35 @@ MAX_JSON_BYTES = 256 * 2**20
 # The layout of the Hub's cache, whose snapshots are links to the blobs beside them.
 HUB_SNAPSHOT = re.compile(r"^(?P<repo>.*/(?:models|datasets|spaces)--[^/]+)/snapshots/[^/]+(?:/|$)")
 PARTIAL = ".partial-"
+# What is no content of a folder: leftovers and locks of runs, a file system's and a file manager's own.
+NO_CONTENT = re.compile(re.escape(PARTIAL) + r".*|\.lock.*|lost\+found|\.DS_Store")
+# They make a folder one of a pipeline or model, so they come last.
+MARKERS = ("model_index.json", "config.json")
+# How torch and safetensors say that they could not write.
+WRITE_ERROR = re.compile(
+    r"No space left|File too large|unexpected pos \d+|failed writing|write\(\)|Parent directory .* does not exist"
+    r"|Error while serializing"
+)
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """
+    Text from files, flags and requests for one line of a terminal or log: line breaks and control characters, which
+    could forge a line or command the terminal, are escaped.
+
+    Args:
+        text (`str`): Any.
+
+    Returns:
+        `str`
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def check_file(path: str | Path, max_bytes: int | None = None) -> Path:
@@ -128,17 +152,8 @@ def writing(path: str | Path, one_of_many: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not one_of_many:
         remove_leftovers(path.parent, path.name)
-    partial = _partial(path)
-    try:
+    with _writing(partial_path(path), path) as partial:
         yield partial
-        os.replace(partial, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full or "No space left" in str(error) else first_line(error)
-        before = "; what was there before is unchanged" if path.exists() else ""
-        raise OSError(f"{path} can't be written: {reason}{before}.") from error
-    finally:
-        remove(partial)
 
 
 @contextmanager
@@ -157,25 +172,68 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
         OSError: if it can't be written.
     """
     folder = Path(os.path.realpath(folder))
-    content = folder / f"{PARTIAL}content" if folder.is_dir() else folder
-    with writing(content) as partial:
+    if not folder.is_dir():
+        with writing(folder) as partial:
+            yield partial
+        return
+    remove_leftovers(folder)
+    with _writing(partial_path(folder / "content"), folder) as partial:
         yield partial
-    if content != folder:
-        for path in sorted(content.iterdir()):
-            os.replace(path, folder / path.name)
-        content.rmdir()
 
 
-def is_occupied(folder: str | Path) -> bool:
-    """Whether there is something in the way of a new folder; what a killed process left of it is not."""
-    folder = Path(folder)
-    if folder.is_dir():
-        return any(not path.name.startswith(PARTIAL) for path in folder.iterdir())
-    return os.path.lexists(folder)
+@contextmanager
+def _writing(partial, target):
+    """A path to write to, which at the end replaces its target; in that folder itself, its content goes up."""
+    remove(partial)  # of a killed process that had the same id
+    try:
+        yield partial
+        if partial.parent == target:
+            for path in sorted(partial.iterdir(), key=lambda path: (path.name in MARKERS, path.name)):
+                os.replace(path, target / path.name)
+        else:
+            os.replace(partial, target)
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full or "No space left" in str(error) else first_line(error)
+        before = "; what was there before is unchanged" if target.exists() else ""
+        raise OSError(f"{target} can't be written: {reason}{before}.") from error
+    finally:
+        remove(partial)
 
 
-def _partial(path):
-    return path.with_name(f"{PARTIAL}{platform.node()}-{os.getpid()}-{path.name}")
+def is_write_error(error: BaseException) -> bool:
+    """Whether an error says that a file could not be written; torch and safetensors have their own for that."""
+    own = isinstance(error, (RuntimeError, SafetensorError)) and WRITE_ERROR.search(str(error)) is not None
+    return own or isinstance(error, OSError)
+
+
+def content_of(folder: str | Path, ours: Collection[str] = ()) -> list[str]:
+    """
+    What is in a folder, but for leftovers of killed runs, locks, and what a file system or file manager puts there.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        ours (`Collection[str]`): Names that do not count either.
+
+    Returns:
+        `list[str]`: names, in order.
+    """
+    names = os.listdir(folder)
+    return sorted(name for name in names if not NO_CONTENT.fullmatch(name) and name not in ours)
+
+
+def is_occupied(folder: str | Path, ours: Collection[str] = ()) -> bool:
+    """Whether the folder has content other than leftovers of killed runs and `ours`, or is no folder."""
+    return bool(content_of(folder, ours)) if Path(folder).is_dir() else os.path.lexists(folder)
+
+
+def partial_path(path: Path) -> Path:
+    """Where this thread writes a file or folder before it replaces `path`."""
+    # A thread's number and not its `ident`, as a main thread has that of its process: the next with it finds the same.
+    owner = f"{platform.node()}-{os.getpid()}-{threading.get_native_id()}"
+    return path.with_name(f"{PARTIAL}{owner}-{path.name}")
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -231,7 +289,7 @@ def check_writable(path: str | Path) -> Path:
         raise ValueError(f"{path} can't be written: its name holds a null byte.")
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(_partial(path) if path.name else path)  # its name is longer
+            os.lstat(partial_path(path) if path.name else path)  # its name is longer
         folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
         blocked = next((parent for parent in path.absolute().parents if parent.exists() and not parent.is_dir()), None)
         if blocked is not None:
@@ -267,18 +325,20 @@ def check_folder(path: str | Path, flag: str = "the output") -> Path:
     return path
 
 
-def check_apart(output: str | Path, source: str | Path, flag: str = "the output") -> None:
+def check_apart(output: str | Path, source: str | Path | None, flag: str = "the output") -> None:
     """
     Refuses to write where a dataset is read: its next reader would take the output for a part of it.
 
     Args:
         output (`str` or `Path`): A file or folder to be written.
-        source (`str` or `Path`): The folder that is read.
+        source (`str` or `Path`, *optional*): What is read; only a folder or file of this machine is checked.
         flag (`str`): What the output is called.
 
     Raises:
         ValueError: if the output is the folder, or in it.
     """
+    if source is None or not os.path.lexists(source):
+        return
     inner, outer = Path(os.path.realpath(output)), Path(os.path.realpath(source))
     if inner == outer or outer in inner.parents:
         raise ValueError(f"{flag} {output} is in the folder {source} that is read; choose one outside of it.")
@@ -291,7 +351,7 @@ def check_links(folder: str | Path, *names: str) -> None:
 
     Args:
         folder (`str` or `Path`): The folder; it may itself be a link.
-        names (`str`): Files in it that are looked at; all if not given.
+        names (`str`): What in it is published or written.
 
     Raises:
         ValueError: naming the link and its target.
@@ -299,8 +359,7 @@ def check_links(folder: str | Path, *names: str) -> None:
     root = os.path.realpath(folder)
     snapshot = HUB_SNAPSHOT.match(root)
     allowed = (root, os.path.realpath(snapshot["repo"])) if snapshot else (root,)
-    paths = (os.path.join(parent, name) for parent, *entries in os.walk(folder) for name in (*entries[0], *entries[1]))
-    for path in (os.path.join(folder, name) for name in names) if names else paths:
+    for path in (os.path.join(folder, name) for name in names):
         target = os.path.realpath(path)
         if not any(target == inside or target.startswith(inside + os.sep) for inside in allowed):
             raise ValueError(

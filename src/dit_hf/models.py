@@ -17,7 +17,6 @@ from .checkpoints import diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
-from .files import check_links
 from .presets import PresetName, preset_config
 
 
@@ -234,7 +233,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
                 links to files outside of it.
         """
         hub.check_loads_again({"model": self})
-        check_links(save_directory)
+        hub.check_save_directory(save_directory)
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         options |= {"use_flashpack": use_flashpack}
         super().save_pretrained(save_directory, is_main_process, save_function, **options)

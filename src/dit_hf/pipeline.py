@@ -20,7 +20,6 @@ from .bundled import FOLDER, bundled_names, resolve_pipeline
 from .checkpoints import diffusers_dit
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
-from .files import check_links
 from .models import DiTTransformer2DModel
 
 
@@ -208,7 +207,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             raise ValueError("The pipeline is optimized for speed; call `dit_hf.restore(pipe)` before saving it.")
         hub.check_loads_again(self.components)
         folder = Path(save_directory)
-        check_links(folder)
+        hub.check_save_directory(folder)
         own_card = folder / "transformer" / "README.md"
         keep = own_card.exists()
         super().save_pretrained(folder, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack)

@@ -205,7 +205,7 @@ def find_problem(value) -> str | None:
     if value.dtype not in FLOATS:
         return f"holds {value.dtype}, not floating-point numbers of 16 to 64 bits"
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        return f"has shape {tuple(value.shape)}, which repeats fewer numbers"
+        return f"has shape {tuple(value.shape)}, and is a view that repeats its storage"
     return None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..command_line import ArgumentParser, integer, real, run
-from ..files import check_folder
+from ..files import check_folder, is_occupied
 from ..hub import CardFacts
 from ..pipeline import DiTClassCondPipeline
 from ..training.ema import average_after_training
@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Loads the trained pipeline, replaces its weights by the average, and saves it."""
     args = parse_args()
-    if check_folder(args.output_dir, "--output_dir").exists() and any(args.output_dir.iterdir()):
+    if is_occupied(check_folder(args.output_dir, "--output_dir")):
         raise ValueError(f"--output_dir {args.output_dir} is not empty; choose a new folder.")
     weights = average_after_training(args.run / "ema", args.sigma_rel, args.step)
     pipe = DiTClassCondPipeline.from_pretrained(args.run / "pipeline", dtype=torch.float32)

@@ -18,7 +18,17 @@ from ..checkpoints.parsing import IMAGENET_CLASSES
 from ..checkpoints.saving import TRAINING_ONLY_FILE
 from ..command_line import ArgumentParser, run
 from ..conversion import build_pipeline, check_vae
-from ..files import PARTIAL, check_writable, is_occupied, read_json, remove, writing_folder
+from ..files import (
+    NO_CONTENT,
+    check_writable,
+    first_line,
+    is_occupied,
+    partial_path,
+    read_json,
+    remove,
+    remove_leftovers,
+    writing_folder,
+)
 from ..hub import CardFacts, publish_folder, write_card
 from ..transformer_dit import SIZES
 from .verify import DTYPES, add_checkpoint_arguments, read, verify
@@ -65,7 +75,8 @@ def save_whole(pipe, checkpoint, args):
     output_dir = Path(os.path.realpath(args.output_dir))
     occupied = is_occupied(output_dir)
     # Where there is a folder already, what is written is compared with it.
-    target = output_dir.with_name(f"{PARTIAL}{output_dir.name}") if occupied else output_dir
+    target = partial_path(output_dir) if occupied else output_dir
+    remove_leftovers(output_dir.parent, output_dir.name)
     try:
         with writing_folder(target) as partial:
             pipe.save_pretrained(partial)
@@ -73,10 +84,13 @@ def save_whole(pipe, checkpoint, args):
             if checkpoint.training_only:
                 save_file(checkpoint.training_only, partial / "transformer" / TRAINING_ONLY_FILE)
             pipe.transformer.to("meta")  # its weights are on the disk now
-            if not args.skip_verification:
-                verify(checkpoint, partial, args.dtype, label=output_dir)
-            if occupied:
-                check_same(partial, output_dir)
+            try:
+                if not args.skip_verification:
+                    verify(checkpoint, partial, args.dtype, label=output_dir)
+                if occupied:
+                    check_same(partial, output_dir)
+            except OSError as error:  # of reading, which is no reason that it can't be written
+                raise ValueError(f"{output_dir} can't be verified: {first_line(error)}") from error
     finally:
         if occupied:
             remove(target)
@@ -84,7 +98,14 @@ def save_whole(pipe, checkpoint, args):
 
 def check_same(new, old):
     """That a folder holds what was just converted; its card may have been edited."""
-    files = [{path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (new, old)]
+    files = [
+        {
+            path.relative_to(folder)
+            for path in folder.rglob("*")
+            if path.is_file() and not NO_CONTENT.fullmatch(path.name)
+        }
+        for folder in (new, old)
+    ]
     same = filecmp.cmpfiles(new, old, files[0] & files[1], shallow=False)[0]
     differing = {str(file) for file in files[0] | files[1]} - {str(file) for file in same} - {"README.md"}
     if differing:
@@ -110,7 +131,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    check_writable(args.output_dir)
+    if not args.dry_run:
+        check_writable(args.output_dir)
     # With --push_to_hub it may be what a run wrote whose upload failed.
     if is_occupied(args.output_dir) and not (args.output_dir.is_dir() and args.push_to_hub):
         raise ValueError(f"--output_dir {args.output_dir} is not empty; choose a new folder.")

@@ -7,10 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..command_line import ArgumentParser, integer, real, run
-from ..data.folders import check_output_outside_data
 from ..data.latents import verify_latents
 from ..data.shards import INDEX, MAX_SHARD_SIZE, shard_facts
-from ..files import check_writable, remove, writing
+from ..files import check_apart, check_writable, remove, writing
 from ..training.alignment import load_encoder
 from ..training.data import ImageData, latent_size, write_latents
 from ..training.model import image_resolution, load_vae
@@ -52,7 +51,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def image_data(args: argparse.Namespace) -> ImageData:
     """The dataset that the flags name; the output must not lie in it."""
     data = ImageData(**{entry.name: getattr(args, entry.name) for entry in fields(ImageData)})
-    check_output_outside_data(args.output_dir, data.source)
+    check_apart(args.output_dir, data.source, "--output_dir")
     return data
 
 
@@ -70,7 +69,7 @@ def parse_args() -> argparse.Namespace:
 def check_output(folder: Path, source: str | Path | None) -> None:
     """Refuses an output folder that can't be written, or holds an autoencoder which this command did not write."""
     check_writable(folder)
-    check_output_outside_data(folder, source)
+    check_apart(folder, source, "--output_dir")
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is no folder, and no link to one.")
     ours = (folder / INDEX).exists() or any(map(shard_facts, folder.glob("shard-*.safetensors")))

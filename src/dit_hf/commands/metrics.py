@@ -9,14 +9,13 @@ images, which are what a perfect model would reach, and tells whether samples ar
 """
 
 import json
-import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from ..command_line import ArgumentParser, integer, printable, real, run
+from ..command_line import ArgumentParser, integer, real, run
 from ..evaluation.cards import card_results
 from ..evaluation.extractors import PRECOMPUTED, Features, load_extractor
 from ..evaluation.feature_cache import image_features
@@ -33,7 +32,7 @@ from ..evaluation.reference import reference_statistics, save_statistics
 from ..evaluation.samples import check_recipe, sampling_recipe
 from ..evaluation.sources import ImageSource
 from ..evaluation.training_images import check_classes, evaluate
-from ..files import check_apart, check_links, check_writable, writing
+from ..files import check_apart, check_links, check_writable, printable, writing
 from ..hub import CardFacts, publish_folder, write_card
 from ..hub.model_card import PIPELINE_TAG
 from ..pipeline import DiTClassCondPipeline
@@ -116,14 +115,13 @@ def check_outputs(args):
             raise ValueError(f"{flag} {path} is a file; it must name a folder.")
         check_writable(path)
         for source in sources:
-            if os.path.lexists(source):
-                check_apart(path, source, flag)
+            check_apart(path, source, flag)
     if args.output and args.save_statistics and args.output.resolve() == args.save_statistics.resolve():
         raise ValueError(f"--output and --save_statistics are both {args.output}; name two files.")
     if args.update_card is not None:
         if not (args.update_card / "model_index.json").is_file():
             raise ValueError(f"--update_card {args.update_card} is no pipeline folder.")
-        check_links(args.update_card)
+        check_links(args.update_card, "README.md")
 
 
 def open_sets(args, extractor, use_images):

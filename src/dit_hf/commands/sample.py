@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from ..command_line import ArgumentParser, integer, real, run
@@ -31,7 +32,7 @@ from ..evaluation.samples import (
     write_npz,
 )
 from ..evaluation.sources import ImageSource
-from ..files import PARTIAL, check_apart, check_writable, read_json, remove_leftovers
+from ..files import check_apart, check_folder, is_occupied, read_json, remove_leftovers
 from ..pipeline import DiTClassCondPipeline
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import seeded_generator
@@ -90,18 +91,13 @@ def parse_args():
 def check_output(args):
     """Refuses a folder that can't be written, is the dataset's, or holds something else than a set of samples."""
     folder = args.output_dir
-    check_writable(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file; it must name a folder.")
-    if args.labels not in POLICIES and Path(args.labels).is_dir():
+    check_folder(folder, "--output_dir")
+    if args.labels not in POLICIES:
         check_apart(folder, args.labels, "--output_dir")
-    files = (
-        [path for path in folder.iterdir() if not path.name.startswith((".lock", PARTIAL))] if folder.exists() else []
-    )
-    if files and not (folder / RECIPE).is_file():
-        raise ValueError(f"--output_dir {folder} is not empty and holds no set of samples; choose a new folder.")
-    if files:
+    if (folder / RECIPE).is_file():
         read_json(folder / RECIPE)
+    elif is_occupied(folder):
+        raise ValueError(f"--output_dir {folder} is not empty and holds no set of samples; choose a new folder.")
 
 
 def add_call_flags(parser):
@@ -194,7 +190,7 @@ def main():
     labels = asked_labels(args, pipe, args.num_samples)
     recipe = make_recipe(args, pipe, labels, settings)
     if accelerator.is_main_process:
-        samples_to_generate(args, recipe)  # what is refused is refused before the lock, which writes
+        check_recorded(args, recipe)  # what is refused is refused before the lock, which writes
     with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
         sample(args, accelerator, pipe, labels, settings, recipe)
 
@@ -214,25 +210,25 @@ def make_recipe(args, pipe, labels, settings):
     return recipe
 
 
-def samples_to_generate(args, recipe):
-    """Samples that are missing or damaged; `ValueError` if the folder's are of another set. Nothing is written."""
+def check_recorded(args, recipe):
+    """Checks that the folder holds no set of other settings, or of an older version."""
     file = args.output_dir / RECIPE
     check_same_settings(file, recipe, MAY_CHANGE)
     if file.exists() and "mark" not in read_json(file):
         raise ValueError(f"{file} was not written by this version; choose a new --output_dir.")
-    return missing_samples(args.output_dir / "images", args.num_samples, recipe["mark"])
 
 
 def sample(args, accelerator, pipe, labels, settings, recipe):
     """All images that are not there yet, each process its part; then the npz."""
     folder, file = args.output_dir / "images", args.output_dir / RECIPE
-    missing, is_new = samples_to_generate(args, recipe), not file.exists()
-    accelerator.wait_for_everyone()  # or one would list what another has already written
-    if accelerator.is_main_process and missing:  # a complete set keeps the versions that generated it
-        record_settings(file, recipe)
-        folder.mkdir(exist_ok=True)
-        remove_leftovers(folder)
-    accelerator.wait_for_everyone()
+    missing, is_new = [], not file.exists()
+    if accelerator.is_main_process:
+        missing = missing_samples(folder, args.num_samples, recipe["mark"])
+        if missing:  # a complete set keeps the versions that generated it
+            record_settings(file, recipe)
+            folder.mkdir(exist_ok=True)
+            remove_leftovers(folder)
+    (missing,) = broadcast_object_list([missing])
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     progress = tqdm(total=len(mine), desc="samples", mininterval=5, disable=not accelerator.is_main_process)
     try:

@@ -15,8 +15,6 @@ from pathlib import Path
 
 from diffusers.utils import logging
 
-from ..files import check_apart
-
 
 logger = logging.get_logger(__name__)
 
@@ -339,18 +337,3 @@ def word_split(word: str) -> str | None:
 def note(skipped: dict[str, list[str]], reason: str, paths: list[str]) -> None:
     """Adds paths to those skipped for a reason."""
     skipped.setdefault(reason, []).extend(paths)
-
-
-def check_output_outside_data(output_dir: str | Path, source: str | Path | None) -> None:
-    """
-    Refuses an output folder inside the data: what is written there would be read as data.
-
-    Args:
-        output_dir (`str` or `Path`): Where a command writes; it need not exist.
-        source (`str` or `Path`, *optional*): The data; only a local folder is checked.
-
-    Raises:
-        ValueError: if it is the data's folder or lies in it.
-    """
-    if source is not None and Path(source).is_dir():
-        check_apart(output_dir, source, "--output_dir")

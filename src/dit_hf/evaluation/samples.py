@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..data.pixels import open_image
-from ..files import PARTIAL, check_file, read_json, writing
+from ..files import check_file, content_of, read_json, writing
 from ..seeds import seeded_generator
 
 
@@ -111,13 +111,14 @@ def missing_samples(folder: str | Path, count: int, mark: str) -> list[int]:
         if os.path.lexists(folder):
             raise ValueError(f"{folder} is no folder; move it away, or choose a new --output_dir.")
         return list(range(count))
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(PARTIAL)}
-    if foreign := sorted(names - {sample_path(folder, index).name for index in range(count)}):
+    paths = {path.name: path for path in (sample_path(folder, index) for index in range(count))}
+    if foreign := content_of(folder, paths):
         raise ValueError(
             f"{folder / foreign[0]} is no sample of this set; move it away, or choose a new --output_dir."
         )
-    paths = (sample_path(folder, index) for index in range(count))
-    return [index for index, path in enumerate(paths) if path.name not in names or not _is_whole(path, mark)]
+    return [
+        index for index, path in enumerate(paths.values()) if not os.path.lexists(path) or not _is_whole(path, mark)
+    ]
 
 
 def _is_whole(path, mark):

@@ -2,7 +2,7 @@
 
 from .connection import check_available, unreachable
 from .model_card import CardFacts, build_card, carry_over, join_cards, read_card, source_file, write_card
-from .publish import BackgroundUploads, publish_folder, push
+from .publish import BackgroundUploads, check_save_directory, publish_folder, push
 from .saved_weights import check_loads_again
 
 
@@ -13,6 +13,7 @@ __all__ = [
     "carry_over",
     "check_available",
     "check_loads_again",
+    "check_save_directory",
     "join_cards",
     "publish_folder",
     "push",

@@ -17,7 +17,7 @@ TIMEOUT = 10
 LINK = re.compile(
     r"\b(?P<scheme>[a-z][a-z0-9+.-]*://)(?:[^\s/?#\"']*@)?(?P<place>[^\s?#\"']*)(?:[?#][^\s\"']*)?", re.I
 )
-TOKEN = re.compile(r"\b(hf_|Bearer )[A-Za-z0-9._-]+")
+TOKEN = re.compile(r"(\bhf_)(?:[A-Za-z0-9]{30,}|(?:oauth|jwt)_[\w.-]{30,})|(\bBearer\s+)\S+")
 
 
 def check_available(
@@ -82,4 +82,4 @@ def without_secrets(text: str) -> str:
     Returns:
         `str`
     """
-    return TOKEN.sub(r"\1…", LINK.sub(r"\g<scheme>\g<place>", text))
+    return TOKEN.sub(r"\1\2…", LINK.sub(r"\g<scheme>\g<place>", text))

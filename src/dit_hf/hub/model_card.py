@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, try_to_load_from_cache
 
 # `HTTPError` is the network library's, whichever of them this huggingface_hub uses.
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from ..command_line import printable
-from ..files import check_file, check_links, first_line, writing
+from ..files import check_file, check_links, first_line, printable, writing
 from ..transformer_dit import MIN_DIFFUSERS
 from .connection import without_secrets
 
+
+logger = logging.get_logger(__name__)
 
 # Between these lines the text is ours and is written anew; all else on a card is its owner's.
 START = "<!-- dit_hf: written by the package from here; write outside, edits inside are lost -->"
@@ -185,14 +187,15 @@ def source_file(model, name: str) -> Path | None:
         name (`str`): Path in the folder or repository.
 
     Returns:
-        `Path`: or None, if there is no such file or no way to it.
-
-    Raises:
-        ValueError: if it is a link to a file outside of the folder.
+        `Path`: or None, if there is no such file or no way to it, or it is a link out of the folder.
     """
     place = str(model.config.get("_name_or_path") or "")
     if place and (Path(place) / name).is_file():
-        check_links(place, name)
+        try:
+            check_links(place, name)
+        except ValueError as error:  # what was loaded can still be saved elsewhere, without that file
+            logger.warning(f"Not used: {error}")
+            return None
         return Path(place) / name
     if source_repo(model) is None:
         return None

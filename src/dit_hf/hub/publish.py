@@ -13,21 +13,25 @@ from huggingface_hub import CommitOperationAdd, create_commit, create_repo, hf_h
 # `HTTPError` is the network library's, whichever of them this huggingface_hub uses.
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
-from ..command_line import printable
-from ..files import check_file, check_links, first_line
+from ..files import check_file, check_links, first_line, printable
 from .connection import unreachable, without_secrets
 from .model_card import CardFacts, build_card, join_cards, read_card, source_repo
 
 
 logger = logging.get_logger(__name__)
 
-# What of a folder is uploaded: the card and its images, configurations, weights, and this package's code.
-PUBLISHED = re.compile(
-    r"(?:README\.md|(?:LICENSE|NOTICE)(?:\.md|\.txt)?|\.gitattributes|model_index\.json"
-    r"|(?:(?:samples|assets|images)/)?[^./][^/]*\.(?:png|jpe?g|webp|gif|svg)"
-    r"|(?:(?:transformer|scheduler|vae)/)?(?:README\.md|(?:config|scheduler_config|flashpack_config)\.json"
+COMPONENTS = ("transformer", "scheduler", "vae")
+# What is saved: the card, configurations, weights, and this package's code.
+SAVED = re.compile(
+    r"model_index\.json"
+    rf"|(?:(?:{'|'.join(COMPONENTS)})/)?(?:README\.md|(?:config|scheduler_config|flashpack_config)\.json"
     r"|(?:pipeline|transformer)_\w+\.py|model\.flashpack|projectors\.safetensors"
-    r"|diffusion_pytorch_model[\w.-]*\.(?:safetensors|bin)|diffusion_pytorch_model[\w.-]*\.index[\w.-]*\.json))"
+    r"|diffusion_pytorch_model[\w.-]*\.(?:safetensors|bin)|diffusion_pytorch_model[\w.-]*\.index[\w.-]*\.json)"
+)
+# What is uploaded as well: a licence, and the card's images.
+PUBLISHED = re.compile(
+    r"(?:LICENSE|NOTICE)(?:\.md|\.txt)?|\.gitattributes"
+    r"|(?:(?:samples|assets|images)/)?[^./][^/]*\.(?:png|jpe?g|webp|gif|svg)"
 )
 SHOWN = 10
 # The Hub's errors, the network's, and a file that changed while it was sent.
@@ -101,7 +105,6 @@ def publish_folder(
         OSError: if the upload fails; the message says how to go on.
     """
     folder = Path(folder)
-    check_links(folder)
     repo_id = repo_id or folder.resolve().name
     files = select_files(folder)
     source = source_repo(model)
@@ -137,6 +140,23 @@ def publish_folder(
     return str(commit)
 
 
+def check_save_directory(folder: str | Path) -> None:
+    """
+    Checks before saving that no file that is written is a link out of the folder.
+
+    Args:
+        folder (`str` or `Path`): The folder; it need not exist.
+
+    Raises:
+        ValueError: naming the link and its target.
+    """
+    folder = Path(folder)
+    check_links(folder, *COMPONENTS)
+    places = (place for place in (folder, *(folder / name for name in COMPONENTS)) if place.is_dir())
+    names = (path.relative_to(folder).as_posix() for place in places for path in place.iterdir())
+    check_links(folder, *(name for name in names if SAVED.fullmatch(name)))
+
+
 def select_files(folder: Path) -> dict[str, Path]:
     """
     The files of a folder that belong to a pipeline or model, and what its card shows. Whatever else has come to lie
@@ -149,14 +169,23 @@ def select_files(folder: Path) -> dict[str, Path]:
         `dict[str, Path]`: by the name in the repository.
 
     Raises:
-        ValueError: if there is no model in the folder.
+        ValueError: if there is no model in the folder, one of these files is a link out of it, or a component's
+            folder is a link.
     """
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    found = {name: path for name, path in paths.items() if path.is_file() or path.is_symlink()}
     if not found.keys() & {"model_index.json", "config.json"}:
         raise ValueError(
             f"{folder} is no folder of a pipeline or model: it has no model_index.json and no config.json."
         )
-    files = {name: path for name, path in found.items() if PUBLISHED.fullmatch(name)}
+    for path in map(found.get, COMPONENTS):  # whose files are not found
+        if path is not None:
+            target = path.resolve()
+            raise ValueError(f"{path} is a link to {target}; replace it with a copy of the folder, or remove it.")
+    files = {name: path for name, path in found.items() if SAVED.fullmatch(name) or PUBLISHED.fullmatch(name)}
+    check_links(folder, *files)
+    for path in files.values():
+        check_file(path)
     if left := sorted(found.keys() - files.keys()):
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
         logger.warning(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..command_line import printable
+from ..files import printable
 from ..mixing import mix_classes
 from ..optimization import SPEED_PRESETS, SpeedPresetName
 from ..pipeline import DiTClassCondPipeline

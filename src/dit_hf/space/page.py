@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("dit_hf.space needs gradio: pip install 'dit_hf[demo]'.") from error
 
-from ..command_line import printable
+from ..files import printable
 from ..optimization import SPEED_PRESETS
 from .generation import ImageGenerator
 from .requests import Clients
