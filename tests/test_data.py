@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from testing_utils.training_runs import kill_after
 
-from dit_hf.data.fingerprints import cache_fingerprint, checksum
+from dit_hf.data import shards
+from dit_hf.data.fingerprints import cache_settings, checksum, fingerprint_of
 from dit_hf.data.images import label_names, load_image_dataset
 from dit_hf.data.latents import (
     DECODER,
@@ -27,13 +28,15 @@ from dit_hf.data.latents import (
     EncodedImages,
     cache_latents,
     index_latents,
+    latent_shape,
     normalise_latents,
     verify_latents,
 )
 from dit_hf.data.pixels import center_crop, normalize_pixels
 from dit_hf.data.reader import ImageReader
+from dit_hf.data.shards import file_checksum
 from dit_hf.training.data import ImageData, write_latents
-from dit_hf.training.running import start_accelerator
+from dit_hf.training.running import local_share, start_accelerator
 
 
 PRECOMPUTE = ROOT / "examples" / "train_class_cond" / "precompute_latents.py"
@@ -117,7 +120,7 @@ def cache(folder, vae, dataset, names=("dark", "light"), processes=1, shard_size
     """A complete cache, its shards written by each of some processes in turn."""
     reader = ImageReader(dataset, list(names), 32)
     made_by = {"vae": checksum(vae, DECODER), "encoder": None}
-    fingerprint = cache_fingerprint(dataset, "memory", classes=names, **made_by)
+    fingerprint = fingerprint_of(cache_settings(dataset, "memory", classes=names, **made_by))
     for rank in reversed(range(processes)):
         count = cache_latents(vae, reader, folder, fingerprint, rank, processes, shard_size=shard_size, **options)
     return index_latents(folder, fingerprint, list(names), count, made_by)
@@ -251,9 +254,7 @@ def test_other_pixels_of_the_same_size_and_date_are_found(tmp_path):
 def test_damage_is_found(workspace, tmp_path):
     cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
     shard = tmp_path / "shard-00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-3] ^= 1  # one bit of the latents
-    shard.write_bytes(content)
+    flip_bit(shard)
     for read in (verify_latents, CachedLatents):
         with pytest.raises(ValueError, match="shard-00001.*not what was written; delete it"):
             read(tmp_path)
@@ -271,15 +272,38 @@ def test_damage_is_found(workspace, tmp_path):
 
 def test_each_process_of_a_machine_verifies_its_share(workspace, tmp_path, monkeypatch):
     cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
-    content = bytearray((tmp_path / "shard-00003.safetensors").read_bytes())
-    content[-3] ^= 1
-    (tmp_path / "shard-00003.safetensors").write_bytes(content)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    flip_bit(tmp_path / "shard-00003.safetensors")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # that others open the cache as well is not said by the environment
+    assert local_share(start_accelerator()) == (0, 1)
+    CachedLatents(tmp_path, 0, 2)
+    for share in ((1, 2), ()):
+        with pytest.raises(ValueError, match="shard-00003.*not what was written"):
+            CachedLatents(tmp_path, *share)
+
+
+def test_a_verified_cache_is_read_once(workspace, tmp_path, monkeypatch):
+    cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
+    read = []
+    monkeypatch.setattr(shards, "file_checksum", lambda path: read.append(path.name) or file_checksum(path))
+    assert latent_shape(tmp_path) == CachedLatents(tmp_path).shape and len(read) == 5
     CachedLatents(tmp_path)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    CachedLatents(tmp_path, 1, 2)
+    assert len(read) == 5
+    flip_bit(tmp_path / "shard-00003.safetensors")
     with pytest.raises(ValueError, match="shard-00003.*not what was written"):
         CachedLatents(tmp_path)
+    assert read[5:] == ["shard-00003.safetensors"]
+    for path in tmp_path.glob(".verified-*"):
+        path.write_text("damaged")
+    with pytest.raises(ValueError, match="shard-00003.*not what was written"):
+        CachedLatents(tmp_path)
+
+
+def flip_bit(shard):
+    """Damages one bit of the latents."""
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
 
 
 def rewrite(folder, tensors=None, **changes):
@@ -423,15 +447,15 @@ def test_the_fingerprint_follows_links_not_the_folder(tmp_path):
     for name in ("cats", "dogs"):
         (tmp_path / "data" / name).symlink_to(tmp_path / "store" / name)
     dataset = load_image_dataset(train_data_dir=tmp_path / "data")
-    first = cache_fingerprint(dataset, tmp_path / "data", split="train")
+    first = fingerprint_of(cache_settings(dataset, tmp_path / "data", split="train"))
     (tmp_path / "data").rename(tmp_path / "moved")
-    assert cache_fingerprint(dataset, os.path.relpath(tmp_path / "moved"), split="train") == first
-    assert cache_fingerprint(dataset, tmp_path / "moved", split="test") != first
+    assert fingerprint_of(cache_settings(dataset, os.path.relpath(tmp_path / "moved"), split="train")) == first
+    assert fingerprint_of(cache_settings(dataset, tmp_path / "moved", split="test")) != first
     PILImage.new("RGB", (40, 32), "red").save(tmp_path / "store" / "cats" / "01.png")
-    second = cache_fingerprint(dataset, tmp_path / "moved", split="train")
+    second = fingerprint_of(cache_settings(dataset, tmp_path / "moved", split="train"))
     assert second != first
     PILImage.new("RGB", (40, 32), "red").save(tmp_path / "store" / "cats" / "new.png")
-    assert cache_fingerprint(dataset, tmp_path / "moved", split="train") not in (first, second)
+    assert fingerprint_of(cache_settings(dataset, tmp_path / "moved", split="train")) not in (first, second)
 
 
 def test_an_image_that_a_server_does_not_deliver_is_not_skipped(workspace):

@@ -158,7 +158,7 @@ def test_names_that_look_alike_are_one_class(tmp_path, caplog):
     assert label_names(dataset) == ["café", "tea"]
     assert sorted(dataset["label"]) == [0, 0, 1, 1]
     assert "'tea'" in caplog.text
-    strings = Dataset.from_dict({"label": ["tea\n", "tea", composed, decomposed], "image": [None] * 4})
+    strings = Dataset.from_dict({"label": ["tea\n", "tea", composed, decomposed], "image": [b""] * 4})
     assert label_names(strings) == ["café", "tea"]
     assert "The labels 'tea', 'tea\\n' are one class, 'tea'" in caplog.text
     assert ImageReader(strings, ["café", "tea"], 8).label_ids() == [1, 1, 0, 0]
@@ -169,7 +169,7 @@ def test_names_that_look_alike_are_one_class(tmp_path, caplog):
 
 @pytest.mark.parametrize("labels", [[1, 2, 3, 1], [17, 4096, 70001, 17]])
 def test_ids_that_occur_are_the_classes(labels, caplog):
-    dataset = Dataset.from_dict({"label": labels, "image": [None] * 4})
+    dataset = Dataset.from_dict({"label": labels, "image": [b""] * 4})
     names = label_names(dataset)
     assert names == [str(label) for label in labels[:3]]
     assert ImageReader(dataset, names, 8).label_ids() == [0, 1, 2, 0]

@@ -222,7 +222,6 @@ def main():
     if step < args.max_train_steps:
         print(f"Stopped at step {step} by {Signals(stop.signal).name}; run the same command again to resume.")
         sys.exit(128 + stop.signal)
-    check_losses(read_losses(args.output_dir / LOG_FILE))
     print(f"Autoencoder: {args.output_dir / 'vae'}")
 
 
@@ -266,6 +265,9 @@ class Training:
             step += 1
             progress.update()
             stopped = stop.signal != 0 and step < args.max_train_steps
+            if step == args.max_train_steps:  # before `vae` is replaced
+                losses = read_losses(args.output_dir / LOG_FILE) if step > 1 else []
+                check_losses([*losses, record["loss"]], must_fall=args.learning_rate > 0)
             if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
                 record["psnr"] = self.validate(step)
                 record["seconds_per_step"] = (time.time() - started) / (step - first)

@@ -10,12 +10,11 @@ from signal import Signals
 
 import torch
 from accelerate.utils import DistributedType, set_seed
-from diffusers.utils import logging
 
 from ..bundled import resolve_pipeline
 from ..command_line import ArgumentParser, run
 from ..data.autoencoders import latent_channels, vae_statistics
-from ..data.latents import CachedLatents, EncodedImages, read_index
+from ..data.latents import EncodedImages, latent_shape, read_index
 from ..files import check_apart, check_folder
 from ..hub import BackgroundUploads, publish_folder
 from ..pipeline import DiTClassCondPipeline
@@ -24,7 +23,7 @@ from ..training.alignment import AlignmentHead, check_depth, load_encoder
 from ..training.batches import SeededBatches
 from ..training.config import COUNT, NOT_NEGATIVE, POSITIVE, RANGES, SCHEDULES, TrainingConfig
 from ..training.data import checksums, latent_size, open_latents, write_latents
-from ..training.guard import LONG, POLICIES, TrainingStopped, loss_change
+from ..training.guard import POLICIES
 from ..training.model import (
     check_architecture,
     check_prediction,
@@ -40,15 +39,12 @@ from ..training.model import (
 from ..training.objectives import OBJECTIVES, TIME_SAMPLERS
 from ..training.plan import training_plan
 from ..training.recipes import RECIPES
-from ..training.records import read_losses
 from ..training.result import check_hub, logged_distance, save_pipeline, training_facts
-from ..training.running import only_run, start_accelerator
-from ..training.trainer import LOG_FILE, Trainer, build_optimizer, check_batch, check_resume, run_settings
+from ..training.running import local_share, only_run, start_accelerator
+from ..training.trainer import Trainer, build_optimizer, check_batch, check_resume, run_settings
 from ..training.validation import Validation, check_sampling
 from .latents import add_data_arguments, image_data
 
-
-logger = logging.get_logger(__name__)
 
 # Flags that make a run what it is, beside the fields of `TrainingConfig`, the transformer, the objective and the data.
 COMPARED = ("lora_rank", "lora_alpha", "freeze", "alignment_encoder", "alignment_depth", "cache_latents")
@@ -283,7 +279,7 @@ class Training:
         args = self.args
         source, size = args.pretrained_model_name_or_path, None
         if args.latents_dir is not None:
-            source, size = args.latents_dir, CachedLatents(args.latents_dir).shape[-1]
+            source, size = args.latents_dir, latent_shape(args.latents_dir)[-1]
         elif source is not None:
             size = transformer_config(source).get("sample_size")
         return image_resolution(args.resolution, self.vae, source, size)
@@ -314,7 +310,7 @@ class Training:
             self.encoder = load_encoder(args.alignment_encoder).to(accelerator.device)
         keep = args.pretrained_model_name_or_path is not None
         if args.latents_dir is not None:
-            self.latents = open_latents(args.latents_dir, self.vae, args.resolution, self.encoder, keep)
+            self.latents = self.open(args.latents_dir)
             if args.proj_coeff and self.latents.feature_dim is None:
                 raise ValueError(f"{args.latents_dir} holds no features; precompute it with --features.")
             SeededBatches(len(self.latents.labels), args.total_batch_size)
@@ -336,6 +332,12 @@ class Training:
         if args.push_to_hub and accelerator.is_main_process:
             check_hub(args.hub_model_id)
         check_resume(self.config, run_settings(self.config, self.transformer, self.objective, accelerator, self.facts))
+
+    def open(self, folder):
+        """A cache of latents, whose checksums the processes of this machine share."""
+        keep = self.args.pretrained_model_name_or_path is not None
+        share = local_share(self.accelerator)
+        return open_latents(folder, self.vae, self.args.resolution, self.encoder, keep, share)
 
     @property
     def sampling(self):
@@ -372,8 +374,7 @@ class Training:
         if self.latents is None:
             folder = args.output_dir / "latents"
             write_latents(accelerator, self.vae, self.data, self.reader, folder, self.encoder, args.shard_size)
-            keep = args.pretrained_model_name_or_path is not None
-            self.latents = open_latents(folder, self.vae, args.resolution, self.encoder, keep)
+            self.latents = self.open(folder)
         latents, alignment = self.latents, None
         if args.proj_coeff:
             alignment = AlignmentHead(self.transformer, args.alignment_depth, latents.feature_dim)
@@ -401,7 +402,9 @@ class Training:
                 main,
                 **self.sampling,
             )
-            step = trainer.train(validation)
+            step = trainer.train(
+                validation, must_fall=args.pretrained_model_name_or_path is None and args.learning_rate > 0
+            )
         if trainer.stopped_by:
             name = Signals(trainer.stopped_by).name
             self.accelerator.print(f"Stopped at step {step} by {name}; run the same command again to resume.")
@@ -409,26 +412,9 @@ class Training:
             self.save(trainer)
         return trainer.stopped_by
 
-    def check_improved(self, losses):
-        """
-        A long run from random weights whose loss has not fallen has trained nothing: an error. Weights that were
-        trained before may be as good already, and a learning rate of 0 is asked for: a warning.
-        """
-        change = loss_change(losses)
-        if change is None or len(losses) < LONG or change[1] < change[0]:
-            return
-        first, last = change
-        what = f"The loss did not fall: it was {first:.4g} in the first steps and is {last:.4g} in the last ones."
-        if self.args.pretrained_model_name_or_path is None and self.args.learning_rate > 0:
-            raise TrainingStopped(
-                f"{what} No pipeline is written; the checkpoints stay. Raise --learning_rate or --max_train_steps."
-            )
-        logger.warning(what)
-
     def save(self, trainer):
         """The pipeline folder with its card and, if asked for, its copy on the Hub; or the adapters."""
         args = self.args
-        self.check_improved(read_losses(args.output_dir / LOG_FILE))
         with trainer.averaged_transformer() as transformer:
             if not self.accelerator.is_main_process:
                 return

@@ -67,19 +67,6 @@ def fingerprint_of(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def cache_fingerprint(dataset, source: str | Path, **settings: Any) -> str:
-    """
-    Changes when the data or what is done to them change.
-
-    Args:
-        dataset, source, settings: As [`cache_settings`] takes them.
-
-    Returns:
-        `str`
-    """
-    return fingerprint_of(cache_settings(dataset, source, **settings))
-
-
 def summary(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as a cache records them: of a long list, such as the state of all files, its length and hash."""
     long = {key: value for key, value in settings.items() if isinstance(value, list) and len(value) > LISTED}
@@ -100,7 +87,7 @@ def describe_change(before: dict[str, Any] | None, now: dict[str, Any] | None, d
         `str`
     """
     if not isinstance(before, dict) or now is None:
-        return "its images or settings are others"
+        return "its images or settings differ"
     found = summary(now)
     changes = [
         f"{key} was {before.get(key)}, now {found[key]}"
@@ -114,7 +101,7 @@ def describe_change(before: dict[str, Any] | None, now: dict[str, Any] | None, d
         changes.append(
             f"names, sizes or dates of the image files have changed{which}" if files else "the dataset changed"
         )
-    return "; ".join(changes) or "its settings are others"
+    return "; ".join(changes) or "its settings differ"
 
 
 def folder_state(folder: str | Path) -> list[tuple[str, int, int]]:

@@ -29,11 +29,11 @@ from .shards import (
     INDEX,
     MAX_SHARD_SIZE,
     check_cache,
-    check_checksum,
+    check_checksums,
     check_shards,
     file_checksum,
     read_index,
-    remove_leftovers,
+    remove_partial_shards,
     shard_digests,
     shard_facts,
     shard_labels,
@@ -100,7 +100,7 @@ def cache_latents(
         vae (`diffusers.ModelMixin`): The autoencoder, in eval mode.
         reader (`ImageReader`): The images.
         cache_dir (`str` or `Path`): The cache's folder.
-        fingerprint (`str`): From [`~dit_hf.data.fingerprints.cache_fingerprint`]; shards with the same one are kept.
+        fingerprint (`str`): From [`~dit_hf.data.fingerprints.fingerprint_of`]; shards with the same one are kept.
         process_index (`int`, defaults to 0): This process.
         num_processes (`int`, defaults to 1): Shard k is written by process k modulo this.
         encoder (`nn.Module`, *optional*): Of an alignment.
@@ -182,13 +182,13 @@ def _encode_shard(vae, reader, rows, first, encoder, batch_size):
 
 def check_images(cache_dir: str | Path, reader: ImageReader, shard_size: int = SHARD_SIZE) -> None:
     """
-    Compares the content of images with what was encoded. The fingerprint knows files by size and date alone, which
-    damage to a disk, or a copy that keeps dates, does not change. Images of a stream, and those of a cache of a
-    release before 0.3, can't be compared.
+    Compares the content of a sample of images with what was encoded. The fingerprint knows files by size and date
+    alone, which damage to a disk, or a copy that keeps dates, does not change. Images of a stream, and those of a
+    cache of a release before 0.3, can't be compared.
 
     Args:
         cache_dir (`str` or `Path`): A cache of the same fingerprint, whether or not it is complete.
-        reader (`ImageReader`): The images; of more than 256, as many are chosen at random.
+        reader (`ImageReader`): The images; of more than 256, the same 256 are chosen every time.
         shard_size (`int`, defaults to 2048): Images per shard.
 
     Raises:
@@ -197,7 +197,7 @@ def check_images(cache_dir: str | Path, reader: ImageReader, shard_size: int = S
     if isinstance(reader.dataset, datasets.IterableDataset):
         return
     total, digests = len(reader.dataset), dict[int, Any]()
-    chosen = random.SystemRandom().sample(range(total), min(COMPARED_IMAGES, total))
+    chosen = random.Random(0).sample(range(total), min(COMPARED_IMAGES, total))
     for position in sorted(chosen):
         number, row = divmod(position, shard_size)
         path = shard_path(cache_dir, number)
@@ -267,8 +267,28 @@ def index_latents(
         index["settings"] = summary(settings)
     with writing(cache_dir / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    remove_leftovers(cache_dir)
+    remove_partial_shards(cache_dir)
     return index
+
+
+def latent_shape(cache_dir: str | Path) -> tuple[int, int, int]:
+    """
+    The shape of a sample, by the header of the first shard alone.
+
+    Args:
+        cache_dir (`str` or `Path`): The cache's folder.
+
+    Returns:
+        `tuple[int, int, int]`: C, h, w.
+
+    Raises:
+        ValueError: if there is no cache, or its first shard is not what an index describes.
+    """
+    index = read_index(cache_dir)
+    first = next(shard for shard in index["shards"] if shard["count"])
+    check_shards(cache_dir, index | {"shards": [first]})
+    with safe_open(Path(cache_dir) / first["file"], "pt") as file:
+        return tuple(file.get_slice("mean").get_shape()[1:])
 
 
 def verify_latents(cache_dir: str | Path) -> dict:
@@ -285,9 +305,8 @@ def verify_latents(cache_dir: str | Path) -> dict:
         ValueError: naming the shard whose layout, count or checksum differs.
     """
     index = read_index(cache_dir)
-    for shard in index["shards"]:
-        check_checksum(Path(cache_dir) / shard["file"], shard["sha256"])
     check_shards(cache_dir, index)
+    check_checksums(cache_dir, index, again=True)
     return index
 
 
@@ -303,14 +322,17 @@ class CachedLatents:
 
     Args:
         cache_dir (`str` or `Path`): The cache's folder.
+        rank (`int`, defaults to 0): This process, of those that verify the cache together.
+        count (`int`, defaults to 1): How many these are.
 
     Raises:
         ValueError: if the cache is not complete, or a shard is not what was written, by its checksum.
     """
 
-    def __init__(self, cache_dir: str | Path):
+    def __init__(self, cache_dir: str | Path, rank: int = 0, count: int = 1):
         self.cache_dir, self.index = cache_dir, read_index(cache_dir)
         check_shards(cache_dir, self.index)
+        check_checksums(cache_dir, self.index, rank, count)
         self._shards, self._starts, labels, start = [], [], [], 0
         for shard in self.index["shards"]:
             file = safe_open(Path(cache_dir) / shard["file"], "pt")

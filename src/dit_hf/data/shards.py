@@ -6,14 +6,14 @@ A shard's metadata carry the fingerprint of its cache, the index its checksum. A
 import hashlib
 import json
 import math
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from ..files import PARTIAL, check_file, read_json, reading, remove
+from ..files import PARTIAL, check_file, read_json, reading, remove, writing
 from .fingerprints import describe_change
 
 
@@ -22,8 +22,8 @@ INDEX = "index.json"
 FACTS = "dit_hf"
 # Images of a shard at most, whose labels are read at once.
 MAX_SHARD_SIZE = 2**20
-# Checksums by path, size and date, so that one process does not read the same cache twice.
-_known: dict[tuple, str] = {}
+# Shards that a process has verified, with size, date and inode, so that they need not be read again while these stay.
+VERIFIED = ".verified-{}.json"
 
 
 def shard_path(cache_dir: str | Path, number: int) -> Path:
@@ -58,20 +58,9 @@ def shard_digests(path: Path):
 
 
 def file_checksum(path: Path) -> str:
-    """SHA-256 of a file, and a note of it for `known_checksum`."""
+    """SHA-256 of a file."""
     with open(path, "rb") as file:
-        _known[_state(path)] = digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return digest
-
-
-def known_checksum(path: Path) -> str:
-    """SHA-256 of a file, which this process reads only once while its size and date stay."""
-    return _known.get(_state(path)) or file_checksum(path)
-
-
-def _state(path):
-    status = path.stat()
-    return os.path.realpath(path), status.st_ino, status.st_size, status.st_mtime_ns
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_index(cache_dir: str | Path) -> dict:
@@ -172,7 +161,7 @@ def check_cache(cache_dir: str | Path, fingerprint: str, settings: dict[str, Any
     return bool(listed) and all((cache_dir / name).is_file() for name in listed)
 
 
-def remove_leftovers(cache_dir: Path) -> None:
+def remove_partial_shards(cache_dir: Path) -> None:
     """Partial shards of killed processes of any machine; for a cache that is complete, when none can be in work."""
     for path in cache_dir.glob(f"{PARTIAL}*-shard-*.safetensors"):
         remove(path)
@@ -180,14 +169,14 @@ def remove_leftovers(cache_dir: Path) -> None:
 
 def check_shards(cache_dir: str | Path, index: dict) -> None:
     """
-    Compares a cache with its index: checksums, layout, labels. The processes of a machine share the checksums.
+    Compares the layout and the labels of a cache with its index, without reading the latents.
 
     Args:
         cache_dir (`str` or `Path`): The cache's folder.
         index (`dict`): From [`read_index`].
 
     Raises:
-        ValueError: naming the shard that is missing, of another cache, or not what was written.
+        ValueError: naming the shard that is missing, of another cache, or holds something else.
     """
     layout: dict[str, tuple] = {}
     for entry in index["shards"]:
@@ -203,16 +192,43 @@ def check_shards(cache_dir: str | Path, index: dict) -> None:
             raise ValueError(
                 f"{path} has labels from {labels.min()} to {labels.max()}; there are {len(index['classes'])} classes."
             )
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    own = index["shards"][int(os.environ.get("LOCAL_RANK") or 0) % processes :: processes]
-    for entry in tqdm(own, desc="checksums", delay=5, mininterval=5):
-        check_checksum(Path(cache_dir) / entry["file"], entry["sha256"], known_checksum)
 
 
-def check_checksum(path: Path, expected: str, checksum=file_checksum) -> None:
-    """`ValueError` if a file is not what was written."""
-    if not path.exists() or checksum(check_file(path)) != expected:
-        raise ValueError(f"{path} is not what was written; delete it and encode the images again.")
+def check_checksums(cache_dir: str | Path, index: dict, rank: int = 0, count: int = 1, again: bool = False) -> None:
+    """
+    Compares the shards of a cache with the checksums of its index, and notes that in the cache.
+
+    Args:
+        cache_dir (`str` or `Path`): The cache's folder.
+        index (`dict`): From [`read_index`].
+        rank (`int`, defaults to 0): This process, of those that share the work.
+        count (`int`, defaults to 1): How many these are.
+        again (`bool`, defaults to `False`): Whether to read shards whose size and date are as when they were verified.
+
+    Raises:
+        ValueError: naming the shard that is not what was written.
+    """
+    cache_dir = Path(cache_dir)
+    known = {} if again else _read_verified(cache_dir)
+    verified = {}
+    for entry in tqdm(index["shards"][rank::count], desc="checksums", delay=5, mininterval=5):
+        path = cache_dir / entry["file"]
+        status = check_file(path).stat()
+        state = [entry["sha256"], status.st_size, status.st_mtime_ns, status.st_ino]
+        if known.get(path.name) != state and file_checksum(path) != entry["sha256"]:
+            raise ValueError(f"{path} is not what was written; delete it and encode the images again.")
+        verified[path.name] = state
+    if verified != known:
+        with suppress(OSError), writing(cache_dir / VERIFIED.format(rank)) as partial:  # it may be read-only
+            partial.write_text(json.dumps(known | verified), encoding="utf-8")
+
+
+def _read_verified(cache_dir):
+    known = {}
+    for path in cache_dir.glob(VERIFIED.format("*")):
+        with suppress(ValueError):
+            known |= read_json(path)
+    return known
 
 
 def _layout(path, count):

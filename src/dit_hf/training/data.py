@@ -14,6 +14,7 @@ from ..data.images import label_names, load_image_dataset
 from ..data.latents import DECODER, SHARD_SIZE, CachedLatents, cache_latents, check_images, index_latents
 from ..data.reader import ImageReader
 from ..data.shards import check_cache
+from .running import on_main
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def write_latents(
     shard_size: int = SHARD_SIZE,
 ) -> None:
     """
-    Encodes a dataset, on all processes; what an earlier call has written is kept, and its images are compared.
+    Encodes a dataset, on all processes; what an earlier call wrote is kept, and a sample of its images compared.
 
     Args:
         accelerator (`accelerate.Accelerator`): The processes.
@@ -137,8 +138,8 @@ def write_latents(
     settings = data.settings(reader, shard_size, **made_by)
     fingerprint = fingerprint_of(settings)
     is_there = check_cache(folder, fingerprint, settings)
-    check_images(folder, reader, shard_size)
-    accelerator.wait_for_everyone()  # before the main process writes
+    # It also waits, before the main process writes.
+    on_main(accelerator, lambda: check_images(folder, reader, shard_size))
     if is_there:
         return
     rank, size = accelerator.process_index, accelerator.num_processes
@@ -152,7 +153,12 @@ def write_latents(
 
 
 def open_latents(
-    folder: str | Path, vae, resolution: int, encoder=None, keep_statistics: bool = False
+    folder: str | Path,
+    vae,
+    resolution: int,
+    encoder=None,
+    keep_statistics: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> CachedLatents:
     """
     Opens a cache of latents for training. The statistics that normalise them are written to the config of the
@@ -164,6 +170,7 @@ def open_latents(
         resolution (`int`): Pixels per side of the images.
         encoder (`nn.Module`, *optional*): Of an alignment.
         keep_statistics (`bool`, defaults to `False`): Whether to normalise as the autoencoder's config says.
+        share (`tuple[int, int]`): This process and how many verify the cache together, as for [`CachedLatents`].
 
     Returns:
         `CachedLatents`
@@ -171,7 +178,7 @@ def open_latents(
     Raises:
         ValueError: if the latents were made by another autoencoder or encoder, or have another shape.
     """
-    latents = CachedLatents(folder)
+    latents = CachedLatents(folder, *share)
     made_by = checksums(vae, encoder)
     for flag, name in (("--vae", "vae"), ("--alignment_encoder", "encoder")):
         if made_by[name] is not None and latents.index.get(name) not in (None, made_by[name]):

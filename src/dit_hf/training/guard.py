@@ -5,6 +5,10 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 POLICIES = ("skip", "rewind", "stop")
 # A spike is this many standard deviations above the mean of the recent losses; fewer than MIN_HISTORY say nothing.
@@ -13,8 +17,10 @@ MIN_HISTORY = 50
 WINDOW = 200
 # What a guard keeps beside the recent losses.
 COUNTS = ("in_a_row", "skipped", "draw_offset", "rewound_to", "rewinds")
-# A run of this many steps tells whether the loss has fallen; a shorter one only whether it has exploded.
+# A run of this many steps tells whether the loss has fallen; a shorter one only whether it has doubled.
 LONG = 200
+# Standard errors of a difference of losses that are no noise.
+CLEAR = 3.0
 
 
 class TrainingStopped(ValueError):
@@ -116,39 +122,38 @@ class LossGuard:
             setattr(self, name, state.get(name, getattr(self, name)))  # an older checkpoint has fewer
 
 
-def loss_change(losses: Sequence[float]) -> tuple[float, float] | None:
+def check_losses(losses: Sequence[float], must_fall: bool = False) -> None:
     """
-    How the loss has changed over a run: the medians of its first and its last tenth, at least 5 steps each.
+    Refuses a run that has made the model worse: whose loss has clearly risen if it had to fall, or doubled if not.
+    The medians of its first and its last tenth, at least 5 steps each, are compared; less than `CLEAR` standard errors
+    is noise, but not ten times the loss. A long run whose loss has not fallen is warned of.
 
     Args:
-        losses (`Sequence[float]`): Of all steps.
-
-    Returns:
-        `tuple[float, float]`: first and last; `None` for fewer than 10 steps.
-    """
-    window = max(len(losses) // 10, 5)
-    if len(losses) < 2 * window:
-        return None
-    return statistics.median(losses[:window]), statistics.median(losses[-window:])
-
-
-def check_losses(losses: Sequence[float]) -> None:
-    """
-    Refuses a run that has made the model worse: whose loss at the end is twice that of its start, or ten times if the
-    run is too short to tell more. A loss that only has not fallen is no error here, as that of fine-tuning may not.
-
-    Args:
-        losses (`Sequence[float]`): Of all steps that were taken.
+        losses (`Sequence[float]`): Of all steps that were taken; fewer than 10 tell nothing.
+        must_fall (`bool`, defaults to `False`):
+            Whether the weights were random, so that 200 steps must improve them. Good weights may stay as they are.
 
     Raises:
         TrainingStopped: with both losses.
     """
-    change = loss_change(losses)
-    if change is None or change[0] <= 0:  # a loss that can be negative has no such scale
+    window = max(len(losses) // 10, 5)
+    if len(losses) < 2 * window:
         return
-    first, last = change
-    if not last <= (2 if len(losses) >= LONG else 10) * first:
+    (first, first_error), (last, last_error) = _level(losses[:window]), _level(losses[-window:])
+    long = len(losses) >= LONG
+    noise = CLEAR * math.hypot(first_error, last_error)
+    bound = min((1 if long and must_fall else 2) * first + noise, 10 * first)  # a loss that leaps looks like noise
+    if first > 0 and not last < bound:  # one below 0 has no scale
         raise TrainingStopped(
-            f"Training made the model worse: the loss was {first:.4g} in the first steps and is {last:.4g} in the "
-            "last ones. No pipeline is written; the checkpoints stay. A lower learning rate may help."
+            f"Training made the model no better: the loss was {first:.4g} in the first steps and is {last:.4g} in the "
+            "last ones. The result is not saved; the checkpoints stay. Another learning rate may help, or more steps."
         )
+    if long and last >= first:
+        logger.warning(f"The loss did not fall: it was {first:.4g} in the first steps and is {last:.4g} in the last.")
+
+
+def _level(losses):
+    """Median of losses and its standard error, both robust against the few large losses that noise has."""
+    median = statistics.median(losses)
+    deviation = 1.4826 * statistics.median(abs(loss - median) for loss in losses)
+    return median, 1.2533 * deviation / math.sqrt(len(losses))

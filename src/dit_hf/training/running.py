@@ -4,12 +4,12 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, PrecisionType
+from accelerate.utils import DeepSpeedPlugin, PrecisionType, broadcast_object_list
 from filelock import FileLock, Timeout
 
 from ..files import check_file, check_folder, first_line
@@ -132,6 +132,34 @@ class DeepSpeedAccelerator(Accelerator):
         """The norm of all gradients; the step clips them."""
         self.engine.optimizer.clip_grad = max_norm
         return self.engine.optimizer.scaled_global_norm()
+
+
+def on_main(accelerator: Accelerator, check: Callable[[], None]) -> None:
+    """
+    Runs a check on the main process alone; what it refuses ends all processes.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): The processes, all of which have to call this.
+        check (`Callable`): Raises what is to be raised.
+
+    Raises:
+        ValueError, OSError: of the check.
+    """
+    refused: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            refused[0] = error
+    broadcast_object_list(refused)
+    if refused[0] is not None:
+        raise refused[0]
+
+
+def local_share(accelerator: Accelerator) -> tuple[int, int]:
+    """This process's index on its machine, and the number of processes there; 0 and 1 where no launcher tells it."""
+    count = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return (accelerator.local_process_index, count) if 1 < count <= accelerator.num_processes else (0, 1)
 
 
 def start_accelerator(**options) -> Accelerator:

@@ -46,7 +46,7 @@ from .records import (
     record_settings,
     truncate_log,
 )
-from .running import StopRequest, only_run, start_accelerator
+from .running import StopRequest, on_main, only_run, start_accelerator
 from .validation import averaged_weights
 
 
@@ -175,7 +175,7 @@ class Trainer:
             batch["label"] = self.class_ids[batch["label"]]
         return batch
 
-    def train(self, validate: Callable[[int], dict[str, float]] | None = None) -> int:
+    def train(self, validate: Callable[[int], dict[str, float]] | None = None, must_fall: bool = False) -> int:
         """
         Trains until `max_train_steps`, or until SIGTERM or Ctrl-C; writes a checkpoint in either case.
 
@@ -184,13 +184,16 @@ class Trainer:
                 Called on every process each `validation_steps` and after the last step, with the number of finished
                 steps, while the transformer holds its averaged weights. What it returns goes into the log and
                 `self.metrics`.
+            must_fall (`bool`, defaults to `False`):
+                Whether a loss that has clearly risen is an error, as random weights have to improve.
 
         Returns:
             `int`: finished steps. If they are fewer than `max_train_steps`, `self.stopped_by` is the signal's number.
 
         Raises:
             ValueError: if another process trains in the output folder.
-            TrainingStopped: if the loss does not recover, see [`LossGuard`], or the weights are not finite.
+            TrainingStopped:
+                if the loss does not recover, see [`LossGuard`], has doubled, or the weights are not finite.
         """
         main = self.accelerator.is_main_process
         with only_run(self.output_dir) if main else nullcontext(), StopRequest() as stop:
@@ -219,7 +222,7 @@ class Trainer:
                 if saved:
                     self._save(step)
             if step == self.config.max_train_steps and not self.stopped_by:
-                self._check_result(step)
+                self._check_result(step, must_fall)
         return step
 
     def _validate(self, validate, step, record):
@@ -251,15 +254,14 @@ class Trainer:
                 f"The weights are not finite after step {step}; {before}. A lower learning rate may help."
             )
 
-    def _check_result(self, step):
+    def _check_result(self, step, must_fall):
         """A run that has trained nothing, or made things worse, is not a success."""
         if self.ema.optimization_step == 0:
             raise TrainingStopped(
                 f"Every one of the {step} steps was skipped, as its loss or gradient was not finite: nothing was "
                 f"trained. {self.output_dir / LOG_FILE} has the losses."
             )
-        if self.accelerator.is_main_process:
-            check_losses(read_losses(self.output_dir / LOG_FILE))
+        on_main(self.accelerator, lambda: check_losses(read_losses(self.output_dir / LOG_FILE), must_fall))
 
     def _start(self):
         """Resumes, and records the settings; returns the number of finished steps."""
