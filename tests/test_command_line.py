@@ -36,7 +36,6 @@ def test_numbers_have_ranges(kind, text, value, capsys):
     assert line.startswith("error: argument --number: '")
 
 
-<<<<<<< HEAD
 def test_an_empty_path_is_not_the_working_folder(capsys):
     parser = ArgumentParser(prog="dit-hf train")
     parser.add_argument("--output_dir", type=Path)
@@ -46,8 +45,6 @@ def test_an_empty_path_is_not_the_working_folder(capsys):
     assert parser.parse_args(["--output_dir", "a"]).output_dir == Path("a")
 
 
-=======
->>>>>>> fix-training
 @pytest.mark.parametrize(
     ("error", "code"),
     [
