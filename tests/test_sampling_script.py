@@ -250,6 +250,7 @@ def test_damaged_samples_are_generated_again_and_foreign_ones_refused(pipeline, 
     flags = command(pipeline, folder, num_samples=3, num_inference_steps=1, batch_size=1)
     in_process(monkeypatch, flags)
     first = images(folder)
+    (folder / "images" / ".DS_Store").write_text("")
     files = [folder / "images" / f"{index:06d}.png" for index in range(3)]
     whole = files[1].read_bytes()
     for damaged in (whole[:-40], whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:]):

@@ -202,7 +202,7 @@ def check_shards(folder: Path) -> None:
     for path in folder.glob("*.index*.json"):
         weight_map = read_json(path).get("weight_map")
         names = weight_map.values() if isinstance(weight_map, dict) else [None]
-        if stray := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        if stray := [name for name in names if not (isinstance(name, str) and name and Path(name).name == name)]:
             raise ValueError(f"{path} has the file {stray[0]!r} in its weight_map; it must be one beside it.")
 
 
