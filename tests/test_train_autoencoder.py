@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,14 +53,16 @@ def test_it_resumes_from_where_it_is_told(data, tmp_path, monkeypatch, capsys):
     result = run_forked(command(data, tmp_path / "a", max_train_steps=2), check=True)
     assert "holdout 0.3: split test has" in result.stdout
     assert "broken.png" in result.stderr
-    first = tmp_path / "a" / "checkpoint-1"
-    run_forked(command(data, tmp_path / "b", max_train_steps=2, resume_from_checkpoint=first), check=True)
-    assert [path.name for path in list_checkpoints(tmp_path / "b")] == ["checkpoint-2"]
+    for name in ("checkpoint-1", "train_log.jsonl", "training_config.json"):
+        copy = shutil.copytree if name == "checkpoint-1" else shutil.copyfile
+        copy(tmp_path / "a" / name, (tmp_path / "b").mkdir(exist_ok=True) or tmp_path / "b" / name)
+    run_forked(command(data, tmp_path / "b", max_train_steps=2, resume_from_checkpoint="checkpoint-1"), check=True)
+    assert [path.name for path in list_checkpoints(tmp_path / "b")] == ["checkpoint-1", "checkpoint-2"]
     assert read_log(tmp_path / "b")[-1]["loss"] == read_log(tmp_path / "a")[-1]["loss"]
     for asked, message in (
-        ("never", "has checkpoint-2, later than --resume_from_checkpoint never"),
-        (first, "has checkpoint-2, later than --resume_from_checkpoint"),
-        ("best", "--resume_from_checkpoint best is no checkpoint"),
+        ("never", "holds checkpoint-1, checkpoint-2; resume from the newest"),
+        ("checkpoint-1", "also holds checkpoint-2, which resuming from checkpoint-1 would overwrite"),
+        ("best", "best is no checkpoint of"),
     ):
         again = command(data, tmp_path / "a", max_train_steps=3, resume_from_checkpoint=asked)
         assert message in refused(again, monkeypatch, capsys)

@@ -33,9 +33,8 @@ from dit_hf.files import PARTIAL, check_apart, check_folder
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import (
     check_resumable,
-    checkpoint_step,
-    list_checkpoints,
-    load_checkpoint,
+    checkpoint_to_resume,
+    resume_from,
     save_checkpoint,
 )
 from dit_hf.training.config import COUNT, NOT_NEGATIVE, RANGES
@@ -129,57 +128,34 @@ def parse_args():
     parser.add_argument(
         "--block_out_channels", type=integer(at_least=1), nargs="+", default=[24, 48, 96], help="Channels per level."
     )
-    parser.add_argument("--latent_channels", type=COUNT.flag, default=4, help="Channels of the latents.")
-    parser.add_argument("--train_batch_size", type=COUNT.flag, default=32, help="Images per step.")
-    parser.add_argument("--max_train_steps", type=COUNT.flag, default=3000, help="Optimizer steps.")
+    parser.add_argument("--latent_channels", type=COUNT, default=4, help="Channels of the latents.")
+    parser.add_argument("--train_batch_size", type=COUNT, default=32, help="Images per step.")
+    parser.add_argument("--max_train_steps", type=COUNT, default=3000, help="Optimizer steps.")
     parser.add_argument(
-        "--learning_rate", type=RANGES["learning_rate"].flag, default=1e-3, help="Peak of the cosine schedule."
+        "--learning_rate", type=RANGES["learning_rate"], default=1e-3, help="Peak of the cosine schedule."
     )
     parser.add_argument(
-        "--lr_warmup_steps", type=RANGES["lr_warmup_steps"].flag, default=100, help="Steps of linear warm-up."
+        "--lr_warmup_steps", type=RANGES["lr_warmup_steps"], default=100, help="Steps of linear warm-up."
     )
-    parser.add_argument(
-        "--perceptual_weight", type=NOT_NEGATIVE.flag, default=0.3, help="Weight of the feature distance."
-    )
+    parser.add_argument("--perceptual_weight", type=NOT_NEGATIVE, default=0.3, help="Weight of the feature distance.")
     parser.add_argument(
         "--perceptual_resolution", type=integer(at_least=32), default=64, help="Pixels per side for the features."
     )
     parser.add_argument(
-        "--kl_weight", type=NOT_NEGATIVE.flag, default=1e-3, help="Weight of the mean KL of a latent value."
+        "--kl_weight", type=NOT_NEGATIVE, default=1e-3, help="Weight of the mean KL of a latent value."
     )
-    parser.add_argument("--max_grad_norm", type=RANGES["max_grad_norm"].flag, default=1.0, help="Gradient clipping.")
-    parser.add_argument(
-        "--ema_decay", type=RANGES["ema_decay"].flag, default=0.995, help="Decay of the averaged weights."
-    )
-    parser.add_argument("--checkpointing_steps", type=COUNT.flag, default=250, help="Steps between checkpoints.")
-    parser.add_argument("--checkpoints_total_limit", type=COUNT.flag, default=2, help="Checkpoints kept.")
+    parser.add_argument("--max_grad_norm", type=RANGES["max_grad_norm"], default=1.0, help="Gradient clipping.")
+    parser.add_argument("--ema_decay", type=RANGES["ema_decay"], default=0.995, help="Decay of the averaged weights.")
+    parser.add_argument("--checkpointing_steps", type=COUNT, default=250, help="Steps between checkpoints.")
+    parser.add_argument("--checkpoints_total_limit", type=COUNT, default=2, help="Checkpoints kept.")
     parser.add_argument(
         "--resume_from_checkpoint",
         default="latest",
-        help="`latest` of OUTPUT_DIR if any, a checkpoint's path, or `never`.",
+        help="`latest` of OUTPUT_DIR if any, one of its checkpoints, or `never`.",
     )
-    parser.add_argument("--validation_images", type=COUNT.flag, default=256, help="Held-out images reconstructed.")
-    parser.add_argument("--seed", type=RANGES["seed"].flag, default=0, help="Seed of the order, flips and noise.")
+    parser.add_argument("--validation_images", type=COUNT, default=256, help="Held-out images reconstructed.")
+    parser.add_argument("--seed", type=RANGES["seed"], default=0, help="Seed of the order, flips and noise.")
     return parser.parse_args()
-
-
-def start_checkpoint(args):
-    """The checkpoint to start from and its step; no later one may be in the output folder."""
-    found, asked = list_checkpoints(args.output_dir), args.resume_from_checkpoint
-    path = None if asked == "never" else Path(asked)
-    if asked == "latest":
-        path = found[-1] if found else None
-    if path is not None and path not in list_checkpoints(path.parent):
-        raise ValueError(
-            f"--resume_from_checkpoint {asked} is no checkpoint; pass `latest`, `never` or a checkpoint-N."
-        )
-    step = 0 if path is None else checkpoint_step(path)
-    if later := [other.name for other in found if checkpoint_step(other) > step]:
-        raise ValueError(
-            f"{args.output_dir} has {later[-1]}, later than --resume_from_checkpoint {asked}; choose a new "
-            "--output_dir."
-        )
-    return path, step
 
 
 def read_images(args):
@@ -205,10 +181,10 @@ def main():
         raise ValueError(
             f"--resolution {args.resolution} must be divisible by {factor}, and --block_out_channels by {GROUPS}."
         )
-    checkpoint, _ = start_checkpoint(args)
-    if not list_checkpoints(args.output_dir):
+    checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is None:
         check_fresh_start(args.output_dir, RESULTS, SETTINGS_FILE)
-    if checkpoint is not None:
+    else:
         check_same_settings(checkpoint.parent / SETTINGS_FILE, vars(args), MAY_CHANGE)
         check_resumable(checkpoint)
     accelerator = start_accelerator()
@@ -246,12 +222,10 @@ class Training:
     def start(self):
         """Resumes, and records the settings; the number of finished steps."""
         args = self.args
-        checkpoint, step = start_checkpoint(args)
-        if checkpoint is not None:
-            load_checkpoint(self.accelerator, checkpoint, self.states)
+        step = resume_from(self.accelerator, args.output_dir, args.resume_from_checkpoint, self.states)
         truncate_log(args.output_dir / LOG_FILE, step)
         record_settings(args.output_dir / SETTINGS_FILE, vars(args))
-        begin(args.output_dir, resumed=bool(list_checkpoints(args.output_dir)))
+        begin(args.output_dir, resumed=step > 0)
         return step
 
     def run(self, stop):

@@ -2,11 +2,14 @@
 
 import argparse
 import math
+import numbers
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .files import printable
 
@@ -32,52 +35,62 @@ def _path(text):
     return Path(text)
 
 
-def integer(at_least: int | None = None, at_most: int | None = None) -> Callable[[str], int]:
+@dataclass(frozen=True)
+class Range:
     """
-    The type of a flag: a whole number of a range.
+    The values of a number: the type of a flag, for `add_argument(type=…)`, and the check of a setting in Python.
 
     Args:
-        at_least, at_most (`int`, *optional*): The range, both ends included.
-
-    Returns:
-        `Callable`: for `add_argument(type=…)`.
+        whole (`bool`): Whether it counts something.
+        at_least, at_most, above, below (`float`, *optional*): The ends; infinity is no value.
+        or_infinite (`bool`, defaults to `False`): Except where it stands for no bound.
     """
-    return _number(int, "a whole number", at_least=at_least, at_most=at_most)
+
+    whole: bool
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    or_infinite: bool = False
+
+    def __str__(self):
+        ends = {"at least": self.at_least, "at most": self.at_most, "above": self.above, "below": self.below}
+        words = " and ".join(f"{word} {end}" for word, end in ends.items() if end is not None)
+        what = "a whole number" if self.whole else "a finite number"
+        return f"{what}{words and f' {words}'}{', or inf' if self.or_infinite else ''}"
+
+    def __contains__(self, value: float) -> bool:
+        ok = math.isfinite(value) or (self.or_infinite and value == math.inf)
+        ok = ok and (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)
+        return ok and (self.at_most is None or value <= self.at_most) and (self.below is None or value < self.below)
+
+    def __call__(self, text: str) -> Any:
+        """The number that a flag is given."""
+        with suppress(ValueError, OverflowError):
+            if (value := int(text) if self.whole else float(text)) in self:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {self}")
+
+    def check(self, name: str, value: Any) -> Any:
+        """A setting as Python's own number, also if it is numpy's; `ValueError` if it is none, or out of range."""
+        kind, number = (numbers.Integral, int) if self.whole else (numbers.Real, float)
+        if isinstance(value, kind) and not isinstance(value, bool):
+            with suppress(OverflowError):
+                if number(value) in self:
+                    return number(value)
+        raise ValueError(f"`{name}` is {value!r}; it must be {self}.")
+
+
+def integer(at_least: int | None = None, at_most: int | None = None) -> Range:
+    """The whole numbers of a range, both ends included."""
+    return Range(True, at_least, at_most)
 
 
 def real(
     at_least: float | None = None, at_most: float | None = None, above: float | None = None, below: float | None = None
-) -> Callable[[str], float]:
-    """
-    The type of a flag: a finite number of a range.
-
-    Args:
-        at_least, at_most (`float`, *optional*): Ends that are included.
-        above, below (`float`, *optional*): Ends that are not.
-
-    Returns:
-        `Callable`: for `add_argument(type=…)`.
-    """
-    return _number(float, "a finite number", at_least=at_least, at_most=at_most, above=above, below=below)
-
-
-def _number(kind, what, at_least=None, at_most=None, above=None, below=None):
-    bounds = {"at least": at_least, "at most": at_most, "above": above, "below": below}
-    range_ = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-            ok = math.isfinite(value)
-        except (ValueError, OverflowError):
-            ok = False
-        ok = ok and (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
-        ok = ok and (above is None or value > above) and (below is None or value < below)
-        if not ok:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}{range_ and f' {range_}'}")
-        return value
-
-    return parse
+) -> Range:
+    """The finite numbers of a range: `at_least` and `at_most` are included, `above` and `below` are not."""
+    return Range(False, at_least, at_most, above, below)
 
 
 def run(main: Callable[[], None]) -> None:

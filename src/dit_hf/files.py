@@ -100,6 +100,8 @@ def reading(path: str | Path, kind: str = "file") -> Iterator[None]:
     """
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise

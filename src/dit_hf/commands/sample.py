@@ -38,6 +38,7 @@ from ..schedulers import make_scheduler, trained_options
 from ..seeds import seeded_generator
 from ..training.records import check_same_settings, record_settings
 from ..training.running import only_run, start_accelerator
+from ..training.validation import check_sampling
 
 
 # What may differ between two runs that generate the same set.
@@ -123,11 +124,7 @@ def add_seed_flag(parser, help):
 def call_settings(pipe, args):
     """What the pipeline is called with: the flags, and its own settings for those that are not given."""
     names = ("num_inference_steps", "guidance_scale", "guidance_channels", "guidance_interval")
-    settings = pipe.resolve_call(**{name: getattr(args, name) for name in names})
-    pipe.check_components()
-    # On a copy: some schedulers refuse numbers of steps.
-    type(pipe.scheduler).from_config(pipe.scheduler.config).set_timesteps(settings["num_inference_steps"])
-    return settings
+    return check_sampling(pipe, **{name: getattr(args, name) for name in names})
 
 
 def load_pipeline(args, device):

@@ -21,6 +21,7 @@ from ..pipeline import DiTClassCondPipeline
 from ..presets import PRESETS
 from ..training.alignment import AlignmentHead, check_depth, load_encoder
 from ..training.batches import SeededBatches
+from ..training.checkpointing import check_resumable
 from ..training.config import COUNT, NOT_NEGATIVE, POSITIVE, RANGES, SCHEDULES, TrainingConfig
 from ..training.data import checksums, latent_size, open_latents, write_latents
 from ..training.guard import POLICIES
@@ -40,7 +41,7 @@ from ..training.objectives import OBJECTIVES, TIME_SAMPLERS
 from ..training.plan import training_plan
 from ..training.recipes import RECIPES
 from ..training.result import check_hub, logged_distance, save_pipeline, training_facts
-from ..training.running import local_share, only_run, start_accelerator
+from ..training.running import local_share, on_main, only_run, start_accelerator
 from ..training.trainer import Trainer, build_optimizer, check_batch, check_resume, run_settings
 from ..training.validation import Validation, check_sampling
 from .latents import add_data_arguments, image_data
@@ -107,7 +108,7 @@ def add_model_arguments(parser):
         help="Encode once into OUTPUT_DIR/latents, or as images are drawn.",
     )
     data.add_argument(
-        "--flip_probability", type=RANGES["flip_probability"].flag, default=0.5, help="Fraction of mirrored images."
+        "--flip_probability", type=RANGES["flip_probability"], default=0.5, help="Fraction of mirrored images."
     )
     model = parser.add_argument_group("model")
     size = model.add_mutually_exclusive_group(required=True)
@@ -116,12 +117,12 @@ def add_model_arguments(parser):
     size.add_argument(
         "--pretrained_model_name_or_path", help="Pipeline whose weights to start from: folder, Hub id or bundled name."
     )
-    model.add_argument("--lora_rank", type=COUNT.flag, help="Train adapters of this rank instead of all weights.")
-    model.add_argument("--lora_alpha", type=COUNT.flag, help="Adapters count alpha / rank; the rank if not given.")
+    model.add_argument("--lora_rank", type=COUNT, help="Train adapters of this rank instead of all weights.")
+    model.add_argument("--lora_alpha", type=COUNT, help="Adapters count alpha / rank; the rank if not given.")
     model.add_argument("--freeze", nargs="+", default=[], help="Parts to keep: time_embed, transformer_blocks.0 ...")
     model.add_argument(
         "--class_dropout_prob",
-        type=RANGES["class_dropout_prob"].flag,
+        type=RANGES["class_dropout_prob"],
         default=0.1,
         help="Fraction of samples without a label.",
     )
@@ -133,51 +134,47 @@ def add_training_arguments(parser):
     train.add_argument("--recipe", choices=RECIPES, help="A paper's settings; other flags replace single values.")
     train.add_argument("--objective", choices=OBJECTIVES, default="velocity", help="What is predicted.")
     train.add_argument("--time_sampling", choices=TIME_SAMPLERS, default="logit_normal", help="Of velocity's sigma.")
-    train.add_argument(
-        "--snr_gamma", type=POSITIVE.flag, help="Bound of min-SNR weights for epsilon; none if not given."
-    )
+    train.add_argument("--snr_gamma", type=POSITIVE, help="Bound of min-SNR weights for epsilon; none if not given.")
     train.add_argument("--cosine_loss", action="store_true", help="Add LightningDiT's direction loss to velocity.")
     train.add_argument(
-        "--proj_coeff", type=RANGES["proj_coeff"].flag, default=0.0, help="Weight of REPA's alignment; 0 is none."
+        "--proj_coeff", type=RANGES["proj_coeff"], default=0.0, help="Weight of REPA's alignment; 0 is none."
     )
-    train.add_argument("--alignment_depth", type=COUNT.flag, default=4, help="Block whose tokens are aligned, from 1.")
+    train.add_argument("--alignment_depth", type=COUNT, default=4, help="Block whose tokens are aligned, from 1.")
     train.add_argument("--balance_classes", action="store_true", help="Draw all classes equally often.")
     batch = train.add_mutually_exclusive_group()
     batch.add_argument(
         "--total_batch_size",
-        type=RANGES["total_batch_size"].flag,
+        type=RANGES["total_batch_size"],
         default=128,
         help="Samples of one optimizer step, over all processes.",
     )
-    batch.add_argument(
-        "--train_batch_size", type=COUNT.flag, help="Instead: samples of one micro-batch of one process."
-    )
+    batch.add_argument("--train_batch_size", type=COUNT, help="Instead: samples of one micro-batch of one process.")
     train.add_argument(
         "--gradient_accumulation_steps",
-        type=RANGES["gradient_accumulation_steps"].flag,
+        type=RANGES["gradient_accumulation_steps"],
         default=1,
         help="Micro-batches of one step of one process.",
     )
     train.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
     train.add_argument("--on_spike", choices=POLICIES, default="skip", help="What a spike of the loss leads to.")
-    train.add_argument("--max_train_steps", type=RANGES["max_train_steps"].flag, default=4000, help="Optimizer steps.")
-    train.add_argument("--learning_rate", type=RANGES["learning_rate"].flag, default=1e-3, help="Peak learning rate.")
+    train.add_argument("--max_train_steps", type=RANGES["max_train_steps"], default=4000, help="Optimizer steps.")
+    train.add_argument("--learning_rate", type=RANGES["learning_rate"], default=1e-3, help="Peak learning rate.")
     train.add_argument(
-        "--layer_decay", type=RANGES["layer_decay"].flag, default=1.0, help="A block's rate over that of the next one."
+        "--layer_decay", type=RANGES["layer_decay"], default=1.0, help="A block's rate over that of the next one."
     )
     train.add_argument("--lr_scheduler", choices=SCHEDULES, default="cosine", help="A schedule of diffusers.")
     train.add_argument(
-        "--lr_warmup_steps", type=RANGES["lr_warmup_steps"].flag, default=100, help="Steps of linear warm-up."
+        "--lr_warmup_steps", type=RANGES["lr_warmup_steps"], default=100, help="Steps of linear warm-up."
     )
-    train.add_argument("--adam_beta2", type=RANGES["adam_beta2"].flag, default=0.99, help="AdamW's second beta.")
-    train.add_argument("--weight_decay", type=RANGES["weight_decay"].flag, default=0.0, help="AdamW's weight decay.")
+    train.add_argument("--adam_beta2", type=RANGES["adam_beta2"], default=0.99, help="AdamW's second beta.")
+    train.add_argument("--weight_decay", type=RANGES["weight_decay"], default=0.0, help="AdamW's weight decay.")
     train.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes.")
     train.add_argument(
-        "--max_grad_norm", type=RANGES["max_grad_norm"].flag, default=1.0, help="Gradient clipping; `inf` for none."
+        "--max_grad_norm", type=RANGES["max_grad_norm"], default=1.0, help="Gradient clipping; `inf` for none."
     )
     train.add_argument(
         "--ema_decay",
-        type=RANGES["ema_decay"].flag,
+        type=RANGES["ema_decay"],
         default=0.999,
         help="Decay of the averaged weights in every step.",
     )
@@ -193,7 +190,7 @@ def add_training_arguments(parser):
         help="Keep what `python -m dit_hf.commands.choose_ema` needs, in OUTPUT_DIR/ema.",
     )
     train.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="accelerate's own if not given.")
-    train.add_argument("--seed", type=RANGES["seed"].flag, default=0, help="Seed of weights, order and draws.")
+    train.add_argument("--seed", type=RANGES["seed"], default=0, help="Seed of weights, order and draws.")
 
 
 def add_output_arguments(parser):
@@ -202,12 +199,12 @@ def add_output_arguments(parser):
     output.add_argument("--output_dir", type=Path, required=True, help="Cache, checkpoints, samples, final pipeline.")
     output.add_argument(
         "--checkpointing_steps",
-        type=RANGES["checkpointing_steps"].flag,
+        type=RANGES["checkpointing_steps"],
         default=500,
         help="Steps between checkpoints.",
     )
     output.add_argument(
-        "--checkpoints_total_limit", type=RANGES["checkpoints_total_limit"].flag, default=2, help="Checkpoints kept."
+        "--checkpoints_total_limit", type=RANGES["checkpoints_total_limit"], default=2, help="Checkpoints kept."
     )
     output.add_argument(
         "--resume_from_checkpoint",
@@ -216,14 +213,14 @@ def add_output_arguments(parser):
         help="Checkpoint of OUTPUT_DIR to resume from; `never` refuses a folder that holds one.",
     )
     output.add_argument(
-        "--validation_steps", type=RANGES["validation_steps"].flag, default=500, help="Steps between sample grids."
+        "--validation_steps", type=RANGES["validation_steps"], default=500, help="Steps between sample grids."
     )
-    output.add_argument("--validation_classes", type=COUNT.flag, default=10, help="Rows of a sample grid.")
-    output.add_argument("--validation_images_per_class", type=COUNT.flag, default=8, help="Columns of a sample grid.")
-    output.add_argument("--validation_inference_steps", type=COUNT.flag, default=25, help="Sampler steps of a grid.")
+    output.add_argument("--validation_classes", type=COUNT, default=10, help="Rows of a sample grid.")
+    output.add_argument("--validation_images_per_class", type=COUNT, default=8, help="Columns of a sample grid.")
+    output.add_argument("--validation_inference_steps", type=COUNT, default=25, help="Sampler steps of a grid.")
     output.add_argument("--validation_split", help="Split whose images the samples' Fréchet distance is taken to.")
-    output.add_argument("--validation_images", type=COUNT.flag, default=1000, help="How many of them at most.")
-    output.add_argument("--guidance_scale", type=NOT_NEGATIVE.flag, default=3.0, help="Guidance of a grid.")
+    output.add_argument("--validation_images", type=COUNT, default=1000, help="How many of them at most.")
+    output.add_argument("--guidance_scale", type=NOT_NEGATIVE, default=3.0, help="Guidance of a grid.")
     output.add_argument("--dry_run", action="store_true", help="Print what the run would take, and write nothing.")
     output.add_argument("--report_to", help="A tracker of accelerate: tensorboard, wandb ...")
     output.add_argument(
@@ -331,7 +328,9 @@ class Training:
         check_sampling(self.pipeline(self.transformer), **self.sampling)
         if args.push_to_hub and accelerator.is_main_process:
             check_hub(args.hub_model_id)
-        check_resume(self.config, run_settings(self.config, self.transformer, self.objective, accelerator, self.facts))
+        settings = run_settings(self.config, self.transformer, self.objective, accelerator, self.facts)
+        if checkpoint := check_resume(self.config, settings):
+            on_main(accelerator, lambda: check_resumable(checkpoint))  # before the images are encoded
 
     def open(self, folder):
         """A cache of latents, whose checksums the processes of this machine share."""

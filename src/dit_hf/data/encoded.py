@@ -1,5 +1,8 @@
 """Encoded images of a dataset's rows, as bytes: stored in the row, in a file, in an archive or on a server."""
 
+import os
+from contextlib import suppress
+
 from ..files import check_file
 from .library import datasets
 from .pixels import MAX_IMAGE_BYTES
@@ -18,7 +21,7 @@ def image_bytes(stored: dict | None, name: str) -> bytes:
 
     Raises:
         OSError: if there is no such image.
-        ValueError: if a server does not deliver it now.
+        ValueError: if a disk or server does not deliver it now.
     """
     path, content = (stored["path"], stored["bytes"]) if stored else (None, None)
     if content is not None:
@@ -29,9 +32,13 @@ def image_bytes(stored: dict | None, name: str) -> bytes:
     if "://" in path:
         return fetch(path, name)
     try:
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError):
+            os.stat(path)  # which may fail for reasons that are not the image's
         return check_file(path, MAX_IMAGE_BYTES).read_bytes()
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise OSError(f"{name}: {error}") from error
+    except OSError as error:  # it may succeed later, so the image is not skipped
+        raise ValueError(f"{name} can't be read: {error}. Re-run the same command.") from error
 
 
 def fetch(address: str, name: str) -> bytes:

@@ -1,10 +1,12 @@
 """Datasets of class-labelled images: from the Hub, from shards, from folders."""
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from diffusers.utils import logging
 
 from ..files import MAX_JSON_BYTES, check_file, first_line, read_json, reading
@@ -30,9 +32,10 @@ logger = logging.get_logger(__name__)
 SHARDS = {".tar": "webdataset", ".parquet": "parquet"}
 # Other formats that `datasets` reads.
 TABLES = (".arrow", ".csv", ".json", ".jsonl", ".zip")
-# Classes at most, whose table of embeddings fits in memory; and if most have one image, as a column of ids has.
+# Classes at most, whose table of embeddings fits in memory; and if most have one image: a column of numbers is then
+# one of ids or sizes, one of text may hold names.
 MAX_CLASSES = 1_000_000
-MAX_RARE_CLASSES = 1000
+MAX_RARE_CLASSES = {int: 1000, str: 10_000}
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -157,7 +160,7 @@ def _load_folders(folder, split, streaming):
 
 def _load_saved(folder, split, streaming):
     """A split of what `save_to_disk` wrote."""
-    _check_archives(folder)
+    _check_archives(str(path) for pattern in ("*.arrow", "*/*.arrow") for path in folder.glob(pattern))
     for file in (*folder.glob("*.json"), *folder.glob("*/*.json")):
         read_json(file)
     with reading(folder, "a dataset of save_to_disk"):
@@ -174,8 +177,10 @@ def _load_saved(folder, split, streaming):
 
 def _load_library(source, split, streaming, **arguments):
     """A split as `datasets` finds it, which reads a damaged archive up to the damage."""
-    if Path(source).is_dir():
-        _check_archives(source)
+    if arguments["path"] in SHARDS.values():
+        _check_archives(file for files in arguments["data_files"].values() for file in files)
+    elif Path(source).is_dir():
+        _check_archives(entry.path for _, _, files in walk(source) for entry in files if is_file(entry))
     try:
         dataset = datasets.load_dataset(**arguments, split=split, streaming=streaming)
     except Exception as error:
@@ -185,12 +190,13 @@ def _load_library(source, split, streaming, **arguments):
     return dataset[_only(dataset)] if split is None else dataset
 
 
-def _check_archives(folder):
-    """Damage and bombs in all archives below a folder, hidden ones excepted."""
-    for _, _, files in walk(folder):
-        for entry in files:
-            if is_file(entry) and not entry.name.startswith("."):
-                check_archive(entry.path)
+def _check_archives(files):
+    """Damage and bombs in archives, hidden ones excepted, by one process of each machine."""
+    if torch.distributed.is_initialized() and torch.distributed.get_node_local_rank(0):
+        return
+    for file in files:
+        if not os.path.basename(file).startswith("."):
+            check_archive(file)
 
 
 def _shards_by_split(folder, shards):
@@ -259,10 +265,12 @@ def _names_that_occur(dataset, column):
         found.add(label)
         if len(found) > MAX_CLASSES:
             break
-    if len(found) > min(MAX_CLASSES, max(MAX_RARE_CLASSES, count // 2)):
+    rare = MAX_RARE_CLASSES[str if any(isinstance(label, str) for label in found) else int]
+    if len(found) > min(MAX_CLASSES, max(rare, count // 2)):
         raise ValueError(
             f"Column {column!r} has {len(found):,} different values in {count:,} rows, such as "
-            f"{max(map(str, found))!r}; these are no classes. Pass --label_column."
+            f"{max(map(str, found))!r}, which seem to be no classes. Pass --label_column; if they are, make the "
+            f"column a ClassLabel: `dataset.class_encode_column({column!r})`."
         )
     if len({type(label) for label in found}) > 1:
         raise ValueError(f"Column {column!r} holds numbers and names; use one of them.")

@@ -55,7 +55,9 @@ def open_image(file: str | Path | BinaryIO) -> Image.Image:
             image.load()
     except ValueError as error:
         if isinstance(error.__cause__, UnidentifiedImageError):
-            raise ValueError(f"{name} is none of {', '.join(image_formats())}, or damaged.") from error
+            raise ValueError(
+                f"{name} is not a supported image ({', '.join(image_formats())}) or is damaged."
+            ) from error
         raise
     return image
 

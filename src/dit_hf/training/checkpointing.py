@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from ..files import first_line, reading, remove
+from ..files import first_line, is_write_error, reading, remove
 from .records import BEFORE_CHECKPOINT
+from .running import on_main
 from .saved_state import (
     MANIFEST,
     accelerate_files,
     check_checkpoint,
+    files_of,
     load_states,
     verify_checkpoint,
     weights_only,
@@ -88,9 +91,12 @@ def save_checkpoint(
         # Every process takes part: weights may be sharded.
         write_states(partial, {name: state.state_dict() for name, state in (states or {}).items()}, main)
         accelerator.wait_for_everyone()
+        names = gather_object(files_of(partial))  # on NFS the main process may not see those of other machines yet
         if main:
-            write_manifest(partial, step)
+            write_manifest(partial, step, names)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+        if not is_write_error(error):
+            raise
         remove(partial)
         raise OSError(f"{final} can't be written: {first_line(error)} ({_before(final)})") from error
     if main:
@@ -219,11 +225,13 @@ def load_checkpoint(accelerator, checkpoint: Path, states: Mapping[str, Any]) ->
     Raises:
         ValueError: naming the file, and the checkpoint before it.
     """
-    check_resumable(checkpoint)
+
+    def check():
+        check_checkpoint(checkpoint)
+        verify_checkpoint(checkpoint)
+
     try:
-        if accelerator.is_main_process:
-            verify_checkpoint(checkpoint)
-        accelerator.wait_for_everyone()
+        on_main(accelerator, check)
         with weights_only(checkpoint), reading(checkpoint, "checkpoint"), accelerate_files(checkpoint) as folder:
             accelerator.load_state(str(folder))
         load_states(checkpoint, states)

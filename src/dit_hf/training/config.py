@@ -1,14 +1,12 @@
 """Settings of a training run, and which of them a resumed run may change."""
 
-import math
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from diffusers.optimization import SchedulerType
 
-from ..command_line import integer, real
+from ..command_line import Range, integer, real
 from .guard import POLICIES
 
 
@@ -18,69 +16,28 @@ SCHEDULES = tuple(schedule.value for schedule in SchedulerType if schedule.value
 MAX_SEED = 2**32 - 1
 
 
-@dataclass(frozen=True)
-class Range:
-    """
-    The values of a number: for a setting in Python, and as the type of a flag.
-
-    Args:
-        whole (`bool`): Whether it counts something.
-        at_least, at_most, above, below (`float`, *optional*): The ends; infinity is no value.
-        or_infinite (`bool`, defaults to `False`): Except where it stands for no bound.
-    """
-
-    whole: bool
-    at_least: float | None = None
-    at_most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    or_infinite: bool = False
-
-    def __str__(self):
-        ends = {"at least": self.at_least, "at most": self.at_most, "above": self.above, "below": self.below}
-        words = [f"{word} {end}" for word, end in ends.items() if end is not None]
-        what = "a whole number" if self.whole else "a finite number"
-        return f"{what} {' and '.join(words)}{', or inf' if self.or_infinite else ''}"
-
-    def check(self, name: str, value: Any) -> None:
-        """`ValueError` if a value is out of range, or no number."""
-        ok = isinstance(value, int if self.whole else int | float) and not isinstance(value, bool)
-        ok = ok and (math.isfinite(value) or (self.or_infinite and value == math.inf))
-        ok = ok and (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)
-        if not (ok and (self.at_most is None or value <= self.at_most) and (self.below is None or value < self.below)):
-            raise ValueError(f"`{name}` is {value!r}; it must be {self}.")
-
-    @property
-    def flag(self) -> Callable[[str], Any]:
-        """The type of a flag."""
-        if self.whole:
-            return integer(self.at_least, self.at_most)  # type: ignore[arg-type]
-        parse = real(self.at_least, self.at_most, self.above, self.below)
-        return (lambda text: math.inf if text == "inf" else parse(text)) if self.or_infinite else parse
-
-
-COUNT = Range(True, at_least=1)
-FRACTION = Range(False, at_least=0, at_most=1)
-POSITIVE = Range(False, above=0)
-NOT_NEGATIVE = Range(False, at_least=0)
+COUNT = integer(at_least=1)
+FRACTION = real(at_least=0, at_most=1)
+POSITIVE = real(above=0)
+NOT_NEGATIVE = real(at_least=0)
 RANGES = {
     "total_batch_size": COUNT,
     "gradient_accumulation_steps": COUNT,
     "max_train_steps": COUNT,
     "learning_rate": NOT_NEGATIVE,
-    "layer_decay": Range(False, above=0, at_most=1),
-    "lr_warmup_steps": Range(True, at_least=0),
-    "adam_beta2": Range(False, at_least=0, below=1),
+    "layer_decay": real(above=0, at_most=1),
+    "lr_warmup_steps": integer(at_least=0),
+    "adam_beta2": real(at_least=0, below=1),
     "weight_decay": NOT_NEGATIVE,
     "max_grad_norm": Range(False, above=0, or_infinite=True),
-    "ema_decay": Range(False, at_least=0, below=1),
+    "ema_decay": real(at_least=0, below=1),
     "class_dropout_prob": FRACTION,
     "flip_probability": FRACTION,
     "proj_coeff": NOT_NEGATIVE,
     "checkpointing_steps": COUNT,
     "checkpoints_total_limit": COUNT,
     "validation_steps": COUNT,
-    "seed": Range(True, at_least=0, at_most=MAX_SEED),
+    "seed": integer(at_least=0, at_most=MAX_SEED),
 }
 
 
@@ -167,7 +124,7 @@ class TrainingConfig:
         for name, range_ in RANGES.items():
             value = getattr(self, name)
             if not (value is None and name == "checkpoints_total_limit"):
-                range_.check(name, value)
+                object.__setattr__(self, name, range_.check(name, value))  # it is frozen
         if self.on_spike not in POLICIES:
             raise ValueError(f"`on_spike` is {self.on_spike!r}; it must be one of {', '.join(POLICIES)}.")
         if self.lr_scheduler not in SCHEDULES:

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 
 from ..data.autoencoders import load_autoencoder, spatial_factor
-from ..files import read_json, reading
+from ..files import read_json
 from ..models import DiTTransformer2DModel
 from ..presets import PresetName
 from ..schedulers import make_scheduler, trained_options, trained_prediction
@@ -195,8 +195,10 @@ def new_transformer(
     given = read_json(config_file)
     if clash := sorted(config.keys() & given.keys()):
         raise ValueError(f"--transformer_config sets {', '.join(clash)}, which data, VAE and flags decide here.")
-    with reading(f"--transformer_config {config_file}", "arguments of a transformer"):
+    try:
         return DiTTransformer2DModel(**(config | given))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--transformer_config {config_file}: {error}") from error
 
 
 def pretrained_transformer(

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from diffusers import SchedulerMixin
 
+from ..command_line import real
 from ..data.latents import normalise_latents
 from ..schedulers import DIFFUSION, SchedulerRecipe, make_scheduler
-from .config import POSITIVE, Range
+from .config import POSITIVE
 from .losses import diffusion_loss, min_snr_weight, velocity_loss
 
 
@@ -47,7 +48,7 @@ class LogitNormal:
     std: float = 1.0
 
     def __post_init__(self):
-        Range(False).check("mean", self.mean)
+        real().check("mean", self.mean)
         POSITIVE.check("std", self.std)
 
     def __call__(self, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -82,7 +82,7 @@ def record_settings(file: str | Path, settings: dict) -> None:
 
     Args:
         file (`str` or `Path`): Its folder is created if it does not exist.
-        settings (`dict`): All settings; what is no JSON is written as text.
+        settings (`dict`): All settings; values that are not JSON are written as text.
     """
     with writing(file) as partial:
         partial.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")

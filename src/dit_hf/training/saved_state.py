@@ -11,7 +11,7 @@ import pickle
 import re
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ ACCELERATE = re.compile(
     r"|(pytorch_model_fsdp|optimizer)_\d+/(\.metadata|__\d+_\d+\.distcp)"
     r"|latest|zero_to_\w+\.py|pytorch_model(_\d+)?/\w+\.pt"
 )
+# What file browsers and NFS leave in a folder.
+NOT_OURS = re.compile(r"(.*/)?(\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs[^/]*)")
 # Version 0.2 had accelerate pickle our states, in the order in which they were registered, and had no manifest.
 PICKLED = re.compile(r"custom_checkpoint_\d+\.pkl|scheduler\.bin")
 # What the index of an FSDP checkpoint consists of. It is a plain pickle, which torch reads without restrictions.
@@ -144,9 +146,11 @@ def load_states(folder: str | Path, states: Mapping[str, Any]) -> None:
             with weights_only(), reading(source, "state of a training"):
                 plain[name] = load_data(source, map_location="cpu")
     for name, stateful in states.items():
-        with reading(sources[name], "state of a training"):
+        try:
             _check_types(plain[name], vars(stateful))
             stateful.load_state_dict(_with_tensors(plain[name], tensors))
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ValueError(f"{sources[name]} does not hold the state {name!r} of this run: {error!r}") from error
 
 
 def _check_types(state, own):
@@ -157,17 +161,19 @@ def _check_types(state, own):
             raise ValueError(f"{key} is {value!r}, where {own[key]!r} is usual.")
 
 
-def write_manifest(folder: str | Path, step: int) -> None:
+def write_manifest(folder: str | Path, step: int, names: Collection[str] = ()) -> None:
     """
     Lists the files of a checkpoint, to see damage and files that were added.
 
     Args:
         folder (`str` or `Path`): The checkpoint, complete.
         step (`int`): Its step.
+        names (`Collection[str]`): Files that other processes see in it; those that are not there do not count.
     """
     folder = Path(folder)
+    found = {*files_of(folder), *(name for name in names if (folder / name).is_file())}
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in _files(folder)
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in sorted(found)
     }
     text = json.dumps({"dit_hf": __version__, "step": step, "files": files}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -178,13 +184,14 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _files(folder):
-    """Names of all files below a folder, its links and special files too."""
-    return sorted(
+def files_of(folder: Path) -> list[str]:
+    """Names of all files below a folder, its links and special files too, but for what NFS and file browsers leave."""
+    names = (
         Path(parent, name).relative_to(folder).as_posix()
         for parent, folders, files in os.walk(folder)
         for name in (*files, *(name for name in folders if os.path.islink(os.path.join(parent, name))))
     )
+    return sorted(name for name in names if not NOT_OURS.fullmatch(name))
 
 
 def check_checkpoint(folder: str | Path) -> None:
@@ -201,7 +208,7 @@ def check_checkpoint(folder: str | Path) -> None:
     folder = Path(folder)
     manifest = _read_manifest(folder) if os.path.lexists(folder / MANIFEST) else None
     listed = None if manifest is None else manifest["files"]
-    found = [name for name in _files(folder) if name != MANIFEST]
+    found = [name for name in files_of(folder) if name != MANIFEST]
     for name in found:
         mode = os.lstat(folder / name).st_mode
         if not stat.S_ISREG(mode):
@@ -214,7 +221,7 @@ def check_checkpoint(folder: str | Path) -> None:
     sharded = any(name.startswith("pytorch_model") for name in found)
     needed = listed or (() if sharded else ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"))
     if missing := [name for name in needed if name not in found]:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}; it is no complete checkpoint of this package.")
+        raise ValueError(f"{folder} lacks {', '.join(missing)}; it is incomplete.")
     for name in found:
         if listed is not None and (size := (folder / name).stat().st_size) != listed[name]["bytes"]:
             raise ValueError(f"{folder / name} is damaged: it has {size:,} bytes of {listed[name]['bytes']:,}.")
@@ -235,7 +242,8 @@ def _read_manifest(folder):
     if not well_formed or STATES not in files or TENSORS not in files:
         raise ValueError(f"{folder / MANIFEST} is no list of a checkpoint's files.")
     if f"checkpoint-{manifest.get('step')}" != folder.name:
-        raise ValueError(f"{folder} holds the checkpoint of step {manifest.get('step')}; give it back its name.")
+        step = manifest.get("step")
+        raise ValueError(f"{folder} holds the checkpoint of step {step}; rename the folder to checkpoint-{step}.")
     return manifest
 
 
@@ -293,8 +301,8 @@ def verify_checkpoint(folder: str | Path) -> None:
 @contextmanager
 def accelerate_files(folder: str | Path) -> Iterator[Path]:
     """
-    A checkpoint as accelerate is to see it: of one of version 0.2 without the pickles of our states, which accelerate
-    would load as code.
+    The folder that accelerate loads. A checkpoint of version 0.2 is linked without the pickles of our states, which
+    accelerate would load as code.
 
     Args:
         folder (`str` or `Path`): The checkpoint.

@@ -26,7 +26,6 @@ from ..models import DiTTransformer2DModel
 from .alignment import AlignmentHead
 from .batches import SeededBatches
 from .checkpointing import (
-    check_resumable,
     checkpoint_to_resume,
     list_checkpoints,
     resume_from,
@@ -410,24 +409,29 @@ def run_settings(
     return {**facts, **asdict(config), **objective.settings(), **computed}
 
 
-def check_resume(config: TrainingConfig, settings: Mapping[str, Any]) -> None:
+def check_resume(config: TrainingConfig, settings: Mapping[str, Any]) -> Path | None:
     """
-    Checks that the checkpoint which a run would resume from is one of the same run.
+    Checks that the checkpoint which a run would resume from is one of the same run; its content is checked where it is
+    loaded.
 
     Args:
         config (`TrainingConfig`): Names the folder and the checkpoint.
         settings (`Mapping`): From [`run_settings`].
 
+    Returns:
+        `Path`: the checkpoint, `None` if there is none.
+
     Raises:
-        ValueError: if there is no such checkpoint, it is damaged or of a run with other settings, or there is none but
-            results that would be overwritten.
+        ValueError:
+            if there is no such checkpoint, it is of a run with other settings, or there is none but results that would
+            be overwritten.
     """
     checkpoint = checkpoint_to_resume(check_folder(config.output_dir), config.resume_from_checkpoint)
     if checkpoint is None:
         check_fresh_start(config.output_dir, RESULTS, SETTINGS_FILE)
-        return
-    check_same_settings(checkpoint.parent / SETTINGS_FILE, settings, MAY_CHANGE, DEFAULTS)
-    check_resumable(checkpoint)
+    else:
+        check_same_settings(checkpoint.parent / SETTINGS_FILE, settings, MAY_CHANGE, DEFAULTS)
+    return checkpoint
 
 
 def check_batch(total_batch_size: int, num_processes: int, gradient_accumulation_steps: int) -> None:

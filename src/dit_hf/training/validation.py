@@ -3,6 +3,7 @@
 import math
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import make_image_grid
@@ -40,25 +41,30 @@ def averaged_weights(ema, transformer):
         ema.restore(parameters)
 
 
-def check_sampling(pipe, **options) -> None:
+def check_sampling(pipe, **options) -> dict[str, Any]:
     """
-    Checks what the samples during training are asked for, before there is one.
+    Checks what samples are asked for, before there is one.
 
     Args:
         pipe (`DiTClassCondPipeline`): The pipeline.
         options: For its calls: `guidance_scale`, `num_inference_steps` …
 
+    Returns:
+        `dict[str, Any]`: the options, and the pipeline's own for those that are not given.
+
     Raises:
         ValueError: if the pipeline or its scheduler can't do it.
     """
     pipe.check_components()
-    steps = pipe.resolve_call(**options)["num_inference_steps"]
+    settings = pipe.resolve_call(**options)
+    steps = settings["num_inference_steps"]
     scheduler = type(pipe.scheduler)
     try:
         scheduler.from_config(pipe.scheduler.config).set_timesteps(steps)
     except ValueError as error:
         what = f"`num_inference_steps` is {steps}, which {scheduler.__name__} can't take"
         raise ValueError(f"{what}: {first_line(error)}") from None
+    return settings
 
 
 def sample_grid(pipe, classes: list[int], columns: int, seed: int, **options):
