@@ -60,7 +60,7 @@ OTHER_SCHEDULERS = {
         "timesteps",
     ),
     "no diffusion": ("ddim", IPNDMScheduler, "IPNDMScheduler does not sample the diffusion"),
-    "another step": ("ddim", KarrasVeScheduler, "KarrasVeScheduler does not sample the diffusion"),
+    "another step": ("ddim", KarrasVeScheduler, "KarrasVeScheduler has no `step"),
     "clipped": ("ddim", lambda: DDIMScheduler(), "clip_sample=False"),
     "clipped DDPM": ("ddim", lambda: DDPMScheduler(), "clip_sample=False"),
     "thresholding": ("dpm++", lambda: make_scheduler("dpm++", thresholding=True), "thresholding=False"),
