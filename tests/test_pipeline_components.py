@@ -60,7 +60,7 @@ OTHER_SCHEDULERS = {
         "timesteps",
     ),
     "no diffusion": ("ddim", IPNDMScheduler, "IPNDMScheduler does not sample the diffusion"),
-    "another step": ("ddim", KarrasVeScheduler, "KarrasVeScheduler does not sample the diffusion"),
+    "another step": ("ddim", KarrasVeScheduler, "KarrasVeScheduler has no `step"),
     "clipped": ("ddim", lambda: DDIMScheduler(), "clip_sample=False"),
     "clipped DDPM": ("ddim", lambda: DDPMScheduler(), "clip_sample=False"),
     "thresholding": ("dpm++", lambda: make_scheduler("dpm++", thresholding=True), "thresholding=False"),
@@ -426,3 +426,48 @@ def test_the_index_names_the_code_and_no_place(tmp_path):
     assert files == []
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["transformer"] == ["transformer_dit", "DiTTransformer2DModel"]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda self, noise_pred, t, latents: (latents - 0.1 * noise_pred,),
+        lambda self, *args, **kwargs: DDIMScheduler.step(self, *args, **kwargs),
+    ],
+)
+def test_a_scheduler_names_its_arguments_as_it_likes(step):
+    pipe = tiny_pipeline("ddim")
+    own = type("Own", (DDIMScheduler,), {"step": step})
+    pipe.scheduler = own.from_config(pipe.scheduler.config)
+    assert sample(pipe).isfinite().all()
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_callback_may_drop_images(left):
+    def drop(pipe, step, timestep, tensors):
+        return {name: tensor[:left] for name, tensor in tensors.items()}
+
+    options = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 2.0}
+    names = ["latents", "class_labels"]
+    images = tiny_pipeline()(
+        [1, 2, 3], **options, callback_on_step_end=drop, callback_on_step_end_tensor_inputs=names
+    ).images
+    assert len(images) == left
+
+
+def test_an_image_that_is_not_finite_is_named_and_frees_offloaded_models(monkeypatch):
+    pipe, freed = tiny_pipeline(), []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(True))
+
+    def spoil(pipe, step, timestep, tensors):
+        tensors["latents"][1] = float("nan")
+
+    with pytest.raises(ValueError, match=r"latents \[1\] are not finite"):
+        pipe([1, 2, 3], num_inference_steps=2, output_type="latent", callback_on_step_end=spoil)
+    assert freed == [True]
+
+
+@pytest.mark.parametrize("key", ["1_0", " 2", "²", "1" * 10])
+def test_keys_of_id2label_are_plain_numbers(key):
+    with pytest.raises(ValueError, match="no class id"):
+        DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"), id2label={key: "a"})

@@ -9,10 +9,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import tiny_transformer, tiny_vae
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf.model_folders import check_autoencoder, check_scheduler, weight_files
+from dit_hf.schedulers import RECIPES
 
 
 INDEX, CONFIG, VAE = "model_index.json", "transformer/config.json", "vae/config.json"
@@ -88,11 +90,14 @@ REFUSED = {
         ({"scheduler": ["diffusers", "AutoencoderKL"]}, ["scheduler", "AutoencoderKL"]),
         *(({"scheduler": value}, ["scheduler"]) for value in (None, [None, None])),
         *(({name: 5}, [name, "5"]) for name in ("_use_default_values", "_ignore_files")),
-        *(({"id2label": value}, ["id2label"]) for value in (["a"], "abc", 5, {"x": "y"}, {"-1": "y"}, {"1.5": "y"})),
+        *(
+            ({"id2label": value}, ["id2label"])
+            for value in ([], ["a"], "abc", 5, {"x": "y"}, {"-1": "y"}, {"1.5": "y"})
+        ),
         *(({"id2label": {"0": value}}, ["id2label", "class 0"]) for value in (5, None, ["a"])),
         ({"id2label": {"0": "a", "00": "b"}}, ["id2label", "two names for class 0"]),
         ({"id2label": {"9" * 5000: "y"}}, ["id2label"]),
-        *(({"recommended_call": value}, ["recommended_call"]) for value in ([1], 5, "x", {"foo": 1})),
+        *(({"recommended_call": value}, ["recommended_call"]) for value in ([], [1], 5, "x", {"foo": 1})),
         ({"recommended_call": {"num_inference_steps": "50"}}, ["recommended_call", "num_inference_steps", "'50'"]),
         ({"recommended_call": {"guidance_interval": ["a", "b"]}}, ["recommended_call", "guidance_interval"]),
     ],
@@ -135,7 +140,7 @@ REFUSED = {
         *(({"block_out_channels": value}, [VAE]) for value in ("x", [10**9] * 3, [], [8, NAN, 8])),
         *(({"layers_per_block": value}, [VAE]) for value in (10**9, "x")),
         *(({"latent_channels": value}, [VAE]) for value in (10**9, "4")),
-        ({"norm_num_groups": 0}, [VAE]),
+        *(({"norm_num_groups": value}, [VAE]) for value in (0, True)),
         ({"down_block_types": ["os"]}, [VAE]),
         *(({"scaling_factor": value}, ["scaling_factor"]) for value in (0, -1.0, NAN, "x", [1])),
         ({"latents_mean": [1], "latents_std": ["a"]}, ["latents_mean"]),
@@ -275,3 +280,60 @@ def test_no_code_of_a_folder_runs(folder, tmp_path, monkeypatch):
 def test_a_configuration_of_another_kind(config):
     with pytest.raises((ValueError, OSError)):
         DiTTransformer2DModel.from_config(config)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_loaded_as_it_was_saved(name, good, tmp_path):
+    make_scheduler(name).save_pretrained(tmp_path)
+    scheduler = type(make_scheduler(name))
+    state = torch.get_rng_state()
+    check_scheduler(tmp_path / "scheduler_config.json", scheduler)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_autoencoder_with_integer_buffers(tmp_path):
+    sizes = {"latent_channels": 1, "norm_num_groups": 4, "block_out_channels": (8,) * 4, "layers_per_block": 1}
+    vae = AutoencoderKLFlux2(**sizes)
+    assert not vae.state_dict()["bn.num_batches_tracked"].is_floating_point()
+    vae.save_pretrained(tmp_path)
+    check_autoencoder(tmp_path / "config.json", AutoencoderKLFlux2)
+
+
+def test_a_component_of_another_library_is_given(folder):
+    own = {"scheduler": ["elsewhere", "OwnScheduler"], "vae": ["elsewhere", "OwnVAE"]}
+    edit(folder / INDEX, own | {"transformer": ["elsewhere", "OwnDiT"]})
+    parts = {"transformer": tiny_transformer(), "scheduler": make_scheduler("ddim"), "vae": tiny_vae()}
+    for name in parts:
+        with pytest.raises(ValueError, match=f"pass it as `{name}=`"):
+            DiTClassCondPipeline.from_pretrained(folder, **{key: parts[key] for key in parts.keys() - {name}})
+    pipe = DiTClassCondPipeline.from_pretrained(folder, **parts)
+    assert pipe.scheduler is parts["scheduler"]
+    with pytest.raises(ValueError, match="elsewhere is not one of the libraries"):  # diffusers' own
+        DiTClassCondPipeline.from_pretrained(folder, transformer=parts["transformer"], trust_remote_code=True)
+
+
+def test_a_subclass_is_loaded_by_itself(tmp_path):
+    class MyDiT(DiTTransformer2DModel):
+        pass
+
+    MyDiT.from_config(tiny_transformer().config).save_pretrained(tmp_path)
+    assert isinstance(MyDiT.from_pretrained(tmp_path), MyDiT)
+    with pytest.raises(ValueError, match="holds a MyDiT, not a DiTTransformer2DModel"):
+        DiTTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_weights_in_a_file_that_is_not_read_do_not_count(folder):
+    stray = "diffusion_pytorch_model-00001-of-00002.safetensors"
+    shutil.copyfile(folder / WEIGHTS, folder / "transformer" / stray)
+    edit(folder / WEIGHTS, drop("proj_out.weight"))
+    with pytest.raises(ValueError, match=r"proj_out\.weight' is missing"):
+        DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / WEIGHTS), stray)}))
+    assert weight_files(folder / "transformer") == [folder / "transformer" / stray]
+
+
+def test_no_quantization_is_written_as_null(folder):
+    for config in (CONFIG, VAE):
+        edit(folder / config, {"quantization_config": None})
+    assert DiTClassCondPipeline.from_pretrained(folder).vae is not None

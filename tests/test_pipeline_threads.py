@@ -165,3 +165,61 @@ def test_pipelines_are_copied_and_pickled_as_before():
     expected = sample(pipe)
     for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
         assert torch.equal(sample(other), expected)
+
+
+def test_pipelines_that_share_a_vae_do_not_block_each_other_for_good():
+    vae = tiny_vae()
+    first, second = tiny_pipeline(vae=vae), tiny_pipeline(vae=vae)
+    latents, inside, waits = torch.ones(1, 4, 8, 8), threading.Event(), threading.Event()
+
+    def nested():
+        with first.exclusive():
+            inside.set()
+            waits.wait(10)
+            time.sleep(0.05)
+            return second.decode_latents(latents, "pt")
+
+    def call():
+        inside.wait(10)
+        waits.set()
+        return sample(second)
+
+    decoded, sampled = in_threads([nested, call])
+    assert torch.equal(decoded, first.decode_latents(latents, "pt")) and torch.equal(sampled, sample(first))
+
+
+def test_pipelines_without_a_common_component_run_at_once():
+    barrier = threading.Barrier(2)
+    jobs = [
+        lambda pipe=tiny_pipeline(): sample(pipe, callback_on_step_end=lambda *_: barrier.wait(10) and None)
+        for _ in range(2)
+    ]
+    assert torch.equal(*in_threads(jobs))
+
+
+def test_a_callback_calls_a_pipeline_that_shares_its_vae_only():
+    vae = tiny_vae()
+    pipe, other, images = tiny_pipeline(vae=vae), tiny_pipeline(vae=vae), []
+    expected = sample(pipe)
+    seen = sample(pipe, callback_on_step_end=lambda *_: images.append(sample(other, output_type="pt")) and None)
+    assert torch.equal(seen, expected) and len(images) == 4
+
+
+def test_adapters_wait_for_a_call():
+    pipe, started, order = tiny_pipeline(), threading.Event(), []
+
+    def slow(*_):
+        started.set()
+        time.sleep(0.02)
+
+    thread = other_thread(lambda: (sample(pipe, callback_on_step_end=slow), order.append("call")))
+    started.wait(10)
+    pipe.unload_lora_weights()
+    order.append("change")
+    thread.join(10)
+    assert order == ["call", "change"]
+
+
+def test_a_torch_compiled_model_is_not_mixed():
+    with pytest.raises(ValueError, match="is compiled"), mix_classes(torch.compile(tiny_transformer()), 1, 0.5):
+        pass

@@ -39,9 +39,11 @@ def mix_classes(transformer, label: int, weight: float) -> Iterator[None]:
     if not is_finite(weight) or not 0 <= weight <= 1:
         raise ValueError(f"`weight` is {weight!r}; it must be from 0 to 1.")
     compiled = transformer._compiled_call_impl
-    if compiled is not None and not getattr(compiled, "embeds_classes_eagerly", False):
+    wrapped = hasattr(transformer, "_orig_mod")  # what `torch.compile(model)` returns
+    if wrapped or (compiled is not None and not getattr(compiled, "embeds_classes_eagerly", False)):
         raise ValueError(
-            "The transformer is compiled and its classes can't be mixed; call `dit_hf.restore(pipe)` first."
+            "The transformer is compiled and its classes can't be mixed; call `dit_hf.restore(pipe)` first, or use "
+            "the model as it was before `torch.compile`."
         )
 
     mixture = object()

@@ -3,7 +3,6 @@ Folders of models and pipelines, checked before diffusers loads them. It allocat
 missing weights from whatever is in memory, and has many kinds of errors for a damaged file.
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,32 +16,31 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import safe_open
 
 from .files import check_file, read_json, reading
-from .pipeline_dit_class_cond import is_finite
+from .pipeline_dit_class_cond import check_id2label, check_train_timesteps, takes_variance
 from .transformer_dit import MAX_PARAMETERS
 
 
 MODEL_CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
-WEIGHTS = re.compile(
-    r"diffusion_pytorch_model(?:\.(?P<variant>[^.-]+))?(?:-\d+-of-\d+)?(?:\.[^.-]+)?\.(?P<kind>safetensors|bin)"
-)
+LIBRARIES = ("diffusers", "dit_hf")
+WEIGHTS = "diffusion_pytorch_model"
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-# Bounds of the numbers in another library's configuration, beyond every published one.
+# Bounds of the whole numbers in another library's configuration, beyond every published one.
 MAX_NUMBER = 2**20
 MAX_LAYERS = 256
-MAX_TIMESTEPS = 2**17
+MAX_ENTRIES = 2**17
 # Attention in the autoencoders of diffusers before 0.16, which it still reads.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def read_index(path: str | Path, transformers: Sequence[str]) -> dict[str, Any]:
+def read_index(path: str | Path, transformers: Sequence[str] = ()) -> dict[str, Any]:
     """
     Reads a `model_index.json`.
 
     Args:
         path (`str` or `Path`): The file.
-        transformers (`Sequence[str]`): Names of classes that its transformer may have.
+        transformers (`Sequence[str]`): Names of classes that its transformer may have; any if not given.
 
     Returns:
         `dict`: whose `transformer` and `scheduler`, and `vae` if there is one, are a library and a class.
@@ -57,8 +55,18 @@ def read_index(path: str | Path, transformers: Sequence[str]) -> dict[str, Any]:
         none = name == "vae" and pair == [None, None]
         if not none and not (pair and all(isinstance(word, str) and word.isidentifier() for word in pair)):
             raise ValueError(f'{path} has {name}: {entry!r}; it must be a library and a class, ["diffusers", "…"].')
-        if name == "transformer" and pair[1] not in transformers:
-            raise ValueError(f"{path}: its transformer is a {pair[1]}, not a {transformers[0]}.")
+        if name == "transformer" and transformers and pair[1] not in transformers:
+            raise ValueError(
+                f"{path}: its transformer is a {pair[1]}, not a {transformers[0]}. To use one of your own, load it "
+                "and pass it as `transformer=`."
+            )
+    call = index.get("recommended_call")
+    if call is not None and not isinstance(call, dict):
+        raise ValueError(f"{path} has recommended_call: {call!r}; it must be an object.")
+    try:
+        check_id2label(index.get("id2label"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return index
 
 
@@ -80,13 +88,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
         value = config.get(name, [])
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise ValueError(f"{path} has {name}: {value!r}; it must be a list of names.")
-    if not isinstance(config.get("quantization_config", {}), dict):
+    if config.get("quantization_config") is None:
+        config.pop("quantization_config", None)
+    elif not isinstance(config["quantization_config"], dict):
         raise ValueError(f"{path} has quantization_config: {config['quantization_config']!r}; it must be an object.")
     return config
 
 
 def check_pipeline_folder(
-    folder: str | Path, index: Mapping[str, Any], given: Collection[str] = (), variant: str | None = None
+    folder: str | Path,
+    index: Mapping[str, Any],
+    given: Collection[str] = (),
+    variant: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """
     Checks the scheduler and the autoencoder of a pipeline; the transformer is checked where it is loaded.
@@ -96,69 +110,88 @@ def check_pipeline_folder(
         index (`Mapping`): From `read_index`.
         given (`Collection[str]`): Components that are not loaded from the folder.
         variant (`str`, *optional*): Of the weights.
+        trust_remote_code (`bool`, defaults to `False`): Whether components of other libraries are left to diffusers.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
     folder = Path(folder)
-    if "scheduler" not in given:
-        scheduler_class = find_class(folder, index, "scheduler", SchedulerMixin)
-        path = folder / "scheduler" / SCHEDULER_CONFIG
-        config = read_config(path)
-        check_numbers(config, path)
-        steps = config.get("num_train_timesteps", 1000)
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
+    for name, kind in (("scheduler", "scheduler"), ("vae", "autoencoder")):
+        library = index.get(name, [None, None])[0]
+        if name in given or library is None or (trust_remote_code and library not in LIBRARIES):
+            continue
+        if (found := find_class(index, name)) is None:
             raise ValueError(
-                f"{path} has num_train_timesteps: {steps!r}; it must be a whole number from 1 to {MAX_TIMESTEPS}."
+                f"{folder / 'model_index.json'} has {name}: {index[name]!r}, and diffusers {diffusers.__version__} "
+                f"has no such {kind}. To use one of your own, load it and pass it as `{name}=`."
             )
-        with reading(path, f"the config of a {scheduler_class.__name__}"):
-            scheduler = scheduler_class.from_config(config)
-            if not config.get("use_dynamic_shifting"):
-                scheduler.set_timesteps(min(4, steps))
-    if "vae" not in given and index.get("vae", [None, None]) != [None, None]:
-        vae_class = find_class(folder, index, "vae", ModelMixin)
-        path = folder / "vae" / MODEL_CONFIG
-        config = read_config(path)
-        check_numbers(config, path)
-        with reading(path, f"the config of an {vae_class.__name__}"), torch.device("meta"):
-            vae = vae_class.from_config(config)
-        if sum(parameter.numel() for parameter in vae.parameters()) > MAX_PARAMETERS:
-            raise ValueError(f"{path} describes more than {MAX_PARAMETERS:,} parameters.")
-        if "quantization_config" not in config:
-            check_weights(path.parent, vae, variant, all_known=False)
+        if name == "scheduler":
+            check_scheduler(folder / name / SCHEDULER_CONFIG, found)
+        else:
+            check_autoencoder(folder / name / MODEL_CONFIG, found, variant)
 
 
-def find_class(folder: Path, index: Mapping[str, Any], name: str, kind: type) -> Any:
-    """The class of diffusers that an index names for a component; `ValueError` if there is none of the kind."""
+def check_scheduler(path: Path, scheduler_class: Any) -> None:
+    """Raises `ValueError` for a scheduler's config that can't be used, tried on one value."""
+    config = read_config(path)
+    check_numbers(config, path)
+    check_train_timesteps(path, config)
+    with reading(path, f"the config of a {scheduler_class.__name__}"):
+        scheduler = scheduler_class.from_config(config)
+        if config.get("use_dynamic_shifting"):
+            return  # it needs the size of an image; the pipeline refuses it
+        scheduler.set_timesteps(min(4, config.get("num_train_timesteps", 1000)))
+        sample = torch.ones(1, 3, 1, 1)
+        output = torch.ones(1, 6 if takes_variance(scheduler) else 3, 1, 1)
+        with torch.random.fork_rng(devices=[]):
+            scheduler.step(output, scheduler.timesteps[0], sample)
+
+
+def check_autoencoder(path: Path, vae_class: Any, variant: str | None = None) -> None:
+    """Raises `ValueError` for an autoencoder's config that can't be used, or weights that are not of it."""
+    config = read_config(path)
+    check_numbers(config, path)
+    with reading(path, f"the config of an {vae_class.__name__}"), torch.device("meta"):
+        vae = vae_class.from_config(config)
+    if sum(parameter.numel() for parameter in vae.parameters()) > MAX_PARAMETERS:
+        raise ValueError(f"{path} describes more than {MAX_PARAMETERS:,} parameters.")
+    if isinstance(channels := vae.config.get("latent_channels"), int):
+        with reading(path, f"the config of an {vae_class.__name__}"), torch.no_grad():
+            try:
+                vae.decode(torch.empty(1, channels, 8, 8, device="meta"), return_dict=False)
+            except RuntimeError as error:
+                if "meta" not in str(error):  # some decoders ask for values, which there are none of
+                    raise
+    if "quantization_config" not in config:
+        check_weights(path.parent, vae, variant, all_known=False)
+
+
+def find_class(index: Mapping[str, Any], name: str) -> Any:
+    """The class of diffusers that an index names for a component, or None if there is none of its kind."""
     library, class_name = index[name]
-    found = getattr(diffusers, class_name, None) if library in ("diffusers", "dit_hf") else None
+    found = getattr(diffusers, class_name, None) if library in LIBRARIES else None
+    kind = SchedulerMixin if name == "scheduler" else ModelMixin
     fits = isinstance(found, type) and issubclass(found, kind) and (name != "vae" or hasattr(found, "decode"))
-    if not fits:
-        what = "scheduler" if name == "scheduler" else "autoencoder"
-        raise ValueError(
-            f"{folder / 'model_index.json'} has {name}: {index[name]!r}, and diffusers {diffusers.__version__} has no "
-            f"such {what}. To use one of your own, load it and pass it as `{name}=`."
-        )
-    return found
+    return found if fits else None
 
 
 def check_numbers(value: Any, path: str | Path, key: str = "", depth: int = 0) -> None:
-    """Raises `ValueError` for a number that is not finite, or so large that a model of it would fill the memory."""
+    """Raises `ValueError` for a whole number so large that what is built from it would fill the memory."""
     if isinstance(value, (dict, list)):
         entries = value.items() if isinstance(value, dict) else ((key, entry) for entry in value)
-        if len(value) > MAX_TIMESTEPS or depth > 8:
+        if len(value) > MAX_ENTRIES or depth > 8:
             raise ValueError(f"{path} has {key}: {str(value)[:100]}…, which is too large.")
         for name, entry in entries:
             check_numbers(entry, path, f"{key}.{name}" if isinstance(value, dict) and key else name, depth + 1)
-    elif isinstance(value, (int, float)):
+    elif isinstance(value, int):
         largest = MAX_LAYERS if "layers" in key else MAX_NUMBER
-        if not isinstance(value, bool) and (not is_finite(value) or abs(value) > largest):
+        if abs(value) > largest:
             raise ValueError(f"{path} has {key}: {str(value)[:100]}; it must be a number of at most {largest:,}.")
 
 
 def check_weights(folder: Path, model: torch.nn.Module, variant: str | None = None, all_known: bool = True) -> None:
     """
-    Holds the weights in a folder against a model: names, shapes and types of its tensors.
+    Compares names, shapes and types of the tensors in a folder's weights with a model's.
 
     Args:
         folder (`Path`): The folder; without weights in it nothing is checked.
@@ -169,41 +202,49 @@ def check_weights(folder: Path, model: torch.nn.Module, variant: str | None = No
     Raises:
         ValueError: naming the file and the first tensor that is missing, unknown, or of another shape or type.
     """
-    files: dict[tuple[str, str | None], list[Path]] = {}
-    for file in sorted(folder.glob("*")):
-        if match := WEIGHTS.fullmatch(file.name):
-            files.setdefault((match["kind"], match["variant"]), []).append(file)
-    order = [(kind, each) for each in (variant, None) for kind in ("safetensors", "bin")]
-    chosen = next((files[key] for key in order if key in files), None)
-    if chosen is None:
+    chosen = weight_files(folder, variant)
+    if not chosen:
         return
-    check_shards(folder)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
     found = set()
     for file in chosen:
         for key, (shape, dtype) in read_header(file).items():
             for old, new in OLD_NAMES.items():
                 key = key if key in expected else key.replace(old, new)
             found.add(key)
-            if dtype not in FLOATS:
+            if key not in expected:
+                if all_known:
+                    raise ValueError(f"{file}: {key!r} is no weight of the model that the config describes.")
+                continue
+            wanted, wanted_dtype = expected[key]
+            if wanted_dtype.is_floating_point and dtype not in FLOATS:
                 raise ValueError(f"{file}: {key!r} has type {dtype}; weights are floating-point numbers.")
             # Old attention layers were convolutions of one pixel, or the other way round.
-            same = key not in expected or [side for side in shape if side > 1] == [s for s in expected[key] if s > 1]
-            if not same:
-                raise ValueError(f"{file}: {key!r} has shape {shape}; the config needs {expected[key]}.")
-            if key not in expected and all_known:
-                raise ValueError(f"{file}: {key!r} is no weight of the model that the config describes.")
+            if [side for side in shape if side > 1] != [side for side in wanted if side > 1]:
+                raise ValueError(f"{file}: {key!r} has shape {shape}; the config needs {wanted}.")
     if missing := sorted(expected.keys() - found):
         raise ValueError(f"{chosen[0]}: {missing[0]!r} is missing, as are {len(missing) - 1} other weights.")
 
 
-def check_shards(folder: Path) -> None:
-    """Raises `ValueError` if an index of weights names files outside of its folder, or is no index."""
-    for path in folder.glob("*.index*.json"):
-        weight_map = read_json(path).get("weight_map")
-        names = weight_map.values() if isinstance(weight_map, dict) else [None]
-        if stray := [name for name in names if not (isinstance(name, str) and name and Path(name).name == name)]:
-            raise ValueError(f"{path} has the file {stray[0]!r} in its weight_map; it must be one beside it.")
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files of weights that diffusers loads: all that an index names, else the one; those of a variant first."""
+    for mark in dict.fromkeys((f".{variant}" if variant else "", "")):
+        for kind in ("safetensors", "bin"):
+            for index in (f"{WEIGHTS}.{kind}.index{mark}.json", f"{WEIGHTS}.{kind}{mark}.index.json"):
+                if (folder / index).exists():
+                    return check_weight_index(folder / index)
+            if (folder / f"{WEIGHTS}{mark}.{kind}").exists():
+                return [folder / f"{WEIGHTS}{mark}.{kind}"]
+    return []
+
+
+def check_weight_index(path: Path) -> list[Path]:
+    """The files that an index of weights names; `ValueError` for one outside of its folder, or if there are none."""
+    weight_map = read_json(path).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if stray := [name for name in names or [None] if not (isinstance(name, str) and name and Path(name).name == name)]:
+        raise ValueError(f"{path} has the file {stray[0]!r} in its weight_map; it must be one beside it.")
+    return [path.with_name(name) for name in sorted(set(names))]
 
 
 def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -160,7 +160,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         places = {name: kwargs[name] for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
         config = cls.load_config(pretrained_model_name_or_path, **places)
         file = Path(pretrained_model_name_or_path, name)
-        if (found := config.get("_class_name", cls.__name__)) not in diffusers_dit.CLASS_NAMES:
+        if (found := config.get("_class_name", cls.__name__)) not in (cls.__name__, *diffusers_dit.CLASS_NAMES):
             raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")
         try:
             with torch.device("meta"):

@@ -134,11 +134,14 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         places = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
         if not kwargs.get("local_files_only"):
             hub.check_available(folder, cls.config_name, **places)
-        # The folder's own scheduler tells what the model was trained for; a call holds another one against it.
+        # The folder's own scheduler tells what the model was trained for; a call compares the given one with it.
         scheduler = kwargs.pop("scheduler", None)
+        if scheduler is not None:
+            places["local_files_only"] = bool(kwargs.get("local_files_only"))
+            if model_folders.find_class(cls.load_config(folder, **places), "scheduler") is None:
+                kwargs["scheduler"] = scheduler
         if Path(folder).is_dir():
-            index = cls._dict_from_json_file(Path(folder, cls.config_name))
-            model_folders.check_pipeline_folder(folder, index, kwargs, kwargs.get("variant"))
+            cls._check_folder(folder, kwargs)
         try:
             pipe = super().from_pretrained(folder, **kwargs)
         except ValueError as error:
@@ -157,7 +160,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         Then no remote code is needed, and a folder of diffusers' own DiT is read by our transformer, which corrects
         it.
         """
-        config = model_folders.read_index(json_file, diffusers_dit.CLASS_NAMES)
+        config = model_folders.read_index(json_file)
         config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", "DiTTransformer2DModel"]}
         config.pop("auto_map", None)
         return config
@@ -166,9 +169,16 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """As every pipeline's; what was downloaded is checked before it is loaded."""
         folder = super().download(pretrained_model_name, **kwargs)
-        index = cls._dict_from_json_file(Path(folder, cls.config_name))
-        model_folders.check_pipeline_folder(folder, index, kwargs, kwargs.get("variant"))
+        cls._check_folder(folder, kwargs)
         return folder
+
+    @classmethod
+    def _check_folder(cls, folder, options):
+        """Checks the components that are loaded from a folder, with the options of `from_pretrained`."""
+        transformers = () if "transformer" in options else diffusers_dit.CLASS_NAMES
+        index = model_folders.read_index(Path(folder, cls.config_name), transformers)
+        trusts = bool(options.get("trust_remote_code"))
+        model_folders.check_pipeline_folder(folder, index, options, options.get("variant"), trusts)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As every pipeline's; one that is optimized can't be cast, as `restore` could not undo that."""

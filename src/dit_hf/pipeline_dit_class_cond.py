@@ -13,14 +13,15 @@ import inspect
 import json
 import math
 import operator
+import re
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from contextlib import contextmanager
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -84,46 +85,50 @@ OVERFLOW_HINT = (
 )
 # What one call may ask for, far beyond what memory and patience allow: a typo must not fill the memory.
 MAX_STEPS = 10_000
+MAX_TRAIN_TIMESTEPS = 2**17
 MAX_IMAGES = 2**20
 MAX_PIXELS = 2**16
 MAX_LATENT_VALUES = 2**30
 
 
-class _Lock:
-    """A re-entrant lock, and whether its thread is in the middle of a call."""
-
-    def __init__(self):
-        self.lock, self.occupied = threading.RLock(), False
-
-
-# By pipeline and by component. They are not attributes, so that a pipeline can be copied and pickled, and pipelines
-# that share a component share its lock.
-_LOCKS: WeakKeyDictionary[Any, _Lock] = WeakKeyDictionary()
-_LOCKS_LOCK = threading.Lock()
+# The thread that holds a pipeline or component, by its id, once for each time that it entered. No attributes,
+# so that a pipeline can be copied and pickled, and pipelines that share a component know of each other.
+_HOLDERS: defaultdict[int, list[int]] = defaultdict(list)
+_RELEASED = threading.Condition()
+# Pipelines, transformers and schedulers in the middle of a call.
+_IN_CALL: set[int] = set()
 
 
-def _lock_of(owner):
-    with _LOCKS_LOCK:
-        return _LOCKS.setdefault(owner, _Lock())
+@contextmanager
+def _held(find):
+    """Gives what `find` returns to this thread, all at once: no thread waits for one with another in its hands."""
+    thread, found = threading.get_ident(), []
+
+    def are_free():
+        found[:] = find()
+        return all({thread}.issuperset(_HOLDERS.get(id(each), ())) for each in found)
+
+    with _RELEASED:
+        _RELEASED.wait_for(are_free)
+        for each in found:
+            _HOLDERS[id(each)].append(thread)
+    try:
+        yield
+    finally:
+        with _RELEASED:
+            for each in found:
+                _HOLDERS[id(each)].pop()
+                if not _HOLDERS[id(each)]:
+                    del _HOLDERS[id(each)]
+            _RELEASED.notify_all()
 
 
-def _sampling(method):
-    """Makes a call wait for those of other threads, and refuses it in the middle of another of the same thread."""
+def one_at_a_time(method: Callable, hold: str = "exclusive") -> Callable:
+    """Makes a pipeline's method wait while another thread uses the pipeline or one of its components."""
 
     @wraps(method)
     def call(self, *args, **kwargs):
-        with self._occupied():
-            return method(self, *args, **kwargs)
-
-    return call
-
-
-def one_at_a_time(method: Callable) -> Callable:
-    """Makes a pipeline's method wait while another thread is in such a method of the pipeline."""
-
-    @wraps(method)
-    def call(self, *args, **kwargs):
-        with self.exclusive():
+        with getattr(self, hold)():
             return method(self, *args, **kwargs)
 
     return call
@@ -167,6 +172,12 @@ def trained_prediction(scheduler_config: Mapping) -> str:
     if uses_flow_sigmas:
         return "velocity"
     return "edm" if name.startswith("EDM") else prediction
+
+
+def takes_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler takes a predicted variance; others may have got DDPM's `variance_type` by `from_config`."""
+    is_ddpm = isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler))
+    return is_ddpm and scheduler.config.variance_type in LEARNED_VARIANCE
 
 
 def spatial_factor(vae: ModelMixin) -> int:
@@ -261,8 +272,8 @@ def check_id2label(id2label: Any) -> dict[int, str]:
     names: dict[int, str] = {}
     for key, name in id2label.items():
         try:
-            class_id = int(key) if isinstance(key, str) else operator.index(key)
-        except (TypeError, ValueError):
+            class_id = operator.index(int(key) if isinstance(key, str) and re.fullmatch("[0-9]{1,9}", key) else key)
+        except TypeError:
             class_id = -1
         if class_id < 0 or isinstance(key, bool):
             raise ValueError(f"`id2label` has a key that is no class id: {str(key)[:100]!r}.")
@@ -287,39 +298,49 @@ def _errors_of_values(what):
         raise ValueError(f"{what}: {kind}{reason}") from error
 
 
-def check_adapter_tensors(weights: Mapping) -> None:
-    """Raises `ValueError` for adapters that are not finite floating-point tensors under names."""
+def check_train_timesteps(name: Any, config: Mapping) -> None:
+    """Raises `ValueError` for a scheduler's config, of a name, without a sensible number of timesteps."""
+    steps = config.get("num_train_timesteps", 1000)
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"{name} has num_train_timesteps={steps!r}; it must be a whole number from 1 to {MAX_TRAIN_TIMESTEPS}."
+        )
+
+
+def check_adapters(weights: Mapping, metadata: Any, prefix: str, layers: Mapping[str, torch.nn.Module]) -> None:
+    """Raises `ValueError` for adapters that don't fit the layers, before anything is allocated for them."""
+    names = {key: key.removeprefix(prefix).split(".lora_")[0] for key in weights}
+    stray = [key for key in weights if not (key.startswith(prefix) and ".lora_" in key and names[key] in layers)]
+    if stray or not weights:
+        example, others = f"{prefix}transformer_blocks.0.attn.to_q.lora_A.weight", ", ".join(map(repr, stray[:2]))
+        raise ValueError(
+            f"{len(weights) - len(stray)} of the adapters' {len(weights)} keys belong to a layer of the transformer; "
+            f"keys look like {example!r}, and these are not: {others or 'none'}."
+        )
+    largest_rank = 0
     for key, tensor in weights.items():
-        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or not tensor.is_floating_point()
+            or not tensor.float().isfinite().all()
+        ):
             given = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ValueError(
-                f"The adapters have {key!r}: {given}; they must be floating-point tensors by their names."
-            )
-        if not torch.isfinite(tensor.float()).all():
-            raise ValueError(f"The adapters' {key!r} is not finite.")
-
-
-def check_adapter_shapes(weights: Mapping[str, torch.Tensor], prefix: str, layers: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if the two matrices of an adapter don't fit each other, or their layer."""
-    names = {key.removeprefix(prefix).split(".lora_")[0] for key in weights}
-    for name in sorted(names):
-        down, up = (weights.get(f"{prefix}{name}.lora_{part}.weight") for part in "AB")
+            raise ValueError(f"The adapters' {key!r} is no tensor of finite floating-point numbers, but {given}.")
+        name = names[key]
         layer = getattr(layers[name], "base_layer", layers[name])
         if not isinstance(layer, torch.nn.Linear):
             continue  # peft refuses layers that it does not know
+        down, up = (weights.get(f"{prefix}{name}.lora_{part}.weight") for part in "AB")
         if down is None or up is None:
             raise ValueError(f"The adapters of {name!r} have lora_A or lora_B alone; they need both.")
         rank = down.shape[0] if down.ndim == 2 else 0
+        largest_rank = max(rank, largest_rank)
         sizes = (rank, layer.in_features), (layer.out_features, rank)
         if rank < 1 or (tuple(down.shape), tuple(up.shape)) != sizes:
             raise ValueError(
                 f"The adapters of {name!r} have the shapes {tuple(down.shape)} and {tuple(up.shape)}; the layer needs "
                 f"(rank, {layer.in_features}) and ({layer.out_features}, rank)."
             )
-
-
-def check_adapter_metadata(metadata: Any, largest_rank: int) -> None:
-    """Raises `ValueError` for a rank above the tensors', for which memory would be allocated, or an alpha like NaN."""
     if metadata is not None and not isinstance(metadata, Mapping):
         raise ValueError(f"The adapters' metadata is a {type(metadata).__name__}; it must be a dictionary.")
     for key, value in (metadata or {}).items():
@@ -328,10 +349,9 @@ def check_adapter_metadata(metadata: Any, largest_rank: int) -> None:
             continue
         if option.endswith("_pattern") and not isinstance(value, Mapping):
             raise ValueError(f"The adapters' metadata has {key}: {value!r}; it must be a dictionary.")
+        is_rank = option.startswith("r")
         for number in value.values() if isinstance(value, Mapping) else [value]:
-            is_rank = option.startswith("r")
-            fits = is_finite(number) and (not is_rank or (isinstance(number, int) and 1 <= number <= largest_rank))
-            if not fits:
+            if not is_finite(number) or (is_rank and not (isinstance(number, int) and 1 <= number <= largest_rank)):
                 allowed = f"a rank of the tensors, at most {largest_rank}" if is_rank else "a finite number"
                 raise ValueError(f"The adapters' metadata has {key}: {value!r}; it must be {allowed}.")
 
@@ -342,7 +362,6 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
     _lora_loadable_modules = ["transformer"]
     transformer_name = "transformer"
 
-    @one_at_a_time
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
         """
         Puts adapters on the transformer.
@@ -364,28 +383,10 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
         options = {name: kwargs.pop(name) for name in ("low_cpu_mem_usage", "hotswap") if name in kwargs}
         kwargs = {"use_safetensors": True, "return_lora_metadata": True} | kwargs
         source = pretrained_model_name_or_path_or_dict
-        if isinstance(source, Mapping):
-            check_adapter_tensors(source)
         named = "The adapters" if isinstance(source, Mapping) else f"The adapters of {source}"
         with _errors_of_values(f"{named} can't be read"):
             weights, metadata = SD3LoraLoaderMixin.lora_state_dict(source, **kwargs)
-        check_adapter_tensors(weights)
-        prefix, layers = f"{self.transformer_name}.", {name for name, _ in self.transformer.named_modules()}
-        stray = [
-            key
-            for key in weights
-            if not key.startswith(prefix)
-            or ".lora_" not in key
-            or key.removeprefix(prefix).split(".lora_")[0] not in layers
-        ]
-        if stray or not weights:
-            example, others = f"{prefix}transformer_blocks.0.attn.to_q.lora_A.weight", ", ".join(map(repr, stray[:2]))
-            raise ValueError(
-                f"{len(weights) - len(stray)} of the adapters' {len(weights)} keys belong to a layer of the "
-                f"transformer; keys look like {example!r}, and these are not: {others or 'none'}."
-            )
-        check_adapter_shapes(weights, prefix, dict(self.transformer.named_modules()))
-        check_adapter_metadata(metadata, max((tensor.shape[0] for key, tensor in weights.items() if "_A" in key)))
+        check_adapters(weights, metadata, f"{self.transformer_name}.", dict(self.transformer.named_modules()))
         before = set(getattr(self.transformer, "peft_config", {}))
         try:
             with _errors_of_values(f"{named} can't be put on the transformer"):
@@ -404,35 +405,17 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
             raise
 
     @classmethod
-    def save_lora_weights(
-        cls,
-        save_directory: str | Path,
-        transformer_lora_layers: dict[str, torch.Tensor],
-        is_main_process: bool = True,
-        weight_name: str | None = None,
-        save_function: Callable | None = None,
-        safe_serialization: bool = True,
-        transformer_lora_adapter_metadata: dict | None = None,
-    ):
+    def save_lora_weights(cls, save_directory: str | Path, transformer_lora_layers: dict[str, torch.Tensor], **kwargs):
         """
         Writes adapters for `load_lora_weights`.
 
         Args:
             save_directory (`str` or `Path`): Created if it does not exist.
             transformer_lora_layers (`dict[str, torch.Tensor]`): From `peft.get_peft_model_state_dict`.
-            is_main_process, weight_name, save_function, safe_serialization: As with every diffusers pipeline.
-            transformer_lora_adapter_metadata (`dict`, *optional*): Rank and alpha.
+            kwargs: `weight_name`, `transformer_lora_adapter_metadata` (rank and alpha) … as with diffusers' pipelines.
         """
         cls._check_adapters_possible()
-        SD3LoraLoaderMixin.save_lora_weights(
-            save_directory,
-            transformer_lora_layers=transformer_lora_layers,
-            is_main_process=is_main_process,
-            weight_name=weight_name,
-            save_function=save_function,
-            safe_serialization=safe_serialization,
-            transformer_lora_adapter_metadata=transformer_lora_adapter_metadata,
-        )
+        SD3LoraLoaderMixin.save_lora_weights(save_directory, transformer_lora_layers=transformer_lora_layers, **kwargs)
 
     @staticmethod
     def _check_adapters_possible():
@@ -440,13 +423,11 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
             missing = "transformers" if SD3LoraLoaderMixin is None else "peft"
             raise ImportError(f"LoRA needs {missing}: pip install 'dit_hf[train]', or peft and transformers.")
 
-    @one_at_a_time
     def fuse_lora(self, components: list[str] = ["transformer"], **kwargs):
         """Adds the adapters to the weights; `unfuse_lora` subtracts them."""
         self._check_adapters_possible()
         super().fuse_lora(components=components, **kwargs)
 
-    @one_at_a_time
     def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs):
         """Subtracts the adapters that `fuse_lora` has added."""
         self._check_adapters_possible()
@@ -488,7 +469,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self._check_component_types()
+        self._check_diffusion()
         self._trained_prediction = self._scheduler_prediction()
         self._trained_alphas = getattr(scheduler, "alphas_cumprod", None)
         self._trained_timesteps = scheduler.config.get("num_train_timesteps")
@@ -499,7 +480,6 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             raise ValueError(f"`recommended_call` has {unknown[0]!r}; it may hold {', '.join(CALL_DEFAULTS)}.")
         self.register_to_config(id2label=self.id2label or None, recommended_call=recommended_call)
         self._check_vae()
-        self._check_diffusion()
         self._current_timestep = None
         try:
             self.resolve_call()
@@ -536,8 +516,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """
-        Inside of it the pipeline and its components belong to one thread; others wait until it leaves. A call, loading
-        of adapters and setting a component do that by themselves; to do several of them as one, put them inside.
+        Inside of it the pipeline and its components belong to one thread; others wait until it leaves. A call,
+        decoding, moving, offloading, setting a component and whatever loads or changes adapters do that by themselves;
+        to do several of them as one, put them inside.
 
         Example:
 
@@ -547,48 +528,31 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             ...     pipe.scheduler = make_scheduler("flow_heun")
             ...     image = pipe("food", num_inference_steps=4).images[0]
         """
-        with self._locked():
+        with _held(lambda: [self, *(part for part in self.components.values() if part is not None)]):
             yield
-
-    @contextmanager
-    def _locked(self):
-        with ExitStack() as stack:
-            locks = [_lock_of(self)]
-            stack.enter_context(locks[0].lock)
-            parts = {id(part): part for part in self.components.values() if part is not None}
-            for _, part in sorted(parts.items()):  # in the same order in every thread
-                locks.append(_lock_of(part))
-                stack.enter_context(locks[-1].lock)
-            yield locks
 
     @contextmanager
     def _occupied(self):
         """As `exclusive`, and refused in the middle of a call, whose state in scheduler and caches would be lost."""
-        with self._locked() as locks:
-            if any(lock.occupied for lock in locks):
+        with self.exclusive():
+            parts = {id(part): part for part in (self, self.transformer, self.scheduler)}
+            if not _IN_CALL.isdisjoint(parts):
                 raise ValueError(
-                    "The pipeline, or one that shares a component with it, is in the middle of a call: a callback "
-                    "must not call, optimize or restore it."
+                    "The pipeline, or one that shares its transformer or scheduler, is in the middle of a call: a "
+                    "callback must not call, optimize or restore it."
                 )
-            for lock in locks:
-                lock.occupied = True
+            _IN_CALL.update(parts)
             try:
                 yield
             finally:
-                for lock in locks:
-                    lock.occupied = False
+                _IN_CALL.difference_update(parts)
 
     def __setattr__(self, name, value):
         if name in ("transformer", "scheduler", "vae") and name in vars(self):
-            with _lock_of(self).lock:
+            with _held(lambda: [self]):
                 super().__setattr__(name, value)
         else:
             super().__setattr__(name, value)
-
-    @one_at_a_time
-    def to(self, *args, **kwargs):
-        """As every pipeline's; waits while another thread samples."""
-        return super().to(*args, **kwargs)
 
     def save_config(self, save_directory, push_to_hub=False, **kwargs):
         """Writes `model_index.json`, and beside it this file, which `trust_remote_code=True` runs."""
@@ -702,8 +666,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
         Args:
             given: `num_inference_steps`, `guidance_scale`, `guidance_channels`, `guidance_interval`; None counts as
-            not
-                given.
+                not given.
 
         Returns:
             `dict`: all four: those given, else those of `recommended_call`, else 50 steps at scale 4, or 1 for a model
@@ -816,7 +779,6 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _check_scheduler(self, timesteps, sigmas, eta):
         """Refuses a scheduler that samples something else than the model was trained for, and options it lacks."""
-        self._check_component_types()
         self._check_diffusion()
         name, config = type(self.scheduler).__name__, self.scheduler.config
         prediction = self._scheduler_prediction()
@@ -826,9 +788,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 f"{self._trained_prediction!r}; `dit_hf.make_scheduler` builds schedulers of both kinds. Solvers of "
                 "diffusion sample flow matching with use_flow_sigmas=True and prediction_type='flow_prediction'."
             )
-        parameters = inspect.signature(getattr(self.scheduler, "step", lambda: None)).parameters.values()
-        needed = [each.name for each in parameters if each.default is each.empty and each.kind < each.VAR_POSITIONAL]
-        if needed != ["model_output", "timestep", "sample"] or not self._samples_what_was_trained():
+        try:
+            inspect.signature(self.scheduler.step).bind("model_output", "timestep", "sample")
+        except (AttributeError, TypeError):
+            raise ValueError(f"{name} has no `step(model_output, timestep, sample)`; use another scheduler.") from None
+        if not self._samples_what_was_trained():
             raise ValueError(
                 f"{name} does not sample the diffusion or flow of the scheduler that this pipeline was built with "
                 "(its betas, or its number of timesteps); build it with "
@@ -863,19 +827,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if eta != 0 and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"`eta` is {eta}, but {name} has no such parameter; leave it at 0.")
 
-    def _check_component_types(self):
-        for name, kind in (("transformer", torch.nn.Module), ("scheduler", SchedulerMixin), ("vae", torch.nn.Module)):
-            component = getattr(self, name)
-            if not isinstance(component, kind) and not (name == "vae" and component is None):
-                what = "scheduler" if name == "scheduler" else "model"
-                raise ValueError(f"`pipe.{name}` is a {type(component).__name__}; it must be a diffusers {what}.")
-
     def _check_diffusion(self):
-        """Refuses a scheduler whose config makes no diffusion: betas that are NaN or above 1, or no timesteps."""
+        """Refuses components of another kind, and a scheduler with betas that are NaN or above 1, or no timesteps."""
+        for part, kind in (("transformer", torch.nn.Module), ("scheduler", SchedulerMixin), ("vae", torch.nn.Module)):
+            component = getattr(self, part)
+            if not isinstance(component, kind) and not (part == "vae" and component is None):
+                what = "scheduler" if part == "scheduler" else "model"
+                raise ValueError(f"`pipe.{part}` is a {type(component).__name__}; it must be a diffusers {what}.")
         name, config = type(self.scheduler).__name__, self.scheduler.config
-        steps = config.get("num_train_timesteps", 1000)
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"{name} has num_train_timesteps={steps!r}; it must be a whole number from 1.")
+        check_train_timesteps(name, config)
         alphas = getattr(self.scheduler, "alphas_cumprod", None)
         if alphas is not None and not ((alphas >= 0) & (alphas <= 1)).all():  # nor is NaN
             options = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
@@ -919,11 +879,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     def _stays_finite(self):
         """Whether the schedule, run on one value, ends in a number."""
         scheduler, sample = copy.deepcopy(self.scheduler), torch.ones(1, 1, 1, 1)
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        options = {"generator": torch.Generator()} if takes_generator else {}  # not the caller's, nor the global one
+        options = self._step_options(generator=torch.Generator())  # not the caller's, nor the global one
         for timestep in scheduler.timesteps:
-            sample = scheduler.step(torch.zeros_like(sample), timestep, sample, **options, return_dict=False)[0]
+            sample = scheduler.step(torch.zeros_like(sample), timestep, sample, **options)[0]
         return bool(torch.isfinite(sample).all())
+
+    def _step_options(self, **options):
+        """Those that the scheduler's `step` takes."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in options.items() if name in accepted}
 
     def _samples_what_was_trained(self):
         """Whether timesteps, and for diffusion betas, are those of the scheduler that the pipeline was built with."""
@@ -1016,9 +980,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     @property
     def _scheduler_takes_variance(self):
-        # Others may have DDPM's `variance_type` in their config, as `from_config` hands it on.
-        is_ddpm = isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler))
-        return is_ddpm and self.scheduler.config.variance_type in LEARNED_VARIANCE
+        return takes_variance(self.scheduler)
 
     @contextmanager
     def _without_foreign_variance(self):
@@ -1035,7 +997,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     @contextmanager
     def _trajectory(self):
-        """Neither timestep nor cached blocks outlive a trajectory, not even one that a callback breaks off."""
+        """Resets timestep, block caches and offloaded models when a trajectory ends, is interrupted or fails."""
         self._trajectory_thread = threading.get_ident()
         try:
             yield
@@ -1043,6 +1005,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             self._current_timestep = self._trajectory_thread = None
             if hasattr(self.transformer, "_reset_stateful_cache"):
                 self.transformer._reset_stateful_cache()
+            self.maybe_free_model_hooks()
 
     def _set_timesteps(self, num_inference_steps, timesteps, sigmas, device):
         """The scheduler's own spacing, the caller's, or for flow matching N equal steps from noise to data."""
@@ -1076,6 +1039,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         latents = latents.to(device, torch.float32)
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
+    def _position(self, index, schedule):
+        """Where the trajectory is, for caches of blocks; before diffusers 0.41 they don't ask."""
+        if "kwargs" not in inspect.signature(self.transformer.cache_context).parameters:
+            return {}
+        position = {"timestep": schedule[index], "step_index": index, "num_inference_steps": len(schedule)}
+        has_sigmas = hasattr(self.scheduler, "sigmas")
+        return position | {"sigma": float(self.scheduler.sigmas[index])} if has_sigmas else position
+
     def _predict(self, model_input, timestep, class_labels, guidance_channels, guided, position=None):
         """One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32."""
         channels = model_input.shape[1]
@@ -1101,7 +1072,6 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         return output if self._scheduler_takes_variance else output[:, :channels]
 
     @torch.no_grad()
-    @one_at_a_time
     def decode_latents(
         self,
         latents: torch.Tensor,
@@ -1147,23 +1117,26 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             )
             latents = latents * std + mean
         latents = latents + (config.get("shift_factor") or 0.0)
-        takes_generator = "generator" in inspect.signature(self.vae.decode).parameters
-        options = {"generator": generator} if takes_generator else {}
         generators = [each for each in (generator if isinstance(generator, list) else [generator]) if each is not None]
         states = [each.get_state() for each in generators]
-        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0].float()
         dtype = self.vae.dtype
+        images = self._decode(latents, generator)
         if dtype != torch.float32 and not torch.isfinite(images).all():
             logger.warning(f"The VAE overflows in {dtype}; the images are decoded in float32.")
             for each, state in zip(generators, states, strict=True):
                 each.set_state(state)  # a decoder that samples gets the same noise again
             torch.nn.Module.to(self.vae, torch.float32)  # diffusers' own warns of what it does not do here
             try:
-                images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0]
+                images = self._decode(latents, generator)
             finally:
                 torch.nn.Module.to(self.vae, dtype)
         self._check_finite("decoded images", images)
         return self.image_processor.postprocess(images, output_type=output_type)
+
+    def _decode(self, latents, generator):
+        takes_generator = "generator" in inspect.signature(self.vae.decode).parameters
+        options = {"generator": generator} if takes_generator else {}
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0].float()
 
     def _check_finite(self, what, values, hint=OVERFLOW_HINT, overflows=False):
         bad = ~torch.isfinite(values).flatten(1).all(dim=1) | overflows
@@ -1171,7 +1144,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             raise ValueError(f"The {what} {bad.nonzero().flatten().tolist()} are not finite. {hint}")
 
     @torch.no_grad()
-    @_sampling
+    @partial(one_at_a_time, hold="_occupied")
     def __call__(
         self,
         class_labels: int | str | None | Sequence[int | str | None] | torch.Tensor,
@@ -1228,7 +1201,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
         Raises:
             ValueError: if an argument is out of range or contradicts another, before any compute; or if the latents or
-                images are not finite at the end.
+                images are not finite at the end; the message has their indices.
 
         Example:
 
@@ -1278,48 +1251,46 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._num_timesteps = len(schedule)
         class_labels = torch.tensor(class_ids, device=device)
         latents = self._prepare_latents(shape, latents, generator, device)
-        step_options = {"eta": eta, "generator": generator}
-        accepted = inspect.signature(self.scheduler.step).parameters
-        step_options = {name: value for name, value in step_options.items() if name in accepted}
-        # Before diffusers 0.41 the caches know nothing of the trajectory.
-        tells_position = "kwargs" in inspect.signature(self.transformer.cache_context).parameters
+        step_options = self._step_options(eta=eta, generator=generator, return_dict=False)
 
         # 3. Denoise
         overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
-        steps = self.progress_bar(total=len(schedule))
-        with self._trajectory(), self._without_foreign_variance(), steps as progress_bar:
-            for index, timestep in enumerate(schedule):
-                if self._interrupt:
-                    break
-                fraction = index / len(schedule)
-                guided = self.do_classifier_free_guidance and guidance_interval[0] <= fraction < guidance_interval[1]
-                self._current_timestep = timestep
-                position = {}
-                if tells_position:
-                    position = {"timestep": model_schedule[index], "step_index": index}
-                    position["num_inference_steps"] = len(schedule)
-                    if hasattr(self.scheduler, "sigmas"):
-                        position["sigma"] = float(self.scheduler.sigmas[index])
-                model_input = latents
-                if hasattr(self.scheduler, "scale_model_input"):
-                    model_input = self.scheduler.scale_model_input(latents, timestep)
-                output = self._predict(
-                    model_input, model_schedule[index], class_labels, guidance_channels, guided, position
-                )
-                overflows |= ~torch.isfinite(output).flatten(1).all(dim=1)  # a scheduler that clips would hide it
-                latents = self.scheduler.step(output, timestep, latents, **step_options, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    available = {"latents": latents, "class_labels": class_labels}
-                    tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, index, timestep, tensors) or {}
-                    latents = changed.get("latents", latents)
-                    class_labels = changed.get("class_labels", class_labels)
-                progress_bar.update()
-        self._check_finite("latents", latents, overflows=overflows)
+        with self._trajectory():
+            with self._without_foreign_variance(), self.progress_bar(total=len(schedule)) as progress_bar:
+                for index, timestep in enumerate(schedule):
+                    if self._interrupt:
+                        break
+                    self._current_timestep = timestep
+                    scales = self.do_classifier_free_guidance
+                    guided = scales and guidance_interval[0] <= index / len(schedule) < guidance_interval[1]
+                    model_input = latents
+                    if hasattr(self.scheduler, "scale_model_input"):
+                        model_input = self.scheduler.scale_model_input(latents, timestep)
+                    guidance = class_labels, guidance_channels, guided
+                    position = self._position(index, model_schedule)
+                    output = self._predict(model_input, model_schedule[index], *guidance, position)
+                    overflows |= ~torch.isfinite(output).flatten(1).all(dim=1)  # a scheduler that clips would hide it
+                    latents = self.scheduler.step(output, timestep, latents, **step_options)[0]
+                    if callback_on_step_end is not None:
+                        available = {"latents": latents, "class_labels": class_labels}
+                        tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
+                        changed = callback_on_step_end(self, index, timestep, tensors) or {}
+                        latents = changed.get("latents", latents)
+                        class_labels = changed.get("class_labels", class_labels)
+                        if len(latents) != len(overflows):  # the callback alone knows which of them are left
+                            overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
+                    progress_bar.update()
+            self._check_finite("latents", latents, overflows=overflows)
 
-        # 4. Decode
-        images = latents if output_type == "latent" else self.decode_latents(latents, output_type, generator)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,)
-        return ImagePipelineOutput(images=images)
+            # 4. Decode
+            images = latents if output_type == "latent" else self.decode_latents(latents, output_type, generator)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+# Whatever moves or changes the weights, diffusers' methods too.
+for _name in (
+    *("to", "decode_latents", "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
+    *("load_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "enable_lora", "disable_lora"),
+    *("set_adapters", "delete_adapters", "set_lora_device"),
+):
+    setattr(DiTClassCondPipeline, _name, one_at_a_time(getattr(DiTClassCondPipeline, _name)))
