@@ -73,7 +73,8 @@ class Range:
 
     def check(self, name: str, value: Any) -> Any:
         """A setting as Python's own number, also if it is numpy's; `ValueError` if it is none, or out of range."""
-        kind, number = (numbers.Integral, int) if self.whole else (numbers.Real, float)
+        kind: Any = numbers.Integral if self.whole else numbers.Real
+        number: Any = int if self.whole else float
         if isinstance(value, kind) and not isinstance(value, bool):
             with suppress(OverflowError):
                 if number(value) in self:
