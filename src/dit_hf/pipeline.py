@@ -4,6 +4,7 @@ Shapes: `B` images, `C` channels, `H W` latent size.
 """
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -27,6 +28,9 @@ logger = logging.get_logger(__name__)
 
 # Then saved folders name the library `dit_hf`, and a repository that does so is not taken for a mistake.
 LOADABLE_CLASSES.setdefault("dit_hf", LOADABLE_CLASSES["diffusers"])
+
+# Components given to the `from_pretrained` under way, for which diffusers would look up the class in the index.
+_GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given components", default=())
 
 
 if TYPE_CHECKING:
@@ -142,12 +146,15 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
                 kwargs["scheduler"] = scheduler
         if Path(folder).is_dir():
             cls._check_folder(folder, kwargs)
+        token = _GIVEN.set(tuple(name for name in ("scheduler", "vae") if kwargs.get(name) is not None))
         try:
             pipe = super().from_pretrained(folder, **kwargs)
         except ValueError as error:
             if str(folder) in str(error):
                 raise
             raise ValueError(f"{folder}: {error}") from error
+        finally:
+            _GIVEN.reset(token)
         if scheduler is not None:
             pipe.scheduler = scheduler
         return pipe
@@ -162,6 +169,8 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         """
         config = model_folders.read_index(json_file)
         config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", "DiTTransformer2DModel"]}
+        kinds = {"scheduler": ["diffusers", "SchedulerMixin"], "vae": ["diffusers", "ModelMixin"]}
+        config |= {name: kinds[name] for name in _GIVEN.get()}
         config.pop("auto_map", None)
         return config
 
