@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dit_hf.command_line import ArgumentParser, integer, real, run
@@ -73,3 +74,12 @@ def test_errors_of_the_package_keep_their_traceback(error):
 
     with pytest.raises(type(error)):
         run(command)
+
+
+def test_settings_take_the_numbers_of_numpy():
+    for value, allowed, expected in ((np.int64(3), integer(1), 3), (np.float32(0.5), real(below=1), 0.5)):
+        found = allowed.check("name", value)
+        assert found == expected and type(found) is type(expected)
+    for value, allowed in ((np.float64(3), integer(1)), (True, integer(0)), ("1", real()), (10**400, real())):
+        with pytest.raises(ValueError, match="`name` is .*; it must be a (whole|finite) number"):
+            allowed.check("name", value)

@@ -1,5 +1,6 @@
 """Damaged and hostile data: refused or skipped by name, in one line, before they take memory or start a program."""
 
+import errno
 import importlib
 import io
 import os
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from PIL import Image as PILImage
 from dit_hf.command_line import run
 from dit_hf.commands.latents import main
 from dit_hf.data.archives import check_archive
+from dit_hf.data.encoded import image_bytes
 from dit_hf.data.images import label_names, load_image_dataset
 from dit_hf.data.pixels import MAX_IMAGE_BYTES, open_image
 from dit_hf.data.reader import ImageReader
@@ -70,9 +73,9 @@ def ghostscript(tmp_path, monkeypatch):
 def test_no_image_starts_a_program(tmp_path, ghostscript):
     file = tmp_path / "image.png"
     file.write_bytes(EPS)
-    with pytest.raises(OSError, match="image 0 .*none of PNG, JPEG"):
+    with pytest.raises(OSError, match="image 0 .*not a supported image .PNG, JPEG"):
         read(EPS)
-    with pytest.raises(ValueError, match="image.png is none of PNG, JPEG"):
+    with pytest.raises(ValueError, match="image.png is not a supported image .PNG, JPEG"):
         open_image(file)
     with pytest.raises(ValueError, match="Column 'image' holds images"):
         label_names(rows(EPS), "image")
@@ -85,8 +88,8 @@ def test_no_image_starts_a_program(tmp_path, ghostscript):
         (raw_png(10**5, 10**5, 8, b""), "pixels"),
         (raw_png(13_000, 13_000, 8, b""), "13,000 × 13,000 pixels; at most 134,217,728"),
         (encode(PILImage.new("1", (1_000_000, 1))), "resized to a short side of 64, has 64,000,000 × 64 pixels"),
-        (b"", "none of PNG"),
-        (b"P6 0 0 255\n", "none of PNG"),
+        (b"", "not a supported image .PNG"),
+        (b"P6 0 0 255\n", "not a supported image .PNG"),
         (encode(PILImage.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF"), "mode F"),
         (encode(PILImage.fromarray(np.full((8, 8), 10**9, np.int32)), "TIFF"), "exceed 16 bits"),
         (encode(PILImage.new("LAB", (8, 8)), "TIFF"), "mode LAB"),
@@ -169,8 +172,8 @@ def test_a_name_that_is_no_unicode(tmp_path, name):
 
 def test_a_column_of_ids_is_no_column_of_labels(monkeypatch):
     """A table of embeddings for each image's own id has gigabytes."""
-    for ids in ([10**9 + index for index in range(1500)], [f"{index}.png" for index in range(1500)]):
-        with pytest.raises(ValueError, match="Column 'id' has 1,500 different values in 1,500 rows, such as '"):
+    for ids in ([10**9 + index for index in range(1500)], [f"{index}.png" for index in range(10_500)]):
+        with pytest.raises(ValueError, match=f"Column 'id' has {len(ids):,} .*class_encode_column\\('id'\\)"):
             label_names(Dataset.from_dict({"id": ids}), "id")
     assert len(label_names(Dataset.from_dict({"id": list(range(1500)) * 2}), "id")) == 1500
     assert len(label_names(Dataset.from_dict({"id": list(range(1000))}), "id")) == 1000
@@ -434,3 +437,29 @@ def test_damaged_icons_are_named(example, tmp_path, icons, message):
     code, (line,) = example("train_autoencoder/prepare_emoji", **flags)
     assert (code, line[:7]) == (2, "error: ") and message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_many_small_classes_are_no_ids():
+    names = [f"class {number}" for number in range(1600)]
+    assert len(label_names(Dataset.from_dict({"label": names}))) == 1600
+
+
+@pytest.mark.parametrize("where", ["stat", "open"])
+def test_a_disk_that_fails_drops_no_image(tmp_path, monkeypatch, where):
+    def fail(path, *args, **options):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    (tmp_path / "a.png").write_bytes(b"content")
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "stat") if where == "stat" else (Path, "read_bytes")), fail)
+        with pytest.raises(ValueError, match="Stale file handle.*Re-run"):
+            image_bytes({"path": str(tmp_path / "a.png"), "bytes": None}, "image 0")
+    with pytest.raises(OSError, match="There is no file"):
+        image_bytes({"path": str(tmp_path / "b.png"), "bytes": None}, "image 0")
+
+
+def test_an_archive_that_is_not_read_is_not_checked(tmp_path):
+    rows = {"image": [{"bytes": b"", "path": None}], "label": [0]}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "backup.zip").write_bytes(b"damaged")
+    assert len(load_image_dataset(train_data_dir=tmp_path)) == 1

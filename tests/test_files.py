@@ -266,3 +266,8 @@ def test_links_that_leave_a_folder_are_refused(tmp_path):
                 check_links(parent, "link")
             check_links(parent, "other")
             (parent / "link").unlink()
+
+
+def test_a_lack_of_memory_is_not_the_files():
+    with pytest.raises(MemoryError), reading("a.png", "an image"):
+        raise MemoryError

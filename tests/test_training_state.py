@@ -13,10 +13,18 @@ from safetensors.torch import load_file
 from testing_utils.training_runs import Code, losses, read_log, train
 
 from dit_hf.data.latents import CachedLatents
-from dit_hf.training.checkpointing import load_checkpoint
+from dit_hf.training.checkpointing import load_checkpoint, save_checkpoint
 from dit_hf.training.config import TrainingConfig
 from dit_hf.training.objectives import VelocityObjective
-from dit_hf.training.saved_state import MANIFEST, STATES, TENSORS, check_checkpoint, read_json, weights_only
+from dit_hf.training.saved_state import (
+    MANIFEST,
+    STATES,
+    TENSORS,
+    check_checkpoint,
+    read_json,
+    weights_only,
+    write_manifest,
+)
 from dit_hf.training.trainer import Trainer
 
 
@@ -183,6 +191,27 @@ def test_cut_pickles_of_version_02_are_named(run, tmp_path):
         with pytest.raises(ValueError, match=f"{name} can't be read"):
             check_checkpoint(checkpoint)
         (checkpoint / name).write_bytes(whole)
+
+
+def test_what_file_browsers_and_nfs_leave_is_no_damage(run, tmp_path):
+    shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", ".nfs000000a1"):
+        (tmp_path / "checkpoint-2" / name).write_bytes(b"x")
+    check_checkpoint(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / MANIFEST).unlink()
+    write_manifest(tmp_path / "checkpoint-2", 2, ["only-there.bin"])
+    check_checkpoint(tmp_path / "checkpoint-2")
+
+
+def test_an_error_of_ours_is_not_the_files(run, tmp_path):
+    """Neither a full disk nor a damaged file."""
+
+    class Broken:
+        def state_dict(self):
+            raise RuntimeError("CUDA error")
+
+    with pytest.raises(RuntimeError, match="^CUDA error"):
+        save_checkpoint(Accelerator(), tmp_path, 1, states={"broken": Broken()})
 
 
 def test_a_damaged_log_or_record_is_named(run, tmp_path):

@@ -73,12 +73,12 @@ class Range:
 
     def check(self, name: str, value: Any) -> Any:
         """A setting as Python's own number, also if it is numpy's; `ValueError` if it is none, or out of range."""
-        kind: Any = numbers.Integral if self.whole else numbers.Real
-        number: Any = int if self.whole else float
+        kind = numbers.Integral if self.whole else numbers.Real
         if isinstance(value, kind) and not isinstance(value, bool):
             with suppress(OverflowError):
-                if number(value) in self:
-                    return number(value)
+                number = int(value) if self.whole else float(value)  # type: ignore[call-overload]
+                if number in self:
+                    return number
         raise ValueError(f"`{name}` is {value!r}; it must be {self}.")
 
 
