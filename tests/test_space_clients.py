@@ -190,6 +190,7 @@ def address(model, folder, log):
     """A server as on the Hub; it ends with its terminal, and leaves nothing."""
     variables = {"SPACE_ID": "me/space", "GRADIO_SHARE": "True"}
     with serve(model, folder, "--queue_size", "12", app=None, log=log, end=signal.SIGHUP, **variables) as address:
+        images(address)  # until then it may still log that it has started
         yield address
     assert [path.name for path in folder.iterdir()] == ["dit_hf-mine"]
 
@@ -309,7 +310,7 @@ POSTS += [
 ]
 POSTS += [(path, b'{"data": ["a", 0], "fn_index": 4}') for path in ("/gradio_api/run/predict", "/gradio_api/run/x")]
 POSTS += [
-    (f"/gradio_api/{route}", b'{"session_hash": "a", "data": [], "component_id": 1, "fn_name": "x"}')
+    (f"/gradio_api/{route}", json.dumps({"data": DATA, "fn_index": 0, "component_id": 1, "fn_name": "x"}).encode())
     for route in ("component_server", "upload", "process_recording", "vibe-edit", "stream/x", "call/v2/generate")
 ]
 GETS = ["/monitoring", "/gradio_api/deep_link", "/gradio_api/dev/reload", "/gradio_api/proxy=http://127.0.0.1:1/"]
