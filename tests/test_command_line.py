@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from dit_hf.command_line import ArgumentParser, integer, real, run
 
@@ -54,6 +55,7 @@ def test_an_empty_path_is_not_the_working_folder(capsys):
         (ImportError("a"), 2),
         (MemoryError(), 2),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 2),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 2),
         (KeyboardInterrupt(), 130),
     ],
 )

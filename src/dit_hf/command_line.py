@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .files import printable
+from .files import first_line, is_write_error, printable
 
 
 # How torch says so, on a CPU and on a GPU; an error of its own type only for the latter.
@@ -96,8 +96,8 @@ def real(
 
 def run(main: Callable[[], None]) -> None:
     """
-    Runs a command. Bad input, a missing extra or too little memory ends it with one line on stderr and exit code 2,
-    and Ctrl-C with 130, not with a traceback.
+    Runs a command. Bad input, a missing extra, a full disk or too little memory ends it with one line on stderr and
+    exit code 2, and Ctrl-C with 130, not with a traceback.
 
     Args:
         main (`Callable`):
@@ -109,10 +109,14 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+    except Exception as error:
+        memory = isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+        )
+        if not memory and not is_write_error(error):  # torch and safetensors have their own for a full disk
             raise
-        print(f"error: There is not enough memory. {printable(str(error))}".rstrip(), file=sys.stderr)
+        what = "There is not enough memory." if memory else "A file can't be written:"
+        print(f"error: {what} {printable(first_line(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)

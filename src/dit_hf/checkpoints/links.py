@@ -122,13 +122,17 @@ def download_from_server(link: str) -> Path:
         OSError: if there is no network, or no such file.
     """
     shown = without_secrets(link)
+    if not link.isprintable() or not _has_port(link):
+        raise ValueError(f"{shown} is no address of a file; those look like https://HOST/PATH/FILE.pt.")
     name = Path(unquote(urlsplit(link).path)).name.replace("\0", "")[-NAME_LENGTH:].lstrip(".") or "checkpoint"
     file = Path(constants.HF_HOME, "dit_hf", hashlib.sha256(link.encode()).hexdigest()[:16], name)
     if file.is_file():
         return file
-    library = python_logging.getLogger(http_get.__module__)  # it logs the address when it tries again
+    # They log the address when they try again.
+    loggers = [python_logging.getLogger(each.__module__) for each in (http_get, get_session)]
     hide = _WithoutSecrets()
-    library.addFilter(hide)
+    for each in loggers:
+        each.addFilter(hide)
     try:
         get_session().head(link, timeout=TIMEOUT)
         with writing(file) as partial, partial.open("wb") as stream:
@@ -140,9 +144,18 @@ def download_from_server(link: str) -> Path:
             "pass its path."
         ) from None
     finally:
-        library.removeFilter(hide)
+        for each in loggers:
+            each.removeFilter(hide)
     logger.info(f"{shown} was downloaded to {file}.")
     return file
+
+
+def _has_port(link):
+    """Whether the port of an address is a number, if it has one."""
+    try:
+        return urlsplit(link).port != 0
+    except ValueError:
+        return False
 
 
 class _WithoutSecrets(python_logging.Filter):

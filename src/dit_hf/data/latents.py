@@ -32,6 +32,7 @@ from .shards import (
     check_checksums,
     check_shards,
     file_checksum,
+    index_checksum,
     read_index,
     remove_partial_shards,
     shard_digests,
@@ -265,6 +266,7 @@ def index_latents(
     index |= {"latents_mean": mean, "latents_std": std, "shards": shards}
     if settings is not None:
         index["settings"] = summary(settings)
+    index["checksum"] = index_checksum(index)
     with writing(cache_dir / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     remove_partial_shards(cache_dir)

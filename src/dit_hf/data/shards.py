@@ -80,6 +80,10 @@ def read_index(cache_dir: str | Path) -> dict:
     if not file.exists():
         raise ValueError(f"{cache_dir} holds no cache of latents ({INDEX} is missing); `dit-hf latents` makes one.")
     index = read_json(file)
+    if index.get("checksum", checksum := index_checksum(index)) != checksum:  # older ones have none
+        raise ValueError(
+            f"{file} was changed since it was written; `dit-hf latents` writes it again if you delete it."
+        )
     for key, check in INDEX_KEYS.items():
         if key not in index or not check(index[key]):
             raise ValueError(f"{file} is no index of a cache of latents: {key!r} is missing, or of another kind.")
@@ -91,6 +95,12 @@ def read_index(cache_dir: str | Path) -> dict:
     if sum(shard["count"] for shard in index["shards"]) != index["count"]:
         raise ValueError(f"{file}: 'count' is not the sum of the shards' counts.")
     return index
+
+
+def index_checksum(index: dict[str, Any]) -> str:
+    """The SHA-256 of an index, its own entry `checksum` left out."""
+    content = {key: value for key, value in index.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _is_count(value):

@@ -78,8 +78,8 @@ def profile_exponent(sigma_rel: float) -> float:
     Raises:
         ValueError: if no profile is that wide.
     """
-    if not 0 < sigma_rel < 12**-0.5:
-        raise ValueError(f"sigma_rel is {sigma_rel}; it must be above 0 and below {12**-0.5:.4f}.")
+    if not 1e-6 < sigma_rel < 12**-0.5:
+        raise ValueError(f"sigma_rel is {sigma_rel}; it must be above 1e-6 and below {12**-0.5:.4f}.")
     low, high = 0.0, 4 / sigma_rel  # the width falls with γ, and is below 1/γ
     for _ in range(100):
         middle = (low + high) / 2
@@ -205,10 +205,12 @@ def _read_snapshot(path, like):
     """A snapshot, of the same weights as the others, all of them finite."""
     with reading(check_file(path), "snapshot of averages"):
         snapshot = load_file(path)
+    if not snapshot:
+        raise ValueError(f"{path} holds no weights; move it away.")
     if like and {name: tensor.shape for name, tensor in snapshot.items()} != {
         name: tensor.shape for name, tensor in like.items()
     }:
         raise ValueError(f"{path} is of another model than the other snapshots; move it away.")
-    if bad := [name for name, tensor in snapshot.items() if not tensor.isfinite().all()]:
+    if bad := [name for name, tensor in snapshot.items() if not tensor.float().isfinite().all()]:
         raise ValueError(f"{path} is damaged: {bad[0]} is not finite; move it away.")
     return snapshot
