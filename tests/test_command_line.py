@@ -44,6 +44,9 @@ def test_an_empty_path_is_not_the_working_folder(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--output_dir", ""])
     assert capsys.readouterr().err.startswith("error: argument --output_dir: the path is empty")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--output_dir=--"])
+    assert capsys.readouterr().err.startswith("error: argument --output_dir: expected a value")
     assert parser.parse_args(["--output_dir", "a"]).output_dir == Path("a")
 
 

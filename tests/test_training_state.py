@@ -16,6 +16,7 @@ from dit_hf.data.latents import CachedLatents
 from dit_hf.training.checkpointing import load_checkpoint, save_checkpoint
 from dit_hf.training.config import TrainingConfig
 from dit_hf.training.objectives import VelocityObjective
+from dit_hf.training.records import check_written_links
 from dit_hf.training.saved_state import (
     MANIFEST,
     STATES,
@@ -240,6 +241,21 @@ def test_a_run_without_its_checkpoints_is_not_overwritten(run, tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint .* ema/ema-1-0.05.* pipeline, train_log.jsonl, which"):
         train(tmp_path / "run", max_train_steps=1)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["train_log.jsonl", "samples/step-000006.png", "pipeline", "checkpoint-9"])
+def test_links_that_a_run_would_write_through_are_refused(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(victim)
+    (tmp_path / "out" / "latents").symlink_to(tmp_path)  # not written by a run
+    with pytest.raises(ValueError, match=f"{name} is a link to .*victim, outside of"):
+        check_written_links(tmp_path / "out", ("train_log.jsonl", "samples", "pipeline"))
+    path.unlink()
+    check_written_links(tmp_path / "out", ("train_log.jsonl", "samples", "pipeline"))
+    assert victim.read_text() == "mine"
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):

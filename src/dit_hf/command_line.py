@@ -25,6 +25,14 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options)
         self.register("type", Path, _path)  # what `type=Path` calls
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """As argparse's, which before Python 3.13 takes `--flag=--` for an empty list, past the flag's type."""
+        args = sys.argv[1:] if args is None else list(args)
+        for arg in args:
+            if arg.startswith("--") and arg.endswith("=--"):
+                self.error(f"argument {arg.removesuffix('=--')}: expected a value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {printable(message)} ({self.prog} --help lists all flags)\n")
 

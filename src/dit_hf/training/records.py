@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import PARTIAL, check_file, read_json, reading, remove, writing
+from ..files import PARTIAL, check_file, check_links, read_json, reading, remove, writing
 
 
 # Exists while a run has no checkpoint yet, so that what it wrote may be written again.
@@ -192,6 +192,24 @@ def check_fresh_start(output_dir: str | Path, results: Collection[str], settings
     record = output_dir / settings_file
     if record.exists() and "max_train_steps" not in read_settings(record):
         raise ValueError(f"{record} is not of this package, and would be overwritten; choose another --output_dir.")
+
+
+def check_written_links(output_dir: str | Path, results: Collection[str]) -> None:
+    """
+    Refuses links to outside among what a run writes, before it starts: it would write through them.
+
+    Args:
+        output_dir (`str` or `Path`): The run's folder; it need not exist.
+        results (`Collection[str]`): What the run writes, as patterns.
+
+    Raises:
+        ValueError: naming the link and its target.
+    """
+    output_dir = Path(output_dir)
+    written = {pattern.split("/")[0] for pattern in results} | {BEFORE_CHECKPOINT}
+    links = [path.relative_to(output_dir) for path in output_dir.rglob("*") if path.is_symlink()]
+    own = [link for link in links if link.parts[0] in written or link.parts[0].startswith("checkpoint-")]
+    check_links(output_dir, *map(str, own))
 
 
 def _holds_something(path):

@@ -41,6 +41,7 @@ from .records import (
     begin,
     check_fresh_start,
     check_same_settings,
+    check_written_links,
     read_losses,
     record_settings,
     truncate_log,
@@ -427,6 +428,7 @@ def check_resume(config: TrainingConfig, settings: Mapping[str, Any]) -> Path | 
             be overwritten.
     """
     checkpoint = checkpoint_to_resume(check_folder(config.output_dir), config.resume_from_checkpoint)
+    check_written_links(config.output_dir, (*RESULTS, SETTINGS_FILE))
     if checkpoint is None:
         check_fresh_start(config.output_dir, RESULTS, SETTINGS_FILE)
     else:
