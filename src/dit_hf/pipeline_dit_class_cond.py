@@ -181,18 +181,7 @@ def takes_variance(scheduler: SchedulerMixin) -> bool:
 
 
 def spatial_factor(vae: ModelMixin) -> int:
-    """
-    Pixels per latent value along one side.
-
-    Args:
-        vae (`ModelMixin`): An image autoencoder of diffusers.
-
-    Returns:
-        `int`
-
-    Raises:
-        ValueError: if neither the model nor its config states it.
-    """
+    """Pixels per latent value along one side of a VAE; `ValueError` if neither it nor its config states them."""
     if isinstance(ratio := getattr(vae, "spatial_compression_ratio", None), int):
         return ratio
     if "block_out_channels" not in vae.config:
