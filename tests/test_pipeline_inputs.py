@@ -148,7 +148,7 @@ REFUSED = {
     "sigmas for DDPM": ({"scheduler": "ddpm"}, {"sigmas": [1.0, 0.5]}, ["sigmas", "DDPMScheduler"]),
     "sigmas for EDM": ({"scheduler": EDMEulerScheduler()}, {"sigmas": [80.0, 1.0]}, ["sigmas", "EDMEulerScheduler"]),
     "sigmas without flow": ({"scheduler": UniPCMultistepScheduler()}, {"sigmas": [1.0, 0.5]}, ["use_flow_sigmas"]),
-    "timesteps empty": ({"scheduler": "ddpm"}, {"timesteps": []}, ["timesteps", "empty"]),
+    "timesteps empty": ({"scheduler": "ddpm"}, {"timesteps": []}, ["timesteps", "a list of 1 to"]),
     "timesteps ascending": ({"scheduler": "ddpm"}, {"timesteps": [0, 500]}, ["descending"]),
     "steps beyond training": ({}, {"num_inference_steps": 1001}, ["1001", "1000"]),
     "eta for DDPM": ({"scheduler": "ddpm"}, {"eta": 0.5}, ["eta", "0.5", "DDPMScheduler"]),

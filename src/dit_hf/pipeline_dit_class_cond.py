@@ -181,18 +181,7 @@ def takes_variance(scheduler: SchedulerMixin) -> bool:
 
 
 def spatial_factor(vae: ModelMixin) -> int:
-    """
-    Pixels per latent value along one side.
-
-    Args:
-        vae (`ModelMixin`): An image autoencoder of diffusers.
-
-    Returns:
-        `int`
-
-    Raises:
-        ValueError: if neither the model nor its config states it.
-    """
+    """Pixels per latent value along one side of a VAE; `ValueError` if neither it nor its config states them."""
     if isinstance(ratio := getattr(vae, "spatial_compression_ratio", None), int):
         return ratio
     if "block_out_channels" not in vae.config:
@@ -236,35 +225,12 @@ class ClassNames:
 
 
 def find_class(id2label: Mapping[int, str], name: str) -> int | None:
-    """
-    The class of a name.
-
-    Args:
-        id2label (`Mapping[int, str]`): The class names; synonyms are separated by commas.
-        name (`str`): A whole entry or a synonym, in any case.
-
-    Returns:
-        `int`: its id, or None.
-
-    Raises:
-        ValueError: if several classes have the name.
-    """
+    """The id of an entry of `id2label` or a synonym, as [`ClassNames.find`] has it."""
     return ClassNames(id2label).find(name)
 
 
 def check_id2label(id2label: Any) -> dict[int, str]:
-    """
-    Class names with numbers as keys, in order; JSON has turned them into strings.
-
-    Args:
-        id2label (`dict[int, str]`, `dict[str, str]` or None): The class names.
-
-    Returns:
-        `dict[int, str]`
-
-    Raises:
-        ValueError: naming the entry that is no class name, or the class that has two.
-    """
+    """Class names with numbers as keys, which JSON makes strings, in order; `ValueError` names what is no entry."""
     if id2label is None:
         return {}
     if not isinstance(id2label, Mapping):
@@ -764,12 +730,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             )
         if guidance_channels is not None:
             self._check_count("guidance_channels", guidance_channels, config.in_channels)
-        pair = isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2
-        if (
-            not pair
-            or not all(map(is_finite, guidance_interval))
-            or not 0.0 <= guidance_interval[0] < guidance_interval[1] <= 1.0
-        ):
+        ends = guidance_interval if isinstance(guidance_interval, (tuple, list)) else ()
+        if len(ends) != 2 or not all(map(is_finite, ends)) or not 0.0 <= ends[0] < ends[1] <= 1.0:
             raise ValueError(
                 f"`guidance_interval` is {guidance_interval!r}; it must be (start, end) with 0 ≤ start < end ≤ 1."
             )
@@ -807,7 +769,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 )
         if config.get("use_dynamic_shifting"):
             raise ValueError(f"{name} has use_dynamic_shifting=True, which is for text-to-image; set a fixed shift.")
-        if self._scheduler_takes_variance and not self.transformer.config.learn_sigma:
+        if takes_variance(self.scheduler) and not self.transformer.config.learn_sigma:
             raise ValueError(
                 f"{name} has variance_type={config.variance_type!r}, but the model predicts no variance "
                 "(`learn_sigma=False`); use variance_type='fixed_large'."
@@ -846,10 +808,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         """Refuses a caller's timesteps or sigmas that are not finite numbers, descending from at most the first."""
         values = schedule.tolist() if hasattr(schedule, "tolist") else schedule
         shown = f"`{argument}` is {str(values)[:100]}"
-        if not isinstance(values, (list, tuple)) or not all(map(is_finite, values)):
-            raise ValueError(f"{shown}; it must be a list of finite numbers.")
-        if not 0 < len(values) <= MAX_STEPS:
-            raise ValueError(f"{shown}, {len(values) or 'empty'}; it must hold 1 to {MAX_STEPS} numbers.")
+        if (
+            not isinstance(values, (list, tuple))
+            or not all(map(is_finite, values))
+            or not 0 < len(values) <= MAX_STEPS
+        ):
+            raise ValueError(f"{shown}; it must be a list of 1 to {MAX_STEPS} finite numbers.")
         largest = self.scheduler.config.get("num_train_timesteps", math.inf) if argument == "timesteps" else math.inf
         descending = all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
         if not descending or values[0] > largest or values[-1] < 0:
@@ -932,12 +896,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         config = self.transformer.config
         factor = self.vae_scale_factor
         sizes = {"height": height, "width": width}
-        sizes = {
-            argument: None
-            if pixels is None
-            else self._check_count(argument, pixels, MAX_PIXELS, multiple=factor * config.patch_size)
-            for argument, pixels in sizes.items()
-        }
+        multiple = factor * config.patch_size
+        for argument, pixels in sizes.items():
+            sizes[argument] = None if pixels is None else self._check_count(argument, pixels, MAX_PIXELS, multiple)
         if latents is not None and height is None and width is None and latents.ndim == 4:
             sizes = dict(zip(sizes, (side * factor for side in latents.shape[-2:]), strict=True))
         sides = [(pixels or config.sample_size * factor) // factor for pixels in sizes.values()]
@@ -967,41 +928,28 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 "are no image; pass `output_type='latent'`, or set `vae`."
             )
 
-    def _check_callback(self, callback_on_step_end_tensor_inputs):
-        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs!r}; it must be a list."
-            )
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` holds {unknown}; allowed are {self._callback_tensor_inputs}."
-            )
-
-    @property
-    def _scheduler_takes_variance(self):
-        return takes_variance(self.scheduler)
-
-    @contextmanager
-    def _without_foreign_variance(self):
-        """Solvers that got `variance_type` from a DDPM would cut the prediction down to three channels."""
-        variance_type = self.scheduler.config.get("variance_type")
-        foreign = variance_type in LEARNED_VARIANCE and not self._scheduler_takes_variance
-        if foreign:
-            self.scheduler.register_to_config(variance_type=None)
-        try:
-            yield
-        finally:
-            if foreign:
-                self.scheduler.register_to_config(variance_type=variance_type)
+    def _check_callback(self, callback, names):
+        if callback is not None and not callable(callback):
+            raise ValueError(f"`callback_on_step_end` is {callback!r}; it must be callable.")
+        allowed = self._callback_tensor_inputs
+        if not isinstance(names, (list, tuple)) or not all(name in allowed for name in names):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` is {names!r}; it must be a list of {allowed}.")
 
     @contextmanager
     def _trajectory(self):
         """Resets timestep, block caches and offloaded models when a trajectory ends, is interrupted or fails."""
+        scheduler = self.scheduler
+        variance_type = scheduler.config.get("variance_type")
+        # Solvers that got it from a DDPM would cut the prediction down to three channels.
+        hides_variance = variance_type in LEARNED_VARIANCE and not takes_variance(scheduler)
         self._trajectory_thread = threading.get_ident()
         try:
+            if hides_variance:
+                scheduler.register_to_config(variance_type=None)
             yield
         finally:
+            if hides_variance:
+                scheduler.register_to_config(variance_type=variance_type)
             self._current_timestep = self._trajectory_thread = None
             if hasattr(self.transformer, "_reset_stateful_cache"):
                 self.transformer._reset_stateful_cache()
@@ -1069,7 +1017,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             direction = conditional[:, :count] - unconditional[:, :count]
             mean = unconditional[:, :count] + self._guidance_scale * direction
             output = torch.cat([mean, conditional[:, count:]], dim=1)  # the rest, variance too, is conditional
-        return output if self._scheduler_takes_variance else output[:, :channels]
+        return output if takes_variance(self.scheduler) else output[:, :channels]
 
     @torch.no_grad()
     def decode_latents(
@@ -1232,9 +1180,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._check_output(output_type)
         self._check_vae()
         self._check_scheduler(timesteps, sigmas, eta)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"`callback_on_step_end` is {callback_on_step_end!r}; it must be callable.")
-        self._check_callback(callback_on_step_end_tensor_inputs)
+        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         shape = self._check_size(height, width, latents, len(class_ids) * count)
         class_ids = [label for label in class_ids for _ in range(count)]
         self._guidance_scale = float(settings["guidance_scale"])
@@ -1256,7 +1202,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         # 3. Denoise
         overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
         with self._trajectory():
-            with self._without_foreign_variance(), self.progress_bar(total=len(schedule)) as progress_bar:
+            with self.progress_bar(total=len(schedule)) as progress_bar:
                 for index, timestep in enumerate(schedule):
                     if self._interrupt:
                         break
