@@ -224,7 +224,7 @@ def test_uploads_are_closed_whatever_ends_the_training(tmp_path, monkeypatch, er
         def __init__(self, repo_id):
             self.close = lambda: closed.append(repo_id)
 
-    def train(validation):
+    def train(validation, must_fall):
         assert not closed
         if error is not None:
             raise error
@@ -235,6 +235,7 @@ def test_uploads_are_closed_whatever_ends_the_training(tmp_path, monkeypatch, er
     names = "output_dir seed validation_classes validation_images_per_class"
     args = SimpleNamespace(**dict.fromkeys(names.split()))
     args.push_to_hub, args.hub_model_id = True, "user/watched"
+    args.pretrained_model_name_or_path, args.learning_rate = "base", 1e-3
     trainer = SimpleNamespace(transformer=None, train=train, stopped_by=15)
     accelerator = SimpleNamespace(is_main_process=True, print=print)
     training = SimpleNamespace(args=args, accelerator=accelerator, held_out=None, sampling={})
