@@ -34,7 +34,7 @@ from dit_hf.data.latents import (
 )
 from dit_hf.data.pixels import center_crop, normalize_pixels
 from dit_hf.data.reader import ImageReader
-from dit_hf.data.shards import file_checksum
+from dit_hf.data.shards import file_checksum, index_checksum
 from dit_hf.training.data import ImageData, write_latents
 from dit_hf.training.running import local_share, start_accelerator
 
@@ -315,7 +315,16 @@ def rewrite(folder, tensors=None, **changes):
             metadata = file.metadata()
         save_file({name: tensor.contiguous() for name, tensor in tensors(load_file(path)).items()}, path, metadata)
         shard["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (folder / "index.json").write_text(json.dumps(index | changes))
+    index |= changes
+    (folder / "index.json").write_text(json.dumps(index | {"checksum": index_checksum(index)}))
+
+
+def test_an_index_that_was_changed_is_refused(workspace, tmp_path):
+    cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(index | {"latents_mean": [8.0] * len(index["latents_mean"])}))
+    with pytest.raises(ValueError, match="index.json was changed since it was written"):
+        CachedLatents(tmp_path)
 
 
 @pytest.mark.parametrize(
