@@ -67,6 +67,19 @@ def fingerprint_of(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def cache_fingerprint(dataset, source: str | Path, **settings: Any) -> str:
+    """
+    Changes when the data or what is done to them change.
+
+    Args:
+        dataset, source, settings: As [`cache_settings`] takes them.
+
+    Returns:
+        `str`
+    """
+    return fingerprint_of(cache_settings(dataset, source, **settings))
+
+
 def summary(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as a cache records them: of a long list, such as the state of all files, its length and hash."""
     long = {key: value for key, value in settings.items() if isinstance(value, list) and len(value) > LISTED}
