@@ -47,7 +47,7 @@ def test_profiles_have_the_width_they_are_named_after():
         weights = times**gamma / (times**gamma).sum()
         mean = (weights * times).sum()
         assert ((weights * (times - mean) ** 2).sum().sqrt() - sigma_rel).abs() < 1e-6
-    with pytest.raises(ValueError, match=r"sigma_rel is 0.3; it must be above 0 and below 0.2887"):
+    with pytest.raises(ValueError, match=r"sigma_rel is 0.3; it must be above 1e-6 and below 0.2887"):
         profile_exponent(0.3)
 
 
