@@ -299,6 +299,14 @@ def test_links_are_downloaded_once(tmp_path, file_server):
         assert asked.count(("GET", "/dit_p2.pt")) == 1
 
 
+@pytest.mark.parametrize(
+    "link", ["http://x:y/dit.pt", "http://\0/dit.pt", "http://x/a\nb.pt", "https://x:99999/dit.pt"]
+)
+def test_what_is_no_address_is_named(link):
+    with pytest.raises(ValueError, match="is no address of a file"):
+        DiTTransformer2DModel.from_single_file(link)
+
+
 def test_no_network_is_reported_at_once(tmp_path):
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     links = ["http://127.0.0.1:9/user/dit/blob/main/dit.pt", "http://127.0.0.1:10/dit.pt"]

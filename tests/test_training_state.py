@@ -105,6 +105,35 @@ def test_no_pickle_of_a_checkpoint_runs_code(run, tmp_path, older):
     assert (tmp_path / "marker").exists()  # it would have run
 
 
+def shrink(state):
+    """Moments smaller than their weights: the fused kernel would write past their end."""
+    for entry in state["state"].values():
+        entry |= {"exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (shrink, r"exp_avg of torch.Size\(\[1\]\) for a parameter of"),
+        (lambda state: state["param_groups"][0]["params"].reverse(), "exp_avg of .* for a parameter of"),
+        (lambda state: state["param_groups"][0].update(maximize=True), "has maximize of another run"),
+        (lambda state: state["param_groups"][0].update(betas=None), "has betas of another run"),
+        (lambda state: state["param_groups"][0].update(lr=-1.0), "has the learning rate -1.0"),
+        (lambda state: state["param_groups"][0].update(lr="x"), "has the learning rate 'x'"),
+    ],
+)
+def test_a_forged_optimizer_is_refused(run, tmp_path, forge, message):
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+    forge(state)
+    torch.save(state, checkpoint / "optimizer.bin")
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint, 2)  # the list, too, may be the attacker's
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", max_train_steps=3, lr_scheduler="constant", ema_profiles=True)
+
+
 def test_a_rewind_opens_no_code(tmp_path):
     config = TrainingConfig(tmp_path / "run", 4, max_train_steps=6, checkpointing_steps=2, on_spike="rewind")
     model = tiny_transformer(sample_size=16, learn_sigma=False)

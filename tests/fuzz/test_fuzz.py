@@ -129,12 +129,8 @@ def pipeline(place):
 CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
 
-@given(data=st.data())
-def test_a_damaged_configuration(pipeline, data):
-    name = data.draw(st.sampled_from(CONFIGS))
-    folder = pipeline.with_name("damaged")
-    shutil.copytree(pipeline, folder, dirs_exist_ok=True)
-    (folder / name).write_text(data.draw(damaged_json(json.loads((pipeline / name).read_text()))), encoding="utf-8")
+def check_pipeline(folder):
+    """Loads a pipeline and takes one step: refused, or a finite image."""
     try:
         pipe = DiTClassCondPipeline.from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
@@ -142,6 +138,15 @@ def test_a_damaged_configuration(pipeline, data):
     except REFUSED:
         return
     assert images.isfinite().all()
+
+
+@given(data=st.data())
+def test_a_damaged_configuration(pipeline, data):
+    name = data.draw(st.sampled_from(CONFIGS))
+    folder = pipeline.with_name("damaged")
+    shutil.copytree(pipeline, folder, dirs_exist_ok=True)
+    (folder / name).write_text(data.draw(damaged_json(json.loads((pipeline / name).read_text()))), encoding="utf-8")
+    check_pipeline(folder)
 
 
 @given(data=st.data())
@@ -150,13 +155,7 @@ def test_damaged_weights_of_a_pipeline(pipeline, data):
     shutil.copytree(pipeline, folder, dirs_exist_ok=True)
     file = folder / data.draw(st.sampled_from(("transformer", "vae"))) / "diffusion_pytorch_model.safetensors"
     file.write_bytes(data.draw(damaged_bytes(file.read_bytes())))
-    try:
-        pipe = DiTClassCondPipeline.from_pretrained(folder)
-        pipe.set_progress_bar_config(disable=True)
-        images = pipe([0], num_inference_steps=1, output_type="pt").images
-    except REFUSED:
-        return
-    assert images.isfinite().all()
+    check_pipeline(folder)
 
 
 LATENTS = FIXTURES / "emoji_latents"

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent: written to the side, renamed, then the oldest removed."""
 
+import math
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
@@ -26,6 +28,8 @@ from .saved_state import (
 )
 
 
+# What no checkpoint may change in an optimizer.
+OPTIONS = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
@@ -233,7 +237,47 @@ def load_checkpoint(accelerator, checkpoint: Path, states: Mapping[str, Any]) ->
     try:
         on_main(accelerator, check)
         with weights_only(checkpoint), reading(checkpoint, "checkpoint"), accelerate_files(checkpoint) as folder:
+            options = [_options(optimizer) for optimizer in accelerator._optimizers]
             accelerator.load_state(str(folder))
+        for optimizer, before in zip(accelerator._optimizers, options, strict=True):
+            check_optimizer(optimizer, before, checkpoint)
         load_states(checkpoint, states)
     except ValueError as error:
         raise ValueError(f"{error}{_way_out(checkpoint)}") from None
+
+
+def _options(optimizer):
+    """What the configuration alone decides, of each group of parameters."""
+    return [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
+
+
+def check_optimizer(optimizer, options: list[dict[str, Any]], checkpoint: Path) -> None:
+    """
+    Compares what an optimizer has loaded with its parameters, before it takes a step: torch's fused kernels read and
+    write moments of the parameters' size, whatever their own is.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): After loading; only AdamW's moments are known.
+        options (`list` of `dict`): Of each group of parameters before.
+        checkpoint (`Path`): Named in errors.
+
+    Raises:
+        ValueError: if an option differs, the learning rate is no number, or a moment does not fit its parameter.
+    """
+    for number, (group, own) in enumerate(zip(optimizer.param_groups, options, strict=True)):
+        changed = [name for name, value in own.items() if group.get(name) != value]
+        if changed:
+            raise ValueError(f"The optimizer of {checkpoint} has {changed[0]} of another run in group {number}.")
+        rate = group["lr"]
+        if not isinstance(rate, float | int | torch.Tensor) or not 0 <= float(rate) < math.inf:
+            raise ValueError(f"The optimizer of {checkpoint} has the learning rate {rate!r} in group {number}.")
+    if not isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.AdamW):
+        return
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            shape = torch.Size() if name == "step" else parameter.shape
+            if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
+                raise ValueError(
+                    f"The optimizer of {checkpoint} has {name} of {getattr(value, 'shape', type(value))} for a "
+                    f"parameter of {parameter.shape}."
+                )
