@@ -80,11 +80,15 @@ def test_any_average_is_found_when_training_is_over(tmp_path):
         newest.write_bytes(content)
         with pytest.raises(ValueError, match=f"ema-400-0.10.safetensors {message}"):
             average_after_training(tmp_path, 0.1)
-    bad, other = {"w": torch.full((1,), torch.nan)}, {"v": torch.ones(1)}
-    for tensors, message in ((bad, "w is not finite"), (other, "another")):
+    bad, other = {"w": torch.full((1,), torch.nan).half()}, {"v": torch.ones(1)}
+    integers = {"w": torch.ones(1, dtype=torch.int8)}
+    for tensors, message in ((bad, "w is not finite"), (other, "another"), (integers, "torch.int8, not float16")):
         save_file(tensors, newest)
         with pytest.raises(ValueError, match=f"ema-400-0.10.safetensors is .*{message}"):
             average_after_training(tmp_path, 0.1)
+    newest.unlink()
+    with pytest.raises(ValueError, match="lacks ema-400-0.10.safetensors"):
+        average_after_training(tmp_path, 0.1)
     (tmp_path / "ema-0-0.05.safetensors").unlink()
     PowerAverages.drop_snapshots(tmp_path, 200)
     assert max(int(path.name.split("-")[1]) for path in tmp_path.iterdir()) == 200

@@ -188,6 +188,10 @@ def average_after_training(folder: str | Path, sigma_rel: float, step: int | Non
         raise ValueError(
             f"{folder} holds no snapshots for step {step}, the newest is of {newest}; train with --ema_profiles."
         )
+    for end in {end for _, end in found.values()}:
+        names = [f"ema-{end}-{width}.safetensors" for width in ("0.05", "0.10")]
+        if absent := [name for name in names if Path(folder, name) not in found]:
+            raise ValueError(f"{folder} lacks {absent[0]}; move the other snapshot of step {end} away, too.")
     target = (profile_exponent(sigma_rel), step)
     profiles = list(found.values())
     overlaps = torch.tensor([[_overlap(a, b) for b in profiles] for a in profiles], dtype=torch.float64)
@@ -211,6 +215,8 @@ def _read_snapshot(path, like):
         name: tensor.shape for name, tensor in like.items()
     }:
         raise ValueError(f"{path} is of another model than the other snapshots; move it away.")
-    if bad := [name for name, tensor in snapshot.items() if not tensor.float().isfinite().all()]:
+    if bad := [name for name, tensor in snapshot.items() if tensor.dtype != torch.float16]:
+        raise ValueError(f"{path} is damaged: {bad[0]} is of {snapshot[bad[0]].dtype}, not float16; move it away.")
+    if bad := [name for name, tensor in snapshot.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{path} is damaged: {bad[0]} is not finite; move it away.")
     return snapshot
