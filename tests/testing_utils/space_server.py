@@ -15,7 +15,7 @@ APP = ROOT / "examples" / "space" / "app.py"
 
 
 # What would hide that the app writes where it should not.
-HIDING = ("TORCHINDUCTOR", "PYTHONDONTWRITEBYTECODE", "XDG_", "HF_HOME")
+HIDING = ("GRADIO_", "TORCHINDUCTOR", "PYTHONDONTWRITEBYTECODE", "XDG_", "HF_HOME")
 
 
 @contextmanager
