@@ -41,10 +41,11 @@ def tiny_transformer(seed=0, **overrides):
     return model.eval()
 
 
-# The paper's four designs, and LightningDiT's additions to the first.
+# The paper's four designs, and LightningDiT's and MeanFlow's additions to the first.
 LIGHTNING = {"norm": "rms_norm", "qk_norm": True, "ff": "swiglu", "modulation_shift": False}
 DESIGNS = {name: {"conditioning": name} for name in CONDITIONINGS} | {
-    "lightningdit": LIGHTNING | {"position_embedding": "sincos+rope"}
+    "lightningdit": LIGHTNING | {"position_embedding": "sincos+rope"},
+    "meanflow": {"interval_embedding": True, "learn_sigma": False, "timestep_scale": 0.001},
 }
 
 

@@ -30,14 +30,20 @@ every_conditioning = pytest.mark.parametrize("conditioning", DESIGNS)
 one_per_block_class = pytest.mark.parametrize("conditioning", ("adaln_zero", "cross_attention"))
 
 
+def inputs_of(model):
+    """Inputs with everything that the model takes."""
+    inputs = tiny_inputs()
+    return inputs | ({"r_timestep": 0.3 * inputs["timestep"]} if model.config.interval_embedding else {})
+
+
 def run(model, **overrides):
     with torch.no_grad():
-        return model(**(tiny_inputs() | overrides)).sample
+        return model(**(inputs_of(model) | overrides)).sample
 
 
 def run_unfused(model, **overrides):
     """With a gradient: CPU inference fuses a plain layer with its GELU, but not one with hooks or adapters."""
-    return model(**(tiny_inputs() | overrides)).sample.detach()
+    return model(**(inputs_of(model) | overrides)).sample.detach()
 
 
 def assert_near(actual, expected, tolerance=0.0):
@@ -70,7 +76,7 @@ def saved(model, path, **options):
 def gradients(model):
     model.zero_grad()
     keep_labels = torch.zeros(3, dtype=torch.int64)
-    model.train()(**tiny_inputs(), force_drop_ids=keep_labels).sample.square().mean().backward()
+    model.train()(**inputs_of(model), force_drop_ids=keep_labels).sample.square().mean().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 

@@ -39,11 +39,9 @@ def build_pipeline(
         ValueError: if the checkpoint is damaged, or `vae` is no autoencoder of images.
     """
     transformer = build_model(DiTTransformer2DModel, checkpoint, path, dtype)
-    if checkpoint.family.flow_matching:
-        scheduler = make_scheduler("flow_euler")
-    else:
-        variance = {} if transformer.config.learn_sigma else {"variance_type": "fixed_large"}
-        scheduler = make_scheduler("ddpm", **variance)
+    fixed_variance = checkpoint.family.scheduler == "ddpm" and not transformer.config.learn_sigma
+    options = {"variance_type": "fixed_large"} if fixed_variance else {}
+    scheduler = make_scheduler(checkpoint.family.scheduler, **options)
     call = dict(checkpoint.family.recommended_call)
     if transformer.config.class_dropout_prob == 0:  # no null class, no guidance
         call = {name: value for name, value in call.items() if not name.startswith("guidance")}
