@@ -23,6 +23,7 @@ except ImportError:  # before diffusers 0.39
     FlowMapEulerDiscreteScheduler = None  # type: ignore[assignment,misc]
 
 from .pipeline_dit_class_cond import trained_prediction
+from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 
 __all__ = ["RECIPES", "SchedulerRecipe", "make_scheduler", "trained_options", "trained_prediction"]
@@ -49,6 +50,7 @@ SchedulerRecipe = Literal[
     "flow_unipc",
     "flow_map",
     "flow_lcm",
+    "flow_sde",
 ]
 RECIPES: dict[SchedulerRecipe, tuple[type[SchedulerMixin] | None, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, TRAINING_DIFFUSION | DDPM),
@@ -68,6 +70,7 @@ RECIPES: dict[SchedulerRecipe, tuple[type[SchedulerMixin] | None, dict[str, Any]
     ),
     "flow_map": (FlowMapEulerDiscreteScheduler, {}),
     "flow_lcm": (FlowMatchLCMScheduler, {}),
+    "flow_sde": (FlowMatchSDEScheduler, {}),
 }
 
 
@@ -81,6 +84,7 @@ def make_scheduler(name: SchedulerRecipe, **overrides: Any) -> SchedulerMixin:
             step counts that divide 1000); `"dpm++"`, `"dpm++_singlestep"` and `"unipc"` are fast solvers of the same
             diffusion; `"flow_euler"`, `"flow_heun"`, `"flow_dpm++"` and `"flow_unipc"` sample flow-matching models. In
             the pipeline the first two run N equal steps from sigma 1; the last two start at diffusers' 0.999 for them.
+            `"flow_sde"` takes the stochastic steps that SiT, REPA and REPA-E publish their results with.
             `"flow_map"` and `"flow_lcm"` are for models of few steps, which predict the mean velocity over an
             interval: the first goes from each timestep to the next (MeanFlow), the second to the data and back by
             fresh noise (SoFlow, consistency models).
