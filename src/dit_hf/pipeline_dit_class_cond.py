@@ -536,13 +536,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         super().save_config(folder, push_to_hub, **kwargs)
 
     def to_json_string(self):
-        """The index, which names this file and the transformer's as the code, and not where the parts came from."""
+        """The index, which names this file and the components' as the code, and not where they came from."""
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)  # may be a path of this machine
         index["_class_name"] = [Path(__file__).stem, type(self).__name__]
-        auto_map = json.loads(self.transformer.to_json_string()).get("auto_map")
-        if auto_map is not None:
-            index |= {"transformer": auto_map["AutoModel"].split("."), "auto_map": auto_map}
+        for name in ("scheduler", "transformer"):
+            auto_map = json.loads(getattr(self, name).to_json_string()).get("auto_map")
+            if auto_map is not None:
+                index |= {name: auto_map["AutoModel"].split("."), "auto_map": auto_map}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def _remove_origins(self, folder):
