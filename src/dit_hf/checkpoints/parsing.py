@@ -94,6 +94,7 @@ def parse_checkpoint(
     weights: str = "ema",
     embedders_of_block: int | None = None,
     has_null_class: bool | None = None,
+    content: dict | None = None,
 ) -> Checkpoint:
     """
     Reads a checkpoint and what its weights say about the model; only baked weights are copied.
@@ -110,6 +111,7 @@ def parse_checkpoint(
             Whether the last row of the class table is the null class of classifier-free guidance. If not given, the
             training arguments tell, or a table of 1000 rows (ImageNet's classes) or of one row has none, any other has
             one.
+        content (`dict`, *optional*): What [`read_checkpoint`] gave, if the file is open already.
 
     Returns:
         `Checkpoint`
@@ -120,7 +122,7 @@ def parse_checkpoint(
     if family not in ("auto", *FAMILIES):
         raise ValueError(f"`family` is {family!r}; it must be one of auto, {', '.join(FAMILIES)}.")
     path = find_file(Path(path))
-    content = read_checkpoint(path)
+    content = read_checkpoint(path) if content is None else content
     original = select_weights(content, weights, path)
     arguments = training_arguments(content)
     if "time_embed.linear_1.weight" in original:

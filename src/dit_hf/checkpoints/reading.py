@@ -141,7 +141,9 @@ def _explain(error):
     return first_line(error)
 
 
-def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, torch.Tensor]:
+def select_weights(
+    content: dict, weights: str, path: str | Path, beginnings: tuple[str, ...] = ("",)
+) -> dict[str, torch.Tensor]:
     """
     The state dict inside a checkpoint: the file itself, or the entry that training scripts keep it under.
 
@@ -153,6 +155,7 @@ def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, t
             `"ema"` (entries `ema`, `model_ema`, `ema_model`) or `"model"` (`model`, `module`, `state_dict`); ignored
             if the file is a state dict itself, or wraps its only one as `module` or `state_dict`.
         path (`str` or `Path`): Named in errors.
+        beginnings (`tuple[str, ...]`, *optional*): Of the keys that are taken; all if not given.
 
     Returns:
         `dict[str, torch.Tensor]`
@@ -176,6 +179,7 @@ def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, t
         )
     if not isinstance(content, dict):
         raise ValueError(f"Checkpoint {path}: its weights are a {type(content).__name__}, not a dictionary.")
+    content = {key: value for key, value in content.items() if WRAPPERS.sub("", str(key)).startswith(beginnings)}
     for key, value in content.items():
         if (problem := find_problem(value)) or not isinstance(key, str):
             raise ValueError(f"Checkpoint {path}: {key!r} {problem or 'is no name of a weight'}.")
