@@ -351,7 +351,7 @@ PIXELS = {"checkpoint_path": FIXTURES / "dit_p8_in3.pt", "family": "dit", "num_a
 FLAGS = {
     "groups": (VAVAE | {"norm_num_groups": None}, r"its width 6 is not divisible by 32 groups; .*--norm_num_groups"),
     "no statistics": (VAVAE | {"latents_stats": None}, "has no statistics of its latents; pass --latents_stats FILE"),
-    "family": (VAVAE | {"family": "sit"}, "is no sit model; its keys look like vavae"),
+    "family": (VAVAE | {"family": "sit"}, "is an autoencoder, no transformer; `--family vavae` converts it"),
     "a transformer": (SIT | {"family": "vavae"}, "is no original AutoencoderKL: the key 'encoder.down.0.block"),
     "id2label": (VAVAE | {"vae": "x"}, "--vae is for pipelines, and .*vavae.pt is an autoencoder; omit it"),
     "license": (VAVAE | {"license": "mit"}, "--license is for pipelines"),

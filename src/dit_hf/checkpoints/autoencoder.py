@@ -14,14 +14,13 @@ from diffusers import AutoencoderKL
 
 from .loading import check_keys, copy_weight
 from .parsing import check_finite
-from .reading import ENTRIES, WRAPPERS, find_file, read_checkpoint, select_weights
+from .reading import ENTRIES, find_file, read_checkpoint, select_weights
 
 
 # As `--family` takes it.
 VAVAE = "vavae"
 # What inference needs. Training checkpoints hold discriminator, perceptual loss and foundation model as well.
 BEGINNINGS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-MARKS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 # Of REPA-E's training checkpoint, which has the transformer under the usual names.
 ENTRY = "vae"
 
@@ -67,7 +66,7 @@ def key_table(levels: int, layers_per_block: int) -> dict[str, str]:
                 parts[f"{original}.block.{index}"] = (f"{ours}.resnets.{index}", RESNET)
                 parts[f"{original}.attn.{index}"] = (f"{ours}.attentions.{index}", ATTENTION)
         for original, (ours, names) in parts.items():
-            layers |= {f"{side}.{original}.{name}": f"{side}.{ours}.{names[name]}" for name in names}
+            layers |= {f"{side}.{original}.{old}": f"{side}.{ours}.{new}" for old, new in names.items()}
     return {f"{original}.{kind}": f"{ours}.{kind}" for original, ours in layers.items() for kind in ("weight", "bias")}
 
 
@@ -105,21 +104,6 @@ class Autoencoder:
             f"{VAVAE}: an autoencoder of widths {widths}, {blocks} block{'s' * (blocks != 1)} per level, "
             f"{self.config['latent_channels']} latent channels, {parameters / 1e6:.2f} M parameters"
         )
-
-
-def holds_autoencoder(content: Mapping) -> bool:
-    """
-    Whether a file's weights are an autoencoder's, by their keys.
-
-    Args:
-        content (`dict`): From [`read_checkpoint`].
-
-    Returns:
-        `bool`
-    """
-    entries = [content, *(content.get(name) for names in ENTRIES.values() for name in names)]
-    keys = [{WRAPPERS.sub("", str(key)) for key in entry} for entry in entries if isinstance(entry, dict)]
-    return any(names.issuperset(MARKS) for names in keys)
 
 
 def parse_autoencoder(

@@ -13,7 +13,7 @@ from ..presets import PRESETS
 from ..transformer_dit import swiglu_width
 from . import FAMILIES
 from .family import Family
-from .reading import find_file, read_checkpoint, select_weights, training_arguments
+from .reading import find_file, holds_autoencoder, read_checkpoint, select_weights, training_arguments
 
 
 logger = logging.get_logger(__name__)
@@ -123,6 +123,8 @@ def parse_checkpoint(
         raise ValueError(f"`family` is {family!r}; it must be one of auto, {', '.join(FAMILIES)}.")
     path = find_file(Path(path))
     content = read_checkpoint(path) if content is None else content
+    if holds_autoencoder(content):
+        raise ValueError(f"Checkpoint {path} is an autoencoder, no transformer; `--family vavae` converts it.")
     original = select_weights(content, weights, path)
     arguments = training_arguments(content)
     if "time_embed.linear_1.weight" in original:

@@ -16,6 +16,8 @@ from ..files import check_file, first_line
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # Entries that training scripts keep their weights under, by what `weights` asks for.
 ENTRIES = {"ema": ("ema", "model_ema", "ema_model"), "model": ("model", "module", "state_dict")}
+# Keys of the autoencoders of latent diffusion, and of nothing else.
+AUTOENCODER_MARKS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 # The pickle of a zip archive has names, shapes and plain values; the tensors are beside it.
 MAX_PICKLE_BYTES = 32 * 2**20
 ENCRYPTED = 1
@@ -187,6 +189,21 @@ def select_weights(
     if len(unwrapped) < len(content):
         raise ValueError(f"Checkpoint {path} holds a weight twice, with and without `module.` or `_orig_mod.`.")
     return unwrapped
+
+
+def holds_autoencoder(content: dict) -> bool:
+    """
+    Whether a file's weights are an autoencoder's, by their keys.
+
+    Args:
+        content (`dict`): From [`read_checkpoint`].
+
+    Returns:
+        `bool`
+    """
+    entries = [content, *(content.get(name) for names in ENTRIES.values() for name in names)]
+    keys = [{WRAPPERS.sub("", str(key)) for key in entry} for entry in entries if isinstance(entry, dict)]
+    return any(names.issuperset(AUTOENCODER_MARKS) for names in keys)
 
 
 def find_problem(value) -> str | None:

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import FAMILIES
-from ..checkpoints.autoencoder import NORM_NUM_GROUPS, VAVAE, Autoencoder, holds_autoencoder, parse_autoencoder
+from ..checkpoints.autoencoder import NORM_NUM_GROUPS, VAVAE, Autoencoder, parse_autoencoder
 from ..checkpoints.autoencoder_parity import measure_autoencoder_parity
 from ..checkpoints.links import download, is_link
 from ..checkpoints.parity import Parity, measure_parity
 from ..checkpoints.parsing import Checkpoint, parse_checkpoint
-from ..checkpoints.reading import find_file, read_checkpoint
+from ..checkpoints.reading import find_file, holds_autoencoder, read_checkpoint
 from ..checkpoints.saving import TRAINING_ONLY_FILE
 from ..command_line import ArgumentParser, integer, run
 from ..conversion import load_transformer
@@ -75,11 +75,8 @@ def read(args: argparse.Namespace) -> Checkpoint | Autoencoder:
     if is_link(args.checkpoint_path):
         args.checkpoint_path = str(download(args.checkpoint_path))
     content = read_checkpoint(find_file(Path(args.checkpoint_path)))
-    found = holds_autoencoder(content)
-    if args.family == VAVAE or (args.family == "auto" and found):
+    if args.family == VAVAE or (args.family == "auto" and holds_autoencoder(content)):
         return parse_autoencoder(args.checkpoint_path, args.norm_num_groups, content)
-    if found:
-        raise ValueError(f"Checkpoint {args.checkpoint_path} is no {args.family} model; its keys look like {VAVAE}.")
     return parse_checkpoint(
         args.checkpoint_path,
         args.num_attention_heads,
