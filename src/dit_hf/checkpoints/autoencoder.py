@@ -190,8 +190,6 @@ def infer_config(weights: Mapping[str, torch.Tensor], path: str | Path) -> dict:
         "block_out_channels": tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in levels),
         "layers_per_block": count_layers("encoder.down.0.block.{}.conv1.weight"),
         "latent_channels": shape("decoder.conv_in.weight")[1],
-        "sample_size": SAMPLE_SIZE,
-        "force_upcast": False,
     }
 
 
@@ -226,7 +224,14 @@ def build_autoencoder(
         )
     mean, std = statistics
     with init_empty_weights():
-        vae = AutoencoderKL(**autoencoder.config, latents_mean=mean, latents_std=std, scaling_factor=1.0)
+        vae = AutoencoderKL(
+            **autoencoder.config,
+            latents_mean=mean,
+            latents_std=std,
+            scaling_factor=1.0,
+            sample_size=SAMPLE_SIZE,
+            force_upcast=False,
+        )
     needed = {ours: weight.shape for ours, weight in vae.state_dict().items()}
     # Key by key, so that no weight is in memory twice.
     for key, ours in table_of(vae).items():

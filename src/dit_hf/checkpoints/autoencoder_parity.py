@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ..seeds import seeded_generator
 from .autoencoder import Autoencoder, original_autoencoder
-from .parity import Parity, is_rounded, largest, output_distance, weight_distance
+from .parity import Parity, compare_weights, largest, output_distance
 
 
 def measure_autoencoder_parity(autoencoder: Autoencoder, vae, seed: int = 0) -> Parity:
@@ -33,7 +33,9 @@ def measure_autoencoder_parity(autoencoder: Autoencoder, vae, seed: int = 0) -> 
     for name, value in autoencoder.config.items():
         given = tuple(vae.config[name]) if isinstance(value, tuple) else vae.config[name]
         if given != value:
-            raise ValueError(f"The checkpoint has {name}={value!r} and the autoencoder {given!r}: they differ.")
+            raise ValueError(
+                f"The checkpoint has {name}={value!r} and the autoencoder {given!r}: they are not the same."
+            )
     generator, channels = seeded_generator(seed, 0), autoencoder.config["latent_channels"]
     size = 2 ** len(autoencoder.config["block_out_channels"])
     images = torch.rand(1, autoencoder.config["in_channels"], size, size, generator=generator) * 2 - 1
@@ -51,16 +53,8 @@ def measure_autoencoder_parity(autoencoder: Autoencoder, vae, seed: int = 0) -> 
             )
             for weights in (autoencoder.original, back)
         )
-    pairs = [(weight, back[key]) for key, weight in autoencoder.original.items()]
-    return Parity(
-        forward,
-        forward_back,
-        weights=largest(weight_distance(given, written.to(given.dtype)) for given, written in pairs),
-        exact=sum(torch.equal(given, written.to(given.dtype)) for given, written in pairs),
-        changed=sum(not is_rounded(given, written) for given, written in pairs),
-        total=len(pairs),
-        dtype=vae.dtype,
-    )
+    compared = compare_weights(autoencoder.original, back, autoencoder.original)
+    return Parity(forward, forward_back, **compared, dtype=vae.dtype)
 
 
 def reference_encode(weights: dict[str, torch.Tensor], groups: int, images: torch.Tensor) -> torch.Tensor:

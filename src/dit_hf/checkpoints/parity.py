@@ -1,7 +1,9 @@
 """Whether a converted model computes what its checkpoint computes, and goes back to it: measured, not assumed."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,12 +103,31 @@ def measure_parity(checkpoint: Checkpoint, model, training_only: str | Path | No
     original = checkpoint.original | checkpoint.training_only
     # The stock format has its table of positions in some files only.
     original = {key: weight for key, weight in original.items() if key in back or key not in family.tables}
-    exact = sum(torch.equal(weight, back[key].to(weight.dtype)) for key, weight in original.items())
-    apart = largest(weight_distance(weight, back[key].to(weight.dtype)) for key, weight in original.items())
     baked = {key for key, ours in family.keys.items() if family.data_at_one and ours == "time_embed.linear_1.weight"}
-    renamed = original.keys() - baked - family.tables.keys()
-    changed = sum(not is_rounded(original[key], back[key]) for key in renamed)
-    return Parity(forward, forward_back, apart, exact, changed, len(original), model.dtype)
+    weights = compare_weights(original, back, original.keys() - baked - family.tables.keys())
+    return Parity(forward, forward_back, **weights, dtype=model.dtype)
+
+
+def compare_weights(
+    original: dict[str, torch.Tensor], back: dict[str, torch.Tensor], renamed: Collection[str]
+) -> dict[str, Any]:
+    """
+    What [`Parity`] says of weights.
+
+    Args:
+        original (`dict[str, torch.Tensor]`): Of the file.
+        back (`dict[str, torch.Tensor]`): What was written back.
+        renamed (`Collection[str]`): Keys of those that must come back as they were.
+
+    Returns:
+        `dict`: `weights`, `exact`, `changed` and `total`.
+    """
+    return {
+        "weights": largest(_distance(weight, back[key].to(weight.dtype)) for key, weight in original.items()),
+        "exact": sum(torch.equal(weight, back[key].to(weight.dtype)) for key, weight in original.items()),
+        "changed": sum(not _is_rounded(original[key], back[key]) for key in renamed),
+        "total": len(original),
+    }
 
 
 def largest(values):
@@ -114,7 +135,7 @@ def largest(values):
     return torch.tensor(list(values)).max().item()
 
 
-def is_rounded(given, written):
+def _is_rounded(given, written):
     """Whether two weights are equal in the lower of their types."""
     dtype = given.dtype if written.dtype == torch.float32 else written.dtype
     return torch.equal(given.to(dtype), written.to(dtype))
@@ -126,7 +147,7 @@ def output_distance(output, expected):
     return ((output - expected).abs().max() / scale).item()
 
 
-def weight_distance(given, written):
+def _distance(given, written):
     """Largest difference, relative where weights are larger than 1."""
     given = given.float()
     return ((given - written.float()).abs().max() / given.abs().max().clamp(min=1)).item()
