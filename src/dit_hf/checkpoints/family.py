@@ -56,6 +56,8 @@ class Family:
         reference_forward (`Callable`): The forward pass of the original weights, see [`reference_forward`].
         scheduler (`str`): The recipe of its sampler.
         scaling_factor (`float`, *optional*): Of the latents, where its code does not take the autoencoder's own.
+        latents_statistics (`Callable`, *optional*):
+            Mean and standard deviation of the latents, per channel, from the `training_only` weights of a checkpoint.
         recommended_call (`dict`): Sampling settings of the published results, as the pipeline's `recommended_call`.
         published_license (`str`, *optional*): Licence of the code base's own 1000-class weights.
         reading_note (`str`, *optional*): What a user should know about a model that was read.
@@ -85,6 +87,7 @@ class Family:
     reference_forward: Callable[..., torch.Tensor] = reference_forward
     scheduler: SchedulerRecipe = "ddpm"
     scaling_factor: float | None = None
+    latents_statistics: Callable[[dict[str, torch.Tensor]], tuple[list[float], list[float]]] | None = None
     recommended_call: dict = field(default_factory=dict)
     published_license: str | None = None
     reading_note: str | None = None

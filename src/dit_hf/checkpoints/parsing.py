@@ -13,7 +13,14 @@ from ..presets import PRESETS
 from ..transformer_dit import swiglu_width
 from . import FAMILIES
 from .family import Family
-from .reading import find_entry, find_file, read_checkpoint, select_weights, training_arguments
+from .reading import (
+    find_entry,
+    find_file,
+    holds_autoencoder,
+    read_checkpoint,
+    select_weights,
+    training_arguments,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -48,6 +55,11 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]
     training_only: dict[str, torch.Tensor]
     entry: str | None = None
+
+    @property
+    def latents_statistics(self) -> tuple[list[float], list[float]] | None:
+        """Mean and standard deviation of the latents, per channel, where the file has them."""
+        return self.family.latents_statistics(self.training_only) if self.family.latents_statistics else None
 
     def describe(self) -> str:
         """What the weights say about the model, in one line."""
@@ -98,6 +110,7 @@ def parse_checkpoint(
     weights: str = "auto",
     embedders_of_block: int | None = None,
     has_null_class: bool | None = None,
+    content: dict | None = None,
 ) -> Checkpoint:
     """
     Reads a checkpoint and what its weights say about the model; only baked weights are copied.
@@ -114,6 +127,7 @@ def parse_checkpoint(
             Whether the last row of the class table is the null class of classifier-free guidance. If not given, the
             training arguments tell, or a table of 1000 rows (ImageNet's classes) or of one row has none, any other has
             one.
+        content (`dict`, *optional*): What [`read_checkpoint`] gave, if the file is open already.
 
     Returns:
         `Checkpoint`
@@ -124,7 +138,9 @@ def parse_checkpoint(
     if family not in ("auto", *FAMILIES):
         raise ValueError(f"`family` is {family!r}; it must be one of auto, {', '.join(FAMILIES)}.")
     path = find_file(Path(path))
-    content = read_checkpoint(path)
+    content = read_checkpoint(path) if content is None else content
+    if holds_autoencoder(content):
+        raise ValueError(f"Checkpoint {path} is an autoencoder, no transformer; `--family vavae` converts it.")
     entry = find_entry(content, weights, path)
     original = select_weights(content, entry, path)
     arguments = training_arguments(content)
