@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .models import DiTTransformer2DModel
     from .optimization import optimize, restore
     from .pipeline import DiTClassCondPipeline
-    from .scheduling_flow_match_sde import FlowMatchSDEScheduler
     from .schedulers import make_scheduler
+    from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 # Public name -> its module, imported when the name is used first.
 _MODULES = {

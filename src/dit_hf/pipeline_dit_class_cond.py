@@ -1032,9 +1032,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             return torch.zeros_like(schedule)
         return torch.cat([schedule[1:], schedule.new_zeros(1)]) if _takes_interval(self.scheduler) else None
 
-    def _predict(
-        self, model_input, timestep, class_labels, guidance_channels, guided, position=None, r_timestep=None
-    ):
+    def _predict(self, model_input, timestep, class_labels, guidance_channels, guided, position=None, r_timestep=None):
         """One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32."""
         channels = model_input.shape[1]
         model_input = model_input.to(self.transformer.dtype)
