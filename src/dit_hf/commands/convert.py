@@ -135,10 +135,10 @@ def find_vae(args, in_channels):
     """The autoencoder for a model's latents, checked: a name that is loaded later, or an original one, loaded."""
     if args.vae and is_original_vae(args.vae):
         return load_original_vae(args.vae, in_channels, read_statistics(args), args.norm_num_groups)
-    if args.latents_stats:
-        raise ValueError("--latents_stats is for an original autoencoder; pass its file as --vae, or omit the flag.")
     if args.vae:
         check_vae(args.vae, in_channels)
+    if args.latents_stats:
+        raise ValueError("--latents_stats is for an original autoencoder; pass its file as --vae, or omit the flag.")
     return args.vae
 
 
