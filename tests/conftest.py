@@ -41,10 +41,11 @@ def tiny_transformer(seed=0, **overrides):
     return model.eval()
 
 
-# The paper's four designs, and LightningDiT's additions to the first.
+# The paper's four designs, and LightningDiT's and MeanFlow's additions to the first.
 LIGHTNING = {"norm": "rms_norm", "qk_norm": True, "ff": "swiglu", "modulation_shift": False}
 DESIGNS = {name: {"conditioning": name} for name in CONDITIONINGS} | {
-    "lightningdit": LIGHTNING | {"position_embedding": "sincos+rope"}
+    "lightningdit": LIGHTNING | {"position_embedding": "sincos+rope"},
+    "meanflow": {"interval_embedding": True, "learn_sigma": False, "timestep_scale": 0.001},
 }
 
 
@@ -61,6 +62,11 @@ def tiny_inputs(batch_size=3, channels=4, height=8, width=8, seed=0):
         "timestep": torch.tensor([0.0, 999.0, 412.5, 77.0])[:batch_size],
         "class_labels": torch.tensor([3, 0, 10, 7])[:batch_size],
     }
+
+
+def inputs_of(model, **sizes):
+    """[`tiny_inputs`] with everything that the model takes."""
+    return tiny_inputs(**sizes) | ({"r_timestep": torch.tensor(20.0)} if model.config.interval_embedding else {})
 
 
 @pytest.fixture

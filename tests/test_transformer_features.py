@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DESIGNS, tiny_design, tiny_inputs, tiny_transformer
+from conftest import DESIGNS, inputs_of, tiny_design, tiny_inputs, tiny_transformer
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -32,12 +32,12 @@ one_per_block_class = pytest.mark.parametrize("conditioning", ("adaln_zero", "cr
 
 def run(model, **overrides):
     with torch.no_grad():
-        return model(**(tiny_inputs() | overrides)).sample
+        return model(**(inputs_of(model) | overrides)).sample
 
 
 def run_unfused(model, **overrides):
     """With a gradient: CPU inference fuses a plain layer with its GELU, but not one with hooks or adapters."""
-    return model(**(tiny_inputs() | overrides)).sample.detach()
+    return model(**(inputs_of(model) | overrides)).sample.detach()
 
 
 def assert_near(actual, expected, tolerance=0.0):
@@ -70,7 +70,7 @@ def saved(model, path, **options):
 def gradients(model):
     model.zero_grad()
     keep_labels = torch.zeros(3, dtype=torch.int64)
-    model.train()(**tiny_inputs(), force_drop_ids=keep_labels).sample.square().mean().backward()
+    model.train()(**inputs_of(model), force_drop_ids=keep_labels).sample.square().mean().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -147,7 +147,8 @@ def test_layerwise_casting_skips_declared_modules(conditioning, dtype, tmp_path)
     # Without patterns of ours, diffusers' default ones would skip the same modules.
     cast.enable_layerwise_casting(torch.float8_e4m3fn, dtype, skip_modules_pattern=())
     full = {name for name, parameter in cast.named_parameters() if parameter.dtype != torch.float8_e4m3fn}
-    assert {name.split(".")[0] for name in full if "norm" not in name} == {"pos_embed", "time_embed"}
+    embedders = {"pos_embed", "time_embed"} | ({"interval_embed"} if conditioning == "meanflow" else set())
+    assert {name.split(".")[0] for name in full if "norm" not in name} == embedders
     assert all(name in full for name, _ in cast.named_parameters() if "norm" in name)
     assert cast.dtype == dtype
     output = run(cast, hidden_states=tiny_inputs()["hidden_states"].to(dtype))
@@ -447,7 +448,7 @@ def test_half_precision_keeps_time_embedding_in_float32(conditioning, dtype, tol
     half = DiTTransformer2DModel.from_pretrained(saved(model, tmp_path), torch_dtype=dtype)
     assert half.dtype == dtype
     for name, parameter in half.named_parameters():
-        assert parameter.dtype == (torch.float32 if name.startswith("time_embed") else dtype), name
+        assert parameter.dtype == (torch.float32 if name.startswith(("time_embed", "interval_embed")) else dtype), name
     output = run(half, hidden_states=tiny_inputs()["hidden_states"].to(dtype))
     assert output.dtype == dtype
     assert relative_error(output, run(model)) < tolerance

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from .models import DiTTransformer2DModel
     from .optimization import optimize, restore
     from .pipeline import DiTClassCondPipeline
+    from .scheduling_flow_match_sde import FlowMatchSDEScheduler
     from .schedulers import make_scheduler
 
 # Public name -> its module, imported when the name is used first.
 _MODULES = {
     "DiTClassCondPipeline": ".pipeline",
     "DiTTransformer2DModel": ".models",
+    "FlowMatchSDEScheduler": ".scheduling_flow_match_sde",
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
     "make_scheduler": ".schedulers",
@@ -35,6 +37,7 @@ _lock = threading.RLock()
 __all__ = [
     "DiTClassCondPipeline",
     "DiTTransformer2DModel",
+    "FlowMatchSDEScheduler",
     "ModelMixin",
     "SchedulerMixin",
     "__version__",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.utils import logging
 
 from .bundled import bundled_names, resolve_pipeline, resolve_vae
 from .checkpoints.autoencoder import NORM_NUM_GROUPS, build_autoencoder, parse_autoencoder
@@ -15,6 +16,9 @@ from .files import read_json
 from .models import DiTTransformer2DModel
 from .pipeline import DiTClassCondPipeline
 from .schedulers import make_scheduler
+
+
+logger = logging.get_logger(__name__)
 
 
 def build_pipeline(
@@ -41,18 +45,39 @@ def build_pipeline(
         ValueError: if the checkpoint is damaged, or `vae` is no autoencoder of images.
     """
     transformer = build_model(DiTTransformer2DModel, checkpoint, path, dtype)
-    if checkpoint.family.flow_matching:
-        scheduler = make_scheduler("flow_euler")
-    else:
-        variance = {} if transformer.config.learn_sigma else {"variance_type": "fixed_large"}
-        scheduler = make_scheduler("ddpm", **variance)
+    fixed_variance = checkpoint.family.scheduler == "ddpm" and not transformer.config.learn_sigma
+    options = {"variance_type": "fixed_large"} if fixed_variance else {}
+    scheduler = make_scheduler(checkpoint.family.scheduler, **options)
     call = dict(checkpoint.family.recommended_call)
     if transformer.config.class_dropout_prob == 0:  # no null class, no guidance
         call = {name: value for name, value in call.items() if not name.startswith("guidance")}
     if call.get("guidance_channels", 0) > transformer.config.in_channels:
         del call["guidance_channels"]
-    decoder = load_autoencoder(vae) if isinstance(vae, str) else vae
-    return DiTClassCondPipeline(transformer, scheduler, decoder, id2label, call)
+    if isinstance(vae, str):
+        vae = load_autoencoder(vae)
+        match_latents(vae, checkpoint)
+    return DiTClassCondPipeline(transformer, scheduler, vae, id2label, call)
+
+
+def match_latents(vae, checkpoint: Checkpoint) -> None:
+    """
+    Gives an autoencoder the scale of the latents that a checkpoint was trained on, where its own differs.
+
+    Args:
+        vae (`ModelMixin`): Of diffusers; its config is changed.
+        checkpoint (`Checkpoint`): Of the transformer.
+    """
+    family = checkpoint.family
+    if checkpoint.latents_statistics:
+        mean, std = checkpoint.latents_statistics
+        vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+    elif family.scaling_factor and vae.config.get("scaling_factor") not in (1.0, family.scaling_factor):
+        given = vae.config.get("scaling_factor")
+        logger.warning(
+            f"{family.name}'s code scales latents by {family.scaling_factor}, not by the autoencoder's {given}; the "
+            "pipeline's autoencoder is set so."
+        )
+        vae.register_to_config(scaling_factor=family.scaling_factor)
 
 
 def check_vae(name: str, in_channels: int) -> None:

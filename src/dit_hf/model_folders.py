@@ -17,12 +17,15 @@ from safetensors import safe_open
 
 from .files import check_file, read_json, reading
 from .pipeline_dit_class_cond import check_id2label, check_train_timesteps, takes_variance
+from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 from .transformer_dit import MAX_PARAMETERS
 
 
 MODEL_CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 LIBRARIES = ("diffusers", "dit_hf")
+# Schedulers of this package, whose code a folder carries as well.
+OWN_SCHEDULERS = {"scheduling_flow_match_sde": FlowMatchSDEScheduler}
 WEIGHTS = "diffusion_pytorch_model"
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -60,6 +63,8 @@ def read_index(path: str | Path, transformers: Sequence[str] = ()) -> dict[str, 
                 f"{path}: its transformer is a {pair[1]}, not a {transformers[0]}. To use one of your own, load it "
                 "and pass it as `transformer=`."
             )
+    if index["scheduler"][0] in OWN_SCHEDULERS:
+        index["scheduler"] = ["dit_hf", index["scheduler"][1]]
     call = index.get("recommended_call")
     if call is not None and not isinstance(call, dict):
         raise ValueError(f"{path} has recommended_call: {call!r}; it must be an object.")
@@ -169,7 +174,8 @@ def check_autoencoder(path: Path, vae_class: Any, variant: str | None = None) ->
 def find_class(index: Mapping[str, Any], name: str) -> Any:
     """The class of diffusers that an index names for a component, or None if there is none of its kind."""
     library, class_name = index[name]
-    found = getattr(diffusers, class_name, None) if library in LIBRARIES else None
+    own = {scheduler.__name__: scheduler for scheduler in OWN_SCHEDULERS.values()}
+    found = own.get(class_name) or getattr(diffusers, class_name, None) if library in LIBRARIES else None
     kind = SchedulerMixin if name == "scheduler" else ModelMixin
     fits = isinstance(found, type) and issubclass(found, kind) and (name != "vae" or hasattr(found, "decode"))
     return found if fits else None

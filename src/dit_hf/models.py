@@ -99,7 +99,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         pretrained_model_link_or_path: str | Path,
         num_attention_heads: int | None = None,
         family: str = "auto",
-        weights: str = "ema",
+        weights: str = "auto",
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         has_null_class: bool | None = None,
@@ -114,8 +114,11 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             num_attention_heads (`int`, *optional*):
                 Heads can't be read off the weights; the widths of the paper are known, others need this.
             family (`str`, defaults to `"auto"`):
-                Code base the file comes from: `"dit"`, `"sit"`, `"repa"`, `"lightningdit"` or `"diffusers"`.
-            weights (`str`, defaults to `"ema"`): Which of a training checkpoint's weights, `"ema"` or `"model"`.
+                Code base the file comes from: `"dit"`, `"sit"`, `"repa"`, `"repae"`, `"lightningdit"`, `"meanflow"`,
+                `"soflow"` or `"diffusers"`; most are told by their keys.
+            weights (`str`, defaults to `"auto"`):
+                Which of a training checkpoint's weights, `"ema"` or `"model"`; `"auto"` takes the average where there
+                is one, and logs which it took.
             dtype (`torch.dtype` or `str`, *optional*):
                 Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
                 `from_pretrained`. `torch_dtype` is the same.

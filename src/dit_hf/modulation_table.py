@@ -63,8 +63,9 @@ class ModulationTable:
             classes = classes[:-1]
         steps = schedule[first : first + max(1, ROWS // len(classes))].float()
         ids = torch.tensor(classes)
-        vectors = self.pipe.transformer.compute_modulation(
-            steps.repeat_interleave(len(classes)), ids.repeat(len(steps))
-        )
+        times = {"timestep": steps.repeat_interleave(len(classes))}
+        if (ends := self.pipe._interval_ends()) is not None:
+            times["r_timestep"] = ends[first : first + len(steps)].float().repeat_interleave(len(classes))
+        vectors = self.pipe.transformer.compute_modulation(class_labels=ids.repeat(len(steps)), **times)
         self.schedule, self.classes, self.first = schedule, classes, first
         self.vectors = vectors.unflatten(0, (len(steps), len(classes)))  # (S, K, M)

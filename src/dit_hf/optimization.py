@@ -58,7 +58,8 @@ def optimize(
             too;
             `"balanced"` and `"fastest"` compute in bfloat16, which older processors are slow at, use a solver for few
             steps, and guide in a part of them only. Their steps and interval become the pipeline's
-            `recommended_call`, so that `pipe(labels)` uses them.
+            `recommended_call`, so that `pipe(labels)` uses them. Models of the mean velocity over an interval keep
+            their own sampler.
         device (`str` or `torch.device`, *optional*): Where to move the pipeline.
 
     Raises:
@@ -79,6 +80,8 @@ def optimize(
     if not isinstance(preset, str) or preset not in SPEED_PRESETS:
         raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(SPEED_PRESETS)}.")
     settings = SPEED_PRESETS[preset]
+    if pipe.transformer.config.get("interval_embedding", False):  # its own sampler takes fewer steps than any solver
+        settings = SpeedPreset(settings.precision, None, None, None)
     if settings.precision == "int8" and importlib.util.find_spec("torchao") is None:
         raise ImportError(f"The preset {preset!r} needs torchao: pip install 'dit_hf[quantize]'.")
     networks = compiled_networks(pipe)

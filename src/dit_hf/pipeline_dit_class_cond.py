@@ -89,6 +89,8 @@ MAX_TRAIN_TIMESTEPS = 2**17
 MAX_IMAGES = 2**20
 MAX_PIXELS = 2**16
 MAX_LATENT_VALUES = 2**30
+# Of `FlowMapEulerDiscreteScheduler.index_for_timestep`.
+TIMESTEP_TOLERANCE = 1e-3
 
 
 # The thread that holds a pipeline or component, by its id, once for each time that it entered. No attributes,
@@ -161,7 +163,7 @@ def trained_prediction(scheduler_config: Mapping) -> str:
     name, prediction = scheduler_config.get("_class_name", ""), scheduler_config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(f"{name} has prediction_type={prediction!r}; it must be one of {', '.join(PREDICTIONS)}.")
-    if name.startswith("FlowMatch"):
+    if name.startswith(("FlowMatch", "FlowMap")):
         return "velocity"
     uses_flow_sigmas = bool(scheduler_config.get("use_flow_sigmas"))
     if uses_flow_sigmas != (prediction == "flow_prediction"):
@@ -178,6 +180,11 @@ def takes_variance(scheduler: SchedulerMixin) -> bool:
     """Whether a scheduler takes a predicted variance; others may have got DDPM's `variance_type` by `from_config`."""
     is_ddpm = isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler))
     return is_ddpm and scheduler.config.variance_type in LEARNED_VARIANCE
+
+
+def _takes_interval(scheduler):
+    """Whether a scheduler steps along the mean velocity over an interval, as diffusers' one for flow maps."""
+    return "r_timestep" in inspect.signature(scheduler.step).parameters
 
 
 def spatial_factor(vae: ModelMixin) -> int:
@@ -529,13 +536,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         super().save_config(folder, push_to_hub, **kwargs)
 
     def to_json_string(self):
-        """The index, which names this file and the transformer's as the code, and not where the parts came from."""
+        """The index, which names this file and the components' as the code, and not where they came from."""
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)  # may be a path of this machine
         index["_class_name"] = [Path(__file__).stem, type(self).__name__]
-        auto_map = json.loads(self.transformer.to_json_string()).get("auto_map")
-        if auto_map is not None:
-            index |= {"transformer": auto_map["AutoModel"].split("."), "auto_map": auto_map}
+        for name in ("scheduler", "transformer"):
+            auto_map = json.loads(getattr(self, name).to_json_string()).get("auto_map")
+            if auto_map is not None:
+                index |= {name: auto_map["AutoModel"].split("."), "auto_map": auto_map}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def _remove_origins(self, folder):
@@ -626,6 +634,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     def _has_null_class(self):
         return self.transformer.config.class_dropout_prob > 0
 
+    @property
+    def _guidance_in_weights(self):
+        return self.transformer.config.get("guidance_in_weights", False)
+
     def resolve_call(self, **given) -> dict:
         """
         The settings that a call uses.
@@ -636,14 +648,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
         Returns:
             `dict`: all four: those given, else those of `recommended_call`, else 50 steps at scale 4, or 1 for a model
-            without a null class.
+            without a null class or with guidance in its weights.
 
         Raises:
             ValueError: if a setting is unknown or out of range.
         """
         if unknown := sorted(given.keys() - CALL_DEFAULTS.keys()):
             raise ValueError(f"{unknown[0]!r} is no setting of a call; there are {', '.join(CALL_DEFAULTS)}.")
-        defaults = CALL_DEFAULTS if self._has_null_class else CALL_DEFAULTS | {"guidance_scale": 1.0}
+        takes_guidance = self._has_null_class and not self._guidance_in_weights
+        defaults = CALL_DEFAULTS if takes_guidance else CALL_DEFAULTS | {"guidance_scale": 1.0}
         settings = defaults | (self.config.get("recommended_call") or {})
         settings |= {name: value for name, value in given.items() if value is not None}
         if isinstance(settings["guidance_interval"], list):  # as JSON has it
@@ -727,6 +740,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but the model was built with `class_dropout_prob=0` and has "
                 "no null class to guide away from; pass `guidance_scale=1`."
+            )
+        if guidance_scale > 1 and self._guidance_in_weights:
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale}, but this model was trained to predict the guided velocity "
+                "(`guidance_in_weights=True`) and would be guided twice; pass `guidance_scale=1`."
             )
         if guidance_channels is not None:
             self._check_count("guidance_channels", guidance_channels, config.in_channels)
@@ -825,6 +843,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         schedule, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
         if not all(torch.isfinite(torch.as_tensor(table)).all() for table in (schedule, sigmas) if table is not None):
             raise ValueError(f"{name} makes a schedule that is not finite, with the config {dict(scheduler.config)}.")
+        # diffusers' scheduler of flow maps takes timesteps this close for one another.
+        if _takes_interval(scheduler) and (schedule.diff().abs() <= 2 * TIMESTEP_TOLERANCE).any():
+            raise ValueError(
+                f"{name} has timesteps closer than {2 * TIMESTEP_TOLERANCE}, which it can't tell apart: give fewer "
+                "steps, and its config num_train_timesteps=1000."
+            )
         # Solvers in the logarithm of the signal-to-noise ratio divide by its differences; some allow for none.
         repeated = hasattr(scheduler, "lambda_t") and (torch.as_tensor(sigmas).diff() == 0).any()
         if repeated and not self._stays_finite():
@@ -995,7 +1019,22 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         has_sigmas = hasattr(self.scheduler, "sigmas")
         return position | {"sigma": float(self.scheduler.sigmas[index])} if has_sigmas else position
 
-    def _predict(self, model_input, timestep, class_labels, guidance_channels, guided, position=None):
+    def _interval_ends(self):
+        """
+        The timesteps `(S,)` at which the intervals of a schedule's steps end, for a model that predicts the mean
+        velocity over an interval: the next timestep for a scheduler of flow maps, the data for one that adds noise
+        again. Any other integrates the velocity itself, as with other models, and None is returned.
+        """
+        schedule = self.scheduler.timesteps
+        if not self.transformer.config.get("interval_embedding", False):
+            return None
+        if isinstance(self.scheduler, FlowMatchLCMScheduler):
+            return torch.zeros_like(schedule)
+        return torch.cat([schedule[1:], schedule.new_zeros(1)]) if _takes_interval(self.scheduler) else None
+
+    def _predict(
+        self, model_input, timestep, class_labels, guidance_channels, guided, position=None, r_timestep=None
+    ):
         """One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32."""
         channels = model_input.shape[1]
         model_input = model_input.to(self.transformer.dtype)
@@ -1004,12 +1043,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
             model_input = torch.cat([model_input, model_input])
             class_labels = torch.cat([null_labels, class_labels])
+        times = {} if r_timestep is None else {"r_timestep": r_timestep.expand(len(model_input))}
         with self.transformer.cache_context("guided" if guided else "conditional", **(position or {})):
             output = self.transformer(
                 hidden_states=model_input,
                 timestep=timestep.expand(len(model_input)),
                 class_labels=class_labels,
                 return_dict=False,
+                **times,
             )[0].float()
         if guided:
             unconditional, conditional = output.chunk(2)
@@ -1194,6 +1235,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, "cpu")
         self._check_schedule(num_inference_steps)
         model_schedule = schedule.float().to(device)
+        interval_ends = self._interval_ends()
+        interval_ends = [None] * len(schedule) if interval_ends is None else interval_ends.float().to(device)
         self._num_timesteps = len(schedule)
         class_labels = torch.tensor(class_ids, device=device)
         latents = self._prepare_latents(shape, latents, generator, device)
@@ -1212,9 +1255,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                     model_input = latents
                     if hasattr(self.scheduler, "scale_model_input"):
                         model_input = self.scheduler.scale_model_input(latents, timestep)
-                    guidance = class_labels, guidance_channels, guided
+                    guidance = {
+                        "class_labels": class_labels,
+                        "guidance_channels": guidance_channels,
+                        "guided": guided,
+                    }
                     position = self._position(index, model_schedule)
-                    output = self._predict(model_input, model_schedule[index], *guidance, position)
+                    times = {"timestep": model_schedule[index], "r_timestep": interval_ends[index]}
+                    output = self._predict(model_input, **times, **guidance, position=position)
                     overflows |= ~torch.isfinite(output).flatten(1).all(dim=1)  # a scheduler that clips would hide it
                     latents = self.scheduler.step(output, timestep, latents, **step_options)[0]
                     if callback_on_step_end is not None:

@@ -11,11 +11,19 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+
+try:
+    from diffusers import FlowMapEulerDiscreteScheduler
+except ImportError:  # before diffusers 0.39
+    FlowMapEulerDiscreteScheduler = None  # type: ignore[assignment,misc]
+
 from .pipeline_dit_class_cond import trained_prediction
+from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 
 __all__ = ["RECIPES", "SchedulerRecipe", "make_scheduler", "trained_options", "trained_prediction"]
@@ -31,9 +39,20 @@ DDIM = {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0, "time
 MULTISTEP = {"timestep_spacing": "linspace", "lower_order_final": True}
 
 SchedulerRecipe = Literal[
-    "ddpm", "ddim", "dpm++", "dpm++_singlestep", "unipc", "flow_euler", "flow_heun", "flow_dpm++", "flow_unipc"
+    "ddpm",
+    "ddim",
+    "dpm++",
+    "dpm++_singlestep",
+    "unipc",
+    "flow_euler",
+    "flow_heun",
+    "flow_dpm++",
+    "flow_unipc",
+    "flow_map",
+    "flow_lcm",
+    "flow_sde",
 ]
-RECIPES: dict[SchedulerRecipe, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+RECIPES: dict[SchedulerRecipe, tuple[type[SchedulerMixin] | None, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, TRAINING_DIFFUSION | DDPM),
     "ddim": (DDIMScheduler, TRAINING_DIFFUSION | DDIM),
     "dpm++": (DPMSolverMultistepScheduler, TRAINING_DIFFUSION | MULTISTEP),
@@ -49,6 +68,9 @@ RECIPES: dict[SchedulerRecipe, tuple[type[SchedulerMixin], dict[str, Any]]] = {
         UniPCMultistepScheduler,
         {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0},
     ),
+    "flow_map": (FlowMapEulerDiscreteScheduler, {}),
+    "flow_lcm": (FlowMatchLCMScheduler, {}),
+    "flow_sde": (FlowMatchSDEScheduler, {}),
 }
 
 
@@ -62,6 +84,10 @@ def make_scheduler(name: SchedulerRecipe, **overrides: Any) -> SchedulerMixin:
             step counts that divide 1000); `"dpm++"`, `"dpm++_singlestep"` and `"unipc"` are fast solvers of the same
             diffusion; `"flow_euler"`, `"flow_heun"`, `"flow_dpm++"` and `"flow_unipc"` sample flow-matching models. In
             the pipeline the first two run N equal steps from sigma 1; the last two start at diffusers' 0.999 for them.
+            `"flow_sde"` takes the stochastic steps that SiT, REPA and REPA-E publish their results with.
+            `"flow_map"` and `"flow_lcm"` are for models of few steps, which predict the mean velocity over an
+            interval: the first goes from each timestep to the next (MeanFlow), the second to the data and back by
+            fresh noise (SoFlow, consistency models).
         overrides: Entries of the scheduler's config that replace the recipe's.
 
     Returns:
@@ -69,8 +95,11 @@ def make_scheduler(name: SchedulerRecipe, **overrides: Any) -> SchedulerMixin:
 
     Raises:
         ValueError: if there is no such recipe.
+        ImportError: if this diffusers does not have the scheduler.
     """
     scheduler_class, config = _recipe(name)
+    if scheduler_class is None:
+        raise ImportError(f"The recipe {name!r} needs diffusers >= 0.39; run `pip install --upgrade diffusers`.")
     return scheduler_class(**(config | overrides))
 
 

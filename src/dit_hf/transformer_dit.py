@@ -1,7 +1,8 @@
 """Diffusion Transformer for class-conditional images (DiT, Peebles & Xie, https://arxiv.org/abs/2212.09748).
 
 Options cover the family that grew from it: SiT (https://arxiv.org/abs/2401.08740), REPA
-(https://arxiv.org/abs/2410.06940) and LightningDiT (https://arxiv.org/abs/2501.01423).
+(https://arxiv.org/abs/2410.06940), LightningDiT (https://arxiv.org/abs/2501.01423), MeanFlow
+(https://arxiv.org/abs/2505.13447) and SoFlow (https://arxiv.org/abs/2512.15657).
 
 Shapes: `B` batch, `C` channels, `H W` latent size, `p` patch size, `h w` = `H/p W/p`, `N` = `h·w` tokens (two more
 with in-context conditioning), `D` width, `heads` attention heads.
@@ -328,7 +329,8 @@ def count_weights(config: Mapping) -> int:
     block = attention + ff + vectors * dim**2
     head = dim * patch_values * (2 if config["learn_sigma"] else 1) + (2 * dim**2 if vectors else 0)
     classes = config["num_classes"] + int(config["class_dropout_prob"] > 0)
-    embed = dim * (patch_values + FREQUENCY_DIM + dim + classes)
+    timesteps = 2 if config["interval_embedding"] else 1
+    embed = dim * (patch_values + timesteps * (FREQUENCY_DIM + dim) + classes)
     return embed + config["num_layers"] * block + head
 
 
@@ -351,7 +353,7 @@ def check_config(config: Mapping) -> None:
             raise ValueError(f"`{name}` is {config[name]!r}; it must be a number above 0, at most {bound}.")
     if not is_real(config["class_dropout_prob"]) or not 0 <= config["class_dropout_prob"] <= 1:
         raise ValueError(f"`class_dropout_prob` is {config['class_dropout_prob']!r}; it must be from 0 to 1.")
-    for name in ("learn_sigma", "qk_norm", "modulation_shift"):
+    for name in ("learn_sigma", "qk_norm", "modulation_shift", "interval_embedding", "guidance_in_weights"):
         if not isinstance(config[name], bool):
             raise ValueError(f"`{name}` is {config[name]!r}; it must be True or False.")
     choices = {"conditioning": CONDITIONINGS, "position_embedding": POSITION_EMBEDDINGS}
@@ -534,6 +536,11 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         timestep_scale (`float`, defaults to 1.0):
             The scheduler's timestep is multiplied by this before it is embedded; 0.001 for models that were trained
             with time in [0, 1].
+        interval_embedding (`bool`, defaults to `False`):
+            Whether a second timestep embedder takes the length of an interval, `timestep − r_timestep`. The output is
+            then the mean velocity over the interval (MeanFlow, SoFlow).
+        guidance_in_weights (`bool`, defaults to `False`):
+            Whether the model was trained to predict what guidance would give, so that sampling takes no guidance.
 
     Raises:
         ValueError: if an option is unknown or sizes do not fit; the message names the option.
@@ -542,7 +549,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock", "DiTContextBlock"]
     _repeated_blocks = ["DiTBlock", "DiTContextBlock"]
-    _keep_in_fp32_modules = ["time_embed"]
+    _keep_in_fp32_modules = ["time_embed", "interval_embed"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
     _cp_plan = CONTEXT_PARALLEL_PLAN
     _tp_plan = {
@@ -574,6 +581,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         ff: str = "gelu",
         modulation_shift: bool = True,
         timestep_scale: float = 1.0,
+        interval_embedding: bool = False,
+        guidance_in_weights: bool = False,
     ):
         super().__init__()
         check_config(self.config)
@@ -586,6 +595,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         self.pos_embed = DiTPatchEmbed(sample_size, patch_size, in_channels, dim)
         self.time_proj = Timesteps(FREQUENCY_DIM, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(FREQUENCY_DIM, dim)
+        self.interval_embed = TimestepEmbedding(FREQUENCY_DIM, dim) if interval_embedding else None
         self.class_embed = nn.Embedding(num_classes + int(class_dropout_prob > 0), dim)
 
         self.rotary_embed = None
@@ -632,8 +642,9 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.view(self.pos_embed.proj.weight.shape[0], -1))
         nn.init.zeros_(self.pos_embed.proj.bias)
         nn.init.normal_(self.class_embed.weight, std=EMBEDDING_STD)
-        nn.init.normal_(self.time_embed.linear_1.weight, std=EMBEDDING_STD)
-        nn.init.normal_(self.time_embed.linear_2.weight, std=EMBEDDING_STD)
+        for embedder in filter(None, (self.time_embed, self.interval_embed)):
+            nn.init.normal_(embedder.linear_1.weight, std=EMBEDDING_STD)
+            nn.init.normal_(embedder.linear_2.weight, std=EMBEDDING_STD)
         if self.config.conditioning == "adaln_zero":
             for block in self.transformer_blocks:
                 nn.init.zeros_(block.modulation.weight)
@@ -669,11 +680,19 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         shutil.copyfile(__file__, Path(save_directory) / Path(__file__).name)
         super().save_config(save_directory, push_to_hub, **kwargs)
 
-    def _embed_condition(self, timestep, class_labels, force_drop_ids, batch_size):
+    def _embed_time(self, embedder, timestep, batch_size):
+        """One of the timestep embedders, `(B, D)`."""
+        frequencies = self.time_proj(timestep.expand(batch_size).float() * self.config.timestep_scale)
+        return embedder(frequencies.to(embedder.linear_1.weight.dtype))
+
+    def _embed_condition(self, timestep, r_timestep, class_labels, force_drop_ids, batch_size):
         """Time and class as one vector `(B, D)`, or as two tokens `(B, 2, D)`; labels are dropped, once a sample."""
-        timestep = torch.as_tensor(timestep, device=class_labels.device).expand(batch_size)
-        frequencies = self.time_proj(timestep.float() * self.config.timestep_scale)
-        time_embedding = self.time_embed(frequencies.to(self.time_embed.linear_1.weight.dtype))
+        timestep = torch.as_tensor(timestep, device=class_labels.device)
+        time_embedding = self._embed_time(self.time_embed, timestep, batch_size)
+        if self.interval_embed is not None:
+            r_timestep = timestep if r_timestep is None else torch.as_tensor(r_timestep, device=timestep.device)
+            interval = timestep - r_timestep
+            time_embedding = time_embedding + self._embed_time(self.interval_embed, interval, batch_size)
 
         if force_drop_ids is None and self.training and self.config.class_dropout_prob > 0:
             force_drop_ids = torch.rand(batch_size, device=class_labels.device) < self.config.class_dropout_prob
@@ -684,13 +703,16 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             return time_embedding + class_embedding
         return torch.stack([time_embedding, class_embedding.to(time_embedding.dtype)], dim=1)
 
-    def compute_modulation(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+    def compute_modulation(
+        self, timestep: torch.Tensor, class_labels: torch.Tensor, r_timestep: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         All that the adaptive norms get from time and class; a sampler computes it once for all steps.
 
         Args:
             timestep (`torch.Tensor` of shape `(R,)`): The scheduler's timesteps.
             class_labels (`torch.Tensor` of shape `(R,)`, int64): Class ids; `num_classes` is the null class.
+            r_timestep (`torch.Tensor` of shape `(R,)`, *optional*): As `forward` takes it.
 
         Returns:
             `torch.Tensor` of shape `(R, M)`: shifts, scales and gates of all blocks and the head; rows of it are
@@ -704,13 +726,9 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         if not isinstance(class_labels, torch.Tensor) or class_labels.ndim != 1:
             raise ValueError(f"`class_labels` is {class_labels!r}; it must be a tensor of shape (rows,).")
         self._check_class_ids(class_labels)
-        if isinstance(timestep, torch.Tensor) and timestep.shape not in ((), (1,), class_labels.shape):
-            raise ValueError(
-                f"`timestep` has shape {tuple(timestep.shape)}; it must be that of `class_labels`, "
-                f"{tuple(class_labels.shape)}."
-            )
+        self._check_timesteps(timestep, r_timestep, class_labels)
         keep_labels = torch.zeros_like(class_labels)
-        condition = self._embed_condition(timestep, class_labels, keep_labels, len(class_labels))
+        condition = self._embed_condition(timestep, r_timestep, class_labels, keep_labels, len(class_labels))
         condition = F.silu(condition.to(self.pos_embed.proj.weight.dtype))
         layers: list[Any] = [*(block.modulation for block in self.transformer_blocks), self.norm_out.linear]
         return torch.cat([layer(condition) for layer in layers], dim=1)
@@ -725,7 +743,18 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             if not 0 <= low <= high <= last:
                 raise ValueError(f"`class_labels` holds {high if low >= 0 else low}; the allowed ids are 0 to {last}.")
 
-    def _check_inputs(self, hidden_states, timestep, class_labels, force_drop_ids, modulation):
+    def _check_timesteps(self, timestep, r_timestep, class_labels):
+        """The end of an interval needs a model that embeds it; both have one value, or one per sample."""
+        if r_timestep is not None and self.interval_embed is None:
+            raise ValueError("`r_timestep` was given to a model without `interval_embedding=True`, which has one time.")
+        for name, value in (("timestep", timestep), ("r_timestep", r_timestep)):
+            if isinstance(value, torch.Tensor) and value.shape not in ((), (1,), class_labels.shape):
+                raise ValueError(
+                    f"`{name}` has shape {tuple(value.shape)}; it must be a number or that of `class_labels`, "
+                    f"{tuple(class_labels.shape)}."
+                )
+
+    def _check_inputs(self, hidden_states, timestep, r_timestep, class_labels, force_drop_ids, modulation):
         """Refuses what does not fit."""
         patch_size = self.config.patch_size
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
@@ -742,11 +771,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
                 f"({hidden_states.shape[0]},)."
             )
         self._check_class_ids(class_labels)
-        if isinstance(timestep, torch.Tensor) and timestep.shape not in ((), (1,), class_labels.shape):
-            raise ValueError(
-                f"`timestep` has shape {tuple(timestep.shape)}; it must be a number or that of `class_labels`, "
-                f"{tuple(class_labels.shape)}."
-            )
+        self._check_timesteps(timestep, r_timestep, class_labels)
         if force_drop_ids is not None and force_drop_ids.shape != class_labels.shape:
             raise ValueError(
                 f"`force_drop_ids` has shape {tuple(force_drop_ids.shape)}; it must be that of `class_labels`, "
@@ -772,6 +797,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         modulation: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        r_timestep: torch.Tensor | float | int | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Args:
@@ -785,6 +811,10 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
                 `compute_modulation`'s rows for these timesteps and labels, which are then not embedded again.
             attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters.
             return_dict (`bool`, defaults to `True`): Whether to return a `Transformer2DModelOutput`.
+            r_timestep (`torch.Tensor` of shape `(B,)`, or a number, *optional*):
+                With `interval_embedding` the timestep at which the interval ends, at most `timestep`: the output is
+                the mean velocity from `timestep` to there. If not given, it is `timestep`, and the output the
+                velocity at `timestep`.
 
         Returns:
             `Transformer2DModelOutput` or `tuple`: `sample` of shape `(B, C, H, W)`, with `learn_sigma`
@@ -793,7 +823,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         Raises:
             ValueError: if shapes do not fit.
         """
-        self._check_inputs(hidden_states, timestep, class_labels, force_drop_ids, modulation)
+        self._check_inputs(hidden_states, timestep, r_timestep, class_labels, force_drop_ids, modulation)
         batch_size, _, height, width = hidden_states.shape
         patch_size = self.config.patch_size
         grid = (height // patch_size, width // patch_size)
@@ -803,7 +833,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         condition: Any = None
         modulations: Any = [None] * (len(self.transformer_blocks) + 1)
         if modulation is None:
-            condition = self._embed_condition(timestep, class_labels, force_drop_ids, batch_size)
+            condition = self._embed_condition(timestep, r_timestep, class_labels, force_drop_ids, batch_size)
             condition = condition.to(hidden_states.dtype)  # (B, D), or two tokens (B, 2, D)
         else:
             dim = hidden_states.shape[-1]

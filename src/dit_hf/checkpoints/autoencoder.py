@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 
 from .loading import check_keys, copy_weight
 from .parsing import check_finite
-from .reading import ENTRIES, find_file, read_checkpoint, select_weights
+from .reading import find_entry, find_file, read_checkpoint, select_weights
 
 
 # As `--family` takes it.
@@ -129,8 +129,7 @@ def parse_autoencoder(
     content = read_checkpoint(path) if content is None else content
     if isinstance(content.get(ENTRY), dict):
         content = content[ENTRY]
-    kind = "ema" if any(name in content for name in ENTRIES["ema"]) else "model"
-    weights = select_weights(content, kind, path, BEGINNINGS)
+    weights = select_weights(content, find_entry(content, "auto", path), path, BEGINNINGS)
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in weights:
         raise ValueError(f"Checkpoint {path} is in diffusers' format already; give the folder that it is in.")
     config = infer_config(weights, path)

@@ -32,6 +32,8 @@ OPTIONS: dict[str, tuple] = {
     "modulation_shift": (True,),
     "learn_sigma": (True, False),
     "timestep_scale": (1.0,),  # time in [0, 1000)
+    "interval_embedding": (False,),
+    "guidance_in_weights": (False,),
 }
 
 DIT = Family(

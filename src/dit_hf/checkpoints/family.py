@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..schedulers import SchedulerRecipe
 from ..transformer_dit import FREQUENCY_DIM
 from .reference import reference_forward
 
@@ -43,13 +44,20 @@ class Family:
         data_at_one (`bool`):
             Whether time 1 is the data and the velocity data − noise, the reverse of diffusers; both are then baked
             into the weights.
-        training_only (`str`, *optional*):
-            Prefix of keys that only the original's training needs; they are kept in a file of their own.
+        training_only (`tuple[str, ...]`):
+            Prefixes of keys that the model does not compute with; they are kept in a file of their own.
         wrapper (`str`, *optional*): Entry of a `.pt` file that its code takes the weights from.
         writes_tables (`bool`): Whether its checkpoints hold `tables`, or only older ones did.
         read_config (`Callable`, *optional*): The model's options in a file beside a checkpoint, by the latter's path.
+        read_arguments (`Callable`, *optional*): Training arguments in such a file, where the checkpoint has none.
+        trained_options (`Callable`, *optional*):
+            The model's options that the training arguments tell and the weights don't.
         save_folder (`Callable`, *optional*): Writes a folder from the model's config, the original weights and a path.
         reference_forward (`Callable`): The forward pass of the original weights, see [`reference_forward`].
+        scheduler (`str`): The recipe of its sampler.
+        scaling_factor (`float`, *optional*): Of the latents, where its code does not take the autoencoder's own.
+        latents_statistics (`Callable`, *optional*):
+            Mean and standard deviation of the latents, per channel, from the `training_only` weights of a checkpoint.
         recommended_call (`dict`): Sampling settings of the published results, as the pipeline's `recommended_call`.
         published_license (`str`, *optional*): Licence of the code base's own 1000-class weights.
         reading_note (`str`, *optional*): What a user should know about a model that was read.
@@ -69,12 +77,17 @@ class Family:
     can_lack_marks: bool = False
     trained_with: dict[str, tuple] = field(default_factory=dict)
     data_at_one: bool = False
-    training_only: str | None = None
+    training_only: tuple[str, ...] = ()
     wrapper: str | None = None
     writes_tables: bool = True
     read_config: Callable[[Path], dict] | None = None
+    read_arguments: Callable[[Path], dict] | None = None
+    trained_options: Callable[[dict], dict] | None = None
     save_folder: Callable[[Mapping, dict[str, torch.Tensor], Path], None] | None = None
     reference_forward: Callable[..., torch.Tensor] = reference_forward
+    scheduler: SchedulerRecipe = "ddpm"
+    scaling_factor: float | None = None
+    latents_statistics: Callable[[dict[str, torch.Tensor]], tuple[list[float], list[float]]] | None = None
     recommended_call: dict = field(default_factory=dict)
     published_license: str | None = None
     reading_note: str | None = None

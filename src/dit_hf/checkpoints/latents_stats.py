@@ -48,7 +48,7 @@ def read_latents_stats(path: str | Path, latent_multiplier: float = 1.0) -> tupl
 
 def _read_values(value, name, path):
     """A tensor of one value per channel, in float64, so that what is computed from it comes back to the bit."""
-    if problem := find_problem(value):
+    if problem := find_problem(name, value):
         raise ValueError(f"{path}: {name!r} {problem}.")
     if value.numel() == 0 or value.shape not in ((value.numel(),), (1, value.numel(), 1, 1)):
         raise ValueError(f"{path}: {name!r} has shape {tuple(value.shape)}, where (1, C, 1, 1) or (C,) is needed.")

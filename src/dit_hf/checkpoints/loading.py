@@ -16,7 +16,7 @@ def load_model(
     pretrained_model_link_or_path: str | Path,
     num_attention_heads: int | None = None,
     family: str = "auto",
-    weights: str = "ema",
+    weights: str = "auto",
     dtype: torch.dtype | None = None,
     has_null_class: bool | None = None,
 ):

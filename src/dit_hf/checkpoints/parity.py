@@ -88,15 +88,17 @@ def measure_parity(checkpoint: Checkpoint, model, training_only: str | Path | No
     time = torch.rand(2, generator=generator) * (1 if family.flow_matching else 999)
     timestep = (1 - time if family.data_at_one else time) * (1000 if family.flow_matching else 1)
     sign = -1 if family.data_at_one else 1
+    ends = [time * torch.rand(2, generator=generator)] if config.interval_embedding else []
     with torch.no_grad():
-        output = sign * model(latents.to(model.dtype), timestep, labels).sample.float()
+        r_timestep = 1000 * ends[0] if ends else None
+        output = sign * model(latents.to(model.dtype), timestep, labels, r_timestep=r_timestep).sample.float()
 
     back = original_state_dict(model, family, training_only)
     # Tables that half precision has rounded in the file are computed anew by every code base.
     tables = {key: back[key] for key in family.tables if key in back}
     with torch.no_grad():
         outputs = [
-            family.reference_forward(weights, config.num_attention_heads, latents, time, labels)
+            family.reference_forward(weights, config.num_attention_heads, latents, time, labels, *ends)
             for weights in (checkpoint.original | tables, back)
         ]
     forward, forward_back = (output_distance(output, expected) for expected in outputs)

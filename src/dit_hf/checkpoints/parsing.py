@@ -13,7 +13,14 @@ from ..presets import PRESETS
 from ..transformer_dit import swiglu_width
 from . import FAMILIES
 from .family import Family
-from .reading import find_file, holds_autoencoder, read_checkpoint, select_weights, training_arguments
+from .reading import (
+    find_entry,
+    find_file,
+    holds_autoencoder,
+    read_checkpoint,
+    select_weights,
+    training_arguments,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -39,6 +46,7 @@ class Checkpoint:
         original (`dict[str, torch.Tensor]`): Its weights with the original's keys, computed tables included.
         weights (`dict[str, torch.Tensor]`): Its weights with our keys.
         training_only (`dict[str, torch.Tensor]`): Weights that only training needs, with the original's keys.
+        entry (`str`, *optional*): The file's entry that the weights are from; None if the file is a state dict.
     """
 
     family: Family
@@ -46,6 +54,12 @@ class Checkpoint:
     original: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
     training_only: dict[str, torch.Tensor]
+    entry: str | None = None
+
+    @property
+    def latents_statistics(self) -> tuple[list[float], list[float]] | None:
+        """Mean and standard deviation of the latents, per channel, where the file has them."""
+        return self.family.latents_statistics(self.training_only) if self.family.latents_statistics else None
 
     def describe(self) -> str:
         """What the weights say about the model, in one line."""
@@ -56,10 +70,12 @@ class Checkpoint:
         options = [name for name in ("swiglu", "rms_norm", "sincos+rope") if name in config.values()]
         options += ["qk_norm"] * config["qk_norm"] + ["no shift"] * (not config["modulation_shift"])
         options += ["no null class"] * (config.get("class_dropout_prob") == 0)
+        options += ["guidance in its weights"] * config["guidance_in_weights"]
         return (
             f"{self.family.name}: {config['num_layers']} blocks of width {width}, patch {config['patch_size']}, "
             f"{classes} class{'es' * (classes != 1)}, {parameters / 1e6:.2f} M parameters"
             + "".join(f", {o}" for o in options)
+            + (f"; the weights of {self.entry!r}" if self.entry else "")
         )
 
 
@@ -91,7 +107,7 @@ def parse_checkpoint(
     path: str | Path,
     num_attention_heads: int | None = None,
     family: str = "auto",
-    weights: str = "ema",
+    weights: str = "auto",
     embedders_of_block: int | None = None,
     has_null_class: bool | None = None,
     content: dict | None = None,
@@ -105,7 +121,7 @@ def parse_checkpoint(
             `config.json`.
         num_attention_heads (`int`, *optional*): Needed if the width is none of the published ones.
         family (`str`, defaults to `"auto"`): `"auto"` or a name of `FAMILIES`.
-        weights (`str`, defaults to `"ema"`): Which weights of a training checkpoint, `"ema"` or `"model"`.
+        weights (`str`, defaults to `"auto"`): Which weights of a training checkpoint, as [`find_entry`] takes it.
         embedders_of_block (`int`, *optional*): Which of the stock diffusers format's copies to take if they differ.
         has_null_class (`bool`, *optional*):
             Whether the last row of the class table is the null class of classifier-free guidance. If not given, the
@@ -125,19 +141,20 @@ def parse_checkpoint(
     content = read_checkpoint(path) if content is None else content
     if holds_autoencoder(content):
         raise ValueError(f"Checkpoint {path} is an autoencoder, no transformer; `--family vavae` converts it.")
-    original = select_weights(content, weights, path)
+    entry = find_entry(content, weights, path)
+    original = select_weights(content, entry, path)
     arguments = training_arguments(content)
     if "time_embed.linear_1.weight" in original:
         raise ValueError(f"Checkpoint {path} is in this package's format already; load it with `from_pretrained`.")
     source = choose_family(family, original, arguments, path)
+    if source.read_arguments and not arguments:
+        arguments = source.read_arguments(path)
     for name, allowed in source.trained_with.items():
         if arguments.get(name, allowed[0]) not in allowed:
             raise ValueError(
                 f"Checkpoint {path} was trained with {name}={arguments[name]!r}; only {allowed[0]!r} can be converted."
             )
-    training_only = {
-        key: value for key, value in original.items() if source.training_only and key.startswith(source.training_only)
-    }
+    training_only = {key: value for key, value in original.items() if key.startswith(source.training_only)}
     original = {key: value for key, value in original.items() if key not in training_only}
 
     num_layers = count_blocks(original, source, path)
@@ -152,11 +169,17 @@ def parse_checkpoint(
     beside = source.read_config(path) if source.read_config else {}
     tables = {table: original[key] for key, table in source.tables.items() if key in original}
     config = source.fixed_options | infer_config(ours, tables, beside, num_attention_heads, path)
+    told = source.trained_options(arguments) if source.trained_options else {}
+    has_null_class = told.pop("has_null_class", None) if has_null_class is None else has_null_class
     config |= infer_classes(len(ours["class_embed.weight"]), source, arguments, beside, has_null_class, path)
+    if source.options["guidance_in_weights"] != (False,):  # the published checkpoints have it
+        config["guidance_in_weights"] = config.get("class_dropout_prob") != 0 and told.get("guidance_in_weights", True)
     if mismatch := source.find_mismatch(config):
         raise ValueError(f"Checkpoint {path} is no {source.name} model: it has {mismatch}.")
     check_finite(original | training_only, path)
-    return Checkpoint(source, config, original, ours, training_only)
+    if entry is not None:
+        logger.info(f"Checkpoint {path}: the weights are those of {entry!r}.")
+    return Checkpoint(source, config, original, ours, training_only, entry)
 
 
 def count_blocks(original: Mapping[str, torch.Tensor], family: Family, path: str | Path) -> int:

@@ -23,6 +23,8 @@ MAX_PICKLE_BYTES = 32 * 2**20
 ENCRYPTED = 1
 # What the opcodes of a file that is no pickle end in.
 UNREADABLE = (EOFError, KeyError, IndexError, struct.error)
+# The one integer in a state dict: batches that a batch norm has seen.
+COUNTER = ".num_batches_tracked"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -143,19 +145,54 @@ def _explain(error):
     return first_line(error)
 
 
+def find_entry(content: dict, weights: str, path: str | Path) -> str | None:
+    """
+    The entry that a training script keeps the wanted weights under.
+
+    Args:
+        content (`dict`): From [`read_checkpoint`].
+        weights (`str`):
+            `"ema"` (entries `ema`, `model_ema`, `ema_model`), `"model"` (`model`, `module`, `state_dict`) or `"auto"`,
+            the first of these that is there; ignored if the file is a state dict itself, or wraps its only one as
+            `module` or `state_dict`.
+        path (`str` or `Path`): Named in errors.
+
+    Returns:
+        `str`: None if the file is a state dict itself.
+
+    Raises:
+        ValueError: if there are no such weights.
+    """
+    if weights not in ("auto", *ENTRIES):
+        raise ValueError(f"`weights` is {weights!r}; it must be one of auto, {', '.join(ENTRIES)}.")
+    # A run without an average has an entry for it that is empty.
+    filled = {name for name, value in content.items() if value is not None and not (isinstance(value, dict) and not value)}
+    found = {kind: [name for name in names if name in filled] for kind, names in ENTRIES.items()}
+    present = found["ema"] + found["model"]
+    if weights == "auto" or not present:
+        return present[0] if present else None
+    if found[weights]:
+        return found[weights][0]
+    if "model" not in content and not found["ema"]:
+        return present[0]  # a wrapper, not a training checkpoint
+    (other,) = ENTRIES.keys() - {weights}
+    raise ValueError(
+        f"Checkpoint {path} has no {weights!r} weights; it holds {', '.join(sorted(map(str, content)))}. Pass "
+        f"weights={other!r} (`--weights {other}`) for those of {present[0]!r}."
+    )
+
+
 def select_weights(
-    content: dict, weights: str, path: str | Path, beginnings: tuple[str, ...] = ("",)
+    content: dict, entry: str | None, path: str | Path, beginnings: tuple[str, ...] = ("",)
 ) -> dict[str, torch.Tensor]:
     """
-    The state dict inside a checkpoint: the file itself, or the entry that training scripts keep it under.
+    The state dict inside a checkpoint.
 
     Prefixes that `DistributedDataParallel` and `torch.compile` put before every key are removed.
 
     Args:
         content (`dict`): From [`read_checkpoint`].
-        weights (`str`):
-            `"ema"` (entries `ema`, `model_ema`, `ema_model`) or `"model"` (`model`, `module`, `state_dict`); ignored
-            if the file is a state dict itself, or wraps its only one as `module` or `state_dict`.
+        entry (`str`, *optional*): From [`find_entry`].
         path (`str` or `Path`): Named in errors.
         beginnings (`tuple[str, ...]`, *optional*): Of the keys that are taken; all if not given.
 
@@ -163,28 +200,15 @@ def select_weights(
         `dict[str, torch.Tensor]`
 
     Raises:
-        ValueError: if there are no such weights.
+        ValueError: if it holds anything but weights.
     """
-    if weights not in ENTRIES:
-        raise ValueError(f"`weights` is {weights!r}; it must be 'ema' or 'model'.")
-    found = {kind: [name for name in names if name in content] for kind, names in ENTRIES.items()}
-    present = found["ema"] + found["model"]
-    if found[weights]:
-        content = content[found[weights][0]]
-    elif present and "model" not in content and not found["ema"]:
-        content = content[present[0]]  # a wrapper, not a training checkpoint
-    elif present:
-        (other,) = ENTRIES.keys() - {weights}
-        raise ValueError(
-            f"Checkpoint {path} has no {weights!r} weights; it holds {', '.join(sorted(map(str, content)))}. Pass "
-            f"weights={other!r} (`--weights {other}`) for those of {present[0]!r}."
-        )
+    content = content if entry is None else content[entry]
     if not isinstance(content, dict):
         raise ValueError(f"Checkpoint {path}: its weights are a {type(content).__name__}, not a dictionary.")
     content = {key: value for key, value in content.items() if WRAPPERS.sub("", str(key)).startswith(beginnings)}
     for key, value in content.items():
-        if (problem := find_problem(value)) or not isinstance(key, str):
-            raise ValueError(f"Checkpoint {path}: {key!r} {problem or 'is no name of a weight'}.")
+        if problem := find_problem(key, value) if isinstance(key, str) else "is no name of a weight":
+            raise ValueError(f"Checkpoint {path}: {key!r} {problem}.")
     unwrapped = {WRAPPERS.sub("", key): value for key, value in content.items()}
     if len(unwrapped) < len(content):
         raise ValueError(f"Checkpoint {path} holds a weight twice, with and without `module.` or `_orig_mod.`.")
@@ -206,16 +230,17 @@ def holds_autoencoder(content: dict) -> bool:
     return any(names.issuperset(AUTOENCODER_MARKS) for names in keys)
 
 
-def find_problem(value) -> str | None:
+def find_problem(key: str, value) -> str | None:
     """
     What makes a value no weight.
 
     Args:
-        value: Of a state dict.
+        key (`str`): Of a state dict.
+        value: Of this key.
 
     Returns:
         `str`: the end of a sentence that begins with its key; None if it is a plain tensor of floating-point numbers,
-        whose size the file has the bytes for.
+        or a batch norm's counter, whose size the file has the bytes for.
     """
     if not isinstance(value, torch.Tensor):
         return "is not a tensor"
@@ -223,7 +248,7 @@ def find_problem(value) -> str | None:
         return "is a nested, sparse, quantized or meta tensor, not a plain one"
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         return f"is a {type(value).__name__}, not a plain tensor"
-    if value.dtype not in FLOATS:
+    if value.dtype not in FLOATS and not (value.dtype == torch.int64 and key.endswith(COUNTER)):
         return f"holds {value.dtype}, not floating-point numbers of 16 to 64 bits"
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         return f"has shape {tuple(value.shape)}, and is a view that repeats its storage"

@@ -17,16 +17,18 @@ def reference_forward(
     latents: torch.Tensor,
     time: torch.Tensor,
     labels: torch.Tensor,
+    end: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     What the original code computes in eval mode.
 
     Args:
-        weights (`dict[str, torch.Tensor]`): A checkpoint with the keys of DiT, SiT, REPA or LightningDiT.
+        weights (`dict[str, torch.Tensor]`): A checkpoint with the keys of DiT, SiT, REPA, LightningDiT or MeanFlow.
         heads (`int`): Attention heads.
         latents (`torch.Tensor` of shape `(B, C, H, W)`): Noisy latents of the size the checkpoint is for.
         time (`torch.Tensor` of shape `(B,)`): In the original's convention.
         labels (`torch.Tensor` of shape `(B,)`): Class ids.
+        end (`torch.Tensor` of shape `(B,)`, *optional*): Where the interval ends that begins at `time`, for MeanFlow.
 
     Returns:
         `torch.Tensor` of shape `(B, C or 2C, H, W)`: all channels of the head.
@@ -37,10 +39,9 @@ def reference_forward(
     grid = tokens.shape[-2:]
     tokens = tokens.flatten(2).transpose(1, 2) + weights["pos_embed"].float()
 
-    frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
-    angles = time[:, None].float() * frequencies
-    condition = _linear(weights, "t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))
-    condition = _linear(weights, "t_embedder.mlp.2", F.silu(condition))
+    condition = _embed_time(weights, "t_embedder", time)
+    if end is not None:
+        condition = condition + _embed_time(weights, "r_embedder", time - end)
     condition = F.silu(condition + weights["y_embedder.embedding_table.weight"][labels].float())
 
     depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
@@ -51,6 +52,13 @@ def reference_forward(
     output = _linear(weights, "final_layer.linear", tokens)
     output = output.reshape(len(output), *grid, patch_size, patch_size, -1)
     return torch.einsum("bhwpqc->bchpwq", output).reshape(len(output), -1, *latents.shape[-2:])
+
+
+def _embed_time(weights, name, time):
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    angles = time[:, None].float() * frequencies
+    hidden = _linear(weights, f"{name}.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))
+    return _linear(weights, f"{name}.mlp.2", F.silu(hidden))
 
 
 def _linear(weights, name, values):

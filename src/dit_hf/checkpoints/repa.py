@@ -17,7 +17,7 @@ REPA = replace(
     argument_marks=(),
     can_lack_marks=False,
     data_at_one=False,
-    training_only="projectors.",
+    training_only=("projectors.",),
     wrapper="ema",
     # Guidance for times up to 0.7, of steps that run from 1 to 0.
     recommended_call={"num_inference_steps": 250, "guidance_scale": 1.8, "guidance_interval": (0.3, 1.0)},

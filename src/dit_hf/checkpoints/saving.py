@@ -57,14 +57,15 @@ def original_state_dict(model, family: Family, training_only: str | Path | None 
         weights |= original_tables(family, model)
     if family.training_only:
         if training_only is None or not Path(training_only).is_file():
+            names = " and ".join(f"{prefix}*" for prefix in family.training_only)
             raise ValueError(
-                f"There is no {training_only or TRAINING_ONLY_FILE} with the {family.training_only}* weights that "
+                f"There is no {training_only or TRAINING_ONLY_FILE} with the {names} weights that "
                 f"{family.name}'s code loads with the model; export it as a family that has none of them."
             )
         with reading(training_only, "a file of weights"):
             others = load_file(training_only)
         for key, weight in others.items():
-            if problem := find_problem(weight) or (not key.startswith(family.training_only) and "is unknown"):
+            if problem := find_problem(key, weight) or (not key.startswith(family.training_only) and "is unknown"):
                 raise ValueError(f"{training_only}: {key!r} {problem}.")
         weights |= others
     return weights

@@ -13,6 +13,7 @@ SIT = replace(
     name="sit",
     options=DIT.options | {"timestep_scale": (0.001,)},  # time in [0, 1)
     predictions=("velocity",),
+    scheduler="flow_euler",
     argument_marks=("path_type",),
     trained_with=LINEAR_VELOCITY,
     data_at_one=True,

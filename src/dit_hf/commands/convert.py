@@ -131,10 +131,12 @@ def read_statistics(args):
         raise ValueError(f"--latents_stats: {error}") from None
 
 
-def find_vae(args, in_channels):
+def find_vae(checkpoint, args):
     """The autoencoder for a model's latents, checked: a name that is loaded later, or an original one, loaded."""
+    in_channels = checkpoint.config["in_channels"]
     if args.vae and is_original_vae(args.vae):
-        return load_original_vae(args.vae, in_channels, read_statistics(args), args.norm_num_groups)
+        own = None if args.latents_stats else checkpoint.latents_statistics
+        return load_original_vae(args.vae, in_channels, own or read_statistics(args), args.norm_num_groups)
     if args.vae:
         check_vae(args.vae, in_channels)
     if args.latents_stats:
@@ -202,7 +204,7 @@ def main():
     if checkpoint.training_only:
         print(f"{len(checkpoint.training_only)} training-only weights go to transformer/{TRAINING_ONLY_FILE}.")
     in_channels = checkpoint.config["in_channels"]
-    vae = find_vae(args, in_channels)
+    vae = find_vae(checkpoint, args)
     if not vae and in_channels != 3:
         print("The pipeline has no VAE, so it generates latents (`output_type='latent'`); pass --vae for images.")
     check_names(id2label, checkpoint.config["num_classes"])

@@ -37,7 +37,12 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--family", choices=("auto", *FAMILIES, VAVAE), default="auto", help="Code base it comes from."
     )
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="Of a training checkpoint.")
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "ema", "model"),
+        default="auto",
+        help="Of a training checkpoint; auto takes the average where there is one.",
+    )
     parser.add_argument(
         "--num_attention_heads", type=integer(at_least=1), help="If the width is none of the published ones."
     )

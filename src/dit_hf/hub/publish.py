@@ -25,7 +25,7 @@ COMPONENTS = ("transformer", "scheduler", "vae")
 SAVED = re.compile(
     r"model_index\.json"
     rf"|(?:(?:{'|'.join(COMPONENTS)})/)?(?:README\.md|(?:config|scheduler_config|flashpack_config)\.json"
-    r"|(?:pipeline|transformer)_\w+\.py|model\.flashpack|projectors\.safetensors"
+    r"|(?:pipeline|scheduling|transformer)_\w+\.py|model\.flashpack|projectors\.safetensors"
     r"|diffusion_pytorch_model[\w.-]*\.(?:safetensors|bin)|diffusion_pytorch_model[\w.-]*\.index[\w.-]*\.json)"
 )
 # What is uploaded as well: a licence, and the card's images.

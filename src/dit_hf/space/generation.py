@@ -74,7 +74,8 @@ class ImageGenerator:
         config = self.pipe.transformer.config
         if self.pipe.vae is None and config.in_channels not in (1, 3):
             raise ValueError(f"{model} generates {config.in_channels} channels and has no VAE to decode them.")
-        self.max_scale = MAX_SCALE if config.class_dropout_prob > 0 else 1.0  # no null class, no guidance
+        takes_guidance = config.class_dropout_prob > 0 and not config.guidance_in_weights
+        self.max_scale = MAX_SCALE if takes_guidance else 1.0
         self._overrides = self._sampler_overrides()
         self._schedulers = {OWN_SAMPLER: self.pipe.scheduler}
         self._schedulers |= {name: make_scheduler(name, **options) for name, options in self._overrides.items()}
