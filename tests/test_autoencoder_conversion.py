@@ -353,7 +353,7 @@ FLAGS = {
     "no statistics": (VAVAE | {"latents_stats": None}, "has no statistics of its latents; pass --latents_stats FILE"),
     "family": (VAVAE | {"family": "sit"}, "is an autoencoder, no transformer; `--family vavae` converts it"),
     "a transformer": (SIT | {"family": "vavae"}, "is no original AutoencoderKL: the key 'encoder.down.0.block"),
-    "id2label": (VAVAE | {"vae": "x"}, "--vae is for pipelines, and .*vavae.pt is an autoencoder; omit it"),
+    "a VAE of a VAE": (VAVAE | {"vae": "x"}, "--vae is for pipelines, and .*vavae.pt is an autoencoder; omit it"),
     "license": (VAVAE | {"license": "mit"}, "--license is for pipelines"),
     "no file of statistics": (VAVAE | {"latents_stats": "nope"}, "--latents_stats: Can't read checkpoint nope"),
     "weights as statistics": (VAVAE | {"latents_stats": FIXTURES / "vavae.pt"}, "holds no statistics of latents"),
@@ -363,6 +363,8 @@ FLAGS = {
     ),
     "pipeline without": (SIT | {"vae": FIXTURES / "vavae.pt"}, "vavae.pt is an original autoencoder, whose file has"),
     "no VAE": (SIT | {"latents_stats": VAVAE["latents_stats"]}, "--latents_stats is for an original autoencoder"),
+    "no file of a VAE": (SIT | {"vae": "nope.pt", "latents_stats": "nope"}, "--vae nope.pt must be the folder or the"),
+    "a folder's statistics": (SIT | {"vae": "emoji64", "latents_stats": "nope"}, "--latents_stats is for an original"),
     "other file": (
         SIT | {"vae": SIT["checkpoint_path"], "latents_stats": VAVAE["latents_stats"]},
         "sit_p2.pt is no original AutoencoderKL",

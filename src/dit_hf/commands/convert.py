@@ -137,10 +137,10 @@ def find_vae(checkpoint, args):
     if args.vae and is_original_vae(args.vae):
         own = None if args.latents_stats else checkpoint.latents_statistics
         return load_original_vae(args.vae, in_channels, own or read_statistics(args), args.norm_num_groups)
-    if args.latents_stats:
-        raise ValueError("--latents_stats is for an original autoencoder; pass its file as --vae, or omit the flag.")
     if args.vae:
         check_vae(args.vae, in_channels)
+    if args.latents_stats:
+        raise ValueError("--latents_stats is for an original autoencoder; pass its file as --vae, or omit the flag.")
     return args.vae
 
 
