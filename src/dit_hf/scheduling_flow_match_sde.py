@@ -46,6 +46,7 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0, last_step_size: float = 0.04):
         if not 0 < last_step_size < 1:
             raise ValueError(f"`last_step_size` is {last_step_size!r}; it must be a number between 0 and 1.")
+        self._step_index: int | None = None
         self.set_timesteps(num_train_timesteps)
 
     @property
@@ -72,13 +73,14 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
             sigmas (`list[float]`, *optional*): Descending ones in place of equal steps; a last 0 is added.
         """
         if sigmas is None:
-            sigmas = torch.linspace(1.0, self.config.last_step_size, num_inference_steps, dtype=torch.float64)
-        sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
-        sigmas = self.config.shift * sigmas / (1 + (self.config.shift - 1) * sigmas)
-        self.num_inference_steps = len(sigmas)
-        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+            line = torch.linspace(1.0, self.config.last_step_size, num_inference_steps, dtype=torch.float64)
+        else:
+            line = torch.tensor(sigmas, dtype=torch.float64)
+        shifted = self.config.shift * line / (1 + (self.config.shift - 1) * line)
+        self.num_inference_steps = len(shifted)
+        self.sigmas = torch.cat([shifted, shifted.new_zeros(1)]).float()
         self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
-        self._step_index: int | None = None
+        self._step_index = None
 
     def index_for_timestep(self, timestep: torch.Tensor | float) -> int:
         """The step of a timestep of the schedule."""

@@ -746,9 +746,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
     def _check_timesteps(self, timestep, r_timestep, class_labels):
         """The end of an interval needs a model that embeds it; both have one value, or one per sample."""
         if r_timestep is not None and self.interval_embed is None:
-            raise ValueError(
-                "`r_timestep` was given to a model without `interval_embedding=True`, which has one time."
-            )
+            raise ValueError("`r_timestep` was given, and a model without `interval_embedding=True` has one time.")
         for name, value in (("timestep", timestep), ("r_timestep", r_timestep)):
             if isinstance(value, torch.Tensor) and value.shape not in ((), (1,), class_labels.shape):
                 raise ValueError(

@@ -165,11 +165,9 @@ def find_entry(content: dict, weights: str, path: str | Path) -> str | None:
     """
     if weights not in ("auto", *ENTRIES):
         raise ValueError(f"`weights` is {weights!r}; it must be one of auto, {', '.join(ENTRIES)}.")
-    # A run without an average has an entry for it that is empty.
-    filled = {
-        name for name, value in content.items() if value is not None and not (isinstance(value, dict) and not value)
-    }
-    found = {kind: [name for name in names if name in filled] for kind, names in ENTRIES.items()}
+    # An entry for an average that was not kept may be empty.
+    empty = {name for name, value in content.items() if value is None or (isinstance(value, dict) and not value)}
+    found = {kind: [name for name in names if name in content.keys() - empty] for kind, names in ENTRIES.items()}
     present = found["ema"] + found["model"]
     if weights == "auto" or not present:
         return present[0] if present else None
