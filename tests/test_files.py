@@ -87,7 +87,7 @@ def test_a_failed_write_keeps_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
     assert file.read_text() == "before"
     with writing(file) as partial:
-        assert partial.suffix == ".png"
+        assert partial.name == "grid.png"
         partial.write_text("after")
     assert file.read_text() == "after"
 
@@ -162,7 +162,7 @@ def test_a_folder_that_exists_is_filled_after_a_kill(killed, left, tmp_path):
     (tmp_path / "lost+found").mkdir()
     subprocess.run([sys.executable, "-c", FILL, str(tmp_path), killed], check=False)
     assert content_of(tmp_path) == left and is_occupied(tmp_path) == bool(left)
-    assert len(list(tmp_path.glob(".partial-*"))) == 1
+    assert len(list(tmp_path.glob(".dit_hf-partial-*"))) == 1
     subprocess.run([sys.executable, "-c", FILL, str(tmp_path), "no"], check=True)
     assert sorted(os.listdir(tmp_path)) == ["a", "lost+found", "model_index.json", "weights"]
 
@@ -172,7 +172,7 @@ def test_what_occupies_a_folder(tmp_path):
     (tmp_path / "dangling").symlink_to("nowhere")
     assert is_occupied(tmp_path / "dangling")
     folder = tmp_path / "folder"
-    for name in (".partial-a-1-2-x", "lost+found", ".lock", ".lock_holder", ".DS_Store", "ours"):
+    for name in (".dit_hf-partial-a-1-2-x", "lost+found", ".lock", ".lock_holder", ".DS_Store", "ours"):
         (folder / name).mkdir(parents=True)
     assert not is_occupied(folder, ours=("ours",))
     assert is_occupied(folder) and content_of(folder) == ["ours"]
@@ -209,7 +209,7 @@ def test_one_of_many_files_does_not_list_the_folder(tmp_path):
     with writing(tmp_path / "1.png", one_of_many=True) as partial:
         partial.write_text("whole")
         remove_leftovers(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [partial.name, "0.png"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [partial.parent.name, "0.png"]
 
 
 def test_a_link_to_a_file_stays_a_link(tmp_path):
