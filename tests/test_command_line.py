@@ -1,5 +1,8 @@
 """How commands end, and the ranges of their flags."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +73,26 @@ def test_bad_input_ends_with_one_line(error, code, capsys):
         run(command)
     assert exit_.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_with_one_line_and_the_shells_exit_code(number, tmp_path):
+    """Nothing is left half-written."""
+    script = f"""
+import signal, time
+from dit_hf.command_line import run
+from dit_hf.files import writing
+def main():
+    with writing({str(tmp_path / "a")!r}) as partial:
+        partial.write_text("half")
+        signal.raise_signal({int(number)})
+        time.sleep(60)
+run(main)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 128 + number
+    assert result.stderr == f"Stopped by {number.name}.\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), TypeError("a"), RuntimeError("a"), AssertionError()])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -107,15 +108,17 @@ def test_the_libraries_write_errors_are_known(tmp_path):
     weights = torch.zeros(5000)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     writers = (
-        lambda path: torch.save(weights, path),
-        lambda path: torch.save(weights, path, _use_new_zipfile_serialization=False),
-        lambda path: save_file({"a": weights}, path),
-        lambda path: torch.save(weights, path / "missing" / "a.pt"),
+        ("the disk is full, or the file larger than is allowed", lambda path: torch.save(weights, path)),
+        ("File too large", lambda path: torch.save(weights, path, _use_new_zipfile_serialization=False)),
+        ("File too large", lambda path: save_file({"a": weights}, path)),
+        ("Parent directory .* does not exist", lambda path: torch.save(weights, path / "missing" / "a.pt")),
+        ("No such file or directory", lambda _: torch.save(weights, "/proc/a.pt")),
     )
-    for write in writers:
+    for reason, write in writers:
+        reason = f"^{tmp_path / 'a.pt'} can't be written: {reason}\\.*$"
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
         try:
-            with pytest.raises(OSError, match="a.pt can't be written"), writing(tmp_path / "a.pt") as partial:
+            with pytest.raises(OSError, match=reason), writing(tmp_path / "a.pt") as partial:
                 write(partial)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -187,6 +190,7 @@ import os, sys
 from dit_hf.files import writing
 with writing(sys.argv[1]) as partial:
     partial.write_text("half")
+    partial.with_name(".tmpAbC123").write_text("as safetensors does")
     os.kill(os.getpid(), 9)
 """
 
@@ -195,9 +199,20 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     file = tmp_path / "a[1].json"
     subprocess.run([sys.executable, "-c", KILLED, str(file)], check=False)
     assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / ".tmpmine").write_text("of another program")
     with writing(file) as partial:
         partial.write_text("whole")
-    assert [path.name for path in tmp_path.iterdir()] == ["a[1].json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmpmine", "a[1].json"]
+
+
+def test_what_only_looks_like_a_leftover_stays(tmp_path):
+    """A process of that number has ended."""
+    ended = f"{platform.node()}-4194303-1"
+    names = [f".partial-{ended}-a", f".dit_hf-partial-{platform.node()}-a", f"dit_hf-partial-{ended}-a", "partial-a"]
+    for name in (*names, f".dit_hf-partial-{ended}-a"):
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == content_of(tmp_path) == sorted(names)
 
 
 def test_one_of_many_files_does_not_list_the_folder(tmp_path):
@@ -227,7 +242,9 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     check_writable(tmp_path / "new" / "folder" / "grid.png")
     check_writable(tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
-    for path in (tmp_path / "file" / "grid.png", "/proc/grid.png", tmp_path / "pipe", "a\0b"):
+    (tmp_path / "loop").symlink_to("loop")
+    looped = (tmp_path / "loop", tmp_path / "loop" / "new")
+    for path in (tmp_path / "file" / "grid.png", "/proc/grid.png", tmp_path / "pipe", "a\0b", *looped):
         with pytest.raises(ValueError, match="can't be|is a pipe"):
             check_writable(path)
 

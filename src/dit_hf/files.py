@@ -36,8 +36,9 @@ WEIGHTS = re.compile(
 # How torch and safetensors say that they could not write.
 WRITE_ERROR = re.compile(
     r"No space left|File too large|unexpected pos \d+|failed writing|write\(\)|Parent directory .* does not exist"
-    r"|Error while serializing"
+    r"|Error while serializing|open file failed with"
 )
+SYSTEM_REASON = re.compile(r"(?:failed with(?: strerror:)?|I/O error:) ([\w ]*\w)")
 
 
 def first_line(error: BaseException) -> str:
@@ -251,7 +252,8 @@ def write_problem(error: BaseException) -> str:
         return "the disk is full"
     if "unexpected pos" in str(error):  # torch does not say why
         return "the disk is full, or the file larger than is allowed"
-    return getattr(error, "strerror", None) or first_line(error)
+    found = SYSTEM_REASON.search(str(error))
+    return found[1] if found else getattr(error, "strerror", None) or first_line(error)
 
 
 def content_of(folder: str | Path, ours: Collection[str] = ()) -> list[str]:
