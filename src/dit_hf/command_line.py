@@ -3,6 +3,7 @@
 import argparse
 import math
 import numbers
+import os
 import re
 import signal
 import sys
@@ -132,30 +133,40 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt as error:
         number = error.args[0] if isinstance(error, Terminated) else signal.SIGINT
-        with suppress(OSError):  # of a terminal that is closed
-            print(f"Stopped by {signal.Signals(number).name}.", file=sys.stderr)
+        _say_stopped(number)
         sys.exit(128 + number)
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal, whose number it holds, that ends a command as Ctrl-C does."""
+    """A signal, whose number it holds, that ends a command."""
 
 
 @contextmanager
 def _signals_raised():
-    """Where nothing else handles SIGTERM and SIGHUP, they raise, so that what is half-written is removed."""
-
-    def terminate(number, _):
-        raise Terminated(number)
-
-    numbers = []
+    """Where nothing else handles Ctrl-C, SIGTERM and SIGHUP, they raise, so that what is half-written is removed."""
+    before = {}
     if threading.current_thread() is threading.main_thread():  # Python allows no handlers elsewhere
-        found = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
-        numbers = [number for number in found if number and signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, terminate)
+        found = (getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+        before = {number: signal.getsignal(number) for number in found}
+    before = {number: old for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
+    for number in before:
+        signal.signal(number, _terminate)
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _terminate(number, frame):
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):  # libraries catch what their imports raise
+            _say_stopped(number)
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise Terminated(number)
+
+
+def _say_stopped(number):
+    with suppress(OSError):  # of a terminal that is closed
+        print(f"Stopped by {signal.Signals(number).name}.", file=sys.stderr, flush=True)
