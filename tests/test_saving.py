@@ -8,6 +8,8 @@ import torch
 from conftest import tiny_transformer, tiny_vae
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf.hub import CardFacts
+from dit_hf.training.result import save_pipeline
 
 
 @contextmanager
@@ -85,6 +87,18 @@ def test_a_save_replaces_the_one_before_and_nothing_else(old, new, tmp_path):
     assert {path: after.pop(path, None) for path in others} == others
     model.save_pretrained(tmp_path / "fresh", **new)
     assert after.keys() == content(tmp_path / "fresh").keys() - others.keys()
+
+
+def test_a_run_leaves_a_whole_pipeline_or_none(tmp_path):
+    (tmp_path / "train_log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step-000002.png").write_bytes(b"grid")
+    before, facts = sorted(tmp_path.rglob("*")), CardFacts(recipe={"seed": 0})
+    with file_size_limit(140_000), pytest.raises(OSError, match="pipeline can't be written"):
+        save_pipeline(tiny_pipeline(), tmp_path, facts)
+    assert sorted(tmp_path.rglob("*")) == before
+    card = (save_pipeline(tiny_pipeline(), tmp_path, facts) / "README.md").read_text()
+    assert f"# {tmp_path.name}\n" in card and "(samples.png)" in card and "(loss.png)" in card
 
 
 def test_a_card_is_built_on_and_names_the_folder(tmp_path):
