@@ -209,7 +209,7 @@ def contents(folder):
 
 
 def test_leftovers_of_killed_runs_are_removed(workspace, tmp_path):
-    leftover = tmp_path / ".partial-elsewhere-123-shard-00001.safetensors"
+    leftover = tmp_path / ".dit_hf-partial-elsewhere-12-3-shard-00001.safetensors"
     leftover.write_bytes(b"half a shard")
     cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
     assert not leftover.exists()
@@ -514,7 +514,7 @@ def test_precompute_with_two_processes_goes_on_after_a_kill(workspace, tmp_path)
     )
     assert "20 images, 7 shards, verified" in result.stdout
     assert (tmp_path / "a" / "shard-00000.safetensors").stat().st_mtime_ns == written  # kept, not encoded again
-    assert not list((tmp_path / "a").glob("partial-*"))
+    assert not list((tmp_path / "a").glob(".dit_hf-partial-*"))
     config = json.loads((tmp_path / "a" / "vae" / "config.json").read_text())
     assert config["latents_mean"] == json.loads((tmp_path / "a" / "index.json").read_text())["latents_mean"]
 

@@ -104,7 +104,7 @@ FOREIGN = (
         ".git/config",
         ".lock",
         ".cache/x.json",
-        "transformer/.partial-a-1-config.json",
+        "transformer/.dit_hf-partial-a-1-2-config.json",
         "log.jsonl",
         "notes.md",
     ),

@@ -130,6 +130,9 @@ def one_class(workspace, folder):
         ({"push_to_hub": "", "hub_model_id": "no name"}, "--hub_model_id 'no name' is no name of a repository"),
         ({"output_dir": "{tmp}/broken/a/x.png"}, "x.png is a file, not a folder"),
         ({"output_dir": "{tmp}/broken/a/x.png/run"}, "x.png is a file"),
+        ({"output_dir": "{tmp}/loop"}, "{tmp}/loop can't be written: Too many levels of symbolic links"),
+        ({"output_dir": "{tmp}/loop/run"}, "can't be written: Too many levels of symbolic links"),
+        ({"resume_from_checkpoint": "{tmp}/loop"}, "{tmp}/loop is no checkpoint of"),
         ({"dataset_name": None, "latents_dir": "{tmp}/empty", "output_dir": "{tmp}/empty/run"},
          "is in the folder {tmp}/empty that is read"),
         ({"dataset_name": None, "train_data_dir": "{tmp}/broken", "output_dir": "{tmp}/broken/run"},
@@ -140,6 +143,7 @@ def one_class(workspace, folder):
 )  # fmt: skip
 def test_bad_input_is_named_before_the_first_step(workspace, tmp_path, flags, message, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "broken" / "a").mkdir(parents=True)
     (tmp_path / "broken" / "a" / "x.png").write_bytes(b"not a picture")
     (tmp_path / "broken" / "b").mkdir()

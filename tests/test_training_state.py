@@ -293,11 +293,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, validate=kill, validation_steps=1)
-    (tmp_path / "partial-checkpoint-9").mkdir()  # of a kill while it was written
-    (tmp_path / "partial-mine.txt").write_text("no leftover")
+    leftover = tmp_path / ".dit_hf-partial-checkpoint-9"
+    leftover.mkdir()  # of a kill while it was written
+    mine = [tmp_path / name for name in ("partial-checkpoint-9", ".partial-mine.txt", ".dit_hf-partial-mine")]
+    for path in mine:
+        path.write_text("no leftover")
     train(tmp_path, max_train_steps=4)
     assert [record["step"] for record in read_log(tmp_path)] == [1, 2, 3, 4]
-    assert not (tmp_path / "partial-checkpoint-9").exists() and (tmp_path / "partial-mine.txt").exists()
+    assert not leftover.exists() and all(path.exists() for path in mine)
     shutil.rmtree(tmp_path / "checkpoint-2")
     shutil.rmtree(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="no checkpoint to resume from, but holds train_log.jsonl"):

@@ -12,7 +12,6 @@ Shapes: `B` images of a batch, `(B, 3, H, W)` pixels in [-1, 1], `(B, 4, H/4, W/
 
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from signal import Signals
@@ -29,7 +28,7 @@ from dit_hf.data.images import load_image_dataset
 from dit_hf.data.pixels import normalize_pixels
 from dit_hf.data.reader import ImageReader
 from dit_hf.evaluation.features import EfficientNetLite0
-from dit_hf.files import PARTIAL, check_apart, check_folder
+from dit_hf.files import check_apart, check_folder, writing_folder
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import (
     check_resumable,
@@ -283,13 +282,8 @@ class Training:
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
         psnr = validate(self.vae, self.held_out, folder / f"reconstruction-{step:06d}.png")
-        with tempfile.TemporaryDirectory(
-            dir=folder, prefix=PARTIAL
-        ) as partial:  # each file is whole or the one before
+        with writing_folder(folder / "vae") as partial:
             self.accelerator.unwrap_model(self.vae).save_pretrained(partial)
-            (folder / "vae").mkdir(exist_ok=True)
-            for path in Path(partial).iterdir():
-                path.replace(folder / "vae" / path.name)
         self.ema.restore(parameters)
         return psnr
 

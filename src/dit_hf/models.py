@@ -17,6 +17,7 @@ from .checkpoints import diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
+from .files import writing_folder
 from .presets import PresetName, preset_config
 
 
@@ -221,7 +222,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         **kwargs: Any,
     ) -> None:
         """
-        Saves the model, its code and a model card.
+        Saves the model, its code and a model card. If that fails, what was in the folder before still loads.
 
         Args:
             save_directory (`str` or `Path`): Created if it does not exist.
@@ -234,17 +235,19 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         Raises:
             ValueError: if the model was changed in place so that the saved weights would not load, or the folder has
                 links to files outside of it.
+            OSError: if the folder can't be written.
         """
         hub.check_loads_again({"model": self})
         hub.check_save_directory(save_directory)
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         options |= {"use_flashpack": use_flashpack}
-        super().save_pretrained(save_directory, is_main_process, save_function, **options)
-        if is_main_process:
-            hub.carry_over(self, save_directory, TRAINING_ONLY_FILE)
-            hub.write_card(self, save_directory, facts=card)
-            if push_to_hub:
-                hub.publish_folder(save_directory, model=self, card=card, **kwargs)
+        with writing_folder(save_directory) as partial:
+            super().save_pretrained(partial, is_main_process, save_function, **options)
+            if is_main_process:
+                hub.carry_over(self, partial, TRAINING_ONLY_FILE)
+                hub.write_card(self, partial, facts=card, place=save_directory)
+        if is_main_process and push_to_hub:
+            hub.publish_folder(save_directory, model=self, card=card, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """As every `ModelMixin`'s, with a model card; see `DiTClassCondPipeline.push_to_hub`."""

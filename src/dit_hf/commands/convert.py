@@ -20,17 +20,7 @@ from ..checkpoints.parsing import IMAGENET_CLASSES
 from ..checkpoints.saving import TRAINING_ONLY_FILE
 from ..command_line import ArgumentParser, real, run
 from ..conversion import build_pipeline, check_vae, is_original_vae, load_original_vae
-from ..files import (
-    NO_CONTENT,
-    check_writable,
-    first_line,
-    is_occupied,
-    partial_path,
-    read_json,
-    remove,
-    remove_leftovers,
-    writing_folder,
-)
+from ..files import NO_CONTENT, check_writable, first_line, is_occupied, read_json, writing_folder
 from ..hub import CardFacts, publish_folder, write_card
 from ..transformer_dit import SIZES
 from .verify import DTYPES, add_checkpoint_arguments, read, verify, verify_autoencoder
@@ -76,38 +66,31 @@ def save_whole(pipe, checkpoint, args):
     """Writes to the side, verifies and renames, so that the folder is complete, right, or absent."""
     output_dir = Path(os.path.realpath(args.output_dir))
     occupied = is_occupied(output_dir)
-    # Where there is a folder already, what is written is compared with it.
-    target = partial_path(output_dir) if occupied else output_dir
-    remove_leftovers(output_dir.parent, output_dir.name)
-    try:
-        with writing_folder(target) as partial:
-            pipe.save_pretrained(partial)
-            write_card(pipe, partial, output_dir.name, card_facts(checkpoint, args))
-            if checkpoint.training_only:
-                save_file(checkpoint.training_only, partial / "transformer" / TRAINING_ONLY_FILE)
-            pipe.transformer.to("meta")  # its weights are on the disk now
-            try:
-                if not args.skip_verification:
-                    verify(checkpoint, partial, args.dtype, label=output_dir)
-                if occupied:
-                    check_same(partial, output_dir)
-            except OSError as error:  # of reading, which is no reason that it can't be written
-                raise ValueError(f"{output_dir} can't be verified: {first_line(error)}") from error
-    finally:
-        if occupied:
-            remove(target)
+    with writing_folder(output_dir) as partial:
+        pipe.save_pretrained(partial)
+        write_card(pipe, partial, output_dir.name, card_facts(checkpoint, args))
+        if checkpoint.training_only:
+            save_file(checkpoint.training_only, partial / "transformer" / TRAINING_ONLY_FILE)
+        pipe.transformer.to("meta")  # its weights are on the disk now
+        try:
+            if not args.skip_verification:
+                verify(checkpoint, partial, args.dtype, label=output_dir)
+            if occupied:
+                check_same(partial, output_dir)
+                (partial / "README.md").unlink()  # the one that is there may have been edited
+        except OSError as error:  # of reading, which is no reason that it can't be written
+            raise ValueError(f"{output_dir} can't be verified: {first_line(error)}") from error
+
+
+def files_in(folder):
+    """Names of all files in a folder that are its content."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {name for name in names if not any(map(NO_CONTENT.fullmatch, name.parts))}
 
 
 def check_same(new, old):
-    """That a folder holds what was just converted; its card may have been edited."""
-    files = [
-        {
-            path.relative_to(folder)
-            for path in folder.rglob("*")
-            if path.is_file() and not NO_CONTENT.fullmatch(path.name)
-        }
-        for folder in (new, old)
-    ]
+    """That a folder holds what was just converted; their cards may differ."""
+    files = [files_in(folder) for folder in (new, old)]
     same = filecmp.cmpfiles(new, old, files[0] & files[1], shallow=False)[0]
     differing = {str(file) for file in files[0] | files[1]} - {str(file) for file in same} - {"README.md"}
     if differing:

@@ -1,6 +1,7 @@
 """The flags of `train`."""
 
 import argparse
+import os
 from pathlib import Path
 
 from ..bundled import resolve_pipeline
@@ -48,7 +49,7 @@ def parse_args() -> argparse.Namespace:
         if getattr(args, flag) != parser.get_default(flag) and without_effect(args):
             parser.error(f"--{flag} has no effect {why}")
     if args.hub_model_id is None:
-        args.hub_model_id = args.output_dir.resolve().name
+        args.hub_model_id = os.path.basename(os.path.realpath(args.output_dir))
     if args.pretrained_model_name_or_path is not None:
         args.pretrained_model_name_or_path = resolve_pipeline(args.pretrained_model_name_or_path)
     elif args.vae is None and args.latents_dir is not None:

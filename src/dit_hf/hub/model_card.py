@@ -1,5 +1,6 @@
 """Model cards: what a published model is, how to use it, how it was made, measured, and where it fails."""
 
+import os
 import re
 import shutil
 from collections.abc import Collection
@@ -127,15 +128,23 @@ def join_cards(hub: ModelCard | None, folder: ModelCard | None) -> ModelCard | N
     return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n")
 
 
-def write_card(model, folder: str | Path, title: str | None = None, facts: CardFacts | None = None) -> Path:
+def write_card(
+    model,
+    folder: str | Path,
+    title: str | None = None,
+    facts: CardFacts | None = None,
+    place: str | Path | None = None,
+) -> Path:
     """
     Writes or updates the `README.md` of a folder that was saved; a card of where it was loaded from is built on.
 
     Args:
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What was saved.
         folder (`str` or `Path`): Where.
-        title (`str`, *optional*): The folder's name if not given; its parent's where it is called `pipeline`.
+        title (`str`, *optional*): The name of `place` if not given; its parent's where it is called `pipeline`.
         facts (`CardFacts`, *optional*): What the model can't tell of itself.
+        place (`str` or `Path`, *optional*): Where the folder will be, and the card that is updated; `folder` if not
+            given.
 
     Returns:
         `Path`: the file.
@@ -144,16 +153,15 @@ def write_card(model, folder: str | Path, title: str | None = None, facts: CardF
         ValueError: if there is a card that can't be read, or it is a link to a file outside of the folder.
     """
     folder = Path(folder)
-    file = folder / "README.md"
-    check_links(folder, "README.md")
-    source = file if file.is_file() else source_file(model, "README.md")
+    place = Path(os.path.realpath(place or folder))
+    check_links(place, "README.md")
+    source = place / "README.md" if (place / "README.md").is_file() else source_file(model, "README.md")
     known = read_card(source) if source is not None else None
-    named = folder.resolve()
-    title = title or (named.parent.name if named.name == "pipeline" else named.name)
-    card = build_card(model, title, facts, known, [path.name for path in folder.iterdir()])
-    with writing(file) as partial:
-        partial.write_text(str(card), encoding="utf-8")
-    return file
+    title = title or (place.parent.name if place.name == "pipeline" else place.name)
+    files = {path.name for each in (folder, place) if each.is_dir() for path in each.iterdir()}
+    with writing(folder / "README.md") as partial:
+        partial.write_text(str(build_card(model, title, facts, known, files)), encoding="utf-8")
+    return folder / "README.md"
 
 
 def read_card(file: str | Path) -> ModelCard:

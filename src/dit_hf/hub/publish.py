@@ -1,5 +1,6 @@
 """Uploading a saved folder, so that a failure costs nothing but another try."""
 
+import os
 import queue
 import re
 import tempfile
@@ -13,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, create_commit, create_repo, hf_h
 # `HTTPError` is the network library's, whichever of them this huggingface_hub uses.
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
-from ..files import check_file, check_links, first_line, printable
+from ..files import check_file, check_folder, check_links, first_line, printable
 from .connection import unreachable, without_secrets
 from .model_card import CardFacts, build_card, join_cards, read_card, source_repo
 
@@ -105,7 +106,7 @@ def publish_folder(
         OSError: if the upload fails; the message says how to go on.
     """
     folder = Path(folder)
-    repo_id = repo_id or folder.resolve().name
+    repo_id = repo_id or os.path.basename(os.path.realpath(folder))
     files = select_files(folder)
     source = source_repo(model)
     if source is not None and (card is None or card.base_model is None):
@@ -142,15 +143,15 @@ def publish_folder(
 
 def check_save_directory(folder: str | Path) -> None:
     """
-    Checks before saving that no file that is written is a link out of the folder.
+    Checks before saving that a folder can be written, and no file in it that is replaced is a link out of it.
 
     Args:
         folder (`str` or `Path`): The folder; it need not exist.
 
     Raises:
-        ValueError: naming the link and its target.
+        ValueError: if it is a file or can't be written, or naming the link and its target.
     """
-    folder = Path(folder)
+    folder = check_folder(folder, "the folder")
     check_links(folder, *COMPONENTS)
     places = (place for place in (folder, *(folder / name for name in COMPONENTS)) if place.is_dir())
     names = (path.relative_to(folder).as_posix() for place in places for path in place.iterdir())
@@ -180,7 +181,7 @@ def select_files(folder: Path) -> dict[str, Path]:
         )
     for path in map(found.get, COMPONENTS):  # whose files are not found
         if path is not None:
-            target = path.resolve()
+            target = os.path.realpath(path)
             raise ValueError(f"{path} is a link to {target}; replace it with a copy of the folder, or remove it.")
     files = {name: path for name, path in found.items() if SAVED.fullmatch(name) or PUBLISHED.fullmatch(name)}
     check_links(folder, *files)

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from ..files import first_line, is_write_error, reading, remove
+from ..files import PARTIAL, is_write_error, reading, remove, write_problem
 from .records import BEFORE_CHECKPOINT
 from .running import on_main
 from .saved_state import (
@@ -86,7 +86,7 @@ def save_checkpoint(
     """
     main = accelerator.is_main_process
     final = Path(output_dir) / f"checkpoint-{step}"
-    partial = final.with_name(f"partial-{final.name}")
+    partial = final.with_name(f"{PARTIAL}{final.name}")  # one of all processes
     if main:
         remove(partial)
     accelerator.wait_for_everyone()
@@ -102,7 +102,7 @@ def save_checkpoint(
         if not is_write_error(error):
             raise
         remove(partial)
-        raise OSError(f"{final} can't be written: {first_line(error)} ({_before(final)})") from error
+        raise OSError(f"{final} can't be written: {write_problem(error)} ({_before(final)})") from error
     if main:
         if final.is_dir():
             shutil.rmtree(final)
@@ -151,7 +151,7 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | P
             )
         return None
     given = Path(resume_from_checkpoint)
-    inside = given.resolve().parent == Path(output_dir).resolve() or given == Path(given.name)
+    inside = Path(os.path.realpath(given)).parent == Path(os.path.realpath(output_dir)) or given == Path(given.name)
     if not inside or given.name not in names:
         raise ValueError(
             f"{given} is no checkpoint of {output_dir}, which holds {', '.join(names) or 'none'}; pass one of them, "

@@ -1,12 +1,11 @@
 """What a run records: its settings, its log, and whether the folder is its own."""
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import PARTIAL, check_file, check_links, read_json, reading, remove, writing
+from ..files import LEFTOVER, PARTIAL, check_file, check_links, read_json, reading, remove, writing
 
 
 # Exists while a run has no checkpoint yet, so that what it wrote may be written again.
@@ -230,8 +229,7 @@ def begin(output_dir: str | Path, resumed: bool) -> None:
     else:
         text = "This run has no checkpoint yet. If it is started again, it begins anew.\n"
         (output_dir / BEFORE_CHECKPOINT).write_text(text, encoding="utf-8")
-    own = re.compile(r"partial-(checkpoint-\d+|ema-.*\.safetensors|\w+\.jsonl?)|" + re.escape(PARTIAL) + ".*")
     for folder in (output_dir, output_dir / "ema", output_dir / "samples"):
-        for path in folder.glob("*partial-*"):
-            if own.fullmatch(path.name):
+        for path in folder.glob(f"{PARTIAL}*"):
+            if LEFTOVER.fullmatch(path.name):
                 remove(path)

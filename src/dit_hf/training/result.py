@@ -11,8 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..evaluation.cards import card_results
 from ..evaluation.extractors import EFFICIENTNET
-from ..files import first_line
-from ..hub import CardFacts
+from ..files import first_line, writing_folder
+from ..hub import CardFacts, write_card
 from ..hub.connection import unreachable
 from ..hub.model_card import PIPELINE_TAG
 from .records import read_log
@@ -73,11 +73,12 @@ def save_pipeline(pipe, output_dir: str | Path, facts: CardFacts) -> Path:
         `Path`: `output_dir/pipeline`.
     """
     folder = Path(output_dir) / "pipeline"
-    folder.mkdir(exist_ok=True)
-    if grids := sorted((Path(output_dir) / "samples").glob("step-*.png")):
-        shutil.copyfile(grids[-1], folder / "samples.png")
-    plot_losses(*loss_curve(output_dir), folder / "loss.png")
-    pipe.save_pretrained(folder, card=facts)
+    with writing_folder(folder) as partial:
+        pipe.save_pretrained(partial)
+        if grids := sorted((Path(output_dir) / "samples").glob("step-*.png")):
+            shutil.copyfile(grids[-1], partial / "samples.png")
+        plot_losses(*loss_curve(output_dir), partial / "loss.png")
+        write_card(pipe, partial, facts=facts, place=folder)
     return folder
 
 
