@@ -319,6 +319,29 @@ def rewrite(folder, tensors=None, **changes):
     (folder / "index.json").write_text(json.dumps(index | {"checksum": index_checksum(index)}))
 
 
+@pytest.mark.parametrize(
+    "change", [{"moments": None}, {"moments": [8, [0.0], [1.0]]}, {"moments": {}}, {"unreadable_labels": 5}]
+)
+def test_metadata_of_an_unfinished_cache_that_are_none(workspace, tmp_path, change):
+    """As those of another program, so that the shard is not overwritten."""
+    data = load_image_dataset(str(workspace / "data"))
+    cache(tmp_path, tiny_vae(), data)
+    path = tmp_path / "shard-00000.safetensors"
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["dit_hf"])
+    save_file(load_file(path), path, {"dit_hf": json.dumps(facts | change)})
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(ValueError, match="shard-00000.safetensors was not written by `dit-hf latents`"):
+        cache(tmp_path, tiny_vae(), data)
+
+
+def test_a_negative_deviation_is_refused(workspace, tmp_path):
+    cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
+    rewrite(tmp_path, lambda tensors: tensors | {"std": tensors["std"] - 9})
+    with pytest.raises(ValueError, match="its deviation is below 0"):
+        CachedLatents(tmp_path).read(torch.tensor([0]), torch.tensor([False]))
+
+
 def test_an_index_that_was_changed_is_refused(workspace, tmp_path):
     cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
     index = json.loads((tmp_path / "index.json").read_text())
@@ -355,6 +378,8 @@ def test_shards_that_hold_something_else(workspace, tmp_path, change, message):
         ({"latents_std": [1.0, 1.0, 0.0, 1.0]}, "'latents_std'"),
         ({"latents_mean": [float("nan")] * 4}, "'latents_mean'"),
         ({"latents_mean": [0.0]}, "different lengths"),
+        ({"latents_mean": [10**400] * 4}, "too large a number"),
+        ({"latents_mean": [True] * 4}, "'latents_mean'"),
     ],
 )
 def test_an_index_that_is_none(workspace, tmp_path, changes, message):

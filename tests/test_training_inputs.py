@@ -242,6 +242,8 @@ OUT_OF_RANGE = [
     *((name, "inf") for name in ("guidance_scale", "learning_rate", "snr_gamma", "weight_decay", "proj_coeff")),
     *((name, value) for name in ("class_dropout_prob", "flip_probability", "ema_decay", "adam_beta2")
       for value in ("nan", "-0.1", "1.1")),
+    ("guidance_scale", 1e30), ("learning_rate", 1e30), ("snr_gamma", 1e308), ("snr_gamma", 1e-320),
+    ("weight_decay", 1e30), ("proj_coeff", 1e30), ("max_grad_norm", 1e-320),
     ("lr_warmup_steps", -1), ("seed", -1), ("seed", 2**32), ("layer_decay", 0), ("lora_rank", 0),
     ("validation_inference_steps", 0), ("alignment_depth", 0), ("snr_gamma", 0), ("max_train_steps", 1.5),
 ]  # fmt: skip

@@ -159,7 +159,7 @@ def test_a_forged_optimizer_is_refused(run, tmp_path, forge, message):
         ("ema", "power", 0.5, "0.75"),
         ("ema", "optimization_step", 900, "a whole number at least 0 and at most 2"),
         ("guard", "skipped", 1, "a whole number at least 0 and at most 0"),
-        ("guard", "skipped", 10**400, "a whole number at least 0 and at most 0"),
+        ("guard", "skipped", 2**60, "a whole number at least 0 and at most 0"),
         ("guard", "in_a_row", 5, "a whole number at least 0 and at most 0"),
         ("guard", "draw_offset", -4, "a whole number at least 0"),
         ("guard", "rewinds", 90, "a whole number at least 0 and at most 10"),
@@ -177,7 +177,7 @@ def test_a_forged_state_is_refused(run, tmp_path, name, key, value, expected):
 
 @pytest.mark.parametrize(
     ("name", "key", "value"),
-    [("guard", "draw_offset", 1.5), ("guard", "recent", [10**400]), ("schedule", "lr_lambdas", [{}] * 9)],
+    [("guard", "draw_offset", 1.5), ("guard", "recent", "x"), ("schedule", "lr_lambdas", [{}] * 9)],
 )
 def test_a_state_of_another_kind_is_refused(run, tmp_path, name, key, value):
     shutil.copytree(run, tmp_path / "run")

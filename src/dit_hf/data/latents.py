@@ -369,8 +369,11 @@ class CachedLatents:
             suffix = "_flipped" if flip else ""
             names = ("mean", "std") if self.feature_dim is None else ("mean", "std", "features")
             rows.append({name: shard[name + suffix][row : row + 1].float() for name in names})
-            if not all(tensor.isfinite().all() for tensor in rows[-1].values()):
-                raise ValueError(f"{self.cache_dir}: sample {index} is not finite; encode the images again.")
+            if not all(tensor.isfinite().all() for tensor in rows[-1].values()) or rows[-1]["std"].min() < 0:
+                raise ValueError(
+                    f"{self.cache_dir}: sample {index} is not finite, or its deviation is below 0; encode the images "
+                    "again."
+                )
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | {"label": self.labels[indices]}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from ..files import PARTIAL, check_file, read_json, reading, remove, writing
+from ..files import PARTIAL, check_file, load_json, read_json, reading, remove, writing
 from .fingerprints import describe_change
 
 
@@ -37,11 +37,11 @@ def shard_facts(path: Path) -> dict[str, Any]:
         return {}
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+            facts = load_json((file.metadata() or {}).get(FACTS, "{}"))
     except (OSError, SafetensorError, ValueError, RecursionError):
         return {}
-    ours = isinstance(facts, dict) and isinstance(facts.get("unreadable"), list)
-    return facts if ours and isinstance(facts.get("fingerprint"), str) else {}
+    ours = isinstance(facts, dict) and "fingerprint" in facts and "unreadable" in facts
+    return facts if ours and all(check(facts[key]) for key, check in FACT_KEYS.items() if key in facts) else {}
 
 
 def shard_labels(path: Path):
@@ -118,7 +118,7 @@ def _is_shard(value):
 
 
 def _are_numbers(values):
-    numbers = isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
+    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
     return numbers and len(values) > 0 and all(map(math.isfinite, values))
 
 
@@ -127,6 +127,21 @@ def _are_names(values):
     return names and 0 < len(values) == len(set(values))
 
 
+def _are_moments(value):
+    sums = [value.get("sum"), value.get("squares")] if isinstance(value, dict) else [None]
+    return all(map(_are_numbers, sums)) and len(sums[0]) == len(sums[1]) and _is_count(value.get("count"))
+
+
+def _is_list_of(*kinds):
+    return lambda value: isinstance(value, list) and all(isinstance(entry, kinds) for entry in value)
+
+
+FACT_KEYS = {
+    "fingerprint": lambda value: isinstance(value, str),
+    "unreadable": _is_list_of(str),
+    "unreadable_labels": _is_list_of(int, type(None)),
+    "moments": _are_moments,
+}
 INDEX_KEYS = {
     "fingerprint": lambda value: isinstance(value, str),
     "count": lambda value: _is_count(value) and value > 0,

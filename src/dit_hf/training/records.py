@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import PARTIAL, check_file, check_links, read_json, reading, remove, writing
+from ..files import PARTIAL, check_file, check_links, load_json, read_json, reading, remove, writing
 
 
 # Exists while a run has no checkpoint yet, so that what it wrote may be written again.
@@ -108,7 +108,7 @@ def read_log(file: str | Path) -> Iterator[dict[str, Any]]:
         if number == len(lines) and not line.endswith("}"):
             return
         try:
-            record = json.loads(line)
+            record = load_json(line)
         except ValueError:
             record = None
         well_formed = isinstance(record, dict) and type(record.get("step")) is int

@@ -151,7 +151,7 @@ def load_states(folder: str | Path, states: Mapping[str, Any]) -> None:
     for name, stateful in states.items():
         try:
             stateful.load_state_dict(_with_tensors(_own(plain[name], vars(stateful)), tensors))
-        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise ValueError(f"{sources[name]} does not hold the state {name!r} of this run: {error!r}") from error
 
 
