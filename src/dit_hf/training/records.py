@@ -111,7 +111,7 @@ def read_log(file: str | Path) -> Iterator[dict[str, Any]]:
             record = load_json(line)
         except ValueError:
             record = None
-        well_formed = isinstance(record, dict) and type(record.get("step")) is int
+        well_formed = isinstance(record, dict) and {type(record.get("step")), type(record.get("snapshot", 0))} == {int}
         if not well_formed or not isinstance(record.get("loss", 0.0), int | float):
             raise ValueError(f"{file} is damaged: line {number} is no record of a step; remove that line.")
         yield record
@@ -147,6 +147,19 @@ def read_losses(file: str | Path) -> list[float]:
         `list[float]`
     """
     return [record["loss"] for record in read_log(file) if "loss" in record and not record.get("skipped")]
+
+
+def read_snapshots(file: str | Path) -> list[int]:
+    """
+    The steps of which a run has kept snapshots of its averages.
+
+    Args:
+        file (`str` or `Path`): The log; it need not exist.
+
+    Returns:
+        `list[int]`: as their files are numbered; none of a run of a release before 0.3.
+    """
+    return [record["snapshot"] for record in read_log(file) if "snapshot" in record] if Path(file).exists() else []
 
 
 def truncate_log(file: str | Path, step: int) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..evaluation.cards import card_results
 from ..evaluation.extractors import EFFICIENTNET
-from ..files import first_line
+from ..files import first_line, writing
 from ..hub import CardFacts
 from ..hub.connection import unreachable
 from ..hub.model_card import PIPELINE_TAG
@@ -75,8 +75,10 @@ def save_pipeline(pipe, output_dir: str | Path, facts: CardFacts) -> Path:
     folder = Path(output_dir) / "pipeline"
     folder.mkdir(exist_ok=True)
     if grids := sorted((Path(output_dir) / "samples").glob("step-*.png")):
-        shutil.copyfile(grids[-1], folder / "samples.png")
-    plot_losses(*loss_curve(output_dir), folder / "loss.png")
+        with writing(folder / "samples.png") as partial:
+            shutil.copyfile(grids[-1], partial)
+    with writing(folder / "loss.png") as partial:
+        plot_losses(*loss_curve(output_dir), partial)
     pipe.save_pretrained(folder, card=facts)
     return folder
 
