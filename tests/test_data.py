@@ -34,8 +34,8 @@ from dit_hf.data.latents import (
 )
 from dit_hf.data.pixels import center_crop, normalize_pixels
 from dit_hf.data.reader import ImageReader
-from dit_hf.data.shards import file_checksum, index_checksum
-from dit_hf.training.data import ImageData, write_latents
+from dit_hf.data.shards import file_checksum, index_checksum, known_fingerprint, read_index
+from dit_hf.training.data import ImageData, checksums, write_latents
 from dit_hf.training.running import local_share, start_accelerator
 
 
@@ -216,7 +216,7 @@ def test_leftovers_of_killed_runs_are_removed(workspace, tmp_path):
 
 
 def test_what_has_changed_is_said(tmp_path):
-    """One image's date is enough; the cache stays as it is."""
+    """One image's size is enough; the cache stays as it is."""
     vae, folder = tiny_vae(), write_class_folders(tmp_path / "images", 12)
     accelerator = start_accelerator()
 
@@ -230,10 +230,40 @@ def test_what_has_changed_is_said(tmp_path):
     assert contents(tmp_path / "cache") == before
     with pytest.raises(ValueError, match="finished cache of other latents: resolution was 32, now 64. Choose"):
         encode(resolution=64)
+    with open(folder / "cats" / "03.png", "ab") as image:
+        image.write(b"more")
     os.utime(folder / "cats" / "03.png", (4e9, 4e9))
     with pytest.raises(ValueError, match=r"of the image files have changed \(cats/03.png changed since\)"):
         encode()
     assert contents(tmp_path / "cache") == before
+
+
+def test_images_whose_dates_alone_have_changed_are_compared(tmp_path, monkeypatch):
+    """As on another machine, after a copy: all of them once, which is then recorded."""
+    vae, folder = tiny_vae(), write_class_folders(tmp_path / "images", 12)
+    monkeypatch.setattr("dit_hf.data.latents.COMPARED_IMAGES", 0)  # a sample is compared in any case
+    data, cache_dir = ImageData(resolution=32, train_data_dir=folder), tmp_path / "cache"
+
+    def encode():
+        write_latents(start_accelerator(), vae, data, data.reader(), cache_dir, shard_size=5)
+
+    encode()
+    before, fingerprint = contents(cache_dir), read_index(cache_dir)["fingerprint"]
+    for image in folder.rglob("*.png"):
+        os.utime(image, (4e8, 4e8))
+    settings = data.settings(data.reader(), 5, **checksums(vae))
+    assert known_fingerprint(cache_dir, settings) == (fingerprint, True)
+    encode()
+    after = contents(cache_dir)
+    assert {name for name in after if after[name] != before.get(name)} == {"index.json"}
+    assert known_fingerprint(cache_dir, settings) == (fingerprint, False)
+    image = folder / "cats" / "03.png"
+    content = bytearray(image.read_bytes())
+    content[-20] ^= 1
+    image.write_bytes(content)
+    with pytest.raises(ValueError, match="cats/03.png.* is not the image that .*shard-00000"):
+        encode()
+    assert contents(cache_dir) == after
 
 
 def test_other_pixels_of_the_same_size_and_date_are_found(tmp_path):

@@ -1,6 +1,7 @@
 """What `train_dit.py` reads and what it refuses, before the first step."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -278,6 +279,10 @@ def test_another_holdout_is_named_as_such(workspace, tmp_path, monkeypatch, caps
     run(train_command(workspace, tmp_path / "run", **flags))
     error = refused(train_command(workspace, tmp_path / "run", **flags | {"holdout": 0.4}), monkeypatch, capsys)
     assert "holdout was 0.2 and is 0.4. Use a new folder" in error
+    for image in images.rglob("*.png"):  # as a copy on another machine
+        os.utime(image, (4e8, 4e8))
+    run(train_command(workspace, tmp_path / "run", **flags | {"max_train_steps": 2}))
+    assert len(read_log(tmp_path / "run")) == 2
 
 
 def test_latents_that_moved_resume(workspace, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from ..files import PARTIAL, check_file, load_json, read_json, reading, remove, writing
-from .fingerprints import describe_change
+from .fingerprints import describe_change, differ_by_dates, fingerprint_of, summary
 
 
 INDEX = "index.json"
@@ -150,6 +150,45 @@ INDEX_KEYS = {
     "latents_std": lambda value: _are_numbers(value) and min(value) > 0,
     "shards": lambda value: isinstance(value, list) and all(map(_is_shard, value)),
 }
+
+
+def known_fingerprint(cache_dir: str | Path, settings: dict[str, Any]) -> tuple[str, bool]:
+    """
+    The fingerprint of a cache, which stays that of its first run where a copy has given the images other dates.
+
+    Args:
+        cache_dir (`str` or `Path`): The folder; it need not exist.
+        settings (`dict`): What the latents depend on.
+
+    Returns:
+        `tuple[str, bool]`: the fingerprint, and whether every image has to be compared, as dates have changed.
+
+    Raises:
+        ValueError: if the index is damaged.
+    """
+    has_index = (Path(cache_dir) / INDEX).exists()
+    facts = read_index(cache_dir) if has_index else shard_facts(shard_path(cache_dir, 0))
+    if not differ_by_dates(before := facts.get("settings"), settings):
+        return fingerprint_of(settings), False
+    return facts["fingerprint"], before["data"] != summary(settings)["data"]
+
+
+def record_dates(cache_dir: str | Path, settings: dict[str, Any]) -> None:
+    """
+    Records the dates of images that have been compared.
+
+    Args:
+        cache_dir (`str` or `Path`): A complete cache.
+        settings (`dict`): With the dates of today.
+    """
+    write_index(cache_dir, read_index(cache_dir) | {"settings": summary(settings)})
+
+
+def write_index(cache_dir: str | Path, index: dict[str, Any]) -> None:
+    """Writes `index.json`, and adds its checksum; `OSError` if it can't be written."""
+    index["checksum"] = index_checksum(index)
+    with writing(Path(cache_dir) / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def check_cache(cache_dir: str | Path, fingerprint: str, settings: dict[str, Any] | None = None) -> bool:

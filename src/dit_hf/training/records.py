@@ -51,7 +51,10 @@ def check_same_settings(
 def _describe_change(name, before, value):
     if name == "latents":  # a fingerprint
         before, value = (str(fingerprint)[:8] for fingerprint in (before, value))
-        return f"the images, or what encodes them, have changed (latents {before} and {value})"
+        return (
+            f"the images (by names, sizes and dates of their files), or what encodes them, have changed (latents "
+            f"{before} and {value})"
+        )
     return f"{name} was {before!r} and is {value!r}"
 
 
