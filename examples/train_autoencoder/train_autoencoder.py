@@ -36,7 +36,7 @@ from dit_hf.training.checkpointing import (
     resume_from,
     save_checkpoint,
 )
-from dit_hf.training.config import COUNT, NOT_NEGATIVE, RANGES
+from dit_hf.training.config import COUNT, RANGES, WEIGHT
 from dit_hf.training.ema import WeightAverage
 from dit_hf.training.guard import TrainingStopped, check_losses
 from dit_hf.training.records import (
@@ -136,13 +136,11 @@ def parse_args():
     parser.add_argument(
         "--lr_warmup_steps", type=RANGES["lr_warmup_steps"], default=100, help="Steps of linear warm-up."
     )
-    parser.add_argument("--perceptual_weight", type=NOT_NEGATIVE, default=0.3, help="Weight of the feature distance.")
+    parser.add_argument("--perceptual_weight", type=WEIGHT, default=0.3, help="Weight of the feature distance.")
     parser.add_argument(
         "--perceptual_resolution", type=integer(at_least=32), default=64, help="Pixels per side for the features."
     )
-    parser.add_argument(
-        "--kl_weight", type=NOT_NEGATIVE, default=1e-3, help="Weight of the mean KL of a latent value."
-    )
+    parser.add_argument("--kl_weight", type=WEIGHT, default=1e-3, help="Weight of the mean KL of a latent value.")
     parser.add_argument("--max_grad_norm", type=RANGES["max_grad_norm"], default=1.0, help="Gradient clipping.")
     parser.add_argument("--ema_decay", type=RANGES["ema_decay"], default=0.995, help="Decay of the averaged weights.")
     parser.add_argument("--checkpointing_steps", type=COUNT, default=250, help="Steps between checkpoints.")

@@ -71,7 +71,7 @@ class Range:
         return f"{what}{words and f' {words}'}{', or inf' if self.or_infinite else ''}"
 
     def __contains__(self, value: float) -> bool:
-        ok = math.isfinite(value) or (self.or_infinite and value == math.inf)
+        ok = -math.inf < value < math.inf or (self.or_infinite and value == math.inf)
         ok = ok and (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)
         return ok and (self.at_most is None or value <= self.at_most) and (self.below is None or value < self.below)
 

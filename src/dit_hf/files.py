@@ -117,6 +117,28 @@ def reading(path: str | Path, kind: str = "file") -> Iterator[None]:
         raise ValueError(f"{path} can't be read as {kind}: {reason}") from error
 
 
+def load_json(text: str | bytes) -> Any:
+    """
+    JSON without whole numbers that no float holds, which few calculations expect.
+
+    Args:
+        text (`str` or `bytes`): Of a file.
+
+    Returns:
+        Its value.
+
+    Raises:
+        ValueError: if it is no JSON.
+    """
+    return json.loads(text, parse_int=_whole_number)
+
+
+def _whole_number(digits):
+    if (value := int(digits)).bit_length() > 64:
+        raise ValueError(f"{digits[:20]}… is too large a number")
+    return value
+
+
 def read_json(path: str | Path, expected: type | tuple[type, ...] = dict) -> Any:
     """
     Reads a JSON file.
@@ -133,7 +155,7 @@ def read_json(path: str | Path, expected: type | tuple[type, ...] = dict) -> Any
     """
     path = check_file(path, MAX_JSON_BYTES)
     with reading(path, "JSON"):
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path.read_text(encoding="utf-8"))
     if not isinstance(value, expected):
         what = "an object" if expected is dict else "a list" if expected is list else "an object or a list"
         raise ValueError(f"{path} must hold {what}; it holds a {type(value).__name__}.")

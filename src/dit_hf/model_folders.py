@@ -33,6 +33,7 @@ TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch
 MAX_NUMBER = 2**20
 MAX_LAYERS = 256
 MAX_ENTRIES = 2**17
+MAX_COMPONENTS = 1000
 # Attention in the autoencoders of diffusers before 0.16, which it still reads.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -52,6 +53,8 @@ def read_index(path: str | Path, transformers: Sequence[str] = ()) -> dict[str, 
         ValueError: naming the file and the key that holds something else.
     """
     index = read_config(path)
+    if len(index) > MAX_COMPONENTS:
+        raise ValueError(f"{path} has {len(index):,} entries; at most {MAX_COMPONENTS} are read.")
     for name in ("transformer", "scheduler", "vae"):
         entry = index.get(name, [None, None] if name == "vae" else None)
         pair = entry if isinstance(entry, list) and len(entry) == 2 else []

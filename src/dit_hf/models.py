@@ -162,7 +162,8 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         if not kwargs.get("local_files_only"):
             hub.check_available(pretrained_model_name_or_path, name, **places)
         places = {name: kwargs[name] for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
-        config = cls.load_config(pretrained_model_name_or_path, **places)
+        with hub.connected():
+            config = cls.load_config(pretrained_model_name_or_path, **places)
         file = Path(pretrained_model_name_or_path, name)
         if (found := config.get("_class_name", cls.__name__)) not in (cls.__name__, *diffusers_dit.CLASS_NAMES):
             raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")
@@ -180,7 +181,8 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             model_folders.check_weights(file.parent, described, kwargs.get("variant"))
         wants_info = kwargs.pop("output_loading_info", False)
         load = StockDiTTransformer2DModel.from_pretrained if is_stock else super().from_pretrained
-        model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        with hub.connected():
+            model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         try:
             _check_keys(info)
             if is_stock:

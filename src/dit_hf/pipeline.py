@@ -149,7 +149,8 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             cls._check_folder(folder, kwargs)
         token = _GIVEN.set(tuple(name for name in ("scheduler", "vae") if kwargs.get(name) is not None))
         try:
-            pipe = super().from_pretrained(folder, **kwargs)
+            with hub.connected():
+                pipe = super().from_pretrained(folder, **kwargs)
         except ValueError as error:
             if str(folder) in str(error):
                 raise

@@ -87,6 +87,8 @@ OVERFLOW_HINT = (
 MAX_STEPS = 10_000
 MAX_TRAIN_TIMESTEPS = 2**17
 MAX_IMAGES = 2**20
+MAX_GUIDANCE_SCALE = 1000
+MAX_LORA_ALPHA = 2**20
 MAX_PIXELS = 2**16
 MAX_LATENT_VALUES = 2**30
 # Of `FlowMapEulerDiscreteScheduler.index_for_timestep`.
@@ -324,8 +326,13 @@ def check_adapters(weights: Mapping, metadata: Any, prefix: str, layers: Mapping
             raise ValueError(f"The adapters' metadata has {key}: {value!r}; it must be a dictionary.")
         is_rank = option.startswith("r")
         for number in value.values() if isinstance(value, Mapping) else [value]:
-            if not is_finite(number) or (is_rank and not (isinstance(number, int) and 1 <= number <= largest_rank)):
-                allowed = f"a rank of the tensors, at most {largest_rank}" if is_rank else "a finite number"
+            if is_rank:
+                fits = type(number) is int and 1 <= number <= largest_rank
+                allowed = f"a rank of the tensors, at most {largest_rank}"
+            else:
+                fits = is_finite(number) and 0 < abs(number) <= MAX_LORA_ALPHA
+                allowed = f"a number up to {MAX_LORA_ALPHA}, and not 0, with which they have no effect"
+            if not fits:
                 raise ValueError(f"The adapters' metadata has {key}: {value!r}; it must be {allowed}.")
 
 
@@ -731,10 +738,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _check_guidance(self, guidance_scale, guidance_channels, guidance_interval):
         config = self.transformer.config
-        if not is_finite(guidance_scale) or float(guidance_scale) < 0:
+        if not is_finite(guidance_scale) or not 0 <= float(guidance_scale) <= MAX_GUIDANCE_SCALE:
             raise ValueError(
-                f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 (0 ignores the class, 1 is no "
-                "guidance)."
+                f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 to {MAX_GUIDANCE_SCALE} (0 "
+                "ignores the class, 1 is no guidance)."
             )
         if guidance_scale != 1 and not self._has_null_class:
             raise ValueError(
@@ -1160,8 +1167,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             class_labels (`int`, `str`, None, `list` of these, or `torch.Tensor` of shape `(B,)`):
                 Class ids or names (see `labels`); None is the null class.
             guidance_scale (`float`, *optional*):
-                Classifier-free guidance: 0 ignores the class, 1 is no guidance. The pipeline's recommended one if not
-                given (see `resolve_call`), as the next three.
+                Classifier-free guidance, at most 1000: 0 ignores the class, 1 is no guidance. The pipeline's
+                recommended one if not given (see `resolve_call`), as the next three.
             guidance_channels (`int`, *optional*):
                 How many of the first channels are guided. The paper's results guide 3 of 4.
             guidance_interval (`tuple[float, float]`, *optional*):

@@ -374,7 +374,7 @@ def check_config(config: Mapping) -> None:
 
 def is_real(value: Any) -> bool:
     """Whether a value is a finite number, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _check_sizes_fit(sample_size, patch_size, num_attention_heads, attention_head_dim, **_):

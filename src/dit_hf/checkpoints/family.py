@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..schedulers import SchedulerRecipe
-from ..transformer_dit import FREQUENCY_DIM
+from ..transformer_dit import FREQUENCY_DIM, sincos_positions
 from .reference import reference_forward
 
 
@@ -230,6 +231,24 @@ class Family:
             if name in known and known[name] not in allowed:
                 return f"{name}={known[name]!r}, where {' or '.join(map(repr, allowed))} is needed"
         return None
+
+
+def without_weights(build: Callable[[], Any]) -> Any:
+    """
+    A model whose parameters have a shape and no memory. accelerate's `init_empty_weights` would do the same to models
+    that other threads build meanwhile.
+
+    Args:
+        build (`Callable`): Makes a `DiTTransformer2DModel`.
+
+    Returns:
+        `DiTTransformer2DModel`
+    """
+    with torch.device("meta"):
+        model = build()
+    embed = model.pos_embed
+    embed.positions = sincos_positions(*embed.base_size, embed.dim)  # in no checkpoint
+    return model
 
 
 def computed_tables(model) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, create_commit, create_repo, hf_h
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
 from ..files import check_file, check_folder, check_links, first_line, printable
-from .connection import unreachable, without_secrets
+from .connection import check_answers, hub_answers, unreachable, without_secrets
 from .model_card import CardFacts, build_card, join_cards, read_card, source_repo
 
 
@@ -112,7 +112,9 @@ def publish_folder(
     if source is not None and (card is None or card.base_model is None):
         card = replace(card or CardFacts(), base_model=source)
     try:
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        check_answers()
+        with hub_answers():
+            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if source == repo_id and card is not None and card.base_model == repo_id:
             card = replace(card, base_model=None)
         contents: dict[str, str | bytes] = {name: str(path) for name, path in files.items()}
@@ -126,13 +128,10 @@ def publish_folder(
             contents["README.md"] = text.encode()
         else:
             contents = {f"{subfolder}/{name}": content for name, content in contents.items() if name != "README.md"}
-        commit = create_commit(
-            repo_id,
-            [CommitOperationAdd(name, content) for name, content in contents.items()],
-            commit_message=commit_message or f"Upload {type(model).__name__}",
-            token=token,
-            create_pr=create_pr,
-        )
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        message = commit_message or f"Upload {type(model).__name__}"
+        with hub_answers():
+            commit = create_commit(repo_id, operations, commit_message=message, token=token, create_pr=create_pr)
     except UPLOAD_ERRORS as error:
         raise OSError(
             f"Publishing to {repo_id} failed: {_reason(error)}. Nothing is lost: run the same again. Files that have "
@@ -245,18 +244,21 @@ class BackgroundUploads:
 
 def _reason(error):
     """The first line of an error: what the server said, without requests and headers."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    cause = error.__cause__ if isinstance(error.__cause__, UPLOAD_ERRORS) else error  # of a file that was not sent
+    status = getattr(getattr(cause, "response", None), "status_code", None)
     if status in (401, 403):
         return f"the Hub refused the token ({status}); log in with `hf auth login` or pass another one"
     if status is None and (no_connection := unreachable()) is not None:
         return no_connection
-    return without_secrets(first_line(error))
+    reasons = dict.fromkeys(first_line(each).strip(". ") for each in (error, cause))
+    return without_secrets(": ".join(reasons))
 
 
 def _card_of(repo_id, token):
     """A card on the Hub, if there is one, as it is there now."""
     try:
-        file = hf_hub_download(repo_id, "README.md", token=token, force_download=True)
+        with hub_answers():
+            file = hf_hub_download(repo_id, "README.md", token=token, force_download=True)
     except (EntryNotFoundError, RepositoryNotFoundError):
         return None
     except ValueError as error:  # it could not be asked for, which does not mean that there is none
