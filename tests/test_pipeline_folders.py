@@ -330,7 +330,7 @@ def test_weights_in_a_file_that_is_not_read_do_not_count(folder):
         DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
     index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / WEIGHTS), stray)}))
-    assert weight_files(folder / "transformer") == [folder / "transformer" / stray]
+    assert list(weight_files(folder / "transformer")) == [folder / "transformer" / stray]
 
 
 def test_no_quantization_is_written_as_null(folder):

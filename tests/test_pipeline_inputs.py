@@ -209,7 +209,7 @@ REFUSED |= {
     for name, steps in (("dpm++", 1000), ("unipc", 1000), ("dpm++_singlestep", 1001))
 }
 REFUSED["too many values"] = ({}, {"num_images_per_label": 2**20, "height": 2**12, "width": 2**12}, ["at most"])
-REFUSED["offset"] = ({"scheduler": make_scheduler("ddim", steps_offset=999)}, {}, ["steps_offset"])
+REFUSED["offset"] = ({"scheduler": DDIMScheduler.from_config(make_scheduler("ddim").config, steps_offset=999)}, {}, ["steps_offset"])
 
 
 @pytest.mark.parametrize("name", REFUSED)

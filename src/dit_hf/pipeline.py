@@ -132,6 +132,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             OSError: if the folder or repository does not exist, or the Hub can't be reached.
         """
         kwargs = parse_dtype(kwargs)
+        model_folders.check_options(**kwargs)
         folder = resolve_pipeline(pretrained_model_name_or_path)
         if folder != str(pretrained_model_name_or_path):
             kwargs.setdefault(DTYPE_ARGUMENT, torch.float32)  # the files are float16
@@ -224,9 +225,10 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         """
         if "_before_optimization" in vars(self):
             raise ValueError("The pipeline is optimized for speed; call `dit_hf.restore(pipe)` before saving it.")
+        model_folders.check_options(variant=variant, max_shard_size=max_shard_size)
         hub.check_loads_again(self.components)
+        hub.check_save_directory(save_directory)
         folder = Path(save_directory)
-        hub.check_save_directory(folder)
         own_card = folder / "transformer" / "README.md"
         keep = own_card.exists()
         super().save_pretrained(folder, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack)

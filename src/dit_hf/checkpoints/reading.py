@@ -160,7 +160,7 @@ def select_weights(content: dict, weights: str, path: str | Path) -> dict[str, t
     Raises:
         ValueError: if there are no such weights.
     """
-    if weights not in ENTRIES:
+    if not isinstance(weights, str) or weights not in ENTRIES:
         raise ValueError(f"`weights` is {weights!r}; it must be 'ema' or 'model'.")
     found = {kind: [name for name in names if name in content] for kind, names in ENTRIES.items()}
     present = found["ema"] + found["model"]
