@@ -133,6 +133,10 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         """
         kwargs = parse_dtype(kwargs)
         model_folders.check_options(**kwargs)
+        pipeline_dit_class_cond.check_id2label(kwargs.get("id2label"))
+        for name in ("transformer", "scheduler", "vae"):
+            if kwargs.get(name) is not None:
+                pipeline_dit_class_cond.check_component(name, kwargs[name])
         folder = resolve_pipeline(pretrained_model_name_or_path)
         if folder != str(pretrained_model_name_or_path):
             kwargs.setdefault(DTYPE_ARGUMENT, torch.float32)  # the files are float16
