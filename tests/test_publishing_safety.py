@@ -214,12 +214,45 @@ def test_settings_on_cards_have_no_secrets_and_no_folders():
     assert "| train_data_dir | data |" in text and "| source | https://host/a |" in text and "| steps | 3 |" in text
 
 
+def test_tokens_in_names_and_settings_do_not_reach_a_card():
+    pipe = tiny_pipeline(id2label={0: f"a {SECRET}"})
+    limits = f"Set HF_TOKEN={SECRET}, see [this](https://host/page#part). \ud800"
+    facts = CardFacts(recipe={"nested": {"token": [SECRET]}, SECRET: 1}, limits=limits, license=SECRET)
+    text = str(build_card(pipe, f"user/{SECRET}", facts, ModelCard("---\nlicense: mit\n---\nMine.")))
+    assert SECRET not in text and "Mine." in text and "https://host/page#part" in text
+    assert text.encode() and SECRET not in str(build_card(pipe, "x", None, ModelCard(text)))
+
+
+FACTS = {
+    "license": (5, [], b"x"),
+    "base_model": (5, ["a"]),
+    "datasets": ("a", None, [5], {"a": 1}),
+    "recipe": (None, [], "x"),
+    "results": (None, 5, [5], "x", {"a": 1}),
+    "limits": (5, ["x"]),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in FACTS.items() for value in values])
+def test_facts_of_another_type_are_named(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is"):
+        CardFacts(**{name: value})
+
+
 @pytest.mark.parametrize(
     "content",
     [
         "---\nlicense: " + "[" * 50_000 + "\n---\n",
         "---\n1: 2\n---\n",
         "---\n- a\n---\n",
+        *(
+            f"---\n{name}: {value}\n---\n"
+            for name in ("tags", "datasets")
+            for value in ("[{a: b}]", "[[a]]", "5", "&a [*a]")
+        ),
+        "---\neval_results: []\n---\n",
+        "---\nmodel-index: [{name: x, results: [{task: {type: [t]}, dataset: {type: d, name: n}, "
+        "metrics: [{type: m, value: 1}]}]}]\n---\n",
         b"\xff\xfe---\n",
         "a" * 2**25,
     ],

@@ -61,6 +61,29 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def check_path(name: str, path: Any) -> Path:
+    """
+    Checks that an argument can be a path at all.
+
+    Args:
+        name (`str`): Of the argument.
+        path: What was given.
+
+    Returns:
+        `Path`
+
+    Raises:
+        ValueError: if it is no text and no `Path`, empty, or holds a character that no path has.
+    """
+    try:
+        fits = isinstance(path, str | Path) and b"\0" not in os.fsencode(path) and str(path) != ""
+    except UnicodeEncodeError:  # half of a surrogate pair
+        fits = False
+    if not fits:
+        raise ValueError(f"`{name}` is {ascii(path)[:200]}; it must be the name or path of a file or folder.")
+    return Path(path)
+
+
 def check_file(path: str | Path, max_bytes: int | None = None) -> Path:
     """
     Checks that a path is a regular file, so that opening it can neither block nor be endless.

@@ -17,7 +17,7 @@ from .checkpoints import diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
-from .files import writing_folder
+from .files import check_path, reading, writing_folder
 from .presets import PresetName, preset_config
 
 
@@ -156,6 +156,8 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
             ValueError: if an argument is not possible, or the folder holds something else.
         """
         kwargs = parse_dtype(kwargs)
+        model_folders.check_options(**kwargs)
+        check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         _check_memory_option(kwargs.get("low_cpu_mem_usage", True))
         name = "/".join(filter(None, (kwargs.get("subfolder"), cls.config_name)))
         places = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
@@ -167,18 +169,29 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         file = Path(pretrained_model_name_or_path, name)
         if (found := config.get("_class_name", cls.__name__)) not in (cls.__name__, *diffusers_dit.CLASS_NAMES):
             raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")
+        model_folders.check_num_layers(file, config, kwargs.get("variant"))
         try:
             with torch.device("meta"):
                 described = cls.from_config(config)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
         is_stock = diffusers_dit.CONFIG_MARK in config
-        quantized = config.get("quantization_config") or kwargs.get("quantization_config")
+        if is_stock:
+            with reading(file, "the config of a diffusers DiT"), torch.device("meta"):
+                described = StockDiTTransformer2DModel.from_config(config)
+        if "quantization_config" in config:
+            model_folders.check_quantization(file, config["quantization_config"])
+        quantization = kwargs.get("quantization_config")
+        if quantization is not None and not hasattr(quantization, "quant_method"):
+            raise ValueError(
+                f"`quantization_config` is a {type(quantization).__name__}; it must be one of diffusers'."
+            )
+        quantized = config.get("quantization_config") or quantization
         as_it_is = quantized or kwargs.get("ignore_mismatched_sizes") or kwargs.get("use_flashpack")
         if not is_stock and as_it_is:  # diffusers tells nothing about these
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if not is_stock:
-            model_folders.check_weights(file.parent, described, kwargs.get("variant"))
+        if not as_it_is:
+            model_folders.check_weights(file.parent, described, kwargs.get("variant"), all_known=not is_stock)
         wants_info = kwargs.pop("output_loading_info", False)
         load = StockDiTTransformer2DModel.from_pretrained if is_stock else super().from_pretrained
         with hub.connected():
@@ -239,6 +252,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
                 links to files outside of it.
             OSError: if the folder can't be written.
         """
+        model_folders.check_options(variant=variant, max_shard_size=max_shard_size)
         hub.check_loads_again({"model": self})
         hub.check_save_directory(save_directory)
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}

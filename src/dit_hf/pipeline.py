@@ -133,6 +133,11 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             OSError: if the folder or repository does not exist, or the Hub can't be reached.
         """
         kwargs = parse_dtype(kwargs)
+        model_folders.check_options(**kwargs)
+        pipeline_dit_class_cond.check_id2label(kwargs.get("id2label"))
+        for name in ("transformer", "scheduler", "vae"):
+            if kwargs.get(name) is not None:
+                pipeline_dit_class_cond.check_component(name, kwargs[name])
         folder = resolve_pipeline(pretrained_model_name_or_path)
         if folder != str(pretrained_model_name_or_path):
             kwargs.setdefault(DTYPE_ARGUMENT, torch.float32)  # the files are float16
@@ -228,6 +233,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         """
         if "_before_optimization" in vars(self):
             raise ValueError("The pipeline is optimized for speed; call `dit_hf.restore(pipe)` before saving it.")
+        model_folders.check_options(variant=variant, max_shard_size=max_shard_size)
         hub.check_loads_again(self.components)
         folder = Path(save_directory)
         hub.check_save_directory(folder)

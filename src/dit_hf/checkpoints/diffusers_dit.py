@@ -75,7 +75,12 @@ def our_config(stock: Mapping) -> dict:
     for name, needed in STOCK_NEEDED.items():
         if stock.get(name, needed) != needed:
             raise ValueError(f"A diffusers DiT with {name}={stock[name]!r} can't be read; only {needed!r} can.")
-    in_channels = stock["in_channels"]
+    in_channels, out_channels = stock["in_channels"], stock.get("out_channels")
+    learn_sigma = isinstance(in_channels, int) and out_channels == 2 * in_channels
+    if not learn_sigma and out_channels not in (None, in_channels):
+        raise ValueError(
+            f"A diffusers DiT with out_channels={out_channels!r} can't be read; it must be in_channels or twice that."
+        )
     return {
         "sample_size": stock["sample_size"],
         "patch_size": stock["patch_size"],
@@ -84,7 +89,7 @@ def our_config(stock: Mapping) -> dict:
         "num_attention_heads": stock["num_attention_heads"],
         "attention_head_dim": stock["attention_head_dim"],
         "num_classes": stock["num_embeds_ada_norm"],
-        "learn_sigma": (stock.get("out_channels") or in_channels) == 2 * in_channels,
+        "learn_sigma": learn_sigma,
     }
 
 

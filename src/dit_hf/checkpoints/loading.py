@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import check_path
 from .family import Family, computed_tables, without_weights
 from .links import download, is_link
 from .parsing import Checkpoint, parse_checkpoint
@@ -37,8 +38,7 @@ def load_model(
         OSError: if a link can't be downloaded.
     """
     path = pretrained_model_link_or_path
-    if is_link(path):
-        path = download(str(path))
+    path = download(str(path)) if is_link(path) else check_path("pretrained_model_link_or_path", path)
     checkpoint = parse_checkpoint(path, num_attention_heads, family, weights, has_null_class=has_null_class)
     return build_model(model_class, checkpoint, path, dtype)
 

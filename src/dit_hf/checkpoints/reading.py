@@ -163,7 +163,7 @@ def find_entry(content: dict, weights: str, path: str | Path) -> str | None:
     Raises:
         ValueError: if there are no such weights.
     """
-    if weights not in ("auto", *ENTRIES):
+    if not isinstance(weights, str) or weights not in ("auto", *ENTRIES):
         raise ValueError(f"`weights` is {weights!r}; it must be one of auto, {', '.join(ENTRIES)}.")
     # An entry for an average that was not kept may be empty.
     empty = {name for name, value in content.items() if value is None or (isinstance(value, dict) and not value)}

@@ -117,6 +117,11 @@ def unreachable() -> str | None:
         return f"there is no connection to {constants.ENDPOINT} ({error.strerror or error})"
 
 
+def without_tokens(text: str) -> str:
+    """A text without tokens of the Hub and those of a request's header."""
+    return TOKEN.sub(r"\1\2…", text)
+
+
 def without_secrets(text: str) -> str:
     """
     A text as it may be shown or published: links without user, password, query and fragment, and no token of the Hub.
@@ -127,4 +132,4 @@ def without_secrets(text: str) -> str:
     Returns:
         `str`
     """
-    return TOKEN.sub(r"\1\2…", LINK.sub(r"\g<scheme>\g<place>", text))
+    return without_tokens(LINK.sub(r"\g<scheme>\g<place>", text))

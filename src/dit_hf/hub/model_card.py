@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from ..files import check_file, check_links, first_line, printable, writing
+from ..pipeline_dit_class_cond import shown
 from ..transformer_dit import MIN_DIFFUSERS
-from .connection import without_secrets
+from .connection import without_secrets, without_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -50,6 +51,9 @@ class CardFacts:
         recipe (`dict`): Training settings, shown as a table.
         results (`list[EvalResult]`): Metrics.
         limits (`str`, *optional*): What fails, in Markdown.
+
+    Raises:
+        ValueError: naming the fact that has another type.
     """
 
     license: str | None = None
@@ -58,6 +62,18 @@ class CardFacts:
     recipe: dict = field(default_factory=dict)
     results: list[EvalResult] = field(default_factory=list)
     limits: str | None = None
+
+    def __post_init__(self):
+        for name, kind in {"license": str, "base_model": str | Path, "limits": str}.items():
+            if not isinstance(value := getattr(self, name), kind | None):
+                raise ValueError(f"`{name}` is a {type(value).__name__}; it must be text.")
+        if not isinstance(self.recipe, Mapping):
+            raise ValueError(f"`recipe` is a {type(self.recipe).__name__}; it must be a dictionary.")
+        for name, kind in {"datasets": str | Path, "results": EvalResult}.items():
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or not all(isinstance(entry, kind) for entry in value):
+                what = "EvalResult of huggingface_hub" if kind is EvalResult else "text"
+                raise ValueError(f"`{name}` is {shown(value)}; it must be a list of {what}.")
 
 
 def build_card(
@@ -94,9 +110,10 @@ def build_card(
     if results:
         data |= {"eval_results": results, "model_name": data.get("model_name") or printable(title)}
     before, region, after = _split(known.text) if known is not None else ("", "", "")
-    generated = f"{START}\n# {_inline(title)}\n\n{_describe(model, title, facts, results, region, files)}\n{END}"
+    described = f"# {_inline(title)}\n\n{_describe(model, title, facts, results, region, files)}"
+    generated = f"{START}\n{_publishable(described)}\n{END}"
     text = "\n\n".join(part for part in (before, generated, after) if part)
-    return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n")
+    return ModelCard(f"---\n{_publishable(ModelCardData(**data).to_yaml())}\n---\n\n{text}\n")
 
 
 def join_cards(hub: ModelCard | None, folder: ModelCard | None) -> ModelCard | None:
@@ -179,7 +196,9 @@ def read_card(file: str | Path) -> ModelCard:
     """
     check_file(file, MAX_CARD_BYTES)
     try:
-        return ModelCard.load(file)
+        card = ModelCard.load(file)
+        join_cards(card, card)  # as it will be, whatever its metadata is
+        return card
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(
             f"The model card {file} can't be read ({first_line(error)}); mend its metadata or remove it."
@@ -385,6 +404,11 @@ def _literal(text):
     quoted = repr(text)
     quoted = f'"{quoted[1:-1]}"' if quoted[0] == "'" and '"' not in text else quoted
     return quoted.replace("<", "\\x3c").replace("{", "\\x7b")  # no HTML, template or marker of ours
+
+
+def _publishable(text):
+    """What the package writes on a card, wherever its words are from: without tokens, and valid UTF-8."""
+    return without_tokens(text).encode(errors="backslashreplace").decode()
 
 
 def _public(value):

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, create_commit, create_repo, hf_h
 # `HTTPError` is the network library's, whichever of them this huggingface_hub uses.
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
-from ..files import check_file, check_folder, check_links, first_line, printable
+from ..files import check_file, check_folder, check_links, check_path, first_line, printable
 from .connection import check_answers, hub_answers, unreachable, without_secrets
 from .model_card import CardFacts, build_card, join_cards, read_card, source_repo
 
@@ -148,9 +148,9 @@ def check_save_directory(folder: str | Path) -> None:
         folder (`str` or `Path`): The folder; it need not exist.
 
     Raises:
-        ValueError: if it is a file or can't be written, or naming the link and its target.
+        ValueError: if it is no path, a file, or can't be written, or naming the link and its target.
     """
-    folder = check_folder(folder, "the folder")
+    folder = check_folder(check_path("save_directory", folder), "the folder")
     check_links(folder, *COMPONENTS)
     places = (place for place in (folder, *(folder / name for name in COMPONENTS)) if place.is_dir())
     names = (path.relative_to(folder).as_posix() for place in places for path in place.iterdir())

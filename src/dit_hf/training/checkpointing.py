@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from ..command_line import Range, integer
-from ..files import PARTIAL, first_line, is_write_error, reading, remove, write_problem
+from ..files import PARTIAL, is_write_error, reading, remove, write_problem
 from .guard import WINDOW
 from .records import BEFORE_CHECKPOINT
 from .running import on_main
