@@ -132,7 +132,7 @@ class DDTTransformer2DModelOutput(Transformer2DModelOutput):
 
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Adaptive layer norm's affine part: `(B, N, D)` with shift and scale `(B, N, D)`, or `(B, 1, D)` for all tokens."""
+    """Adaptive layer norm's affine part: `(B, N, D)`, with shift and scale for each token, or `(B, 1, D)` for all."""
     return torch.addcmul(shift, hidden_states, 1 + scale)
 
 

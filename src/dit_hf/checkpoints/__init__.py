@@ -12,6 +12,4 @@ from .soflow import SOFLOW
 
 
 # In the order in which a checkpoint is compared with them: the most specific marks first, the family without any last.
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (DIFFUSERS, SOFLOW, MEANFLOW, REPAE, REPA, LIGHTNINGDIT, SIT, DIT)
-}
+FAMILIES: dict[str, Family] = {family.name: family for family in (DIFFUSERS, SOFLOW, MEANFLOW, REPAE, REPA, LIGHTNINGDIT, SIT, DIT)}

@@ -253,7 +253,7 @@ def check_axes(original: Mapping[str, torch.Tensor], axes: Mapping[str, int]) ->
 
 
 def _mlp_ratio(original, widths, num_encoder_blocks, down_layer):
-    """A ratio that gives the hidden widths of both streams again, through the truncations of the model's arithmetic."""
+    """A ratio that gives both streams' hidden widths again, through the truncations of the model's arithmetic."""
     layers = [f"blocks.{index}.{down_layer}.weight" for index in (0, num_encoder_blocks)]
     check_axes(original, dict.fromkeys(layers, 2))
     hidden = [original[layer].shape[1] for layer in layers]
