@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
     from .mixing import mix_classes
-    from .models import DiTTransformer2DModel
+    from .models import DiTTransformer2DModel, JiTTransformer2DModel
     from .optimization import optimize, restore
     from .pipeline import DiTClassCondPipeline
     from .schedulers import make_scheduler
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "DiTClassCondPipeline": ".pipeline",
     "DiTTransformer2DModel": ".models",
+    "JiTTransformer2DModel": ".models",
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
     "make_scheduler": ".schedulers",
@@ -35,6 +36,7 @@ _lock = threading.RLock()
 __all__ = [
     "DiTClassCondPipeline",
     "DiTTransformer2DModel",
+    "JiTTransformer2DModel",
     "ModelMixin",
     "SchedulerMixin",
     "__version__",

@@ -3,21 +3,22 @@
 Shapes: `B` batch, `C` channels, `H W` latent size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
 
 import torch
 from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging
 
-from . import hub, model_folders, transformer_dit
+from . import hub, model_folders, transformer_dit, transformer_jit
 from .checkpoints import diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
-from .presets import PresetName, preset_config
+from .presets import JIT_PRESETS, PRESETS, preset_config
 
 
 logger = logging.get_logger(__name__)
@@ -40,8 +41,145 @@ def _check_keys(info):
         raise ValueError(f"the key {unfit[0]!r} is missing or unknown ({len(unfit)} such keys).")
 
 
-class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
+class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[misc]
+    """What an installed package adds to a carried architecture: presets, checks of what is loaded, model cards."""
+
+    _presets: ClassVar[Mapping[Any, Any]]
+    # Classes of diffusers whose folders are read as well.
+    _other_class_names: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_preset(cls, name: Any, **overrides: Any) -> Self:
+        """
+        A freshly initialised model of a size of the paper.
+
+        Args:
+            name (`str`): `"DiT-S/8"` … `"DiT-XL/2"`, `"JiT-B/16"` … `"JiT-H/32"`; see `dit_hf.presets`.
+            overrides: Constructor arguments that replace the preset's.
+
+        Returns:
+            `DiTTransformer2DModel` or `JiTTransformer2DModel`
+
+        Raises:
+            ValueError: if there is no such preset.
+        """
+        return cls(**(preset_config(name, cls._presets) | overrides))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """
+        As every `ModelMixin`'s. `DiTTransformer2DModel` also reads weights of diffusers' own DiT, and corrects their
+        timestep embedding.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id.
+            kwargs: `subfolder`, `dtype` (a `torch.dtype` or its name), `revision` … as with every diffusers model.
+
+        Returns:
+            `DiTTransformer2DModel` or `JiTTransformer2DModel`: in eval mode.
+
+        Raises:
+            ValueError: if an argument is not possible, or the folder holds something else.
+        """
+        kwargs = parse_dtype(kwargs)
+        _check_memory_option(kwargs.get("low_cpu_mem_usage", True))
+        name = "/".join(filter(None, (kwargs.get("subfolder"), cls.config_name)))
+        places = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
+        if not kwargs.get("local_files_only"):
+            hub.check_available(pretrained_model_name_or_path, name, **places)
+        places = {name: kwargs[name] for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
+        config = cls.load_config(pretrained_model_name_or_path, **places)
+        file = Path(pretrained_model_name_or_path, name)
+        if (found := config.get("_class_name", cls.__name__)) not in (cls.__name__, *cls._other_class_names):
+            raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")
+        try:
+            with torch.device("meta"):
+                described = cls.from_config(config)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        is_stock = diffusers_dit.CONFIG_MARK in config
+        quantized = config.get("quantization_config") or kwargs.get("quantization_config")
+        as_it_is = quantized or kwargs.get("ignore_mismatched_sizes") or kwargs.get("use_flashpack")
+        if not is_stock and as_it_is:  # diffusers tells nothing about these
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if not is_stock:
+            model_folders.check_weights(file.parent, described, kwargs.get("variant"))
+        wants_info = kwargs.pop("output_loading_info", False)
+        load = StockDiTTransformer2DModel.from_pretrained if is_stock else super().from_pretrained
+        model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        try:
+            _check_keys(info)
+            if is_stock:
+                model = diffusers_dit.correct_stock_model(cls, model)
+        except ValueError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: {error}") from None
+        if is_stock:
+            logger.warning(f"{pretrained_model_name_or_path}: {diffusers_dit.CORRECTED}.")
+        return (model, info) if wants_info else model  # type: ignore[return-value]
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any, **kwargs: Any) -> dict[str, Any]:
+        """Reads a `config.json`; `ValueError` names what is wrong with it."""
+        return model_folders.read_config(json_file)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As every `ConfigMixin`'s."""
+        if not isinstance(config, dict) and not Path(str(config)).is_dir():
+            raise ValueError(
+                f"`config` is {str(config)[:100]!r}; it must be a dictionary, as `load_config` returns it."
+            )
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        *,
+        card: hub.CardFacts | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Saves the model, its code and a model card.
+
+        Args:
+            save_directory (`str` or `Path`): Created if it does not exist.
+            is_main_process, save_function, safe_serialization, variant, max_shard_size, use_flashpack: As with every
+                model.
+            push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
+            card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
+            kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
+
+        Raises:
+            ValueError: if the model was changed in place so that the saved weights would not load, or the folder has
+                links to files outside of it.
+        """
+        hub.check_loads_again({"model": self})
+        hub.check_save_directory(save_directory)
+        options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        options |= {"use_flashpack": use_flashpack}
+        super().save_pretrained(save_directory, is_main_process, save_function, **options)
+        if is_main_process:
+            hub.carry_over(self, save_directory, TRAINING_ONLY_FILE)
+            hub.write_card(self, save_directory, facts=card)
+            if push_to_hub:
+                hub.publish_folder(save_directory, model=self, card=card, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """As every `ModelMixin`'s, with a model card; see `DiTClassCondPipeline.push_to_hub`."""
+        return hub.push(self, repo_id, **kwargs)
+
+
+class DiTTransformer2DModel(PackagedModel, transformer_dit.DiTTransformer2DModel):
     __doc__ = transformer_dit.DiTTransformer2DModel.__doc__
+    _presets = PRESETS
+    _other_class_names = diffusers_dit.CLASS_NAMES
 
     if TYPE_CHECKING:
 
@@ -75,23 +213,6 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
         forward = __call__
-
-    @classmethod
-    def from_preset(cls, name: PresetName, **overrides: Any) -> Self:
-        """
-        A freshly initialised model of a size of the paper.
-
-        Args:
-            name (`str`): `"DiT-S/8"` … `"DiT-XL/2"`; see `dit_hf.presets.PRESETS`.
-            overrides: Constructor arguments that replace the preset's.
-
-        Returns:
-            `DiTTransformer2DModel`
-
-        Raises:
-            ValueError: if there is no such preset.
-        """
-        return cls(**(preset_config(name) | overrides))
 
     @classmethod
     def from_single_file(
@@ -140,112 +261,17 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         return load_model(cls, path, num_attention_heads, family, weights, dtype, has_null_class)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """
-        As every `ModelMixin`'s; weights of diffusers' own DiT are read too, and their timestep embedding corrected.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id.
-            kwargs: `subfolder`, `dtype` (a `torch.dtype` or its name), `revision` … as with every diffusers model.
-
-        Returns:
-            `DiTTransformer2DModel`: in eval mode.
-
-        Raises:
-            ValueError: if an argument is not possible, or the folder holds something else.
-        """
-        kwargs = parse_dtype(kwargs)
-        _check_memory_option(kwargs.get("low_cpu_mem_usage", True))
-        name = "/".join(filter(None, (kwargs.get("subfolder"), cls.config_name)))
-        places = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
-        if not kwargs.get("local_files_only"):
-            hub.check_available(pretrained_model_name_or_path, name, **places)
-        places = {name: kwargs[name] for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
-        config = cls.load_config(pretrained_model_name_or_path, **places)
-        file = Path(pretrained_model_name_or_path, name)
-        if (found := config.get("_class_name", cls.__name__)) not in (cls.__name__, *diffusers_dit.CLASS_NAMES):
-            raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")
-        try:
-            with torch.device("meta"):
-                described = cls.from_config(config)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        is_stock = diffusers_dit.CONFIG_MARK in config
-        quantized = config.get("quantization_config") or kwargs.get("quantization_config")
-        as_it_is = quantized or kwargs.get("ignore_mismatched_sizes") or kwargs.get("use_flashpack")
-        if not is_stock and as_it_is:  # diffusers tells nothing about these
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if not is_stock:
-            model_folders.check_weights(file.parent, described, kwargs.get("variant"))
-        wants_info = kwargs.pop("output_loading_info", False)
-        load = StockDiTTransformer2DModel.from_pretrained if is_stock else super().from_pretrained
-        model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        try:
-            _check_keys(info)
-            if is_stock:
-                model = diffusers_dit.correct_stock_model(cls, model)
-        except ValueError as error:
-            raise ValueError(f"{pretrained_model_name_or_path}: {error}") from None
-        if is_stock:
-            logger.warning(f"{pretrained_model_name_or_path}: {diffusers_dit.CORRECTED}.")
-        return (model, info) if wants_info else model  # type: ignore[return-value]
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: Any, **kwargs: Any) -> dict[str, Any]:
-        """Reads a `config.json`; `ValueError` names what is wrong with it."""
-        return model_folders.read_config(json_file)
-
-    @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As every `ConfigMixin`'s; the configuration of diffusers' own DiT is read as well."""
-        if not isinstance(config, dict) and not Path(str(config)).is_dir():
-            raise ValueError(
-                f"`config` is {str(config)[:100]!r}; it must be a dictionary, as `load_config` returns it."
-            )
         if isinstance(config, dict) and diffusers_dit.CONFIG_MARK in config:
             config = diffusers_dit.our_config(config)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        save_function: Callable[..., Any] | None = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        push_to_hub: bool = False,
-        use_flashpack: bool = False,
-        *,
-        card: hub.CardFacts | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Saves the model, its code and a model card.
 
-        Args:
-            save_directory (`str` or `Path`): Created if it does not exist.
-            is_main_process, save_function, safe_serialization, variant, max_shard_size, use_flashpack: As with every
-                model.
-            push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
-            card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
-            kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
+class JiTTransformer2DModel(PackagedModel, transformer_jit.JiTTransformer2DModel):
+    __doc__ = transformer_jit.JiTTransformer2DModel.__doc__
+    _presets = JIT_PRESETS
 
-        Raises:
-            ValueError: if the model was changed in place so that the saved weights would not load, or the folder has
-                links to files outside of it.
-        """
-        hub.check_loads_again({"model": self})
-        hub.check_save_directory(save_directory)
-        options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        options |= {"use_flashpack": use_flashpack}
-        super().save_pretrained(save_directory, is_main_process, save_function, **options)
-        if is_main_process:
-            hub.carry_over(self, save_directory, TRAINING_ONLY_FILE)
-            hub.write_card(self, save_directory, facts=card)
-            if push_to_hub:
-                hub.publish_folder(save_directory, model=self, card=card, **kwargs)
+    if TYPE_CHECKING:
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """As every `ModelMixin`'s, with a model card; see `DiTClassCondPipeline.push_to_hub`."""
-        return hub.push(self, repo_id, **kwargs)
+        def __init__(self, **config: Any) -> None: ...

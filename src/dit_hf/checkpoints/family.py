@@ -1,5 +1,6 @@
 """What sets one code base's checkpoints apart from another's, as a row of data that is used in both directions."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..schedulers import SchedulerRecipe
-from ..transformer_dit import FREQUENCY_DIM
+from ..transformer_dit import FREQUENCY_DIM, swiglu_width
 from .reference import reference_forward
 
 
@@ -244,6 +245,28 @@ def computed_tables(model) -> dict[str, torch.Tensor]:
         cosines, sines = model.rotary_embed(*model.pos_embed.base_size, torch.device("cpu"))
         tables |= {"rotary_cosines": cosines, "rotary_sines": sines}
     return tables
+
+
+def infer_mlp_ratio(hidden: int, dim: int, swiglu: bool) -> float:
+    """
+    A ratio that gives a hidden width again, through the truncations of the model's arithmetic.
+
+    Args:
+        hidden (`int`): Width of the feed-forward layers.
+        dim (`int`): Width of the model.
+        swiglu (`bool`): Whether the hidden width is two thirds of the ratio's.
+
+    Returns:
+        `float`: 4.0 if that fits.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    widened = 1.5 * hidden if swiglu else hidden
+    for ratio in (4.0, widened / dim, (math.ceil(widened) + 0.25) / dim):
+        if hidden == (swiglu_width(dim, ratio) if swiglu else int(dim * ratio)):
+            return ratio
+    raise ValueError(f"A feed-forward width of {hidden} at a model width of {dim} can't be expressed as a ratio.")
 
 
 def bake_conventions(weights: dict[str, torch.Tensor], max_period: float = MAX_PERIOD) -> dict[str, torch.Tensor]:

@@ -1,13 +1,12 @@
 """What the code bases of two-stream models share: one list of blocks, of which the first ones are the encoder."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ..transformer_ddt import MAX_PERIOD, stream_sizes, swiglu_width
-from .family import Family, bake_conventions
+from .family import Family, bake_conventions, infer_mlp_ratio
 
 
 # What `torch.compile` puts before the keys of a model.
@@ -258,11 +257,8 @@ def _mlp_ratio(original, widths, num_encoder_blocks, down_layer):
     check_axes(original, dict.fromkeys(layers, 2))
     hidden = [original[layer].shape[1] for layer in layers]
     gated = "blocks.0.mlp.fc1.weight" not in original
-    candidates = [4.0]
     for inner, width in zip(hidden, widths, strict=True):
-        widened = 1.5 * inner if gated else inner
-        candidates += [widened / width, (math.ceil(widened) + 0.25) / width]
-    for ratio in candidates:
+        ratio = infer_mlp_ratio(inner, width, gated)
         if hidden == [swiglu_width(width, ratio) if gated else int(width * ratio) for width in widths]:
             return ratio
     raise ValueError(f"feed-forward widths of {hidden} at widths of {widths} can't be expressed as one ratio.")
