@@ -290,7 +290,7 @@ def bake_conventions(weights: dict[str, torch.Tensor], max_period: float = MAX_P
     key = "time_embed.linear_1.weight"
     if key in weights and weights[key].ndim == 2 and weights[key].shape[1] == FREQUENCY_DIM:
         half = FREQUENCY_DIM // 2
-        frequencies = max_period ** -(torch.arange(half, dtype=torch.float64) / half)
+        frequencies = max_period ** -(torch.arange(half, dtype=torch.float64, device=weights[key].device) / half)
         cosine, sine = weights[key].double().chunk(2, dim=1)
         columns = (
             cosine * frequencies.cos() + sine * frequencies.sin(),
