@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
     from .mixing import mix_classes
-    from .models import DiTTransformer2DModel
+    from .models import DDTTransformer2DModel, DiTTransformer2DModel, JiTTransformer2DModel
     from .optimization import optimize, restore
     from .pipeline import DiTClassCondPipeline
     from .schedulers import make_scheduler
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 # Public name -> its module, imported when the name is used first.
 _MODULES = {
+    "DDTTransformer2DModel": ".models",
     "DiTClassCondPipeline": ".pipeline",
     "DiTTransformer2DModel": ".models",
     "FlowMatchSDEScheduler": ".scheduling_flow_match_sde",
+    "JiTTransformer2DModel": ".models",
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
     "make_scheduler": ".schedulers",
@@ -35,9 +37,11 @@ _MODULES = {
 _lock = threading.RLock()
 
 __all__ = [
+    "DDTTransformer2DModel",
     "DiTClassCondPipeline",
     "DiTTransformer2DModel",
     "FlowMatchSDEScheduler",
+    "JiTTransformer2DModel",
     "ModelMixin",
     "SchedulerMixin",
     "__version__",

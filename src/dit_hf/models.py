@@ -3,22 +3,23 @@
 Shapes: `B` batch, `C` channels, `H W` latent size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
 
 import torch
 from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging
 
-from . import hub, model_folders, transformer_dit
+from . import hub, model_folders, transformer_ddt, transformer_dit, transformer_jit
 from .checkpoints import diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
 from .files import check_path, reading, writing_folder
-from .presets import PresetName, preset_config
+from .presets import DDT_PRESETS, JIT_PRESETS, PRESETS, preset_config
 
 
 logger = logging.get_logger(__name__)
@@ -41,116 +42,43 @@ def _check_keys(info):
         raise ValueError(f"the key {unfit[0]!r} is missing or unknown ({len(unfit)} such keys).")
 
 
-class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
-    __doc__ = transformer_dit.DiTTransformer2DModel.__doc__
+class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[misc]
+    """What an installed package adds to a carried architecture: presets, checks of what is loaded, model cards."""
 
-    if TYPE_CHECKING:
-
-        def __init__(self, **config: Any) -> None: ...
-
-        @overload
-        def __call__(
-            self,
-            hidden_states: torch.Tensor,
-            timestep: torch.Tensor | float,
-            class_labels: torch.Tensor,
-            force_drop_ids: torch.Tensor | None = None,
-            modulation: torch.Tensor | None = None,
-            attention_kwargs: dict[str, Any] | None = None,
-            return_dict: Literal[True] = True,
-        ) -> Transformer2DModelOutput: ...
-
-        @overload
-        def __call__(
-            self,
-            hidden_states: torch.Tensor,
-            timestep: torch.Tensor | float,
-            class_labels: torch.Tensor,
-            force_drop_ids: torch.Tensor | None = None,
-            modulation: torch.Tensor | None = None,
-            attention_kwargs: dict[str, Any] | None = None,
-            *,
-            return_dict: Literal[False],
-        ) -> tuple[torch.Tensor]: ...
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-        forward = __call__
+    _presets: ClassVar[Mapping[Any, Any]]
+    # Classes of diffusers whose folders are read as well.
+    _other_class_names: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def from_preset(cls, name: PresetName, **overrides: Any) -> Self:
+    def from_preset(cls, name: Any, **overrides: Any) -> Self:
         """
         A freshly initialised model of a size of the paper.
 
         Args:
-            name (`str`): `"DiT-S/8"` … `"DiT-XL/2"`; see `dit_hf.presets.PRESETS`.
+            name (`str`): `"DiT-S/8"` … `"DiT-XL/2"`, `"JiT-B/16"` … `"JiT-H/32"`, `"DDT-XL/2"`,
+                `"RAE-DiT-DH-XL"`, `"RAE-DiT-DH-S"`; see `dit_hf.presets`.
             overrides: Constructor arguments that replace the preset's.
 
         Returns:
-            `DiTTransformer2DModel`
+            `DiTTransformer2DModel`, `JiTTransformer2DModel` or `DDTTransformer2DModel`
 
         Raises:
             ValueError: if there is no such preset.
         """
-        return cls(**(preset_config(name) | overrides))
-
-    @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path: str | Path,
-        num_attention_heads: int | None = None,
-        family: str = "auto",
-        weights: str = "auto",
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
-        has_null_class: bool | None = None,
-        low_cpu_mem_usage: bool = True,
-    ) -> Self:
-        """
-        Loads a checkpoint of an original code base.
-
-        Args:
-            pretrained_model_link_or_path (`str` or `Path`):
-                A `.pt` or `.safetensors` file, or the link to one on the Hub or another server.
-            num_attention_heads (`int`, *optional*):
-                Heads can't be read off the weights; the widths of the paper are known, others need this.
-            family (`str`, defaults to `"auto"`):
-                Code base the file comes from: `"dit"`, `"sit"`, `"repa"`, `"repae"`, `"lightningdit"`, `"meanflow"`,
-                `"soflow"` or `"diffusers"`; most are told by their keys.
-            weights (`str`, defaults to `"auto"`):
-                Which of a training checkpoint's weights, `"ema"` or `"model"`; `"auto"` takes the average where there
-                is one, and logs which it took.
-            dtype (`torch.dtype` or `str`, *optional*):
-                Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
-                `from_pretrained`. `torch_dtype` is the same.
-            has_null_class (`bool`, *optional*):
-                Whether the last row of the class table is the null class of classifier-free guidance. If nothing
-                tells, tables of 1000 rows or one have none, and any other has one.
-            low_cpu_mem_usage (`bool`, defaults to `True`): No other value is possible, as with `from_pretrained`.
-
-        Returns:
-            `DiTTransformer2DModel`: in eval mode.
-
-        Raises:
-            ValueError: if the file is not such a checkpoint; the message names the file and the key.
-            OSError: if a link can't be downloaded.
-        """
-        _check_memory_option(low_cpu_mem_usage)
-        dtype = parse_dtype({"dtype": dtype, "torch_dtype": torch_dtype}).get(DTYPE_ARGUMENT)
-        path = pretrained_model_link_or_path
-        return load_model(cls, path, num_attention_heads, family, weights, dtype, has_null_class)
+        return cls(**(preset_config(name, cls._presets) | overrides))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """
-        As every `ModelMixin`'s; weights of diffusers' own DiT are read too, and their timestep embedding corrected.
+        As every `ModelMixin`'s. `DiTTransformer2DModel` also reads weights of diffusers' own DiT, and corrects their
+        timestep embedding.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id.
             kwargs: `subfolder`, `dtype` (a `torch.dtype` or its name), `revision` … as with every diffusers model.
 
         Returns:
-            `DiTTransformer2DModel`: in eval mode.
+            `DiTTransformer2DModel`, `JiTTransformer2DModel` or `DDTTransformer2DModel`: in eval mode.
 
         Raises:
             ValueError: if an argument is not possible, or the folder holds something else.
@@ -167,7 +95,7 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
         with hub.connected():
             config = cls.load_config(pretrained_model_name_or_path, **places)
         file = Path(pretrained_model_name_or_path, name)
-        if (found := config.get("_class_name", cls.__name__)) not in (cls.__name__, *diffusers_dit.CLASS_NAMES):
+        if (found := config.get("_class_name", cls.__name__)) not in (cls.__name__, *cls._other_class_names):
             raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")
         model_folders.check_num_layers(file, config, kwargs.get("variant"))
         try:
@@ -213,13 +141,11 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As every `ConfigMixin`'s; the configuration of diffusers' own DiT is read as well."""
+        """As every `ConfigMixin`'s."""
         if not isinstance(config, dict) and not Path(str(config)).is_dir():
             raise ValueError(
                 f"`config` is {str(config)[:100]!r}; it must be a dictionary, as `load_config` returns it."
             )
-        if isinstance(config, dict) and diffusers_dit.CONFIG_MARK in config:
-            config = diffusers_dit.our_config(config)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def save_pretrained(
@@ -268,3 +194,113 @@ class DiTTransformer2DModel(transformer_dit.DiTTransformer2DModel):
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """As every `ModelMixin`'s, with a model card; see `DiTClassCondPipeline.push_to_hub`."""
         return hub.push(self, repo_id, **kwargs)
+
+
+class DiTTransformer2DModel(PackagedModel, transformer_dit.DiTTransformer2DModel):
+    __doc__ = transformer_dit.DiTTransformer2DModel.__doc__
+    _presets = PRESETS
+    _other_class_names = diffusers_dit.CLASS_NAMES
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **config: Any) -> None: ...
+
+        @overload
+        def __call__(
+            self,
+            hidden_states: torch.Tensor,
+            timestep: torch.Tensor | float,
+            class_labels: torch.Tensor,
+            force_drop_ids: torch.Tensor | None = None,
+            modulation: torch.Tensor | None = None,
+            attention_kwargs: dict[str, Any] | None = None,
+            return_dict: Literal[True] = True,
+        ) -> Transformer2DModelOutput: ...
+
+        @overload
+        def __call__(
+            self,
+            hidden_states: torch.Tensor,
+            timestep: torch.Tensor | float,
+            class_labels: torch.Tensor,
+            force_drop_ids: torch.Tensor | None = None,
+            modulation: torch.Tensor | None = None,
+            attention_kwargs: dict[str, Any] | None = None,
+            *,
+            return_dict: Literal[False],
+        ) -> tuple[torch.Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        forward = __call__
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        num_attention_heads: int | None = None,
+        family: str = "auto",
+        weights: str = "auto",
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        has_null_class: bool | None = None,
+        low_cpu_mem_usage: bool = True,
+    ) -> Self:
+        """
+        Loads a checkpoint of an original code base.
+
+        Args:
+            pretrained_model_link_or_path (`str` or `Path`):
+                A `.pt` or `.safetensors` file, or the link to one on the Hub or another server.
+            num_attention_heads (`int`, *optional*):
+                Heads can't be read off the weights; the widths of the paper are known, others need this.
+            family (`str`, defaults to `"auto"`):
+                Code base the file comes from: `"dit"`, `"sit"`, `"repa"`, `"repae"`, `"lightningdit"`, `"meanflow"`,
+                `"soflow"` or `"diffusers"`; most are told by their keys.
+            weights (`str`, defaults to `"auto"`):
+                Which of a training checkpoint's weights, `"ema"` or `"model"`; `"auto"` takes the average where there
+                is one, and logs which it took.
+            dtype (`torch.dtype` or `str`, *optional*):
+                Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
+                `from_pretrained`. `torch_dtype` is the same.
+            has_null_class (`bool`, *optional*):
+                Whether the last row of the class table is the null class of classifier-free guidance. If nothing
+                tells, tables of 1000 rows or one have none, and any other has one.
+            low_cpu_mem_usage (`bool`, defaults to `True`): No other value is possible, as with `from_pretrained`.
+
+        Returns:
+            `DiTTransformer2DModel`: in eval mode.
+
+        Raises:
+            ValueError: if the file is not such a checkpoint; the message names the file and the key.
+            OSError: if a link can't be downloaded.
+        """
+        _check_memory_option(low_cpu_mem_usage)
+        dtype = parse_dtype({"dtype": dtype, "torch_dtype": torch_dtype}).get(DTYPE_ARGUMENT)
+        path = pretrained_model_link_or_path
+        return load_model(cls, path, num_attention_heads, family, weights, dtype, has_null_class)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As every `ConfigMixin`'s; the configuration of diffusers' own DiT is read as well."""
+        if isinstance(config, dict) and diffusers_dit.CONFIG_MARK in config:
+            config = diffusers_dit.our_config(config)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+
+class JiTTransformer2DModel(PackagedModel, transformer_jit.JiTTransformer2DModel):
+    __doc__ = transformer_jit.JiTTransformer2DModel.__doc__
+    _presets = JIT_PRESETS
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **config: Any) -> None: ...
+
+
+class DDTTransformer2DModel(PackagedModel, transformer_ddt.DDTTransformer2DModel):
+    __doc__ = transformer_ddt.DDTTransformer2DModel.__doc__
+    _presets = DDT_PRESETS
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **config: Any) -> None: ...

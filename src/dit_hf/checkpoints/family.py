@@ -1,5 +1,6 @@
 """What sets one code base's checkpoints apart from another's, as a row of data that is used in both directions."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from ..schedulers import SchedulerRecipe
-from ..transformer_dit import FREQUENCY_DIM, sincos_positions
+from ..transformer_dit import FREQUENCY_DIM, sincos_positions, swiglu_width
 from .reference import reference_forward
 
 
@@ -269,7 +270,29 @@ def computed_tables(model) -> dict[str, torch.Tensor]:
     return tables
 
 
-def bake_conventions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def infer_mlp_ratio(hidden: int, dim: int, swiglu: bool) -> float:
+    """
+    A ratio that gives a hidden width again, through the truncations of the model's arithmetic.
+
+    Args:
+        hidden (`int`): Width of the feed-forward layers.
+        dim (`int`): Width of the model.
+        swiglu (`bool`): Whether the hidden width is two thirds of the ratio's.
+
+    Returns:
+        `float`: 4.0 if that fits.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    widened = 1.5 * hidden if swiglu else hidden
+    for ratio in (4.0, widened / dim, (math.ceil(widened) + 0.25) / dim):
+        if hidden == (swiglu_width(dim, ratio) if swiglu else int(dim * ratio)):
+            return ratio
+    raise ValueError(f"A feed-forward width of {hidden} at a model width of {dim} can't be expressed as a ratio.")
+
+
+def bake_conventions(weights: dict[str, torch.Tensor], max_period: float = MAX_PERIOD) -> dict[str, torch.Tensor]:
     """
     Turns weights that run from noise at 0 to data at 1 into weights that run the other way, or back.
 
@@ -278,6 +301,7 @@ def bake_conventions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
     Args:
         weights (`dict[str, torch.Tensor]`): With our keys.
+        max_period (`float`, defaults to 10000): The longest period of the sinusoidal embedding, over 2π.
 
     Returns:
         `dict[str, torch.Tensor]`: a copy of the dictionary with three weights replaced; those absent stay so.
@@ -289,7 +313,7 @@ def bake_conventions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     key = "time_embed.linear_1.weight"
     if key in weights and weights[key].ndim == 2 and weights[key].shape[1] == FREQUENCY_DIM:
         half = FREQUENCY_DIM // 2
-        frequencies = MAX_PERIOD ** -(torch.arange(half, dtype=torch.float64) / half)
+        frequencies = max_period ** -(torch.arange(half, dtype=torch.float64, device=weights[key].device) / half)
         cosine, sine = weights[key].double().chunk(2, dim=1)
         columns = (
             cosine * frequencies.cos() + sine * frequencies.sin(),

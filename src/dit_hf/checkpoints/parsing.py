@@ -10,9 +10,8 @@ import torch
 from diffusers.utils import logging
 
 from ..presets import PRESETS
-from ..transformer_dit import swiglu_width
 from . import FAMILIES
-from .family import Family
+from .family import Family, infer_mlp_ratio
 from .reading import (
     find_entry,
     find_file,
@@ -336,7 +335,7 @@ def infer_config(
         "num_layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("transformer_blocks.")),
         "num_attention_heads": heads,
         "attention_head_dim": dim // heads,
-        "mlp_ratio": _mlp_ratio(hidden, dim, swiglu),
+        "mlp_ratio": infer_mlp_ratio(hidden, dim, swiglu),
         "learn_sigma": out_channels == 2 * in_channels,
         "position_embedding": "sincos" if rotary is None else "sincos+rope",
         "norm": "rms_norm" if BLOCK + "norm1.weight" in weights else "layer_norm",
@@ -360,15 +359,6 @@ def _sample_size(tables, beside, patch_size, path):
             "config.json beside it."
         )
     return beside["sample_size"]
-
-
-def _mlp_ratio(hidden, dim, swiglu):
-    """A ratio that gives this hidden width again, through the truncations of the model's arithmetic."""
-    widened = 1.5 * hidden if swiglu else hidden
-    for ratio in (4.0, widened / dim, (math.ceil(widened) + 0.25) / dim):
-        if hidden == (swiglu_width(dim, ratio) if swiglu else int(dim * ratio)):
-            return ratio
-    raise ValueError(f"A feed-forward width of {hidden} at a model width of {dim} can't be expressed as a ratio.")
 
 
 def infer_classes(

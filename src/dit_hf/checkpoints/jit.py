@@ -1,0 +1,228 @@
+"""JiT (https://github.com/LTH14/JiT): pixels, context tokens, the clean image as the network's output.
+
+Shapes: `B` batch, `C` channels, `N` image tokens, `L` context tokens, `D` width, `p` patch size.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils import logging
+
+from ..presets import JIT_PRESETS
+from .dit import DIT
+from .family import Family, infer_mlp_ratio
+from .lightningdit import LIGHTNINGDIT
+
+
+logger = logging.get_logger(__name__)
+
+PREFIX = "net."
+KEYS = {
+    "pos_embed": "pos_embed.positions",  # a table that averaging the weights has moved, so it is no computed one
+    "x_embedder.proj1.weight": "pos_embed.bottleneck.weight",
+    "x_embedder.proj2.weight": "pos_embed.proj.weight",
+    "x_embedder.proj2.bias": "pos_embed.proj.bias",
+    "in_context_posemb": "context_embed.positions",
+    "final_layer.norm_final.weight": "norm_out.norm.weight",
+} | {key: ours for key, ours in DIT.keys.items() if not key.startswith("x_embedder.")}
+PUBLISHED_LARGE = 512  # the image size from which on the published models have twice the noise
+
+JIT = Family(
+    "jit",
+    keys={PREFIX + key: ours for key, ours in KEYS.items()},
+    block_layers={
+        layer: ours for layer, ours in LIGHTNINGDIT.block_layers.items() if layer not in ("mlp.fc1", "mlp.fc2")
+    },
+    options={},
+    tables={},
+    predictions=("velocity",),
+    blocks=PREFIX + "blocks",
+    marks=(PREFIX + "in_context_posemb",),
+    wrapper="model_ema1",
+    scheduler="flow_heun",
+    # Guidance for times above 0.1; the scale is B/16's.
+    recommended_call={"num_inference_steps": 50, "guidance_scale": 3.0, "guidance_interval": (0.1, 1.0)},
+)
+BLOCK = "transformer_blocks.0."
+# The weights that sizes are read off, with their axes.
+RANKS = {
+    "pos_embed.positions": 3,
+    "pos_embed.bottleneck.weight": 4,
+    "pos_embed.proj.weight": 4,
+    "context_embed.positions": 3,
+    "class_embed.weight": 2,
+    f"{BLOCK}attn.norm_q.weight": 1,
+    f"{BLOCK}ff.gate_proj.weight": 2,
+}
+
+
+def infer_jit_config(
+    weights: Mapping[str, torch.Tensor],
+    arguments: Mapping,
+    path: str | Path,
+    in_context_start: int | None = None,
+    noise_scale: float | None = None,
+) -> dict:
+    """
+    Reads a model's options off its weights and the training arguments beside them.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): With our keys.
+        arguments (`Mapping`): Of the training script; empty if the file has none.
+        path (`str` or `Path`): Named in errors.
+        in_context_start (`int`, *optional*): Nothing in the weights tells it; without `args.model` it is needed.
+        noise_scale (`float`, *optional*):
+            If neither this nor an argument tells, that of the published models of this image size; it is logged.
+
+    Returns:
+        `dict`: arguments of `JiTTransformer2DModel`.
+
+    Raises:
+        ValueError: if a weight is missing or its shape makes no sense, or the start of the context is unknown.
+    """
+    for name, rank in RANKS.items():
+        key = next(key for key, names in JIT.key_table(1).items() if name in names)
+        if name not in weights:
+            raise ValueError(f"Checkpoint {path} is no {JIT.name} model: the key {key!r} is missing.")
+        if weights[name].ndim != rank or 0 in weights[name].shape:
+            shape = tuple(weights[name].shape)
+            raise ValueError(f"Checkpoint {path}: {key!r} has shape {shape}, where {rank} axes are needed.")
+    bottleneck_dim, in_channels, patch_size, _ = weights["pos_embed.bottleneck.weight"].shape
+    dim, head_dim = (weights[name].shape[0] for name in ("pos_embed.proj.weight", f"{BLOCK}attn.norm_q.weight"))
+    side = math.isqrt(tokens := weights["pos_embed.positions"].shape[1])
+    if side**2 != tokens:
+        raise ValueError(f"Checkpoint {path}: its table of positions has {tokens} tokens, which is no square.")
+    if dim % head_dim:
+        raise ValueError(f"Checkpoint {path}: the width {dim} is not divisible by {head_dim} channels per head.")
+    if noise_scale is None:
+        noise_scale = arguments.get("noise_scale")
+    if noise_scale is None:
+        noise_scale = 2.0 if side * patch_size >= PUBLISHED_LARGE else 1.0
+        logger.warning(
+            f"Checkpoint {path}: it is read as trained with a noise scale of {noise_scale}, as the published models "
+            f"of {side * patch_size} pixels. Pass noise_scale (`--noise_scale`) if that is wrong."
+        )
+    return {
+        "sample_size": side * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "num_layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("transformer_blocks.")),
+        "num_attention_heads": dim // head_dim,
+        "attention_head_dim": head_dim,
+        "mlp_ratio": infer_mlp_ratio(len(weights[f"{BLOCK}ff.gate_proj.weight"]), dim, swiglu=True),
+        "bottleneck_dim": bottleneck_dim,
+        "in_context_len": weights["context_embed.positions"].shape[1],
+        "in_context_start": _context_start(arguments, path) if in_context_start is None else in_context_start,
+        "num_classes": len(weights["class_embed.weight"]) - 1,
+        "dropout": arguments.get("proj_dropout", 0.0),
+        "t_eps": arguments.get("t_eps", 0.05),
+        "noise_scale": noise_scale,
+    }
+
+
+def _context_start(arguments, path):
+    """The first block with context tokens, by the name of the size that was trained."""
+    name = arguments.get("model")
+    if not isinstance(name, str) or name not in JIT_PRESETS:
+        raise ValueError(
+            f"Checkpoint {path}: nothing in it tells in which block the context tokens join (4 in the B sizes, 8 in "
+            "L, 10 in H); pass in_context_start (`--in_context_start`)."
+        )
+    return JIT_PRESETS[name].in_context_start
+
+
+def jit_reference_forward(
+    weights: Mapping[str, torch.Tensor],
+    in_context_start: int,
+    images: torch.Tensor,
+    time: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """
+    The clean image that the original code predicts in eval mode: an oracle that shares no code with the model.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): With the original's keys.
+        in_context_start (`int`): The first block with context tokens.
+        images (`torch.Tensor` of shape `(B, C, H, W)`): Noisy images of the size the checkpoint is for.
+        time (`torch.Tensor` of shape `(B,)`): From noise at 0 to data at 1.
+        labels (`torch.Tensor` of shape `(B,)`): Class ids.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, H, W)`
+    """
+    weights = {key.removeprefix(PREFIX): weight.float() for key, weight in weights.items()}
+    first, second = weights["x_embedder.proj1.weight"], weights["x_embedder.proj2.weight"]
+    patch_size = first.shape[-1]
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)  # (B, N, C·p·p)
+    tokens = patches @ first.flatten(1).T @ second.flatten(1).T + weights["x_embedder.proj2.bias"]
+    tokens = tokens + weights["pos_embed"]
+
+    angles = time[:, None] * 10000 ** (-torch.arange(128) / 128)
+    hidden = _linear(weights, "t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))
+    label = weights["y_embedder.embedding_table.weight"][labels]
+    condition = F.silu(_linear(weights, "t_embedder.mlp.2", F.silu(hidden)) + label)[:, None]
+    context = weights["in_context_posemb"] + label[:, None]  # (B, L, D)
+
+    head_dim = len(weights["blocks.0.attn.q_norm.weight"])
+    turns = _turns(rows, columns, head_dim)
+    depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+    for index in range(depth):
+        if index == in_context_start:
+            tokens = torch.cat([context, tokens], dim=1)
+            turns = torch.cat([torch.ones(context.shape[1], head_dim // 2), turns])
+        tokens = _block(weights, f"blocks.{index}", tokens, condition, turns)
+    tokens = tokens[:, -rows * columns :]
+    shift, scale = _linear(weights, "final_layer.adaLN_modulation.1", condition).chunk(2, dim=-1)
+    tokens = _norm(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
+    output = _linear(weights, "final_layer.linear", tokens)
+    output = output.reshape(batch, rows, columns, patch_size, patch_size, channels)
+    return torch.einsum("bhwpqc->bchpwq", output).reshape(images.shape)
+
+
+def _turns(rows, columns, head_dim):
+    """Rotary positions as complex numbers of length 1, `(N, D/heads/2)`, one per pair of channels; rows first."""
+    frequencies = 10000 ** (-torch.arange(head_dim // 4) / (head_dim // 4))
+    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
+    angles = (grid[:, :, None] * frequencies).flatten(1)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def _linear(weights, name, values):
+    return values @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def _norm(weights, name, values):
+    return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + 1e-6) * weights[f"{name}.weight"]
+
+
+def _block(weights, name, tokens, condition, turns):
+    vectors = _linear(weights, f"{name}.adaLN_modulation.1", condition).chunk(6, dim=-1)
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors
+    inner = _norm(weights, f"{name}.norm1", tokens) * (1 + scale_1) + shift_1
+    tokens = tokens + gate_1 * _attention(weights, f"{name}.attn", inner, turns)
+    inner = _norm(weights, f"{name}.norm2", tokens) * (1 + scale_2) + shift_2
+    gate, value = _linear(weights, f"{name}.mlp.w12", inner).chunk(2, dim=-1)
+    return tokens + gate_2 * _linear(weights, f"{name}.mlp.w3", F.silu(gate) * value)
+
+
+def _rotate(values, turns):
+    pairs = torch.view_as_complex(values.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2)
+
+
+def _attention(weights, name, tokens, turns):
+    head_dim = len(weights[f"{name}.q_norm.weight"])
+    stacked = _linear(weights, f"{name}.qkv", tokens).unflatten(-1, (3, -1, head_dim))
+    query, key, value = stacked.permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
+    query, key = (
+        _rotate(_norm(weights, f"{name}.{which}_norm", states), turns) for which, states in (("q", query), ("k", key))
+    )
+    mixed = (query @ key.transpose(-1, -2) / math.sqrt(head_dim)).softmax(dim=-1) @ value
+    return _linear(weights, f"{name}.proj", mixed.transpose(1, 2).flatten(2))
