@@ -132,7 +132,7 @@ def stock_pipeline(device: torch.device) -> DiTPipeline:
     layers = ours.config.num_layers
     config = stock_config(dict(ours.config)) | {"num_embeds_ada_norm": 1000, "norm_type": "ada_norm_zero"}
     stock = StockDiT(**config, activation_fn="gelu-approximate").eval()
-    stock.load_state_dict(DIFFUSERS.to_original(weights, layers), strict=False)
+    stock.load_state_dict(DIFFUSERS.to_original(weights, {"num_layers": layers}), strict=False)
     for block in stock.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     vae = copy.deepcopy(pipe.vae)

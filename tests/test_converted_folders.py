@@ -130,6 +130,6 @@ def test_published_sizes_have_the_originals_keys():
     family = FAMILIES["repae"]
     with torch.device("meta"):
         model = DiTTransformer2DModel(sample_size=16, patch_size=1, in_channels=32, **family.fixed_options)
-    weights = family.to_original(model.state_dict(), model.config.num_layers) | original_tables(family, model)
+    weights = family.to_original(model.state_dict(), model.config) | original_tables(family, model)
     expected = {key: shape for key, shape in layout["keys"].items() if not key.startswith(family.training_only)}
     assert {key: list(weight.shape) for key, weight in weights.items()} == expected

@@ -141,8 +141,8 @@ def to_our_state_dict(stock: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
         ValueError: if a copy of the embedders is missing, or the copies differ.
     """
     num_layers = count_layers(stock)
-    known = set(DIFFUSERS.key_table(num_layers)) | set(DIFFUSERS.tables)
-    return DIFFUSERS.to_ours(stock, num_layers) | {key: value for key, value in stock.items() if key not in known}
+    known = set(DIFFUSERS.key_table({"num_layers": num_layers})) | set(DIFFUSERS.tables)
+    return DIFFUSERS.to_ours(stock, {"num_layers": num_layers}) | {key: value for key, value in stock.items() if key not in known}
 
 
 def count_layers(stock: dict[str, torch.Tensor]) -> int:
@@ -151,15 +151,15 @@ def count_layers(stock: dict[str, torch.Tensor]) -> int:
 
 
 def stock_reference_forward(
-    weights: dict[str, torch.Tensor], heads: int, latents: torch.Tensor, time: torch.Tensor, labels: torch.Tensor
+    weights: dict[str, torch.Tensor], config: Mapping, latents: torch.Tensor, time: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """The stock format's weights as the DiT that they were trained as; see [`reference_forward`]."""
     ours = to_our_state_dict({key: value for key, value in weights.items() if key not in DIFFUSERS.tables})
     width, _, patch_size, _ = ours["pos_embed.proj.weight"].shape
     rows, columns = (size // patch_size for size in latents.shape[-2:])
     positions = sincos_positions(rows, columns, width)
-    original = DIT.to_original(ours, count_layers(weights)) | {"pos_embed": positions}
-    return reference_forward(original, heads, latents, time, labels)
+    original = DIT.to_original(ours, {"num_layers": count_layers(weights)}) | {"pos_embed": positions}
+    return reference_forward(original, config, latents, time, labels)
 
 
 def read_config_beside(checkpoint: Path) -> dict:

@@ -1,6 +1,5 @@
 """What sets one code base's checkpoints apart from another's, as a row of data that is used in both directions."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +8,30 @@ from typing import Any
 import torch
 
 from ..schedulers import SchedulerRecipe
-from ..transformer_dit import FREQUENCY_DIM, sincos_positions, swiglu_width
+from ..transformer_dit import FREQUENCY_DIM, sincos_positions
 from .reference import reference_forward
+from .sizes import infer
 
 
 # The longest period of the sinusoidal timestep embedding, over 2π.
 MAX_PERIOD = 10000.0
+
+
+def computed_tables(model) -> dict[str, torch.Tensor]:
+    """
+    What a model computes from its configuration and some code bases store.
+
+    Args:
+        model (`DiTTransformer2DModel`): The model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by the names that [`Family`]'s `tables` use; rotary ones only if the model has them.
+    """
+    tables = {"positions": model.pos_embed.positions}
+    if model.rotary_embed is not None:
+        cosines, sines = model.rotary_embed(*model.pos_embed.base_size, torch.device("cpu"))
+        tables |= {"rotary_cosines": cosines, "rotary_sines": sines}
+    return tables
 
 
 @dataclass(frozen=True)
@@ -44,8 +61,12 @@ class Family:
         can_lack_marks (`bool`): Whether it also writes checkpoints without any mark, whose keys are DiT's.
         trained_with (`dict[str, tuple]`): Training arguments that must have one of these values where they are known.
         data_at_one (`bool`):
-            Whether time 1 is the data and the velocity data − noise, the reverse of diffusers; both are then baked
-            into the weights.
+            Whether time 1 is the data and the velocity data − noise, the reverse of diffusers.
+        bakes (`bool`): Whether that is baked into the weights, or the model itself computes the reverse.
+        max_period (`float`): The longest period of its timestep embedding, over 2π, for the time that is baked.
+        model (`str`): The class of the model.
+        infer (`Callable`): Config, original weights and ours of a checkpoint, see [`dit_hf.checkpoints.sizes.infer`].
+        computed_tables (`Callable`): The tables of a model, see [`computed_tables`].
         training_only (`tuple[str, ...]`):
             Prefixes of keys that the model does not compute with; they are kept in a file of their own.
         wrapper (`str`, *optional*): Entry of a `.pt` file that its code takes the weights from.
@@ -79,6 +100,11 @@ class Family:
     can_lack_marks: bool = False
     trained_with: dict[str, tuple] = field(default_factory=dict)
     data_at_one: bool = False
+    bakes: bool = True
+    max_period: float = MAX_PERIOD
+    model: str = "DiTTransformer2DModel"
+    infer: Callable[..., tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = infer
+    computed_tables: Callable[..., dict[str, torch.Tensor]] = computed_tables
     training_only: tuple[str, ...] = ()
     wrapper: str | None = None
     writes_tables: bool = True
@@ -100,18 +126,18 @@ class Family:
         """Whether the models are trained with time in [0, 1] to predict a velocity."""
         return self.predictions == ("velocity",)
 
-    def key_table(self, num_layers: int) -> dict[str, tuple[str, ...]]:
+    def key_table(self, config: Mapping) -> dict[str, tuple[str, ...]]:
         """
         Every trained key that a checkpoint can have.
 
         Args:
-            num_layers (`int`): Blocks of the model.
+            config (`Mapping`): Of the model; its `num_layers` counts.
 
         Returns:
             `dict`: original key -> our keys, several where the original stacks them.
         """
         table: dict[str, tuple[str, ...]] = {original: (ours,) for original, ours in self.keys.items()}
-        for index in range(num_layers):
+        for index in range(config["num_layers"]):
             for original, names in self.block_layers.items():
                 for kind in ("weight", "bias"):
                     table[f"{self.blocks}.{index}.{original}.{kind}"] = tuple(
@@ -158,14 +184,14 @@ class Family:
         return selected
 
     def to_ours(
-        self, original: dict[str, torch.Tensor], num_layers: int, block: int | None = None
+        self, original: dict[str, torch.Tensor], config: Mapping, block: int | None = None
     ) -> dict[str, torch.Tensor]:
         """
         Renames, splits and bakes; keys that the table does not know are dropped.
 
         Args:
             original (`dict[str, torch.Tensor]`): With the original's keys.
-            num_layers (`int`): Blocks of the model.
+            config (`Mapping`): Of the model; what [`key_table`] takes.
             block (`int`, *optional*): As [`select_copies`] takes it.
 
         Returns:
@@ -175,21 +201,21 @@ class Family:
             ValueError: as [`select_copies`].
         """
         converted: dict[str, torch.Tensor] = {}
-        for key, names in self.key_table(num_layers).items():
+        for key, names in self.key_table(config).items():
             if key in original:
                 weight = original[key]
                 parts = weight.tensor_split(len(names)) if weight.ndim and len(names) > 1 else (weight,)
                 converted.update(zip(names, parts, strict=False))
-        converted |= self.select_copies(original, num_layers, block)
-        return bake_conventions(converted) if self.data_at_one else converted
+        converted |= self.select_copies(original, config["num_layers"], block)
+        return bake_conventions(converted, self.max_period) if self.data_at_one and self.bakes else converted
 
-    def to_original(self, ours: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
+    def to_original(self, ours: dict[str, torch.Tensor], config: Mapping) -> dict[str, torch.Tensor]:
         """
         The reverse of [`to_ours`].
 
         Args:
-            ours (`dict[str, torch.Tensor]`): A `DiTTransformer2DModel`'s state dict.
-            num_layers (`int`): Blocks of the model.
+            ours (`dict[str, torch.Tensor]`): The model's state dict.
+            config (`Mapping`): Of the model; what [`key_table`] takes.
 
         Returns:
             `dict[str, torch.Tensor]`: with the original's keys, without computed tables.
@@ -197,11 +223,11 @@ class Family:
         Raises:
             ValueError: naming a weight that this family has no key for.
         """
-        table = self.key_table(num_layers)
+        table = self.key_table(config)
         stray = sorted(set(ours) - {name for names in table.values() for name in names})
         if stray:
             raise ValueError(f"A {self.name} checkpoint has no key for {stray[0]!r} ({len(stray)} such weights).")
-        ours = bake_conventions(ours) if self.data_at_one else ours
+        ours = bake_conventions(ours, self.max_period) if self.data_at_one and self.bakes else ours
         original = {
             key: torch.cat([ours[name] for name in names]) if len(names) > 1 else ours[names[0]]
             for key, names in table.items()
@@ -216,6 +242,23 @@ class Family:
         fixed = {name: values[0] for name, values in self.options.items() if len(values) == 1}
         fixed.pop("has_null_class", None)
         return fixed
+
+    def select(self, state_dict: dict[str, torch.Tensor], weights: str) -> tuple[dict[str, torch.Tensor], str | None]:
+        """
+        One of the models in a state dict that holds several.
+
+        Args:
+            state_dict (`dict[str, torch.Tensor]`): With the original's keys.
+            weights (`str`): As [`dit_hf.checkpoints.reading.find_entry`] takes it.
+
+        Returns:
+            `tuple`: its weights, and how their keys began; None if there is only one model.
+        """
+        return state_dict, None
+
+    def file_keys(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A model's weights with the keys that a file of this code base has, the reverse of [`select`]."""
+        return weights
 
     def find_mismatch(self, config: Mapping) -> str | None:
         """
@@ -247,49 +290,11 @@ def without_weights(build: Callable[[], Any]) -> Any:
     """
     with torch.device("meta"):
         model = build()
-    embed = model.pos_embed
-    height, width = embed.base_size
-    embed.positions = sincos_positions(height, width, embed.dim)  # in no checkpoint
+    embed = getattr(model, "pos_embed", None)
+    if embed is not None and "positions" not in embed.state_dict():  # computed, and so in no checkpoint
+        height, width = embed.base_size
+        embed.positions = sincos_positions(height, width, embed.dim)
     return model
-
-
-def computed_tables(model) -> dict[str, torch.Tensor]:
-    """
-    What a model computes from its configuration and some code bases store.
-
-    Args:
-        model (`DiTTransformer2DModel`): The model.
-
-    Returns:
-        `dict[str, torch.Tensor]`: by the names that [`Family`]'s `tables` use; rotary ones only if the model has them.
-    """
-    tables = {"positions": model.pos_embed.positions}
-    if model.rotary_embed is not None:
-        cosines, sines = model.rotary_embed(*model.pos_embed.base_size, torch.device("cpu"))
-        tables |= {"rotary_cosines": cosines, "rotary_sines": sines}
-    return tables
-
-
-def infer_mlp_ratio(hidden: int, dim: int, swiglu: bool) -> float:
-    """
-    A ratio that gives a hidden width again, through the truncations of the model's arithmetic.
-
-    Args:
-        hidden (`int`): Width of the feed-forward layers.
-        dim (`int`): Width of the model.
-        swiglu (`bool`): Whether the hidden width is two thirds of the ratio's.
-
-    Returns:
-        `float`: 4.0 if that fits.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    widened = 1.5 * hidden if swiglu else hidden
-    for ratio in (4.0, widened / dim, (math.ceil(widened) + 0.25) / dim):
-        if hidden == (swiglu_width(dim, ratio) if swiglu else int(dim * ratio)):
-            return ratio
-    raise ValueError(f"A feed-forward width of {hidden} at a model width of {dim} can't be expressed as a ratio.")
 
 
 def bake_conventions(weights: dict[str, torch.Tensor], max_period: float = MAX_PERIOD) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..files import check_path
-from .family import Family, computed_tables, without_weights
+from .family import Family, without_weights
 from .links import download, is_link
 from .parsing import Checkpoint, parse_checkpoint
 
@@ -112,13 +112,8 @@ def check_strictly(checkpoint: Checkpoint, model, path: str | Path) -> None:
         ValueError: naming the first key that is missing, unknown or of another shape, as the original names it.
     """
     source, original = checkpoint.family, checkpoint.original
-    needed = model.state_dict()
-    table = source.key_table(checkpoint.config["num_layers"])
-    table = {key: names for key, names in table.items() if any(name in needed for name in names)}
-    shapes = {}
-    for key, names in table.items():
-        parts = [tuple(needed[name].shape) for name in names]
-        shapes[key] = (sum(part[0] for part in parts), *parts[0][1:])
+    needed = source.to_original(model.state_dict(), model.config)
+    shapes = {key: tuple(weight.shape) for key, weight in needed.items()}
     check_keys(original, shapes, path, optional=source.tables)
     for key, expected in original_tables(source, model).items():
         if key in original and not _is_close(original[key], expected):
@@ -174,5 +169,5 @@ def original_tables(family: Family, model) -> dict[str, torch.Tensor]:
     Returns:
         `dict[str, torch.Tensor]`
     """
-    tables = computed_tables(model)
+    tables = family.computed_tables(model) if family.tables else {}
     return {key: tables[name] for key, name in family.tables.items() if name in tables}

@@ -88,24 +88,24 @@ def measure_parity(checkpoint: Checkpoint, model, training_only: str | Path | No
     time = torch.rand(2, generator=generator) * (1 if family.flow_matching else 999)
     timestep = (1 - time if family.data_at_one else time) * (1000 if family.flow_matching else 1)
     sign = -1 if family.data_at_one else 1
-    ends = [time * torch.rand(2, generator=generator)] if config.interval_embedding else []
+    ends = [time * torch.rand(2, generator=generator)] if config.get("interval_embedding") else []
     with torch.no_grad():
-        r_timestep = 1000 * ends[0] if ends else None
-        output = sign * model(latents.to(model.dtype), timestep, labels, r_timestep=r_timestep).sample.float()
+        interval = {"r_timestep": 1000 * ends[0]} if ends else {}
+        output = sign * model(latents.to(model.dtype), timestep, labels, **interval).sample.float()
 
     back = original_state_dict(model, family, training_only)
     # Tables that half precision has rounded in the file are computed anew by every code base.
     tables = {key: back[key] for key in family.tables if key in back}
     with torch.no_grad():
         outputs = [
-            family.reference_forward(weights, config.num_attention_heads, latents, time, labels, *ends)
+            family.reference_forward(weights, config, latents, time, labels, *ends)
             for weights in (checkpoint.original | tables, back)
         ]
     forward, forward_back = (output_distance(output, expected) for expected in outputs)
     original = checkpoint.original | checkpoint.training_only
     # The stock format has its table of positions in some files only.
     original = {key: weight for key, weight in original.items() if key in back or key not in family.tables}
-    baked = {key for key, ours in family.keys.items() if family.data_at_one and ours == "time_embed.linear_1.weight"}
+    baked = {key for key, ours in family.keys.items() if family.data_at_one and family.bakes and ours == "time_embed.linear_1.weight"}
     weights = compare_weights(original, back, original.keys() - baked - family.tables.keys())
     return Parity(forward, forward_back, **weights, dtype=model.dtype)
 

@@ -1,17 +1,15 @@
 """What a checkpoint's keys, shapes and training arguments say about the model."""
 
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers.utils import logging
 
-from ..presets import PRESETS
 from . import FAMILIES
-from .family import Family, infer_mlp_ratio
+from .family import Family
 from .reading import (
     find_entry,
     find_file,
@@ -20,19 +18,10 @@ from .reading import (
     select_weights,
     training_arguments,
 )
+from .sizes import Hints
 
 
 logger = logging.get_logger(__name__)
-
-# Width -> heads of the paper's sizes and of LightningDiT's larger ones: heads leave no trace in most weights.
-KNOWN_HEADS = {
-    preset.num_attention_heads * preset.attention_head_dim: preset.num_attention_heads for preset in PRESETS.values()
-} | {1536: 24, 1792: 28}
-IMAGENET_CLASSES = 1000
-# Axes of the weights that dimensions are read off, by our keys.
-RANKS = {"pos_embed.proj.weight": 4, "class_embed.weight": 2, "proj_out.weight": 2}
-BLOCK = "transformer_blocks.0."
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -67,9 +56,10 @@ class Checkpoint:
         classes = config["num_classes"]
         parameters = sum(weight.numel() for weight in self.weights.values())
         options = [name for name in ("swiglu", "rms_norm", "sincos+rope") if name in config.values()]
-        options += ["qk_norm"] * config["qk_norm"] + ["no shift"] * (not config["modulation_shift"])
+        options += ["qk_norm"] * config.get("qk_norm", False)
+        options += ["no shift"] * (not config.get("modulation_shift", True))
         options += ["no null class"] * (config.get("class_dropout_prob") == 0)
-        options += ["guidance in its weights"] * config["guidance_in_weights"]
+        options += ["guidance in its weights"] * config.get("guidance_in_weights", False)
         return (
             f"{self.family.name}: {config['num_layers']} blocks of width {width}, patch {config['patch_size']}, "
             f"{classes} class{'es' * (classes != 1)}, {parameters / 1e6:.2f} M parameters"
@@ -104,12 +94,15 @@ def detect_family(state_dict: Mapping[str, torch.Tensor], arguments: dict) -> Fa
 
 def parse_checkpoint(
     path: str | Path,
-    num_attention_heads: int | None = None,
+    num_attention_heads: int | Sequence[int] | None = None,
     family: str = "auto",
     weights: str = "auto",
     embedders_of_block: int | None = None,
     has_null_class: bool | None = None,
     content: dict | None = None,
+    in_context_start: int | None = None,
+    num_encoder_blocks: int | None = None,
+    noise_scale: float | None = None,
 ) -> Checkpoint:
     """
     Reads a checkpoint and what its weights say about the model; only baked weights are copied.
@@ -118,7 +111,8 @@ def parse_checkpoint(
         path (`str` or `Path`):
             A `.pt`, `.bin` or `.safetensors` file; for the stock diffusers format also the folder with its
             `config.json`.
-        num_attention_heads (`int`, *optional*): Needed if the width is none of the published ones.
+        num_attention_heads (`int` or `Sequence[int]`, *optional*):
+            Needed if the width is none of the published ones; two numbers for a model of two streams.
         family (`str`, defaults to `"auto"`): `"auto"` or a name of `FAMILIES`.
         weights (`str`, defaults to `"auto"`): Which weights of a training checkpoint, as [`find_entry`] takes it.
         embedders_of_block (`int`, *optional*): Which of the stock diffusers format's copies to take if they differ.
@@ -127,6 +121,9 @@ def parse_checkpoint(
             training arguments tell, or a table of 1000 rows (ImageNet's classes) or of one row has none, any other has
             one.
         content (`dict`, *optional*): What [`read_checkpoint`] gave, if the file is open already.
+        in_context_start (`int`, *optional*): The block before which JiT's context tokens join, if nothing tells.
+        num_encoder_blocks (`int`, *optional*): How many of DDT's blocks are the encoder, if nothing tells.
+        noise_scale (`float`, *optional*): Of JiT, if nothing tells.
 
     Returns:
         `Checkpoint`
@@ -134,11 +131,9 @@ def parse_checkpoint(
     Raises:
         ValueError: if the file is no such checkpoint; the message names the file and the key.
     """
-    heads = num_attention_heads
-    if heads is not None and (isinstance(heads, bool) or not isinstance(heads, int) or heads < 1):
-        raise ValueError(f"`num_attention_heads` is {heads!r}; it must be a whole number from 1.")
-    if has_null_class not in (None, True, False):
-        raise ValueError(f"`has_null_class` is {has_null_class!r}; it must be True, False or None.")
+    hints = Hints(
+        num_attention_heads, embedders_of_block, has_null_class, in_context_start, num_encoder_blocks, noise_scale
+    )
     if family not in ("auto", *FAMILIES):
         raise ValueError(f"`family` is {family!r}; it must be one of auto, {', '.join(FAMILIES)}.")
     path = find_file(Path(path))
@@ -151,6 +146,11 @@ def parse_checkpoint(
     if "time_embed.linear_1.weight" in original:
         raise ValueError(f"Checkpoint {path} is in this package's format already; load it with `from_pretrained`.")
     source = choose_family(family, original, arguments, path)
+    try:
+        original, prefix = source.select(original, weights)
+    except ValueError as error:
+        raise ValueError(f"Checkpoint {path}: {error}") from None
+    entry = entry if prefix is None else prefix
     if source.read_arguments and not arguments:
         arguments = source.read_arguments(path)
     for name, allowed in source.trained_with.items():
@@ -161,56 +161,16 @@ def parse_checkpoint(
     training_only = {key: value for key, value in original.items() if key.startswith(source.training_only)}
     original = {key: value for key, value in original.items() if key not in training_only}
 
-    num_layers = count_blocks(original, source, path)
     try:
-        ours = source.to_ours(original, num_layers, embedders_of_block)
+        config, original, ours = source.infer(source, original, replace(hints, arguments=arguments), path)
     except ValueError as error:
         raise ValueError(f"Checkpoint {path}: {error}") from None
-    if source.block_copies:  # the selected copy counts
-        copied = {key: ours[key] for key in source.block_copies.values()}
-        original |= source.to_original(copied, num_layers)
-    check_dimensions(ours, source, path)
-    beside = source.read_config(path) if source.read_config else {}
-    tables = {table: original[key] for key, table in source.tables.items() if key in original}
-    config = source.fixed_options | infer_config(ours, tables, beside, num_attention_heads, path)
-    told = source.trained_options(arguments) if source.trained_options else {}
-    has_null_class = told.pop("has_null_class", None) if has_null_class is None else has_null_class
-    config |= infer_classes(len(ours["class_embed.weight"]), source, arguments, beside, has_null_class, path)
-    if source.options["guidance_in_weights"] != (False,):  # the published checkpoints have it
-        config["guidance_in_weights"] = config.get("class_dropout_prob") != 0 and told.get("guidance_in_weights", True)
     if mismatch := source.find_mismatch(config):
         raise ValueError(f"Checkpoint {path} is no {source.name} model: it has {mismatch}.")
     check_finite(original | training_only, path)
     if entry is not None:
         logger.info(f"Checkpoint {path}: the weights are those of {entry!r}.")
     return Checkpoint(source, config, original, ours, training_only, entry)
-
-
-def count_blocks(original: Mapping[str, torch.Tensor], family: Family, path: str | Path) -> int:
-    """
-    The number of blocks by the largest index, which can't be larger than the number of keys.
-
-    Args:
-        original (`dict[str, torch.Tensor]`): With the original's keys.
-        family (`Family`): Of the checkpoint.
-        path (`str` or `Path`): Named in errors.
-
-    Returns:
-        `int`: at least 1.
-
-    Raises:
-        ValueError: naming the key of a block whose predecessors are missing.
-    """
-    num_blocks = 1
-    for key in original:
-        if match := re.match(rf"{family.blocks}\.([0-9]+)\.", key):
-            index = match[1]
-            if len(index) > 9 or int(index) >= len(original):
-                raise ValueError(
-                    f"Checkpoint {path}: {key[:80]!r} is of a block that {len(original)} keys can't have."
-                )
-            num_blocks = max(num_blocks, 1 + int(index))
-    return num_blocks
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
@@ -262,140 +222,3 @@ def choose_family(asked: str, state_dict: Mapping[str, torch.Tensor], arguments:
     if asked != detected.name and not (lacks_marks and FAMILIES[asked].can_lack_marks):
         raise ValueError(f"Checkpoint {path} is no {asked} model; its keys look like {detected.name}.")
     return FAMILIES[asked]
-
-
-def check_dimensions(weights: dict[str, torch.Tensor], family: Family, path: str | Path) -> None:
-    """
-    That the weights whose shapes tell the dimensions are there, with the axes they need.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`): With our keys.
-        family (`Family`): Of the checkpoint.
-        path (`str` or `Path`): Named in errors.
-
-    Raises:
-        ValueError: naming the key, with the original's name.
-    """
-    table = {name: original for original, names in family.key_table(1).items() for name in names}
-    feed_forward = [BLOCK + name for name in ("ff.gate_proj.weight", "ff.net.0.proj.weight")]
-    needed = [*RANKS, BLOCK + "modulation.weight", feed_forward[feed_forward[0] not in weights]]
-    for name in needed:
-        if name not in weights:
-            raise ValueError(f"Checkpoint {path} is no {family.name} model: the key {table[name]!r} is missing.")
-        weight, rank = weights[name], RANKS.get(name, 2)
-        if weight.ndim != rank or 0 in weight.shape:
-            shape = tuple(weight.shape)
-            raise ValueError(f"Checkpoint {path}: {table[name]!r} has shape {shape}, where {rank} axes are needed.")
-
-
-def infer_config(
-    weights: dict[str, torch.Tensor],
-    tables: dict[str, torch.Tensor],
-    beside: dict,
-    heads: int | None,
-    path: str | Path,
-) -> dict:
-    """
-    Reads a model's dimensions and options off its weights.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`): With our keys.
-        tables (`dict[str, torch.Tensor]`): The checkpoint's computed tables, by their names in `computed_tables`.
-        beside (`dict`): What a configuration beside the checkpoint says.
-        heads (`int`, *optional*): Needed if nothing else tells.
-        path (`str` or `Path`): Named in errors.
-
-    Returns:
-        `dict`: arguments of `DiTTransformer2DModel`, except for the classes and what a family fixes.
-
-    Raises:
-        ValueError: if the weights contradict each other, or the heads or the latent size can't be known.
-    """
-    dim, in_channels, patch_size, _ = weights["pos_embed.proj.weight"].shape
-    out_channels = weights["proj_out.weight"].shape[0] // patch_size**2
-    qk_norm = weights.get(BLOCK + "attn.norm_q.weight")
-    swiglu = BLOCK + "ff.gate_proj.weight" in weights
-    hidden = weights[BLOCK + ("ff.gate_proj.weight" if swiglu else "ff.net.0.proj.weight")].shape[0]
-    rotary = tables.get("rotary_cosines")
-    head_dim = next((axis.shape[-1] for axis in (rotary, qk_norm) if axis is not None and axis.ndim), 0)
-    if heads is None:
-        heads = beside.get("num_attention_heads") or (dim // head_dim if head_dim else KNOWN_HEADS.get(dim))
-    if heads is None:
-        known = ", ".join(map(str, KNOWN_HEADS))
-        raise ValueError(
-            f"Checkpoint {path}: the heads of a model of width {dim} are unknown (known widths: {known}); "
-            "pass num_attention_heads (`--num_attention_heads`)."
-        )
-    if heads < 1 or dim % heads:
-        raise ValueError(f"Checkpoint {path}: the width {dim} is not divisible by {heads} attention heads.")
-    return {
-        "sample_size": _sample_size(tables, beside, patch_size, path),
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "num_layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("transformer_blocks.")),
-        "num_attention_heads": heads,
-        "attention_head_dim": dim // heads,
-        "mlp_ratio": infer_mlp_ratio(hidden, dim, swiglu),
-        "learn_sigma": out_channels == 2 * in_channels,
-        "position_embedding": "sincos" if rotary is None else "sincos+rope",
-        "norm": "rms_norm" if BLOCK + "norm1.weight" in weights else "layer_norm",
-        "qk_norm": qk_norm is not None,
-        "ff": "swiglu" if swiglu else "gelu",
-        "modulation_shift": weights[BLOCK + "modulation.weight"].shape[0] != 4 * dim,
-    }
-
-
-def _sample_size(tables, beside, patch_size, path):
-    """The latent size by the table of positions, or by a configuration beside the checkpoint."""
-    positions = tables.get("positions")
-    if positions is not None and positions.ndim == 3:
-        tokens = positions.shape[1]
-        if math.isqrt(tokens) ** 2 != tokens:
-            raise ValueError(f"Checkpoint {path}: its table of positions has {tokens} tokens, which is no square.")
-        return math.isqrt(tokens) * patch_size
-    if "sample_size" not in beside:
-        raise ValueError(
-            f"Checkpoint {path} has no table of positions ('pos_embed') to read the latent size off, and no "
-            "config.json beside it."
-        )
-    return beside["sample_size"]
-
-
-def infer_classes(
-    rows: int, family: Family, arguments: dict, beside: dict, has_null_class: bool | None, path: str | Path
-) -> dict:
-    """
-    Whether the last row of the class table is the null class; a guess is logged.
-
-    Args:
-        rows (`int`): Of the class table.
-        family (`Family`): Of the checkpoint.
-        arguments (`dict`): From [`training_arguments`].
-        beside (`dict`): What a configuration beside the checkpoint says.
-        has_null_class (`bool`, *optional*): Given, it decides.
-        path (`str` or `Path`): Named in messages.
-
-    Returns:
-        `dict`: `num_classes`, and `class_dropout_prob=0.0` if there is no null class.
-
-    Raises:
-        ValueError: if no class would be left.
-    """
-    classes = arguments.get("num_classes", beside.get("num_classes"))
-    if has_null_class is None and family.options.get("has_null_class") == (True,):
-        has_null_class = True
-    if has_null_class is None and classes in (rows, rows - 1):
-        has_null_class = classes == rows - 1
-    if has_null_class is None:
-        has_null_class = rows not in (1, IMAGENET_CLASSES)
-        if rows not in (1, IMAGENET_CLASSES + 1):
-            read, flag = (f"{rows - 1} classes and the null class", "--no_null_class")
-            if not has_null_class:
-                read, flag = f"{rows} classes without a null class", "--null_class"
-            logger.warning(
-                f"Checkpoint {path}: its class table of {rows} rows is read as {read}. Pass "
-                f"has_null_class={not has_null_class} (`{flag}`) if that is wrong."
-            )
-    if has_null_class and rows < 2:
-        raise ValueError(f"Checkpoint {path}: its class table has one row, which can't be a class and the null class.")
-    return {"num_classes": rows - 1} if has_null_class else {"num_classes": rows, "class_dropout_prob": 0.0}

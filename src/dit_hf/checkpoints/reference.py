@@ -6,6 +6,7 @@ Shapes: `B` batch, `C` channels, `N` tokens, `D` width, `p` patch size.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 def reference_forward(
     weights: dict[str, torch.Tensor],
-    heads: int,
+    config: Mapping,
     latents: torch.Tensor,
     time: torch.Tensor,
     labels: torch.Tensor,
@@ -24,7 +25,7 @@ def reference_forward(
 
     Args:
         weights (`dict[str, torch.Tensor]`): A checkpoint with the keys of DiT, SiT, REPA, LightningDiT or MeanFlow.
-        heads (`int`): Attention heads.
+        config (`Mapping`): For the attention heads.
         latents (`torch.Tensor` of shape `(B, C, H, W)`): Noisy latents of the size the checkpoint is for.
         time (`torch.Tensor` of shape `(B,)`): In the original's convention.
         labels (`torch.Tensor` of shape `(B,)`): Class ids.
@@ -46,7 +47,7 @@ def reference_forward(
 
     depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
     for index in range(depth):
-        tokens = _block(weights, f"blocks.{index}", heads, tokens, condition)
+        tokens = _block(weights, f"blocks.{index}", config["num_attention_heads"], tokens, condition)
     shift, scale = _linear(weights, "final_layer.adaLN_modulation.1", condition).chunk(2, dim=-1)
     tokens = _norm(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
     output = _linear(weights, "final_layer.linear", tokens)

@@ -52,7 +52,7 @@ def original_state_dict(model, family: Family, training_only: str | Path | None 
             are none.
     """
     check_exportable(model, family)
-    weights = family.to_original(model.state_dict(), model.config.num_layers)
+    weights = family.to_original(model.state_dict(), model.config)
     if family.writes_tables:
         weights |= original_tables(family, model)
     if family.training_only:

@@ -49,43 +49,35 @@ class TwoStreamFamily(Family):
             Which weights -> how their keys begin, where one state dict holds them all; the average first.
         layouts (`Callable`, *optional*):
             From a model's config to what the original lays out in another way, by the ends of our keys.
-        max_period (`float`): Of the sinusoidal timestep embedding, for the time that is baked into the weights.
     """
 
     prefixes: dict[str, str] = field(default_factory=dict)
     layouts: Callable[[Mapping], dict[str, Layout]] = field(default=lambda config: {})
-    max_period: float = MAX_PERIOD
 
-    def select(self, state_dict: dict[str, torch.Tensor], weights: str = "auto") -> dict[str, torch.Tensor]:
-        """
-        One of the models in a state dict that holds several.
-
-        Args:
-            state_dict (`dict[str, torch.Tensor]`): With the original's keys.
-            weights (`str`, defaults to `"auto"`): A name of `prefixes`, or `"auto"` for the first that is there.
-
-        Returns:
-            `dict[str, torch.Tensor]`: without the prefix, and without that of `torch.compile`.
-
-        Raises:
-            ValueError: if there are no such weights.
-        """
+    def select(self, state_dict: dict[str, torch.Tensor], weights: str) -> tuple[dict[str, torch.Tensor], str | None]:
+        """As [`Family.select`], without the prefix of `torch.compile`; training-only weights stay."""
         present = [name for name, prefix in self.prefixes.items() if any(key.startswith(prefix) for key in state_dict)]
         if not present:
-            return state_dict
+            return state_dict, None
         name = present[0] if weights == "auto" else weights
         if name not in present:
             raise ValueError(f"it has no {name!r} weights; pass weights={present[0]!r} (`--weights {present[0]}`).")
         prefix = self.prefixes[name]
-        return {
+        selected = {
             key.removeprefix(prefix).removeprefix(COMPILED): weight
             for key, weight in state_dict.items()
-            if key.startswith(prefix)
+            if key.startswith((prefix, *self.training_only))
         }
+        return selected, prefix.removesuffix(".")
 
-    def key_table(self, num_layers: int, num_encoder_layers: int | None = None) -> dict[str, tuple[str, ...]]:
+    def file_keys(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As [`Family.file_keys`]: the weights are the average's."""
+        prefix = next(iter(self.prefixes.values()), "")
+        return {key if key.startswith(self.training_only) else prefix + key: value for key, value in weights.items()}
+
+    def key_table(self, config: Mapping) -> dict[str, tuple[str, ...]]:
         """As [`Family.key_table`]; the blocks from `num_encoder_layers` on are the decoder's."""
-        first = num_layers if num_encoder_layers is None else num_encoder_layers
+        first = config["num_encoder_layers"]
 
         def place(name):
             blocks, index, layer = name.split(".", 2)
@@ -93,52 +85,18 @@ class TwoStreamFamily(Family):
 
         return {
             original: tuple(map(place, names)) if original.startswith(f"{self.blocks}.") else names
-            for original, names in super().key_table(num_layers).items()
+            for original, names in super().key_table(config).items()
         }
 
-    def to_ours(self, original: dict[str, torch.Tensor], config: Mapping) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        """
-        Renames, splits, lays out and bakes; keys that the table does not know are dropped.
+    def to_ours(
+        self, original: dict[str, torch.Tensor], config: Mapping, block: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """As [`Family.to_ours`], laid out as ours."""
+        return self._lay_out(super().to_ours(original, config, block), config, 0)
 
-        Args:
-            original (`dict[str, torch.Tensor]`): With the original's keys.
-            config (`Mapping`): Of the model, from the family's `infer_config`.
-
-        Returns:
-            `dict[str, torch.Tensor]`: with our keys.
-        """
-        ours: dict[str, torch.Tensor] = {}
-        for key, names in self.key_table(config["num_layers"], config["num_encoder_layers"]).items():
-            if key in original:
-                ours.update(zip(names, original[key].tensor_split(len(names)), strict=True))
-        ours = self._lay_out(ours, config, 0)
-        return bake_conventions(ours, self.max_period) if self.data_at_one else ours
-
-    def to_original(self, ours: dict[str, torch.Tensor], config: Mapping) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        """
-        The reverse of [`to_ours`].
-
-        Args:
-            ours (`dict[str, torch.Tensor]`): A `DDTTransformer2DModel`'s state dict.
-            config (`Mapping`): Of the model.
-
-        Returns:
-            `dict[str, torch.Tensor]`: with the original's keys, without computed tables.
-
-        Raises:
-            ValueError: naming a weight that this family has no key for.
-        """
-        table = self.key_table(config["num_layers"], config["num_encoder_layers"])
-        stray = sorted(set(ours) - {name for names in table.values() for name in names})
-        if stray:
-            raise ValueError(f"A {self.name} checkpoint has no key for {stray[0]!r} ({len(stray)} such weights).")
-        ours = bake_conventions(ours, self.max_period) if self.data_at_one else ours
-        ours = self._lay_out(ours, config, 1)
-        return {
-            key: torch.cat([ours[name] for name in names]) if len(names) > 1 else ours[names[0]]
-            for key, names in table.items()
-            if all(name in ours for name in names)
-        }
+    def to_original(self, ours: dict[str, torch.Tensor], config: Mapping) -> dict[str, torch.Tensor]:
+        """The reverse of [`to_ours`]."""
+        return super().to_original(self._lay_out(ours, config, 1), config)
 
     def _lay_out(self, weights, config, direction):
         layouts = self.layouts(config)
@@ -154,7 +112,11 @@ class TwoStreamFamily(Family):
 def reorder(order: torch.Tensor) -> Layout:
     """A layout whose rows are the original's in another order."""
     inverse = order.argsort()
-    return lambda weight: weight[order], lambda weight: weight[inverse]
+
+    def take(index: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda weight: weight[index.to(weight.device)]
+
+    return take(order), take(inverse)
 
 
 def infer_streams(
