@@ -33,7 +33,7 @@ one_per_block_class = pytest.mark.parametrize("conditioning", ("adaln_zero", "cr
 def inputs_of(model):
     """Inputs with everything that the model takes."""
     inputs = tiny_inputs()
-    return inputs | ({"r_timestep": 0.3 * inputs["timestep"]} if model.config.interval_embedding else {})
+    return inputs | ({"r_timestep": 0.3 * inputs["timestep"]} if model.config.get("interval_embedding") else {})
 
 
 def run(model, **overrides):
