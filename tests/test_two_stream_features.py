@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_inputs
+from conftest import TWO_STREAMS, tiny_inputs, tiny_two_streams
 from diffusers import ModelMixin
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -28,35 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_hf import DDTTransformer2DModel
 from dit_hf.complexity import count_macs
-from dit_hf.presets import RAE_DIT_DH
 from dit_hf.transformer_ddt import DDTAttention, DDTAttnProcessor
 
 
-DECODER = {"decoder_num_attention_heads": 2, "decoder_attention_head_dim": 32}
-DESIGNS = {
-    "ddt": {},
-    "dit_dh": RAE_DIT_DH | DECODER,
-    "dit_dh_gelu": RAE_DIT_DH | {"norm": "layer_norm", "head_norm": "layer_norm", "qk_norm": True, "ff": "gelu"},
-}
-every_design = pytest.mark.parametrize("design", DESIGNS)
-
-
-def tiny(design, **overrides):
-    """Two blocks in each stream, with random, not zero, head and gates, so that every weight matters."""
-    config = {
-        "sample_size": 8,
-        "num_layers": 4,
-        "num_encoder_layers": 2,
-        "num_attention_heads": 4,
-        "attention_head_dim": 12,
-        "num_classes": 10,
-    }
-    torch.manual_seed(0)
-    model = DDTTransformer2DModel(**(config | DESIGNS[design] | overrides))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+every_design = pytest.mark.parametrize("design", TWO_STREAMS)
 
 
 def blocks_of(model):
@@ -72,7 +47,7 @@ def attentions(module):
 
 @every_design
 def test_an_encoder_state_gives_the_same_output(design):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     inputs = tiny_inputs()
     with torch.no_grad():
         sample, state = model(**inputs, return_dict=False)
@@ -87,7 +62,7 @@ def test_an_encoder_state_gives_the_same_output(design):
 
 @every_design
 def test_every_input_and_every_size_matters(design):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     expected = run(model)
     for change in ({"timestep": torch.full((3,), 500.0)}, {"class_labels": torch.tensor([4, 1, 2])}):
         assert relative_error(run(model, **change), expected) > 1e-3
@@ -98,7 +73,7 @@ def test_every_input_and_every_size_matters(design):
 
 
 def test_labels_are_dropped_in_training_once_a_sample():
-    model = tiny("ddt", class_dropout_prob=1.0).train()
+    model = tiny_two_streams("ddt", class_dropout_prob=1.0).train()
     null = tiny_inputs() | {"class_labels": torch.full((3,), 10)}
     with torch.no_grad():
         assert torch.equal(model(**tiny_inputs()).sample, model.eval()(**null).sample)
@@ -107,7 +82,7 @@ def test_labels_are_dropped_in_training_once_a_sample():
 @every_design
 def test_a_new_model_predicts_nothing_and_its_gates_are_shut(design):
     torch.manual_seed(0)
-    model = DDTTransformer2DModel(**tiny(design).config)
+    model = DDTTransformer2DModel(**tiny_two_streams(design).config)
     assert run(model).abs().max() == 0
     assert all(block.modulation.weight.abs().max() == 0 for block in blocks_of(model))
 
@@ -134,7 +109,7 @@ def test_a_new_model_predicts_nothing_and_its_gates_are_shut(design):
 )
 def test_impossible_options_are_refused_before_anything_is_allocated(overrides, message):
     with pytest.raises(ValueError, match=message):
-        tiny("ddt", **overrides)
+        tiny_two_streams("ddt", **overrides)
 
 
 @pytest.mark.parametrize(
@@ -151,13 +126,13 @@ def test_impossible_options_are_refused_before_anything_is_allocated(overrides, 
 )
 def test_inputs_that_do_not_fit_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
-        run(tiny("ddt"), **overrides)
+        run(tiny_two_streams("ddt"), **overrides)
 
 
 @every_design
 @pytest.mark.parametrize("size", [(8, 8), (12, 8)])
 def test_counts_equal_torchs_counter(design, size):
-    model = tiny(design, mlp_ratio=3.0, patch_size=4)
+    model = tiny_two_streams(design, mlp_ratio=3.0, patch_size=4)
     counter = FlopCounterMode(display=False)
     with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         run(model, **tiny_inputs(1, height=size[0], width=size[1]))
@@ -175,7 +150,7 @@ def gradients(model):
 
 @every_design
 def test_gradient_checkpointing_recomputes_blocks_and_keeps_gradients(design):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     expected = gradients(model)
     assert all(gradient.abs().max() > 0 for name, gradient in expected.items() if "to_k.bias" not in name)
     model.enable_gradient_checkpointing()
@@ -188,7 +163,7 @@ def test_gradient_checkpointing_recomputes_blocks_and_keeps_gradients(design):
 
 @every_design
 def test_device_map_splits_between_blocks_only(design, tmp_path):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     sizes = [sum(parameter.numel() * 4 for parameter in block.parameters()) for block in blocks_of(model)]
     memory = model.get_memory_footprint() - sum(sizes) // 2
     mapped = DDTTransformer2DModel.from_pretrained(
@@ -205,7 +180,7 @@ def test_device_map_splits_between_blocks_only(design, tmp_path):
     "options", ({"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}), ids=("leaf", "block")
 )
 def test_group_offloading_brings_every_weight_back_before_use(design, options, tmp_path):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     expected = run_unfused(model)
     model.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path), **options)
     for _ in range(2):
@@ -217,7 +192,7 @@ def test_group_offloading_brings_every_weight_back_before_use(design, options, t
 
 @every_design
 def test_layerwise_casting_skips_declared_modules(design, tmp_path):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     cast = DDTTransformer2DModel.from_pretrained(saved(model, tmp_path), torch_dtype=torch.bfloat16)
     cast.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16, skip_modules_pattern=())
     full = {name for name, parameter in cast.named_parameters() if parameter.dtype != torch.float8_e4m3fn}
@@ -233,7 +208,7 @@ def test_layerwise_casting_skips_declared_modules(design, tmp_path):
 
 @every_design
 def test_repeated_blocks_compile_once_a_stream_without_graph_breaks(design):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     expected = run(model)
     torch._dynamo.reset()
     counters.clear()
@@ -244,7 +219,7 @@ def test_repeated_blocks_compile_once_a_stream_without_graph_breaks(design):
 
 @every_design
 def test_whole_model_compiles_without_graph_breaks(design):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for size in (8, 12):
@@ -258,7 +233,7 @@ def test_whole_model_compiles_without_graph_breaks(design):
 @every_design
 @pytest.mark.parametrize("cache", CACHES)
 def test_cache_skips_attention_and_disables_cleanly(design, cache):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     expected = run_step(model, 0)
     calls = count_calls(model.transformer_blocks[1].attn.to_q)
     decoder_calls = count_calls(model.decoder_blocks[1].attn.to_q)
@@ -279,7 +254,7 @@ def test_cache_skips_attention_and_disables_cleanly(design, cache):
 
 
 def test_layer_skip_passes_input_in_place_of_attention():
-    model, expected = tiny("ddt"), tiny("ddt")
+    model, expected = tiny_two_streams("ddt"), tiny_two_streams("ddt")
     for blocks in ("transformer_blocks", "decoder_blocks"):
         apply_layer_skip(model, LayerSkipConfig([1], fqn=blocks, skip_attention=True, skip_ff=False))
         getattr(expected, blocks)[1].attn.register_forward_hook(lambda module, args, output: args[0])
@@ -291,7 +266,7 @@ def test_layer_skip_passes_input_in_place_of_attention():
 
 @every_design
 def test_attention_backend_is_the_one_of_the_processor(design, monkeypatch):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     expected = run(model)
     calls, math = [], _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
     recorder = lambda **kwargs: (calls.append(1), math(**kwargs))[1]  # noqa: E731
@@ -315,7 +290,7 @@ def test_attention_processor_can_be_replaced():
             self.calls += 1
             return super().__call__(*args, **kwargs)
 
-    model, processor = tiny("ddt"), CountingProcessor()
+    model, processor = tiny_two_streams("ddt"), CountingProcessor()
     expected = run(model)
     model.set_attn_processor(processor)
     assert_near(run(model), expected)
@@ -324,7 +299,7 @@ def test_attention_processor_can_be_replaced():
 
 @every_design
 def test_fused_projections_are_used_and_unfused(design):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     expected = run(model)
     model.fuse_qkv_projections()
     for attention in attentions(model):
@@ -336,12 +311,41 @@ def test_fused_projections_are_used_and_unfused(design):
     assert_near(run(model), expected)
 
 
+# Parallelism: two processes, see `testing_utils/parallel_forward.py`
+
+
+@every_design
+def test_context_parallel_splits_tokens_and_keeps_output(design, parallel_results):
+    expected = run(tiny_two_streams(design))
+    for result in (rank["context", design] for rank in parallel_results):
+        assert "error" not in result, result
+        assert result["tokens"] == [8]
+        assert_near(result["output"], expected, 1e-5)
+
+
+@every_design
+def test_tensor_parallel_halves_weights_and_keeps_output(design, parallel_results):
+    model = tiny_two_streams(design)
+    for result in (rank["tensor", design] for rank in parallel_results):
+        assert "error" not in result, result
+        assert_near(result["output"], run(model), 1e-5)
+        halved = {name for name, (whole, local) in result["shards"].items() if whole != local}
+        columns = ("to_q", "to_k", "to_v", "gate_proj", "up_proj", "ff.net.0.proj")
+        rows = ("to_out.0.weight", "down_proj.weight", "ff.net.2.weight")
+        expected = {
+            name
+            for name, _ in model.named_parameters()
+            if name.endswith(rows) or name.rsplit(".", 1)[0].endswith(columns)
+        }
+        assert halved == expected and any(name.startswith("decoder_blocks") for name in halved)
+
+
 # Adapters
 
 
 @every_design
 def test_lora_adapters_scale_switch_and_go(design, tmp_path):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     base = run_unfused(model)
     adapted = run_unfused(with_lora(model))
     assert not torch.allclose(adapted, base, atol=1e-2)
@@ -353,7 +357,7 @@ def test_lora_adapters_scale_switch_and_go(design, tmp_path):
     assert_near(run_unfused(model), base)
     model.delete_adapters(["style"])
     assert_near(run_unfused(model), base)
-    loaded = tiny(design)
+    loaded = tiny_two_streams(design)
     loaded.load_lora_adapter(tmp_path, prefix=None, adapter_name="loaded", use_safetensors=True)
     assert_near(run_unfused(loaded), adapted)
 
@@ -363,7 +367,7 @@ def test_lora_adapters_scale_switch_and_go(design, tmp_path):
 
 @every_design
 def test_save_is_one_safetensors_file(design, tmp_path):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     loaded = DDTTransformer2DModel.from_pretrained(saved(model, tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {
         *("config.json", "diffusion_pytorch_model.safetensors"),
@@ -377,7 +381,9 @@ def test_save_is_one_safetensors_file(design, tmp_path):
 @pytest.mark.parametrize("variant", (None, "fp16"))
 def test_shards_and_variants_round_trip(variant, tmp_path):
     dtype = torch.float16 if variant else torch.float32
-    model = DDTTransformer2DModel.from_pretrained(saved(tiny("dit_dh"), tmp_path / "full"), torch_dtype=dtype)
+    model = DDTTransformer2DModel.from_pretrained(
+        saved(tiny_two_streams("dit_dh"), tmp_path / "full"), torch_dtype=dtype
+    )
     path = saved(model, tmp_path / "saved", max_shard_size="100KB", variant=variant)
     (index,) = path.glob("*.index*.json")
     assert len(set(json.loads(index.read_text())["weight_map"].values())) > 1
@@ -388,7 +394,7 @@ def test_shards_and_variants_round_trip(variant, tmp_path):
 @every_design
 @pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float16, 5e-3), (torch.bfloat16, 4e-2)), ids=str)
 def test_half_precision_keeps_time_embedding_in_float32(design, dtype, tolerance, tmp_path):
-    model = tiny(design)
+    model = tiny_two_streams(design)
     half = DDTTransformer2DModel.from_pretrained(saved(model, tmp_path), torch_dtype=dtype)
     assert half.dtype == dtype
     for name, parameter in half.named_parameters():
@@ -413,7 +419,7 @@ with torch.no_grad():
 
 
 def test_fresh_process_gives_the_same_output_without_the_package(tmp_path):
-    model = tiny("dit_dh")
+    model = tiny_two_streams("dit_dh")
     assert isinstance(model, ModelMixin)
     save_file(tiny_inputs(), tmp_path / "inputs.safetensors")
     paths = [saved(model, tmp_path / "model"), tmp_path / "inputs.safetensors", tmp_path / "output.safetensors"]
