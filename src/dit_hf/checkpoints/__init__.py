@@ -5,6 +5,7 @@ from .dit import DIT
 from .family import Family
 from .lightningdit import LIGHTNINGDIT
 from .meanflow import MEANFLOW
+from .rae import RAE_LIGHTNINGDIT
 from .repa import REPA
 from .repae import REPAE
 from .sit import SIT
@@ -12,4 +13,7 @@ from .soflow import SOFLOW
 
 
 # In the order in which a checkpoint is compared with them: the most specific marks first, the family without any last.
-FAMILIES: dict[str, Family] = {family.name: family for family in (DIFFUSERS, SOFLOW, MEANFLOW, REPAE, REPA, LIGHTNINGDIT, SIT, DIT)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (DIFFUSERS, SOFLOW, MEANFLOW, REPAE, REPA, RAE_LIGHTNINGDIT, LIGHTNINGDIT, SIT, DIT)
+}
