@@ -16,29 +16,46 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from timing import peak_memory
 
 from dit_hf import DiTTransformer2DModel
 from dit_hf.checkpoints import DIT
+from dit_hf.checkpoints.autoencoder import original_autoencoder
 from dit_hf.checkpoints.saving import original_state_dict
 from dit_hf.command_line import run
 from dit_hf.presets import PRESETS
 
 
+# VA-VAE's autoencoder, f16d32.
+AUTOENCODER = "VA-VAE"
+LAYOUT = {
+    "block_out_channels": (128, 128, 256, 256, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+    "up_block_types": ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 32,
+}
 CONVERT = Path(__file__).parents[1] / "conversion" / "convert_original_to_hf.py"
 
 
 def measure(preset, folder):
     """Writes a checkpoint of random weights, converts it, and compares with a process that only imports."""
-    file = folder / "checkpoint.pt"
-    model = DiTTransformer2DModel.from_preset(preset)
-    torch.nn.init.normal_(model.proj_out.weight)  # a fresh head is zero, and so are all outputs
-    torch.save(original_state_dict(model, DIT), file)
+    file, statistics = folder / "checkpoint.pt", folder / "latents_stats.pt"
+    if preset == AUTOENCODER:
+        flags = ["--family", "vavae", "--latents_stats", statistics]
+        torch.save(original_autoencoder(AutoencoderKL(**LAYOUT)), file)
+        torch.save({"mean": torch.zeros(32), "std": torch.ones(32)}, statistics)
+    else:
+        flags = ["--family", "dit"]
+        model = DiTTransformer2DModel.from_preset(preset)
+        torch.nn.init.normal_(model.proj_out.weight)  # a fresh head is zero, and so are all outputs
+        torch.save(original_state_dict(model, DIT), file)
     # Otherwise glibc keeps freed tensors for itself, as many as chance has it: the figure varied by 34 MB.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
     baseline = peak_memory([sys.executable, "-c", "import dit_hf.commands.convert, time; time.sleep(0.5)"])
     started = time.time()
-    command = [sys.executable, CONVERT, "--checkpoint_path", file, "--output_dir", folder / "out", "--family", "dit"]
+    command = [sys.executable, CONVERT, "--checkpoint_path", file, "--output_dir", folder / "out", *flags]
     peak = peak_memory(command)
     return {
         "preset": preset,
@@ -54,7 +71,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--preset", choices=PRESETS, default="DiT-XL/2", help="Size of the model.")
+    parser.add_argument("--preset", choices=(*PRESETS, AUTOENCODER), default="DiT-XL/2", help="Size of the model.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(args.preset, Path(folder)), indent=2))

@@ -1,5 +1,8 @@
 """How commands end, and the ranges of their flags."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +73,30 @@ def test_bad_input_ends_with_one_line(error, code, capsys):
         run(command)
     assert exit_.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("main", ["write", "load"])
+def test_a_signal_ends_with_one_line_and_the_shells_exit_code(number, main, tmp_path):
+    """Nothing is left half-written, and no library that is imported can catch it."""
+    (tmp_path / "library.py").write_text(f"import signal\ntry: signal.raise_signal({int(number)})\nexcept: pass\n")
+    script = f"""
+import signal
+from dit_hf.command_line import run
+from dit_hf.files import writing
+def write():
+    with writing("half") as partial:
+        partial.write_text("half")
+        signal.raise_signal({int(number)})
+def load():
+    import library
+run({main})
+"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 128 + number
+    assert result.stderr == f"Stopped by {number.name}.\n"
+    assert not list(tmp_path.glob("*half*"))
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), TypeError("a"), RuntimeError("a"), AssertionError()])

@@ -152,6 +152,7 @@ def test_what_is_no_file_is_not_opened(kind, tmp_path):
         ({"patch_size": 0}, "`patch_size` is 0"),
         ({"mlp_ratio": float("nan")}, "`mlp_ratio` is nan"),
         ({"mlp_ratio": 1e300}, "mlp_ratio"),
+        ({"mlp_ratio": 10**400}, "mlp_ratio|too large a number"),
         ([1], "config.json must hold an object; it holds a list"),
     ],
 )
@@ -222,7 +223,7 @@ def test_a_conversion_goes_into_a_folder_that_cant_be_replaced(tmp_path, monkeyp
     """`.`, a link to an empty folder, and one with what a killed run has left."""
     flags = {"checkpoint_path": FIXTURES / "dit_p2.pt", "num_attention_heads": 4}
     (tmp_path / "here").mkdir()
-    (tmp_path / "here" / f".partial-{platform.node()}-4194303-1-content" / "vae").mkdir(parents=True)
+    (tmp_path / "here" / f".dit_hf-partial-{platform.node()}-4194303-1-here" / "vae").mkdir(parents=True)
     inode = (tmp_path / "here").stat().st_ino
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "link").symlink_to(tmp_path / "here")

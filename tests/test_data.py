@@ -34,8 +34,8 @@ from dit_hf.data.latents import (
 )
 from dit_hf.data.pixels import center_crop, normalize_pixels
 from dit_hf.data.reader import ImageReader
-from dit_hf.data.shards import file_checksum, index_checksum
-from dit_hf.training.data import ImageData, write_latents
+from dit_hf.data.shards import file_checksum, index_checksum, known_fingerprint, read_index
+from dit_hf.training.data import ImageData, checksums, write_latents
 from dit_hf.training.running import local_share, start_accelerator
 
 
@@ -209,14 +209,14 @@ def contents(folder):
 
 
 def test_leftovers_of_killed_runs_are_removed(workspace, tmp_path):
-    leftover = tmp_path / ".partial-elsewhere-123-shard-00001.safetensors"
+    leftover = tmp_path / ".dit_hf-partial-elsewhere-12-3-shard-00001.safetensors"
     leftover.write_bytes(b"half a shard")
     cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
     assert not leftover.exists()
 
 
 def test_what_has_changed_is_said(tmp_path):
-    """One image's date is enough; the cache stays as it is."""
+    """One image's size is enough; the cache stays as it is."""
     vae, folder = tiny_vae(), write_class_folders(tmp_path / "images", 12)
     accelerator = start_accelerator()
 
@@ -230,10 +230,40 @@ def test_what_has_changed_is_said(tmp_path):
     assert contents(tmp_path / "cache") == before
     with pytest.raises(ValueError, match="finished cache of other latents: resolution was 32, now 64. Choose"):
         encode(resolution=64)
+    with open(folder / "cats" / "03.png", "ab") as image:
+        image.write(b"more")
     os.utime(folder / "cats" / "03.png", (4e9, 4e9))
     with pytest.raises(ValueError, match=r"of the image files have changed \(cats/03.png changed since\)"):
         encode()
     assert contents(tmp_path / "cache") == before
+
+
+def test_images_whose_dates_alone_have_changed_are_compared(tmp_path, monkeypatch):
+    """As on another machine, after a copy: all of them once, which is then recorded."""
+    vae, folder = tiny_vae(), write_class_folders(tmp_path / "images", 12)
+    monkeypatch.setattr("dit_hf.data.latents.COMPARED_IMAGES", 0)  # a sample is compared in any case
+    data, cache_dir = ImageData(resolution=32, train_data_dir=folder), tmp_path / "cache"
+
+    def encode():
+        write_latents(start_accelerator(), vae, data, data.reader(), cache_dir, shard_size=5)
+
+    encode()
+    before, fingerprint = contents(cache_dir), read_index(cache_dir)["fingerprint"]
+    for image in folder.rglob("*.png"):
+        os.utime(image, (4e8, 4e8))
+    settings = data.settings(data.reader(), 5, **checksums(vae))
+    assert known_fingerprint(cache_dir, settings) == (fingerprint, True)
+    encode()
+    after = contents(cache_dir)
+    assert {name for name in after if after[name] != before.get(name)} == {"index.json"}
+    assert known_fingerprint(cache_dir, settings) == (fingerprint, False)
+    image = folder / "cats" / "03.png"
+    content = bytearray(image.read_bytes())
+    content[-20] ^= 1
+    image.write_bytes(content)
+    with pytest.raises(ValueError, match="cats/03.png.* is not the image that .*shard-00000"):
+        encode()
+    assert contents(cache_dir) == after
 
 
 def test_other_pixels_of_the_same_size_and_date_are_found(tmp_path):
@@ -319,6 +349,29 @@ def rewrite(folder, tensors=None, **changes):
     (folder / "index.json").write_text(json.dumps(index | {"checksum": index_checksum(index)}))
 
 
+@pytest.mark.parametrize(
+    "change", [{"moments": None}, {"moments": [8, [0.0], [1.0]]}, {"moments": {}}, {"unreadable_labels": 5}]
+)
+def test_metadata_of_an_unfinished_cache_that_are_none(workspace, tmp_path, change):
+    """As those of another program, so that the shard is not overwritten."""
+    data = load_image_dataset(str(workspace / "data"))
+    cache(tmp_path, tiny_vae(), data)
+    path = tmp_path / "shard-00000.safetensors"
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["dit_hf"])
+    save_file(load_file(path), path, {"dit_hf": json.dumps(facts | change)})
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(ValueError, match="shard-00000.safetensors was not written by `dit-hf latents`"):
+        cache(tmp_path, tiny_vae(), data)
+
+
+def test_a_negative_deviation_is_refused(workspace, tmp_path):
+    cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
+    rewrite(tmp_path, lambda tensors: tensors | {"std": tensors["std"] - 9})
+    with pytest.raises(ValueError, match="its deviation is below 0"):
+        CachedLatents(tmp_path).read(torch.tensor([0]), torch.tensor([False]))
+
+
 def test_an_index_that_was_changed_is_refused(workspace, tmp_path):
     cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
     index = json.loads((tmp_path / "index.json").read_text())
@@ -355,6 +408,8 @@ def test_shards_that_hold_something_else(workspace, tmp_path, change, message):
         ({"latents_std": [1.0, 1.0, 0.0, 1.0]}, "'latents_std'"),
         ({"latents_mean": [float("nan")] * 4}, "'latents_mean'"),
         ({"latents_mean": [0.0]}, "different lengths"),
+        ({"latents_mean": [10**400] * 4}, "too large a number"),
+        ({"latents_mean": [True] * 4}, "'latents_mean'"),
     ],
 )
 def test_an_index_that_is_none(workspace, tmp_path, changes, message):
@@ -514,7 +569,7 @@ def test_precompute_with_two_processes_goes_on_after_a_kill(workspace, tmp_path)
     )
     assert "20 images, 7 shards, verified" in result.stdout
     assert (tmp_path / "a" / "shard-00000.safetensors").stat().st_mtime_ns == written  # kept, not encoded again
-    assert not list((tmp_path / "a").glob("partial-*"))
+    assert not list((tmp_path / "a").glob(".dit_hf-partial-*"))
     config = json.loads((tmp_path / "a" / "vae" / "config.json").read_text())
     assert config["latents_mean"] == json.loads((tmp_path / "a" / "index.json").read_text())["latents_mean"]
 

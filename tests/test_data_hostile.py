@@ -342,7 +342,7 @@ def test_output_into_an_empty_folder_a_link_and_here(latents, tmp_path, monkeypa
     for _ in range(2):  # new, and verified again
         assert latents(output="link")[0] == 0
     assert (tmp_path / "there" / "vae" / "config.json").exists() and (tmp_path / "link").is_symlink()
-    assert not list((tmp_path / "there").rglob(".partial*")) and not (tmp_path / "there" / "vae" / ".saved").exists()
+    assert not list((tmp_path / "there").rglob(".dit_hf-partial*"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert latents("--train_data_dir", "../images", output=".")[0] == 0
@@ -392,7 +392,7 @@ def test_a_new_class_into_an_empty_folder(example, tmp_path):
         PILImage.new("RGB", (64, 64), (90 * index, 0, 0)).save(tmp_path / "data" / f"{index}.png")
     output = tmp_path / "out"
     (output / "lost+found").mkdir(parents=True)
-    (output / f".partial-{platform.node()}-4194303-.images" / "coins").mkdir(parents=True)
+    (output / f".dit_hf-partial-{platform.node()}-4194303-1-out" / "coins").mkdir(parents=True)
     flags = {"train_data_dir": tmp_path / "data", "class_name": "coins", "output_dir": output}
     flags |= {"pretrained_model_name_or_path": "emoji64", "prior_images_per_class": 1, "num_inference_steps": 1}
     script = "finetune/prepare_new_class"

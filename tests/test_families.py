@@ -247,10 +247,24 @@ def test_the_weights_that_a_file_has_are_named(tmp_path):
     weights = torch.load(FIXTURES / "dit_p2.pt", weights_only=True)
     torch.save({"model": weights}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="no 'ema' weights; it holds model.*`--weights model`"):
-        parse_checkpoint(tmp_path / "model.pt", 4)
+        parse_checkpoint(tmp_path / "model.pt", 4, weights="ema")
     torch.save({"model_ema": weights}, tmp_path / "ema.pt")
     with pytest.raises(ValueError, match="no 'model' weights; it holds model_ema.*`--weights ema`"):
         parse_checkpoint(tmp_path / "ema.pt", 4, weights="model")
+
+
+def test_the_average_is_taken_where_there_is_one(tmp_path):
+    weights = torch.load(FIXTURES / "dit_p2.pt", weights_only=True)
+    average = weights | {"x_embedder.proj.bias": torch.ones(48)}
+    for entry, content in (
+        ("ema", {"model": weights, "ema": average}),
+        ("model", {"model": average, "ema": {}}),
+        ("model_ema", {"model_ema": average}),
+    ):
+        torch.save(content, tmp_path / "file.pt")
+        checkpoint = parse_checkpoint(tmp_path / "file.pt", 4)
+        assert checkpoint.entry == entry and f"the weights of {entry!r}" in checkpoint.describe()
+        assert torch.equal(checkpoint.weights["pos_embed.proj.bias"], torch.ones(48))
 
 
 def test_unused_variance_of_sit_is_kept():

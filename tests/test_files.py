@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def test_a_failed_write_keeps_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
     assert file.read_text() == "before"
     with writing(file) as partial:
-        assert partial.suffix == ".png"
+        assert partial.name == "grid.png"
         partial.write_text("after")
     assert file.read_text() == "after"
 
@@ -107,15 +108,17 @@ def test_the_libraries_write_errors_are_known(tmp_path):
     weights = torch.zeros(5000)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     writers = (
-        lambda path: torch.save(weights, path),
-        lambda path: torch.save(weights, path, _use_new_zipfile_serialization=False),
-        lambda path: save_file({"a": weights}, path),
-        lambda path: torch.save(weights, path / "missing" / "a.pt"),
+        ("the disk is full, or the file larger than is allowed", lambda path: torch.save(weights, path)),
+        ("File too large", lambda path: torch.save(weights, path, _use_new_zipfile_serialization=False)),
+        ("File too large", lambda path: save_file({"a": weights}, path)),
+        ("Parent directory .* does not exist", lambda path: torch.save(weights, path / "missing" / "a.pt")),
+        ("No such file or directory", lambda _: torch.save(weights, "/proc/a.pt")),
     )
-    for write in writers:
+    for reason, write in writers:
+        reason = f"^{tmp_path / 'a.pt'} can't be written: {reason}\\.*$"
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
         try:
-            with pytest.raises(OSError, match="a.pt can't be written"), writing(tmp_path / "a.pt") as partial:
+            with pytest.raises(OSError, match=reason), writing(tmp_path / "a.pt") as partial:
                 write(partial)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -162,7 +165,7 @@ def test_a_folder_that_exists_is_filled_after_a_kill(killed, left, tmp_path):
     (tmp_path / "lost+found").mkdir()
     subprocess.run([sys.executable, "-c", FILL, str(tmp_path), killed], check=False)
     assert content_of(tmp_path) == left and is_occupied(tmp_path) == bool(left)
-    assert len(list(tmp_path.glob(".partial-*"))) == 1
+    assert len(list(tmp_path.glob(".dit_hf-partial-*"))) == 1
     subprocess.run([sys.executable, "-c", FILL, str(tmp_path), "no"], check=True)
     assert sorted(os.listdir(tmp_path)) == ["a", "lost+found", "model_index.json", "weights"]
 
@@ -172,7 +175,7 @@ def test_what_occupies_a_folder(tmp_path):
     (tmp_path / "dangling").symlink_to("nowhere")
     assert is_occupied(tmp_path / "dangling")
     folder = tmp_path / "folder"
-    for name in (".partial-a-1-2-x", "lost+found", ".lock", ".lock_holder", ".DS_Store", "ours"):
+    for name in (".dit_hf-partial-a-1-2-x", "lost+found", ".lock", ".lock_holder", ".DS_Store", "ours"):
         (folder / name).mkdir(parents=True)
     assert not is_occupied(folder, ours=("ours",))
     assert is_occupied(folder) and content_of(folder) == ["ours"]
@@ -187,6 +190,7 @@ import os, sys
 from dit_hf.files import writing
 with writing(sys.argv[1]) as partial:
     partial.write_text("half")
+    partial.with_name(".tmpAbC123").write_text("as safetensors does")
     os.kill(os.getpid(), 9)
 """
 
@@ -195,9 +199,20 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     file = tmp_path / "a[1].json"
     subprocess.run([sys.executable, "-c", KILLED, str(file)], check=False)
     assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / ".tmpmine").write_text("of another program")
     with writing(file) as partial:
         partial.write_text("whole")
-    assert [path.name for path in tmp_path.iterdir()] == ["a[1].json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmpmine", "a[1].json"]
+
+
+def test_what_only_looks_like_a_leftover_stays(tmp_path):
+    """A process of that number has ended."""
+    ended = f"{platform.node()}-4194303-1"
+    names = [f".partial-{ended}-a", f".dit_hf-partial-{platform.node()}-a", f"dit_hf-partial-{ended}-a", "partial-a"]
+    for name in (*names, f".dit_hf-partial-{ended}-a"):
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == content_of(tmp_path) == sorted(names)
 
 
 def test_one_of_many_files_does_not_list_the_folder(tmp_path):
@@ -209,7 +224,7 @@ def test_one_of_many_files_does_not_list_the_folder(tmp_path):
     with writing(tmp_path / "1.png", one_of_many=True) as partial:
         partial.write_text("whole")
         remove_leftovers(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [partial.name, "0.png"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [partial.parent.name, "0.png"]
 
 
 def test_a_link_to_a_file_stays_a_link(tmp_path):
@@ -227,7 +242,9 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     check_writable(tmp_path / "new" / "folder" / "grid.png")
     check_writable(tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
-    for path in (tmp_path / "file" / "grid.png", "/proc/grid.png", tmp_path / "pipe", "a\0b"):
+    (tmp_path / "loop").symlink_to("loop")
+    looped = (tmp_path / "loop", tmp_path / "loop" / "new")
+    for path in (tmp_path / "file" / "grid.png", "/proc/grid.png", tmp_path / "pipe", "a\0b", *looped):
         with pytest.raises(ValueError, match="can't be|is a pipe"):
             check_writable(path)
 

@@ -85,13 +85,13 @@ def test_a_stopped_preparation_leaves_nothing(checkout):
     output = checkout / "outputs" / "emoji64-coins"
     listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a job in the background would not
     process = subprocess.Popen(command, shell=True, cwd=checkout, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
-    while not list(output.parent.glob(".partial-*-emoji64-coins/coins/*")):
+    while not list(output.parent.glob(".dit_hf-partial-*/emoji64-coins/coins/*")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     errors = process.communicate()[1]
     assert process.returncode == 130, errors
-    assert errors.splitlines()[-1] == "Stopped."
+    assert errors.splitlines()[-1] == "Stopped by SIGINT."
     assert not list(output.parent.glob("*emoji64-coins*"))
 
 

@@ -117,7 +117,7 @@ def test_any_solver_of_flow_matching_integrates_the_velocity():
 
 
 def test_an_interval_needs_a_model_that_embeds_it(transformer):
-    with pytest.raises(ValueError, match="`r_timestep` was given to a model without `interval_embedding=True`"):
+    with pytest.raises(ValueError, match="`r_timestep` was given, and a model without `interval_embedding=True`"):
         transformer(**tiny_inputs(), r_timestep=0)
     with pytest.raises(ValueError, match=r"`r_timestep` has shape \(2,\)"):
         interval_model()(**tiny_inputs(), r_timestep=torch.zeros(2))

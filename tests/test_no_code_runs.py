@@ -16,6 +16,8 @@ from diffusers import AutoencoderKL
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel
 from dit_hf.checkpoints import FAMILIES
+from dit_hf.checkpoints.autoencoder import parse_autoencoder
+from dit_hf.checkpoints.latents_stats import read_latents_stats
 from dit_hf.checkpoints.reading import read_checkpoint
 from dit_hf.checkpoints.saving import save_original
 from dit_hf.schedulers import make_scheduler
@@ -185,7 +187,7 @@ def attack(tmp_path):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_checkpoints_execute_nothing(kind, attack, tmp_path):
     FORMATS[kind](attack, tmp_path / "attack.pt")
-    for read in (read_checkpoint, DiTTransformer2DModel.from_single_file):
+    for read in (read_checkpoint, DiTTransformer2DModel.from_single_file, parse_autoencoder, read_latents_stats):
         with pytest.raises(ValueError, match="attack.pt") as raised:
             read(tmp_path / "attack.pt")
         assert "weights_only" not in str(raised.value)  # torch's advice how to execute it

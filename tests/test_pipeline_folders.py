@@ -118,6 +118,13 @@ REFUSED = {
         *(({name: [1]}, [CONFIG, name]) for name in ("conditioning", "position_embedding", "norm", "ff")),
         ({"num_attention_heads": 4096, "attention_head_dim": 4096}, [CONFIG, "parameters", "num_attention_heads"]),
         ({"quantization_config": 5}, [CONFIG, "quantization_config"]),
+        *(
+            ({"quantization_config": {"quant_method": value}}, [CONFIG, "quantized"])
+            for value in ([], "x", None, "gguf")
+        ),
+        *(({name: 1}, [CONFIG, name, "no option"]) for name in ("self", "dtype")),
+        *(({name: 10**400}, [CONFIG, name]) for name in ("mlp_ratio", "class_dropout_prob", "num_layers")),
+        ({"num_layers": 900}, [CONFIG, "900", "tensors"]),
         ({"_use_default_values": 3}, [CONFIG, "_use_default_values"]),
         ({"num_layers": 3}, [WEIGHTS, "transformer_blocks.2", "missing"]),
         ({"num_layers": 1}, [WEIGHTS, "transformer_blocks.1"]),
@@ -130,6 +137,7 @@ REFUSED = {
         ({"beta_start": "x"}, [SCHEDULER]),
         ({"beta_end": 5.0}, ["beta_end"]),
         ({"trained_betas": ["a"]}, [SCHEDULER]),
+        *(({"trained_betas": value}, ["trained_betas"]) for value in (0, [0.1], [[0.1] * 1000])),
         ({"beta_schedule": "x"}, [SCHEDULER, "x"]),
         ({"timestep_spacing": "x"}, [SCHEDULER, "x"]),
         *(({"prediction_type": value}, ["prediction_type"]) for value in ([1], "nonsense")),
@@ -142,6 +150,9 @@ REFUSED = {
         *(({"latent_channels": value}, [VAE]) for value in (10**9, "4")),
         *(({"norm_num_groups": value}, [VAE]) for value in (0, True)),
         ({"down_block_types": ["os"]}, [VAE]),
+        ({"down_block_types": ["DownEncoderBlock2D"] * 100}, [VAE, "down_block_types", "too large"]),
+        ({"quantization_config": {"quant_method": "gguf"}}, [VAE, "quantized"]),
+        ({"latents_mean": [10**400] * 4, "latents_std": [1] * 4}, [VAE, "latents_mean"]),
         *(({"scaling_factor": value}, ["scaling_factor"]) for value in (0, -1.0, NAN, "x", [1])),
         ({"latents_mean": [1], "latents_std": ["a"]}, ["latents_mean"]),
     ],
@@ -242,6 +253,69 @@ def test_an_index_of_weights_stays_in_its_folder(folder):
             DiTClassCondPipeline.from_pretrained(folder)
 
 
+def split(folder):
+    """The weights of a component in two files, with the index of these."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    weights, names = load_file(file), [f"{file.stem}-{part}.safetensors" for part in "ab"]
+    file.unlink()
+    weight_map = {key: names[number % 2] for number, key in enumerate(sorted(weights))}
+    for name in names:
+        save_file({key: weights[key] for key in weights if weight_map[key] == name}, folder / name)
+    return folder / f"{file.name}.index.json", {"metadata": {}, "weight_map": weight_map}
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae"])
+def test_an_index_names_every_weight(component, folder):
+    """What it does not name would not be loaded, and stay without values."""
+    file, index = split(folder / component)
+    file.write_text(json.dumps(index))
+    DiTClassCondPipeline.from_pretrained(folder)
+    half = dict(list(index["weight_map"].items())[::2])
+    one = dict.fromkeys(index["weight_map"], next(iter(half.values())))
+    for change in ({"weight_map": half}, {"weight_map": one}, {"metadata": None}, {"metadata": []}):
+        file.write_text(json.dumps(index | change))
+        with pytest.raises(ValueError, match=component):
+            DiTClassCondPipeline.from_pretrained(folder)
+
+
+OPTIONS = {
+    "variant": (3, [], "../x", "a/b", "", "a\nb"),
+    "subfolder": (3, {}),
+    "revision": (3,),
+    "dtype": (torch.float8_e4m3fn, "float8_e5m2", 3),
+    "scheduler": (1, "ddim", {}),
+    "vae": (1, "x"),
+    "transformer": (1, "x"),
+    "id2label": ([], 5),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OPTIONS.items() for value in values])
+def test_odd_options_are_named(name, value, good):
+    with pytest.raises(ValueError, match=name) as error:
+        DiTClassCondPipeline.from_pretrained(good, **{name: value})
+    assert "\n" not in str(error.value)
+    if name in ("variant", "subfolder", "revision", "dtype"):
+        with pytest.raises(ValueError, match=f"`{name}` is"):
+            DiTTransformer2DModel.from_pretrained(good / "transformer", **{name: value})
+
+
+@pytest.mark.parametrize("options", [{"variant": 3}, {"variant": "../x"}, {"max_shard_size": []}])
+def test_odd_options_of_saving_are_named(options, tmp_path):
+    pipe = DiTClassCondPipeline(tiny_transformer(num_layers=1), make_scheduler("ddim"))
+    for model in (pipe, pipe.transformer):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            model.save_pretrained(tmp_path / "saved", **options)
+
+
+@pytest.mark.parametrize("path", [None, 3, [], b"x", "", "\ud800", "a\0b"])
+def test_what_is_no_path_is_named(path):
+    model = tiny_transformer(num_layers=1)
+    for load in (DiTClassCondPipeline.from_pretrained, DiTTransformer2DModel.from_pretrained, model.save_pretrained):
+        with pytest.raises(ValueError, match="it must be the name or path"):
+            load(path)
+
+
 def test_no_code_of_a_folder_runs(folder, tmp_path, monkeypatch):
     """Every file of Python in it would create a folder when it is imported, also where Python looks for modules."""
     ran = tmp_path / "ran"
@@ -330,7 +404,7 @@ def test_weights_in_a_file_that_is_not_read_do_not_count(folder):
         DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
     index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / WEIGHTS), stray)}))
-    assert weight_files(folder / "transformer") == [folder / "transformer" / stray]
+    assert list(weight_files(folder / "transformer")) == [folder / "transformer" / stray]
 
 
 def test_no_quantization_is_written_as_null(folder):

@@ -124,6 +124,7 @@ REFUSED = {
     "steps float": ({}, {"num_inference_steps": 2.0}, ["num_inference_steps", "2.0", "whole"]),
     "steps bool": ({}, {"num_inference_steps": True}, ["num_inference_steps", "True", "whole"]),
     "no images": ({}, {"num_images_per_label": 0}, ["num_images_per_label", "0", "from 1"]),
+    "scale 1e30": ({}, {"guidance_scale": 1e30}, ["guidance_scale", "1e+30", "1000"]),
     "scale negative": ({}, {"guidance_scale": -1.0}, ["guidance_scale", "-1.0"]),
     "no null class": (
         {"class_dropout_prob": 0.0},
@@ -209,7 +210,24 @@ REFUSED |= {
     for name, steps in (("dpm++", 1000), ("unipc", 1000), ("dpm++_singlestep", 1001))
 }
 REFUSED["too many values"] = ({}, {"num_images_per_label": 2**20, "height": 2**12, "width": 2**12}, ["at most"])
-REFUSED["offset"] = ({"scheduler": make_scheduler("ddim", steps_offset=999)}, {}, ["steps_offset"])
+REFUSED["offset"] = (
+    {"scheduler": DDIMScheduler.from_config(make_scheduler("ddim").config, steps_offset=999)},
+    {},
+    ["steps_offset"],
+)
+
+
+ODD = {
+    "sparse": torch.zeros(1, 4, 8, 8).to_sparse(),
+    "meta": torch.zeros(1, 4, 8, 8, device="meta"),
+    "float8": torch.zeros(1, 4, 8, 8).to(torch.float8_e4m3fn),
+    "complex": torch.zeros(1, 4, 8, 8, dtype=torch.complex64),
+    "nested": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+}
+for kind, tensor in ODD.items():
+    for argument in ("latents", "class_labels", "eta", "guidance_scale", "num_inference_steps", "height", "sigmas"):
+        flow = {"scheduler": "flow_euler"} if argument == "sigmas" else {}
+        REFUSED[f"{argument} {kind}"] = (flow, {argument: tensor}, [f"`{argument}`"])
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -223,6 +241,7 @@ def test_bad_input_is_refused_before_any_compute(name):
         pipe(**({"class_labels": 1, "num_inference_steps": 2, "output_type": "latent"} | call))
     for word in words:
         assert word in str(error.value)
+    assert "\n" not in str(error.value)
     assert not calls and torch.equal(torch.get_rng_state(), state)
 
 
@@ -410,8 +429,47 @@ def test_recipe_overrides_and_errors():
     with pytest.raises(ValueError, match="no scheduler recipe 'dpm'") as error:
         make_scheduler("dpm")
     assert all(name in str(error.value) for name in RECIPES)
-    with pytest.raises(TypeError, match="shiftt"):
-        make_scheduler("flow_euler", shiftt=3.0)
+    for option in ("shiftt", "self", "args"):
+        with pytest.raises(TypeError, match=f"FlowMatchEulerDiscreteScheduler.*'{option}'"):
+            make_scheduler("flow_euler", **{option: 3.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("ddpm", "trained_betas", "x"),
+        ("ddpm", "num_train_timesteps", 10**12),
+        ("ddim", "beta_schedule", None),
+        ("ddim", "steps_offset", None),
+        ("dpm++", "solver_order", 0),
+        ("dpm++", "timestep_spacing", "x"),
+        ("dpm++_singlestep", "algorithm_type", {}),
+        ("unipc", "disable_corrector", None),
+        ("flow_euler", "shift", {}),
+        ("flow_heun", "num_train_timesteps", "1000"),
+        ("flow_unipc", "final_sigmas_type", None),
+    ],
+)
+def test_overrides_that_a_recipe_cant_run_with_are_refused(name, option, value):
+    with pytest.raises(ValueError, match=option) as error:
+        make_scheduler(name, **{option: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["transformer", "scheduler", "vae"])
+def test_components_of_another_kind_are_refused(part):
+    pipe = tiny_pipeline(num_layers=1)
+    for value in (1, "x", {}, make_scheduler("ddim") if part != "scheduler" else pipe.transformer):
+        for put in (
+            lambda value: setattr(pipe, part, value),
+            lambda value: type(pipe).from_pipe(pipe, **{part: value}),
+        ):
+            with pytest.raises(ValueError, match=f"`{part}` is a {type(value).__name__}"):
+                put(value)
+    with pytest.raises(ValueError, match="`pipeline` is a int"):
+        type(pipe).from_pipe(5)
+    with pytest.raises(ValueError, match="`dtype` is 'x'"):
+        type(pipe).from_pipe(pipe, dtype="x")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -451,12 +509,17 @@ def test_every_recipe_is_finite_at_its_ends(name):
 def test_a_scheduler_that_clips_does_not_hide_an_overflow():
     """Pixels are clipped to [-1, 1], and infinity with them."""
     pipe = DiTClassCondPipeline(tiny_transformer(in_channels=3), make_scheduler("ddim", clip_sample=True))
-    torch.nn.init.constant_(pipe.transformer.proj_out.bias, -1e38)
+    torch.nn.init.constant_(pipe.transformer.proj_out.bias, -3e38)
     with pytest.raises(ValueError, match="not finite"):
-        pipe(1, num_inference_steps=2, guidance_scale=1e30, output_type="np")
+        pipe(1, num_inference_steps=2, guidance_scale=1000, output_type="np")
 
 
-@pytest.mark.parametrize("call", [5, [1], {"steps": 1}, {"num_inference_steps": "50"}, {"guidance_scale": NAN}])
+TENSOR = {"guidance_scale": torch.tensor(2.0)}  # can't be saved
+
+
+@pytest.mark.parametrize(
+    "call", [5, [1], {"steps": 1}, {"num_inference_steps": "50"}, {"guidance_scale": NAN}, TENSOR]
+)
 def test_recommended_calls_are_checked_at_construction(call):
     with pytest.raises(ValueError, match="recommended_call"):
         DiTClassCondPipeline(tiny_transformer(num_layers=1), make_scheduler("ddim"), recommended_call=call)

@@ -2,22 +2,26 @@
 
 import ast
 import http.server
+import json
 import logging
+import socket
 import threading
 
 import pytest
 import yaml
 from conftest import FIXTURES, tiny_transformer
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import EvalResult, ModelCard, constants
+from huggingface_hub import EvalResult, ModelCard, constants, hf_api
+from testing_utils.hub_server import TOKEN, HubServer, Repo
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel
 from dit_hf.checkpoints.links import check_download, download_from_server
-from dit_hf.hub import CardFacts, build_card, publish_folder, write_card
+from dit_hf.hub import CardFacts, build_card, connection, publish_folder, write_card
 from dit_hf.hub.connection import without_secrets
 from dit_hf.hub.model_card import END, START, read_card, source_file
 from dit_hf.hub.publish import _reason, select_files
 from dit_hf.schedulers import make_scheduler
+from dit_hf.training.result import check_hub
 
 
 SECRET = "hf_localSecretThatMustNeverBeShown"
@@ -104,7 +108,7 @@ FOREIGN = (
         ".git/config",
         ".lock",
         ".cache/x.json",
-        "transformer/.partial-a-1-config.json",
+        "transformer/.dit_hf-partial-a-1-2-config.json",
         "log.jsonl",
         "notes.md",
     ),
@@ -210,12 +214,45 @@ def test_settings_on_cards_have_no_secrets_and_no_folders():
     assert "| train_data_dir | data |" in text and "| source | https://host/a |" in text and "| steps | 3 |" in text
 
 
+def test_tokens_in_names_and_settings_do_not_reach_a_card():
+    pipe = tiny_pipeline(id2label={0: f"a {SECRET}"})
+    limits = f"Set HF_TOKEN={SECRET}, see [this](https://host/page#part). \ud800"
+    facts = CardFacts(recipe={"nested": {"token": [SECRET]}, SECRET: 1}, limits=limits, license=SECRET)
+    text = str(build_card(pipe, f"user/{SECRET}", facts, ModelCard("---\nlicense: mit\n---\nMine.")))
+    assert SECRET not in text and "Mine." in text and "https://host/page#part" in text
+    assert text.encode() and SECRET not in str(build_card(pipe, "x", None, ModelCard(text)))
+
+
+FACTS = {
+    "license": (5, [], b"x"),
+    "base_model": (5, ["a"]),
+    "datasets": ("a", None, [5], {"a": 1}),
+    "recipe": (None, [], "x"),
+    "results": (None, 5, [5], "x", {"a": 1}),
+    "limits": (5, ["x"]),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in FACTS.items() for value in values])
+def test_facts_of_another_type_are_named(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is"):
+        CardFacts(**{name: value})
+
+
 @pytest.mark.parametrize(
     "content",
     [
         "---\nlicense: " + "[" * 50_000 + "\n---\n",
         "---\n1: 2\n---\n",
         "---\n- a\n---\n",
+        *(
+            f"---\n{name}: {value}\n---\n"
+            for name in ("tags", "datasets")
+            for value in ("[{a: b}]", "[[a]]", "5", "&a [*a]")
+        ),
+        "---\neval_results: []\n---\n",
+        "---\nmodel-index: [{name: x, results: [{task: {type: [t]}, dataset: {type: d, name: n}, "
+        "metrics: [{type: m, value: 1}]}]}]\n---\n",
         b"\xff\xfe---\n",
         "a" * 2**25,
     ],
@@ -280,3 +317,86 @@ def test_a_damaged_file_of_the_cache_is_named(tmp_path):
     (tmp_path / "dit.pt").symlink_to(blob)
     with pytest.raises(ValueError, match=r"dit\.pt is damaged: its checksum is not the Hub's"):
         check_download(tmp_path / "dit.pt")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that this process talks to."""
+    with HubServer() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
+PAGE = (b"<html>Sign in to the network</html>", 200, {"Content-Type": "text/html"})
+NOT_THE_HUBS = "http://127.0.0.1:.* does not answer as the Hub does"
+
+
+@pytest.mark.parametrize(
+    ("step", "answer", "reason"),
+    [
+        (("POST", "repos/create"), PAGE, NOT_THE_HUBS),
+        (("POST", "repos/create"), ({}, 200), NOT_THE_HUBS),
+        (("POST", "repos/create"), "drop", "the connection to .* failed"),
+        (("POST", "preupload"), ([], 200), NOT_THE_HUBS),
+        (("POST", "objects/batch"), (None, 200), NOT_THE_HUBS),
+        (("POST", "/commit/"), (b'{"commitUrl":', 200), NOT_THE_HUBS),
+        (("POST", "/commit/"), 413, "Client error '413"),
+        (("PUT", "/lfs/"), 403, r"the Hub refused the token \(403\)"),
+        (("PUT", "/lfs/"), 413, "Error while uploading .*: Client error '413"),
+    ],
+)
+def test_an_answer_that_is_none_is_named(step, answer, reason, hub, folder):
+    hub.fail(*step, answer, times=9)
+    with pytest.raises(OSError, match=f"Publishing to user/name failed: {reason}.*Nothing is lost") as error:
+        publish_folder(folder, "user/name", tiny_pipeline(), subfolder="part")
+    assert "\n" not in str(error.value) and ".." not in str(error.value)
+
+
+@pytest.mark.parametrize("step", ["repos/create", "preupload", "objects/batch", "/commit/"])
+def test_no_token_follows_a_redirect_to_another_server(step, hub, folder):
+    with HubServer() as other:
+        hub.fail("POST", step, (b"", 307, {"Location": f"{other.endpoint}/elsewhere"}))
+        with pytest.raises(OSError, match="Publishing to user/name failed"):
+            publish_folder(folder, "user/name", tiny_pipeline(), subfolder="part")
+        assert other.tokens == {None} and f"Bearer {TOKEN}" in hub.tokens
+
+
+def test_a_download_that_is_cut_is_named(hub, folder, tmp_path):
+    hub.repos["models", "user/name"] = repo = Repo()
+    names = [path for path in folder.rglob("*") if path.is_file()]
+    repo.commit("main", {path.relative_to(folder).as_posix(): path.read_bytes() for path in names})
+    for name in ("model_index.json", "transformer/config.json"):
+        for method in ("HEAD", "GET"):
+            hub.fail(method, name, "drop", times=9)
+    for model_class, options in ((DiTClassCondPipeline, {}), (DiTTransformer2DModel, {"subfolder": "transformer"})):
+        with pytest.raises(OSError, match="the connection to http://127.0.0.1:.* failed"):
+            model_class.from_pretrained("user/name", cache_dir=tmp_path / model_class.__name__, **options)
+    hub.fail("GET", "^/api/models", ([], 200))
+    with pytest.raises(OSError, match=f"the cache has no such repository, and {NOT_THE_HUBS}"):
+        DiTClassCondPipeline.from_pretrained("user/name", cache_dir=tmp_path / "empty")
+
+
+def test_a_silent_hub_is_noticed(hub, folder, monkeypatch):
+    """The client of the Hub has no timeout of its own."""
+    monkeypatch.setattr(connection, "TIMEOUT", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        for ask in (lambda: check_hub("user/name"), lambda: publish_folder(folder, "user/name", tiny_pipeline())):
+            with pytest.raises(OSError, match=f"the connection to {address} failed"):
+                ask()
+
+
+def test_an_index_of_many_components_is_refused(folder):
+    index = json.loads((folder / "model_index.json").read_text()) | {f"x{n}": [None, None] for n in range(2000)}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="at most 1000 are read"):
+        DiTClassCondPipeline.from_pretrained(folder)

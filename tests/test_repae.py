@@ -7,7 +7,7 @@ import torch
 from conftest import FIXTURES, load_golden
 from safetensors import safe_open
 
-from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, scheduling_flow_match_sde
 from dit_hf.checkpoints.parsing import parse_checkpoint
 
 
@@ -24,6 +24,10 @@ RECORDED = [
     ("repae_ldm", "ode_5_sample", 5, "flow_euler", None),
     ("repae_ldm", "ode_5_guided0_sample", 5, "flow_euler", 0),
     ("repae_ldm", "heun_5_guided_sample", 5, "flow_heun", 0),
+    ("repae", "sde_10_sample", 10, "flow_sde", None),
+    ("repae", "sde_10_guided_sample", 10, "flow_sde", 1),
+    ("repae_ldm", "sde_5_guided_sample", 5, "flow_sde", 0),
+    ("repae_ldm", "sde_5_sample", 5, "flow_sde", None),
 ]
 
 
@@ -43,6 +47,9 @@ def recorded_guidance(name, index, steps, recipe):
     per_step = 2 if recipe == "flow_heun" else 1
     evaluations = per_step * (steps - 1) + 1
     times = [1 - (index // per_step) / steps for index in range(evaluations)]
+    if recipe == "flow_sde":
+        evaluations = steps
+        times = torch.linspace(1, 0.04, steps).tolist()
     low, high = (settings[f"guidance_{end}"] - 1e-6 * sign for end, sign in (("low", 1), ("high", -1)))
     guided = [index for index, time in enumerate(times) if low <= time <= high]
     interval = (guided[0] / evaluations, (guided[-1] + 1) / evaluations)
@@ -58,8 +65,10 @@ def test_forward_equals_the_original(name):
 
 
 @pytest.mark.parametrize(("name", "sample", "steps", "recipe", "guidance"), RECORDED)
-def test_sampling_equals_the_original(name, sample, steps, recipe, guidance):
+def test_sampling_equals_the_original(name, sample, steps, recipe, guidance, monkeypatch):
     golden = load_golden(f"{name}.io")
+    noises = iter(golden[f"sde_{steps}_noise"].float() if recipe == "flow_sde" else ())
+    monkeypatch.setattr(scheduling_flow_match_sde, "randn_tensor", lambda *args, **options: next(noises))
     pipe = DiTClassCondPipeline(load(name), make_scheduler(recipe))
     output = pipe(
         golden["ode_y"],
@@ -69,6 +78,7 @@ def test_sampling_equals_the_original(name, sample, steps, recipe, guidance):
         **recorded_guidance(name, guidance, steps, recipe),
     ).images
     assert (output - golden[sample]).norm() / golden[sample].norm() < 1e-5
+    assert next(noises, None) is None
 
 
 @pytest.mark.parametrize("name", HEADS)

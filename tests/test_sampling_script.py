@@ -261,7 +261,9 @@ def test_damaged_samples_are_generated_again_and_foreign_ones_refused(pipeline, 
     recipe, samples = ((folder / name).read_bytes() for name in ("recipe.json", "samples.npz"))
     other = tmp_path / "other"
     in_process(monkeypatch, command(pipeline, other, num_samples=3, num_inference_steps=1, seed=1))
-    for content in ((other / "images" / "000002.png").read_bytes(), (pipeline / "README.md").read_bytes(), b""):
+    foreign = (other / "images" / "000002.png", files[1], pipeline / "README.md", pipeline / "vae" / "empty")
+    foreign[-1].write_bytes(b"")
+    for content in (path.read_bytes() for path in foreign):
         files[2].write_bytes(content)
         with pytest.raises(ValueError, match="000002.png is no sample of this set"):
             in_process(monkeypatch, flags)

@@ -242,8 +242,13 @@ CASES = {
     "flow_deis": (DEISMultistepScheduler(**FLOW), "flow", 200),
     "flow_sasolver": (SASolverScheduler(**FLOW), "flow", 200),
     "flow_euler_ancestral": (LTXEulerAncestralRFScheduler(), "flow", 200),
+    "flow_map": (make_scheduler("flow_map"), "flow", 200),
+    "flow_sde": (make_scheduler("flow_sde", last_step_size=1e-3), "flow", 200),
 }
-LEFT_OUT = {"DPMSolverSDEScheduler": "needs torchsde, which is not installed"}
+LEFT_OUT = {
+    "DPMSolverSDEScheduler": "needs torchsde, which is not installed",
+    "FlowMatchLCMScheduler": "is for models of the mean velocity to the data: tests/test_flow_maps.py",
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -255,8 +260,8 @@ def test_all_families_are_covered():
     covered = {type(scheduler).__name__ for scheduler, _, _ in CASES.values()} | {"DDPMScheduler"}
     assert {member.name for member in KarrasDiffusionSchedulers} == (
         covered & {member.name for member in KarrasDiffusionSchedulers}
-    ) | set(LEFT_OUT)
-    assert {scheduler_class.__name__ for scheduler_class, _ in RECIPES.values()} <= covered
+    ) | {"DPMSolverSDEScheduler"}
+    assert {scheduler_class.__name__ for scheduler_class, _ in RECIPES.values()} <= covered | set(LEFT_OUT)
 
 
 @pytest.mark.parametrize("steps", [4, 10, 50])

@@ -175,7 +175,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("temporary")
     with subprocess.Popen(["true"]) as ended:
         pass
-    for name in (f".partial-{platform.node()}-{ended.pid}-left", "dit_hf-mine"):
+    for name in (f".dit_hf-partial-{platform.node()}-{ended.pid}-1-left", "dit_hf-mine"):
         (folder / name / "images").mkdir(parents=True)
     return folder
 
@@ -469,7 +469,7 @@ def test_a_folder_that_is_no_pipeline_is_one_line(tmp_path, capsys):
 
 def test_what_a_killed_server_left_is_removed_by_the_next(address, folder, log):
     own, *others = sorted(folder.iterdir())
-    assert own.name.startswith(f".partial-{platform.node()}-")
+    assert own.name.startswith(f".dit_hf-partial-{platform.node()}-")
     assert "-left" not in own.name
     assert [path.name for path in others] == ["dit_hf-mine"]
     assert log[0] == "Ignored, as this page takes its settings from flags: GRADIO_SHARE.\n"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -198,3 +199,30 @@ def test_the_stock_format_has_a_null_class(tmp_path):
     stock_model().save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match="has_null_class=False, where True is needed"):
         parse_checkpoint(tmp_path / "stock", has_null_class=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"out_channels": value} for value in ("8", 10**12, 7, {}, [8])),
+        *({"dropout": value} for value in ([1], None, "x", 5)),
+        *({"in_channels": value} for value in ({}, None, "4")),
+        {"num_layers": 900},
+        {"dtype": "x"},
+        {"self": 1},
+    ],
+)
+def test_odd_stock_configurations_are_named(change, stock_folder, tmp_path):
+    folder = shutil.copytree(stock_folder, tmp_path / "stock")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match="stock") as error:
+        DiTTransformer2DModel.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def stock_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    stock_model().save_pretrained(folder)
+    return folder

@@ -99,7 +99,7 @@ def test_it_refuses_before_it_writes(data, tmp_path, monkeypatch, capsys):
         ("file", {}, "is a file, not a folder"),
         ("other", {}, "holds vae, which this run would overwrite"),
         ("run", {"learning_rate": "nan"}, "--learning_rate: 'nan' is not a finite number at least 0"),
-        ("run", {"max_grad_norm": -1}, "--max_grad_norm: '-1' is not a finite number above 0"),
+        ("run", {"max_grad_norm": -1}, "--max_grad_norm: '-1' is not a finite number at least 1e-06"),
         ("run", {"resolution": 30}, "--resolution 30 must be divisible by 4"),
         ("run", {"train_batch_size": 64}, "A batch of 64 can't be drawn"),
         ("run", {"holdout": 1}, "--holdout: '1' is not a finite number at least 0 and below 1"),

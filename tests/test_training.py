@@ -46,7 +46,7 @@ def test_resume_after_sigkill_is_exact(workspace, tmp_path):
     assert logs[0] == logs[1]  # a step that was done twice is in the log once
     assert [step for step, _ in logs[0]] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in list_checkpoints(killed)] == ["checkpoint-4", "checkpoint-6"]
-    assert not list(killed.glob("partial-*"))
+    assert not list(killed.glob(".dit_hf-partial-*"))
 
     assert (straight / "samples" / "step-000006.png").exists()
     saved = json.loads((straight / "training_config.json").read_text())

@@ -1,6 +1,7 @@
 """What `train_dit.py` reads and what it refuses, before the first step."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -130,6 +131,9 @@ def one_class(workspace, folder):
         ({"push_to_hub": "", "hub_model_id": "no name"}, "--hub_model_id 'no name' is no name of a repository"),
         ({"output_dir": "{tmp}/broken/a/x.png"}, "x.png is a file, not a folder"),
         ({"output_dir": "{tmp}/broken/a/x.png/run"}, "x.png is a file"),
+        ({"output_dir": "{tmp}/loop"}, "{tmp}/loop can't be written: Too many levels of symbolic links"),
+        ({"output_dir": "{tmp}/loop/run"}, "can't be written: Too many levels of symbolic links"),
+        ({"resume_from_checkpoint": "{tmp}/loop"}, "{tmp}/loop is no checkpoint of"),
         ({"dataset_name": None, "latents_dir": "{tmp}/empty", "output_dir": "{tmp}/empty/run"},
          "is in the folder {tmp}/empty that is read"),
         ({"dataset_name": None, "train_data_dir": "{tmp}/broken", "output_dir": "{tmp}/broken/run"},
@@ -140,6 +144,7 @@ def one_class(workspace, folder):
 )  # fmt: skip
 def test_bad_input_is_named_before_the_first_step(workspace, tmp_path, flags, message, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "broken" / "a").mkdir(parents=True)
     (tmp_path / "broken" / "a" / "x.png").write_bytes(b"not a picture")
     (tmp_path / "broken" / "b").mkdir()
@@ -242,6 +247,8 @@ OUT_OF_RANGE = [
     *((name, "inf") for name in ("guidance_scale", "learning_rate", "snr_gamma", "weight_decay", "proj_coeff")),
     *((name, value) for name in ("class_dropout_prob", "flip_probability", "ema_decay", "adam_beta2")
       for value in ("nan", "-0.1", "1.1")),
+    ("guidance_scale", 1e30), ("learning_rate", 1e30), ("snr_gamma", 1e308), ("snr_gamma", 1e-320),
+    ("weight_decay", 1e30), ("proj_coeff", 1e30), ("max_grad_norm", 1e-320),
     ("lr_warmup_steps", -1), ("seed", -1), ("seed", 2**32), ("layer_decay", 0), ("lora_rank", 0),
     ("validation_inference_steps", 0), ("alignment_depth", 0), ("snr_gamma", 0), ("max_train_steps", 1.5),
 ]  # fmt: skip
@@ -276,6 +283,10 @@ def test_another_holdout_is_named_as_such(workspace, tmp_path, monkeypatch, caps
     run(train_command(workspace, tmp_path / "run", **flags))
     error = refused(train_command(workspace, tmp_path / "run", **flags | {"holdout": 0.4}), monkeypatch, capsys)
     assert "holdout was 0.2 and is 0.4. Use a new folder" in error
+    for image in images.rglob("*.png"):  # as a copy on another machine
+        os.utime(image, (4e8, 4e8))
+    run(train_command(workspace, tmp_path / "run", **flags | {"max_train_steps": 2}))
+    assert len(read_log(tmp_path / "run")) == 2
 
 
 def test_latents_that_moved_resume(workspace, tmp_path, monkeypatch):

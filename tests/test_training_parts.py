@@ -89,6 +89,11 @@ def test_any_average_is_found_when_training_is_over(tmp_path):
     newest.unlink()
     with pytest.raises(ValueError, match="lacks ema-400-0.10.safetensors"):
         average_after_training(tmp_path, 0.1)
+    for width in ("0.05", "0.10"):
+        (tmp_path / f"ema-300-{width}.safetensors").unlink()
+    average_after_training(tmp_path, 0.1, 375)
+    with pytest.raises(ValueError, match="lacks ema-300-0.05.safetensors; restore it, or pass a --step before 300"):
+        average_after_training(tmp_path, 0.1, 375, range(25, 401, 25))
     (tmp_path / "ema-0-0.05.safetensors").unlink()
     PowerAverages.drop_snapshots(tmp_path, 200)
     assert max(int(path.name.split("-")[1]) for path in tmp_path.iterdir()) == 200
@@ -116,6 +121,13 @@ def test_a_run_with_profiles_gives_other_averages(workspace, tmp_path, monkeypat
     snapshot = load_file(tmp_path / "run" / "ema" / "ema-4-0.10.safetensors")
     for name, weight in chosen.items():
         torch.testing.assert_close(weight, snapshot[name].float(), rtol=0, atol=1e-4)
+
+    for path in (tmp_path / "run" / "ema").iterdir():
+        save_file({name: tensor for name, tensor in load_file(path).items() if name != "proj_out.bias"}, path)
+    assert "snapshots have no proj_out.bias" in refused([*again, tmp_path / "new"], monkeypatch, capsys)
+    for path in (tmp_path / "run" / "ema").glob("ema-4-*"):
+        path.unlink()
+    assert "lacks ema-4-0.05" in refused([*again, tmp_path / "new"], monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Checkpoints of others: nothing in one runs code, damage is named before anything is loaded, older ones resume."""
 
+import json
 import os
 import pickle
 import shutil
@@ -105,6 +106,19 @@ def test_no_pickle_of_a_checkpoint_runs_code(run, tmp_path, older):
     assert (tmp_path / "marker").exists()  # it would have run
 
 
+def list_again(checkpoint):
+    """The list of a checkpoint's files, too, may be the attacker's."""
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint, 2)
+
+
+def forge(checkpoint, name, key, value):
+    states = read_json(checkpoint / STATES)
+    states[name][key] = value
+    (checkpoint / STATES).write_text(json.dumps(states))
+    list_again(checkpoint)
+
+
 def shrink(state):
     """Moments smaller than their weights: the fused kernel would write past their end."""
     for entry in state["state"].values():
@@ -120,6 +134,8 @@ def shrink(state):
         (lambda state: state["param_groups"][0].update(betas=None), "has betas of another run"),
         (lambda state: state["param_groups"][0].update(lr=-1.0), "has the learning rate -1.0"),
         (lambda state: state["param_groups"][0].update(lr="x"), "has the learning rate 'x'"),
+        (lambda state: state["state"][0].update(step=torch.tensor(9.0)), "has step 9.0; it must be 2"),
+        (lambda state: state["param_groups"][0].update(lr=0.1), "has the learning rate 0.1 .* at most 0.001"),
     ],
 )
 def test_a_forged_optimizer_is_refused(run, tmp_path, forge, message):
@@ -128,10 +144,53 @@ def test_a_forged_optimizer_is_refused(run, tmp_path, forge, message):
     state = torch.load(checkpoint / "optimizer.bin", weights_only=True)
     forge(state)
     torch.save(state, checkpoint / "optimizer.bin")
-    (checkpoint / MANIFEST).unlink()
-    write_manifest(checkpoint, 2)  # the list, too, may be the attacker's
+    list_again(checkpoint)
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", max_train_steps=3, lr_scheduler="constant", ema_profiles=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "expected"),
+    [
+        ("schedule", "base_lrs", [5.0] * 4, r"\[0.001, 0.001, 0.001, 0.001\]"),
+        ("schedule", "last_epoch", 1, "2"),
+        ("schedule", "_step_count", 9, "3"),
+        ("ema", "decay", 0.9, "0.5"),
+        ("ema", "power", 0.5, "0.75"),
+        ("ema", "optimization_step", 900, "a whole number at least 0 and at most 2"),
+        ("guard", "skipped", 1, "a whole number at least 0 and at most 0"),
+        ("guard", "skipped", 2**60, "a whole number at least 0 and at most 0"),
+        ("guard", "in_a_row", 5, "a whole number at least 0 and at most 0"),
+        ("guard", "draw_offset", -4, "a whole number at least 0"),
+        ("guard", "rewinds", 90, "a whole number at least 0 and at most 10"),
+        ("guard", "recent", [0.0] * 60, "2 finite losses"),
+        ("guard", "recent", [0.0, float("nan")], "2 finite losses"),
+        ("profiles", "steps", 1, "2"),
+    ],
+)
+def test_a_forged_state_is_refused(run, tmp_path, name, key, value, expected):
+    shutil.copytree(run, tmp_path / "run")
+    forge(tmp_path / "run" / "checkpoint-2", name, key, value)
+    with pytest.raises(ValueError, match=f"states.json has {name}.{key} = .*; it must be {expected}"):
+        train(tmp_path / "run", max_train_steps=3, lr_scheduler="constant", ema_profiles=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("guard", "draw_offset", 1.5), ("guard", "recent", "x"), ("schedule", "lr_lambdas", [{}] * 9)],
+)
+def test_a_state_of_another_kind_is_refused(run, tmp_path, name, key, value):
+    shutil.copytree(run, tmp_path / "run")
+    forge(tmp_path / "run" / "checkpoint-2", name, key, value)
+    with pytest.raises(ValueError, match=f"states.json does not hold the state '{name}' of this run"):
+        train(tmp_path / "run", max_train_steps=3, lr_scheduler="constant", ema_profiles=True)
+
+
+def test_a_state_replaces_no_method(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for key in ("step", "optimizer"):
+        forge(tmp_path / "run" / "checkpoint-2", "schedule", key, 1)
+    assert train(tmp_path / "run", max_train_steps=3, lr_scheduler="constant", ema_profiles=True).ema
 
 
 def test_a_rewind_opens_no_code(tmp_path):
@@ -293,11 +352,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, validate=kill, validation_steps=1)
-    (tmp_path / "partial-checkpoint-9").mkdir()  # of a kill while it was written
-    (tmp_path / "partial-mine.txt").write_text("no leftover")
+    leftover = tmp_path / ".dit_hf-partial-checkpoint-9"
+    leftover.mkdir()  # of a kill while it was written
+    mine = [tmp_path / name for name in ("partial-checkpoint-9", ".partial-mine.txt", ".dit_hf-partial-mine")]
+    for path in mine:
+        path.write_text("no leftover")
     train(tmp_path, max_train_steps=4)
     assert [record["step"] for record in read_log(tmp_path)] == [1, 2, 3, 4]
-    assert not (tmp_path / "partial-checkpoint-9").exists() and (tmp_path / "partial-mine.txt").exists()
+    assert not leftover.exists() and all(path.exists() for path in mine)
     shutil.rmtree(tmp_path / "checkpoint-2")
     shutil.rmtree(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="no checkpoint to resume from, but holds train_log.jsonl"):

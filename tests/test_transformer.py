@@ -166,6 +166,13 @@ def test_tokens_keep_their_place():
         ({"class_labels": torch.tensor([1, 2])}, r"\(2,\).*batch of 3"),
         ({"force_drop_ids": torch.zeros(3, 1)}, r"`force_drop_ids` has shape \(3, 1\).*\(3,\)"),
         ({"timestep": torch.zeros(2)}, r"`timestep` has shape \(2,\).*\(3,\)"),
+        *(({"timestep": value}, "`timestep` is") for value in (None, "x", [1, 2, 3], True)),
+        *(({"class_labels": value}, "`class_labels` is") for value in (None, [1, 2, 3], torch.ones(3).to_sparse())),
+        ({"hidden_states": None}, "`hidden_states` is NoneType"),
+        ({"hidden_states": torch.zeros(3, 4, 8, 8).to_sparse()}, "`hidden_states` is sparse"),
+        ({"force_drop_ids": [1, 0, 1]}, "`force_drop_ids` is list"),
+        ({"modulation": "x"}, "`modulation` is str"),
+        ({"modulation": torch.zeros(3)}, r"`modulation` has shape \(3,\)"),
     ],
 )
 def test_wrong_inputs_are_named(transformer, change, message):

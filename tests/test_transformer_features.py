@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DESIGNS, tiny_design, tiny_inputs, tiny_transformer
+from conftest import DESIGNS, inputs_of, tiny_design, tiny_inputs, tiny_transformer
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -26,12 +26,6 @@ from dit_hf.transformer_dit import DiTAttention, DiTAttnProcessor
 
 every_conditioning = pytest.mark.parametrize("conditioning", DESIGNS)
 one_per_block_class = pytest.mark.parametrize("conditioning", ("adaln_zero", "cross_attention"))
-
-
-def inputs_of(model):
-    """Inputs with everything that the model takes."""
-    inputs = tiny_inputs()
-    return inputs | ({"r_timestep": 0.3 * inputs["timestep"]} if model.config.get("interval_embedding") else {})
 
 
 def run(model, **overrides):
@@ -151,7 +145,8 @@ def test_layerwise_casting_skips_declared_modules(conditioning, dtype, tmp_path)
     # Without patterns of ours, diffusers' default ones would skip the same modules.
     cast.enable_layerwise_casting(torch.float8_e4m3fn, dtype, skip_modules_pattern=())
     full = {name for name, parameter in cast.named_parameters() if parameter.dtype != torch.float8_e4m3fn}
-    assert {name.split(".")[0] for name in full if "norm" not in name} == {"pos_embed", "time_embed"}
+    embedders = {"pos_embed", "time_embed"} | ({"interval_embed"} if conditioning == "meanflow" else set())
+    assert {name.split(".")[0] for name in full if "norm" not in name} == embedders
     assert all(name in full for name, _ in cast.named_parameters() if "norm" in name)
     assert cast.dtype == dtype
     output = run(cast, hidden_states=tiny_inputs()["hidden_states"].to(dtype))
@@ -440,7 +435,7 @@ def test_half_precision_keeps_time_embedding_in_float32(conditioning, dtype, tol
     half = DiTTransformer2DModel.from_pretrained(saved(model, tmp_path), torch_dtype=dtype)
     assert half.dtype == dtype
     for name, parameter in half.named_parameters():
-        assert parameter.dtype == (torch.float32 if name.startswith("time_embed") else dtype), name
+        assert parameter.dtype == (torch.float32 if name.startswith(("time_embed", "interval_embed")) else dtype), name
     output = run(half, hidden_states=tiny_inputs()["hidden_states"].to(dtype))
     assert output.dtype == dtype
     assert relative_error(output, run(model)) < tolerance

@@ -12,7 +12,6 @@ Shapes: `B` images of a batch, `(B, 3, H, W)` pixels in [-1, 1], `(B, 4, H/4, W/
 
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from signal import Signals
@@ -29,7 +28,7 @@ from dit_hf.data.images import load_image_dataset
 from dit_hf.data.pixels import normalize_pixels
 from dit_hf.data.reader import ImageReader
 from dit_hf.evaluation.features import EfficientNetLite0
-from dit_hf.files import PARTIAL, check_apart, check_folder
+from dit_hf.files import check_apart, check_folder, writing_folder
 from dit_hf.training.batches import SeededBatches
 from dit_hf.training.checkpointing import (
     check_resumable,
@@ -37,7 +36,7 @@ from dit_hf.training.checkpointing import (
     resume_from,
     save_checkpoint,
 )
-from dit_hf.training.config import COUNT, NOT_NEGATIVE, RANGES
+from dit_hf.training.config import COUNT, RANGES, WEIGHT
 from dit_hf.training.ema import WeightAverage
 from dit_hf.training.guard import TrainingStopped, check_losses
 from dit_hf.training.records import (
@@ -137,13 +136,11 @@ def parse_args():
     parser.add_argument(
         "--lr_warmup_steps", type=RANGES["lr_warmup_steps"], default=100, help="Steps of linear warm-up."
     )
-    parser.add_argument("--perceptual_weight", type=NOT_NEGATIVE, default=0.3, help="Weight of the feature distance.")
+    parser.add_argument("--perceptual_weight", type=WEIGHT, default=0.3, help="Weight of the feature distance.")
     parser.add_argument(
         "--perceptual_resolution", type=integer(at_least=32), default=64, help="Pixels per side for the features."
     )
-    parser.add_argument(
-        "--kl_weight", type=NOT_NEGATIVE, default=1e-3, help="Weight of the mean KL of a latent value."
-    )
+    parser.add_argument("--kl_weight", type=WEIGHT, default=1e-3, help="Weight of the mean KL of a latent value.")
     parser.add_argument("--max_grad_norm", type=RANGES["max_grad_norm"], default=1.0, help="Gradient clipping.")
     parser.add_argument("--ema_decay", type=RANGES["ema_decay"], default=0.995, help="Decay of the averaged weights.")
     parser.add_argument("--checkpointing_steps", type=COUNT, default=250, help="Steps between checkpoints.")
@@ -283,13 +280,8 @@ class Training:
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
         psnr = validate(self.vae, self.held_out, folder / f"reconstruction-{step:06d}.png")
-        with tempfile.TemporaryDirectory(
-            dir=folder, prefix=PARTIAL
-        ) as partial:  # each file is whole or the one before
+        with writing_folder(folder / "vae") as partial:
             self.accelerator.unwrap_model(self.vae).save_pretrained(partial)
-            (folder / "vae").mkdir(exist_ok=True)
-            for path in Path(partial).iterdir():
-                path.replace(folder / "vae" / path.name)
         self.ema.restore(parameters)
         return psnr
 

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from .optimization import optimize, restore
     from .pipeline import DiTClassCondPipeline
     from .schedulers import make_scheduler
+    from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 # Public name -> its module, imported when the name is used first.
 _MODULES = {
     "DDTTransformer2DModel": ".models",
     "DiTClassCondPipeline": ".pipeline",
     "DiTTransformer2DModel": ".models",
+    "FlowMatchSDEScheduler": ".scheduling_flow_match_sde",
     "JiTTransformer2DModel": ".models",
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
@@ -38,6 +40,7 @@ __all__ = [
     "DDTTransformer2DModel",
     "DiTClassCondPipeline",
     "DiTTransformer2DModel",
+    "FlowMatchSDEScheduler",
     "JiTTransformer2DModel",
     "ModelMixin",
     "SchedulerMixin",

@@ -3,15 +3,18 @@
 import argparse
 import math
 import numbers
+import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .files import first_line, is_write_error, printable
+from .files import first_line, is_write_error, printable, write_problem
 
 
 # How torch says so, on a CPU and on a GPU; an error of its own type only for the latter.
@@ -68,7 +71,7 @@ class Range:
         return f"{what}{words and f' {words}'}{', or inf' if self.or_infinite else ''}"
 
     def __contains__(self, value: float) -> bool:
-        ok = math.isfinite(value) or (self.or_infinite and value == math.inf)
+        ok = -math.inf < value < math.inf or (self.or_infinite and value == math.inf)
         ok = ok and (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)
         return ok and (self.at_most is None or value <= self.at_most) and (self.below is None or value < self.below)
 
@@ -105,7 +108,7 @@ def real(
 def run(main: Callable[[], None]) -> None:
     """
     Runs a command. Bad input, a missing extra, a full disk or too little memory ends it with one line on stderr and
-    exit code 2, and Ctrl-C with 130, not with a traceback.
+    exit code 2, not with a traceback; so do Ctrl-C, SIGTERM and SIGHUP, with 128 + the signal's number.
 
     Args:
         main (`Callable`):
@@ -113,7 +116,8 @@ def run(main: Callable[[], None]) -> None:
             Anything else is an error of the package, and shows its traceback.
     """
     try:
-        main()
+        with _signals_raised():
+            main()
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
@@ -124,8 +128,45 @@ def run(main: Callable[[], None]) -> None:
         if not memory and not is_write_error(error):  # torch and safetensors have their own for a full disk
             raise
         what = "There is not enough memory." if memory else "A file can't be written:"
-        print(f"error: {what} {printable(first_line(error))}", file=sys.stderr)
+        reason = first_line(error) if memory else write_problem(error)
+        print(f"error: {what} {printable(reason)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if isinstance(error, Terminated) else signal.SIGINT
+        _say_stopped(number)
+        sys.exit(128 + number)
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal, whose number it holds, that ends a command."""
+
+
+@contextmanager
+def _signals_raised():
+    """Where nothing else handles Ctrl-C, SIGTERM and SIGHUP, they raise, so that what is half-written is removed."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python allows no handlers elsewhere
+        found = (getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+        before = {number: signal.getsignal(number) for number in found}
+    before = {number: old for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
+    for number in before:
+        signal.signal(number, _terminate)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _terminate(number, frame):
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):  # libraries catch what their imports raise
+            _say_stopped(number)
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise Terminated(number)
+
+
+def _say_stopped(number):
+    with suppress(OSError):  # of a terminal that is closed
+        print(f"Stopped by {signal.Signals(number).name}.", file=sys.stderr, flush=True)

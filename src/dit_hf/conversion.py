@@ -3,23 +3,29 @@
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
+from diffusers.utils import logging
 
 from .bundled import bundled_names, resolve_pipeline, resolve_vae
-from .checkpoints.links import download_from_hub
+from .checkpoints.autoencoder import NORM_NUM_GROUPS, build_autoencoder, parse_autoencoder
+from .checkpoints.links import download, download_from_hub, is_link
 from .checkpoints.loading import build_model
 from .checkpoints.parsing import Checkpoint
-from .data.autoencoders import load_autoencoder
+from .data.autoencoders import check_autoencoder, load_autoencoder
 from .files import read_json
 from .models import DiTTransformer2DModel
 from .pipeline import DiTClassCondPipeline
 from .schedulers import make_scheduler
 
 
+logger = logging.get_logger(__name__)
+
+
 def build_pipeline(
     checkpoint: Checkpoint,
     path: str | Path,
     dtype: torch.dtype | None = None,
-    vae: str | None = None,
+    vae: str | AutoencoderKL | None = None,
     id2label: dict[int, str] | None = None,
 ) -> DiTClassCondPipeline:
     """
@@ -29,7 +35,7 @@ def build_pipeline(
         checkpoint (`Checkpoint`): From [`dit_hf.checkpoints.parsing.parse_checkpoint`].
         path (`str` or `Path`): Of the checkpoint; named in errors.
         dtype (`torch.dtype`, *optional*): Of the model's weights, float32 if not given.
-        vae (`str`, *optional*): Folder or Hub id of an autoencoder.
+        vae (`str` or `AutoencoderKL`, *optional*): Folder or Hub id of an autoencoder, or the autoencoder itself.
         id2label (`dict[int, str]`, *optional*): Class names.
 
     Returns:
@@ -47,8 +53,31 @@ def build_pipeline(
         call = {name: value for name, value in call.items() if not name.startswith("guidance")}
     if call.get("guidance_channels", 0) > transformer.config.in_channels:
         del call["guidance_channels"]
-    decoder = load_autoencoder(vae) if vae else None
-    return DiTClassCondPipeline(transformer, scheduler, decoder, id2label, call)
+    if isinstance(vae, str):
+        vae = load_autoencoder(vae)
+        match_latents(vae, checkpoint)
+    return DiTClassCondPipeline(transformer, scheduler, vae, id2label, call)
+
+
+def match_latents(vae, checkpoint: Checkpoint) -> None:
+    """
+    Gives an autoencoder the scale of the latents that a checkpoint was trained on, where its own differs.
+
+    Args:
+        vae (`ModelMixin`): Of diffusers; its config is changed.
+        checkpoint (`Checkpoint`): Of the transformer.
+    """
+    family = checkpoint.family
+    if checkpoint.latents_statistics:
+        mean, std = checkpoint.latents_statistics
+        vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+    elif family.scaling_factor and vae.config.get("scaling_factor") not in (1.0, family.scaling_factor):
+        given = vae.config.get("scaling_factor")
+        logger.warning(
+            f"{family.name}'s code scales latents by {family.scaling_factor}, not by the autoencoder's {given}; the "
+            "pipeline's autoencoder is set so."
+        )
+        vae.register_to_config(scaling_factor=family.scaling_factor)
 
 
 def check_vae(name: str, in_channels: int) -> None:
@@ -71,13 +100,52 @@ def check_vae(name: str, in_channels: int) -> None:
     elif is_hub_id(name):
         file = download_from_hub(name, "config.json")
     else:
-        raise ValueError(f"--vae {name} must be the folder or the Hub id of an autoencoder.")
-    channels = read_json(file).get("latent_channels", in_channels)
+        raise ValueError(f"--vae {name} must be the folder or the Hub id of an autoencoder, or an original's file.")
+    check_channels(name, read_json(file).get("latent_channels", in_channels), in_channels)
+
+
+def check_channels(name: str, channels: int, in_channels: int) -> None:
+    """That an autoencoder has the latents of a model; `ValueError` names both numbers."""
     if channels != in_channels:
         raise ValueError(
             f"--vae {name} has latents of {channels} channels, and the checkpoint's model takes {in_channels}; give "
             "the autoencoder that it was trained with."
         )
+
+
+def is_original_vae(name: str) -> bool:
+    """Whether a name is an original autoencoder's file or link, not diffusers' folder or Hub id."""
+    return is_link(name) or Path(resolve_vae(name)).is_file()
+
+
+def load_original_vae(
+    name: str,
+    in_channels: int,
+    statistics: tuple[list[float], list[float]],
+    norm_num_groups: int = NORM_NUM_GROUPS,
+) -> AutoencoderKL:
+    """
+    The autoencoder of a model, from the file that its own code saves.
+
+    Args:
+        name (`str`): A file, or the link to one.
+        in_channels (`int`): Channels of the model's latents.
+        statistics (`tuple[list[float], list[float]]`): Mean and standard deviation of the latents, per channel.
+        norm_num_groups (`int`, defaults to 32): Groups of the group norms, which leave no trace in the weights.
+
+    Returns:
+        `AutoencoderKL`
+
+    Raises:
+        ValueError: if the file is no such autoencoder, or its latents have another number of channels.
+        OSError: if a link can't be downloaded.
+    """
+    path = download(name) if is_link(name) else name
+    autoencoder = parse_autoencoder(path, norm_num_groups)
+    check_channels(name, autoencoder.config["latent_channels"], in_channels)
+    vae = build_autoencoder(autoencoder, path, statistics)
+    check_autoencoder(vae)
+    return vae
 
 
 def load_transformer(name: str, dtype: torch.dtype | None = None) -> tuple[DiTTransformer2DModel, bool]:

@@ -9,6 +9,9 @@ import torch
 # Before diffusers 0.40 it was `torch_dtype`, which is deprecated since.
 DTYPE_ARGUMENT = "torch_dtype" if diffusers.__version__.startswith(("0.38.", "0.39.")) else "dtype"
 
+# Types that a model computes in; float8 weights are for diffusers' `enable_layerwise_casting`.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def parse_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
     """
@@ -37,8 +40,8 @@ def parse_dtype(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _named(dtype):
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+    if not isinstance(named, torch.dtype) or named not in FLOATS:
         raise ValueError(
-            f"`dtype` is {dtype!r}; it must be a floating-point torch.dtype or its name, such as 'bfloat16'."
+            f"`dtype` is {dtype!r}; it must be a torch.dtype or its name, one of {', '.join(map(str, FLOATS))}."
         )
     return named

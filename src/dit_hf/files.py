@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,24 @@ from safetensors import SafetensorError
 MAX_JSON_BYTES = 256 * 2**20
 # The layout of the Hub's cache, whose snapshots are links to the blobs beside them.
 HUB_SNAPSHOT = re.compile(r"^(?P<repo>.*/(?:models|datasets|spaces)--[^/]+)/snapshots/[^/]+(?:/|$)")
-PARTIAL = ".partial-"
+# Nobody else gives a file such a name, so what a killed process left of ours can be removed.
+PARTIAL = ".dit_hf-partial-"
+LEFTOVER = re.compile(re.escape(PARTIAL) + r"(checkpoint-[0-9]+|.+-[0-9]+-[0-9]+-.+)")
 # What is no content of a folder: leftovers and locks of runs, a file system's and a file manager's own.
-NO_CONTENT = re.compile(re.escape(PARTIAL) + r".*|\.lock.*|lost\+found|\.DS_Store")
-# They make a folder one of a pipeline or model, so they come last.
-MARKERS = ("model_index.json", "config.json")
+NO_CONTENT = re.compile(LEFTOVER.pattern + r"|\.lock.*|lost\+found|\.DS_Store")
+# They make a folder one of a model or pipeline, so they come last, in this order.
+MARKERS = ("config.json", "model_index.json")
+# Weights of a variant, in one file or in shards with an index.
+WEIGHTS = re.compile(
+    r"diffusion_pytorch_model(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?\.(safetensors|bin)"
+    r"|diffusion_pytorch_model\.(safetensors|bin)\.index(\.(?P<of>[^.]+))?\.json"
+)
 # How torch and safetensors say that they could not write.
 WRITE_ERROR = re.compile(
     r"No space left|File too large|unexpected pos \d+|failed writing|write\(\)|Parent directory .* does not exist"
-    r"|Error while serializing"
+    r"|Error while serializing|open file failed with"
 )
+SYSTEM_REASON = re.compile(r"(?:failed with(?: strerror:)?|I/O error:) ([\w ]*\w)")
 
 
 def first_line(error: BaseException) -> str:
@@ -52,6 +59,29 @@ def printable(text: str) -> str:
         `str`
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def check_path(name: str, path: Any) -> Path:
+    """
+    Checks that an argument can be a path at all.
+
+    Args:
+        name (`str`): Of the argument.
+        path: What was given.
+
+    Returns:
+        `Path`
+
+    Raises:
+        ValueError: if it is no text and no `Path`, empty, or holds a character that no path has.
+    """
+    try:
+        fits = isinstance(path, str | Path) and b"\0" not in os.fsencode(path) and str(path) != ""
+    except UnicodeEncodeError:  # half of a surrogate pair
+        fits = False
+    if not fits:
+        raise ValueError(f"`{name}` is {ascii(path)[:200]}; it must be the name or path of a file or folder.")
+    return Path(path)
 
 
 def check_file(path: str | Path, max_bytes: int | None = None) -> Path:
@@ -110,6 +140,28 @@ def reading(path: str | Path, kind: str = "file") -> Iterator[None]:
         raise ValueError(f"{path} can't be read as {kind}: {reason}") from error
 
 
+def load_json(text: str | bytes) -> Any:
+    """
+    JSON without whole numbers that no float holds, which few calculations expect.
+
+    Args:
+        text (`str` or `bytes`): Of a file.
+
+    Returns:
+        Its value.
+
+    Raises:
+        ValueError: if it is no JSON.
+    """
+    return json.loads(text, parse_int=_whole_number)
+
+
+def _whole_number(digits):
+    if (value := int(digits)).bit_length() > 64:
+        raise ValueError(f"{digits[:20]}… is too large a number")
+    return value
+
+
 def read_json(path: str | Path, expected: type | tuple[type, ...] = dict) -> Any:
     """
     Reads a JSON file.
@@ -126,7 +178,7 @@ def read_json(path: str | Path, expected: type | tuple[type, ...] = dict) -> Any
     """
     path = check_file(path, MAX_JSON_BYTES)
     with reading(path, "JSON"):
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path.read_text(encoding="utf-8"))
     if not isinstance(value, expected):
         what = "an object" if expected is dict else "a list" if expected is list else "an object or a list"
         raise ValueError(f"{path} must hold {what}; it holds a {type(value).__name__}.")
@@ -136,7 +188,7 @@ def read_json(path: str | Path, expected: type | tuple[type, ...] = dict) -> Any
 @contextmanager
 def writing(path: str | Path, one_of_many: bool = False) -> Iterator[Path]:
     """
-    Gives a path beside `path` to write to, which replaces `path` at the end. If writing fails, what was there stays.
+    Gives a path at the side to write to, which replaces `path` at the end. If writing fails, what was there stays.
     What a killed process left of the same file is removed.
 
     Args:
@@ -145,7 +197,7 @@ def writing(path: str | Path, one_of_many: bool = False) -> Iterator[Path]:
             Whether leftovers stay, as looking for them lists the folder; call [`remove_leftovers`] before the first.
 
     Yields:
-        `Path`: in the same folder, with the same suffix.
+        `Path`: of the same name, in a folder of its own, as libraries leave temporary files beside what they write.
 
     Raises:
         OSError: if it can't be written, whatever error the library that writes has for it.
@@ -161,8 +213,9 @@ def writing(path: str | Path, one_of_many: bool = False) -> Iterator[Path]:
 @contextmanager
 def writing_folder(folder: str | Path) -> Iterator[Path]:
     """
-    As [`writing`], for a folder that does not exist, or is empty: then it may be a mount point, `.` or a link, none of
-    which can be replaced.
+    As [`writing`], for a folder. One that exists stays, as it may be a mount point, `.` or a link: its files are
+    replaced one by one at the end, what marks it as a model or pipeline last. Other files in it stay, but for weights
+    of the same variant that would be loaded instead of the new ones.
 
     Args:
         folder (`str` or `Path`): The folder.
@@ -179,36 +232,73 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
             yield partial
         return
     remove_leftovers(folder)
-    with _writing(partial_path(folder / "content"), folder) as partial:
+    with _writing(partial_path(folder / folder.name), folder) as partial:
         yield partial
 
 
 @contextmanager
-def _writing(partial, target):
-    """A path to write to, which at the end replaces its target; in that folder itself, its content goes up."""
-    remove(partial)  # of a killed process that had the same id
+def _writing(side, target):
+    """A path in a folder at the side, which at the end replaces its target, or what is in it if both are folders."""
+    remove(side)  # of a killed process that had the same id
+    partial = side / target.name
     try:
+        side.mkdir()
         yield partial
-        if partial.parent == target:
-            for path in sorted(partial.iterdir(), key=lambda path: (path.name in MARKERS, path.name)):
-                os.replace(path, target / path.name)
+        if partial.is_dir() and target.is_dir():
+            _move_content(partial, target)
         else:
             os.replace(partial, target)
     except Exception as error:
         if not is_write_error(error):
             raise
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full or "No space left" in str(error) else first_line(error)
         before = "; what was there before is unchanged" if target.exists() else ""
-        raise OSError(f"{target} can't be written: {reason}{before}.") from error
+        raise OSError(f"{target} can't be written: {write_problem(error)}{before}.") from error
     finally:
-        remove(partial)
+        remove(side)
 
 
-def is_write_error(error: BaseException) -> bool:
+def _move_content(source, target):
+    """Moves all files of a folder to their places in another, markers last; weights that they replace are removed."""
+    names = [path.relative_to(source) for path in sorted(source.rglob("*"))]
+    folders = [name for name in names if (source / name).is_dir() and not (source / name).is_symlink()]
+    for name in folders:
+        (target / name).mkdir(exist_ok=True)
+    files = [name for name in names if name not in folders]
+    for name in (name for name in files if name.name not in MARKERS):
+        os.replace(source / name, target / name)
+    for folder in {name.parent for name in files}:
+        new = {name.name for name in files if name.parent == folder}
+        variants = {_variant(name) for name in new} - {None}
+        for path in (target / folder).glob("diffusion_pytorch_model*"):
+            if path.name not in new and _variant(path.name) in variants:
+                remove(path)
+    for name in sorted((name for name in files if name.name in MARKERS), key=lambda name: MARKERS.index(name.name)):
+        os.replace(source / name, target / name)
+
+
+def _variant(name):
+    """The variant that a file of weights is of, empty if none; None for another file."""
+    match = WEIGHTS.fullmatch(name)
+    return match and (match["variant"] or match["of"] or "")
+
+
+def is_write_error(error: BaseException | None) -> bool:
     """Whether an error says that a file could not be written; torch and safetensors have their own for that."""
     own = isinstance(error, (RuntimeError, SafetensorError)) and WRITE_ERROR.search(str(error)) is not None
     return own or isinstance(error, OSError)
+
+
+def write_problem(error: BaseException) -> str:
+    """What a write error says, without what a library says of its own code."""
+    while is_write_error(error.__cause__):  # of a file in a folder that is written whole
+        error = error.__cause__  # type: ignore[assignment]
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in str(error):
+        return "the disk is full"
+    if "unexpected pos" in str(error):  # torch does not say why
+        return "the disk is full, or the file larger than is allowed"
+    found = SYSTEM_REASON.search(str(error))
+    return found[1] if found else getattr(error, "strerror", None) or first_line(error)
 
 
 def content_of(folder: str | Path, ours: Collection[str] = ()) -> list[str]:
@@ -246,10 +336,10 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
         folder (`Path`): The files' folder.
         name (`str`, *optional*): Of one file; all if not given.
     """
-    prefix = f"{PARTIAL}{platform.node()}-"
-    for leftover in folder.glob(f"{escape(prefix)}*-{'*' if name is None else escape(name)}"):
-        process = leftover.name.removeprefix(prefix).split("-")[0]
-        if process.isdecimal() and int(process) != os.getpid() and not is_running(int(process)):
+    own = re.escape(f"{PARTIAL}{platform.node()}-") + rf"([0-9]+)-[0-9]+-{'.+' if name is None else re.escape(name)}"
+    for leftover in folder.glob(f"{PARTIAL}*"):
+        match = re.fullmatch(own, leftover.name)
+        if match and int(match[1]) != os.getpid() and not is_running(int(match[1])):
             remove(leftover)
 
 
@@ -292,6 +382,8 @@ def check_writable(path: str | Path) -> Path:
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(partial_path(path) if path.name else path)  # its name is longer
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # a loop of links
         folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
         blocked = next((parent for parent in path.absolute().parents if parent.exists() and not parent.is_dir()), None)
         if blocked is not None:

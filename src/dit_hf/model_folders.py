@@ -3,6 +3,7 @@ Folders of models and pipelines, checked before diffusers loads them. It allocat
 missing weights from whatever is in memory, and has many kinds of errors for a damaged file.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,24 +13,33 @@ from zipfile import is_zipfile
 import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.quantizers import DiffusersAutoQuantizer
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import safe_open
 
 from .files import check_file, read_json, reading
-from .pipeline_dit_class_cond import check_id2label, check_train_timesteps, takes_variance
-from .transformer_dit import MAX_PARAMETERS
+from .pipeline_dit_class_cond import check_id2label, check_train_timesteps, shown
+from .schedulers import try_scheduler
+from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .transformer_dit import MAX_PARAMETERS, SIZES
 
 
 MODEL_CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 LIBRARIES = ("diffusers", "dit_hf")
+# Schedulers of this package, whose code a folder carries as well.
+OWN_SCHEDULERS = {"scheduling_flow_match_sde": FlowMatchSDEScheduler}
 WEIGHTS = "diffusion_pytorch_model"
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Bounds of the whole numbers in another library's configuration, beyond every published one.
 MAX_NUMBER = 2**20
-MAX_LAYERS = 256
+MAX_LAYERS = 64
 MAX_ENTRIES = 2**17
+MAX_COMPONENTS = 1000
+# In a configuration, what can't be an argument of a class.
+RESERVED = ("self", "dtype")
+VARIANT = re.compile(r"\w[\w.-]*")
 # Attention in the autoencoders of diffusers before 0.16, which it still reads.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -49,6 +59,8 @@ def read_index(path: str | Path, transformers: Sequence[str] = ()) -> dict[str, 
         ValueError: naming the file and the key that holds something else.
     """
     index = read_config(path)
+    if len(index) > MAX_COMPONENTS:
+        raise ValueError(f"{path} has {len(index):,} entries; at most {MAX_COMPONENTS} are read.")
     for name in ("transformer", "scheduler", "vae"):
         entry = index.get(name, [None, None] if name == "vae" else None)
         pair = entry if isinstance(entry, list) and len(entry) == 2 else []
@@ -60,6 +72,8 @@ def read_index(path: str | Path, transformers: Sequence[str] = ()) -> dict[str, 
                 f"{path}: its transformer is a {pair[1]}, not a {transformers[0]}. To use one of your own, load it "
                 "and pass it as `transformer=`."
             )
+    if index["scheduler"][0] in OWN_SCHEDULERS:
+        index["scheduler"] = ["dit_hf", index["scheduler"][1]]
     call = index.get("recommended_call")
     if call is not None and not isinstance(call, dict):
         raise ValueError(f"{path} has recommended_call: {call!r}; it must be an object.")
@@ -88,11 +102,26 @@ def read_config(path: str | Path) -> dict[str, Any]:
         value = config.get(name, [])
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise ValueError(f"{path} has {name}: {value!r}; it must be a list of names.")
+    for name in RESERVED:
+        if name in config:
+            raise ValueError(f"{path} has {name}: {shown(config[name])}, which is no option; remove it.")
     if config.get("quantization_config") is None:
         config.pop("quantization_config", None)
     elif not isinstance(config["quantization_config"], dict):
         raise ValueError(f"{path} has quantization_config: {config['quantization_config']!r}; it must be an object.")
     return config
+
+
+def check_options(**options: Any) -> None:
+    """Raises `ValueError` for arguments of `from_pretrained` or `save_pretrained` of another type."""
+    for name in ("variant", "subfolder", "revision", "custom_pipeline"):
+        value = options.get(name)
+        fits = isinstance(value, str) and (name != "variant" or VARIANT.fullmatch(value))
+        if value is not None and not fits:
+            raise ValueError(f"`{name}` is {shown(value)}; it must be a name, such as 'fp16' or 'main'.")
+    size = options.get("max_shard_size")
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int | str)):
+        raise ValueError(f"`max_shard_size` is {shown(size)}; it must be a number of bytes, or a text such as '10GB'.")
 
 
 def check_pipeline_folder(
@@ -132,19 +161,12 @@ def check_pipeline_folder(
 
 
 def check_scheduler(path: Path, scheduler_class: Any) -> None:
-    """Raises `ValueError` for a scheduler's config that can't be used, tried on one value."""
+    """Raises `ValueError` for a scheduler's config that can't be used."""
     config = read_config(path)
     check_numbers(config, path)
     check_train_timesteps(path, config)
     with reading(path, f"the config of a {scheduler_class.__name__}"):
-        scheduler = scheduler_class.from_config(config)
-        if config.get("use_dynamic_shifting"):
-            return  # it needs the size of an image; the pipeline refuses it
-        scheduler.set_timesteps(min(4, config.get("num_train_timesteps", 1000)))
-        sample = torch.ones(1, 3, 1, 1)
-        output = torch.ones(1, 6 if takes_variance(scheduler) else 3, 1, 1)
-        with torch.random.fork_rng(devices=[]):
-            scheduler.step(output, scheduler.timesteps[0], sample)
+        try_scheduler(scheduler_class, config)
 
 
 def check_autoencoder(path: Path, vae_class: Any, variant: str | None = None) -> None:
@@ -162,14 +184,23 @@ def check_autoencoder(path: Path, vae_class: Any, variant: str | None = None) ->
             except RuntimeError as error:
                 if "meta" not in str(error):  # some decoders ask for values, which there are none of
                     raise
-    if "quantization_config" not in config:
+    if "quantization_config" in config:
+        check_quantization(path, config["quantization_config"])
+    else:
         check_weights(path.parent, vae, variant, all_known=False)
+
+
+def check_quantization(path: str | Path, config: Mapping) -> None:
+    """Raises `ValueError` for quantized weights that diffusers does not know, or can't read on this machine."""
+    with reading(path, "the config of quantized weights"):
+        DiffusersAutoQuantizer.from_config(dict(config), pre_quantized=True).validate_environment()
 
 
 def find_class(index: Mapping[str, Any], name: str) -> Any:
     """The class of diffusers that an index names for a component, or None if there is none of its kind."""
     library, class_name = index[name]
-    found = getattr(diffusers, class_name, None) if library in LIBRARIES else None
+    own = {scheduler.__name__: scheduler for scheduler in OWN_SCHEDULERS.values()}
+    found = own.get(class_name) or getattr(diffusers, class_name, None) if library in LIBRARIES else None
     kind = SchedulerMixin if name == "scheduler" else ModelMixin
     fits = isinstance(found, type) and issubclass(found, kind) and (name != "vae" or hasattr(found, "decode"))
     return found if fits else None
@@ -179,7 +210,7 @@ def check_numbers(value: Any, path: str | Path, key: str = "", depth: int = 0) -
     """Raises `ValueError` for a whole number so large that what is built from it would fill the memory."""
     if isinstance(value, (dict, list)):
         entries = value.items() if isinstance(value, dict) else ((key, entry) for entry in value)
-        if len(value) > MAX_ENTRIES or depth > 8:
+        if len(value) > (MAX_LAYERS if "block" in key else MAX_ENTRIES) or depth > 8:
             raise ValueError(f"{path} has {key}: {str(value)[:100]}…, which is too large.")
         for name, entry in entries:
             check_numbers(entry, path, f"{key}.{name}" if isinstance(value, dict) and key else name, depth + 1)
@@ -207,8 +238,11 @@ def check_weights(folder: Path, model: torch.nn.Module, variant: str | None = No
         return
     expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
     found = set()
-    for file in chosen:
-        for key, (shape, dtype) in read_header(file).items():
+    for file, listed in chosen.items():
+        header = read_header(file)
+        if listed is not None and (stray := sorted(listed ^ header.keys())):
+            raise ValueError(f"{file}: {stray[0]!r} is only in it, or only in the weight_map of its index.")
+        for key, (shape, dtype) in header.items():
             for old, new in OLD_NAMES.items():
                 key = key if key in expected else key.replace(old, new)
             found.add(key)
@@ -223,28 +257,47 @@ def check_weights(folder: Path, model: torch.nn.Module, variant: str | None = No
             if [side for side in shape if side > 1] != [side for side in wanted if side > 1]:
                 raise ValueError(f"{file}: {key!r} has shape {shape}; the config needs {wanted}.")
     if missing := sorted(expected.keys() - found):
-        raise ValueError(f"{chosen[0]}: {missing[0]!r} is missing, as are {len(missing) - 1} other weights.")
+        raise ValueError(f"{next(iter(chosen))}: {missing[0]!r} is missing, as are {len(missing) - 1} other weights.")
 
 
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The files of weights that diffusers loads: all that an index names, else the one; those of a variant first."""
+def check_num_layers(path: Path, config: Mapping, variant: str | None = None) -> None:
+    """Raises `ValueError` for more blocks than the weights beside a config have tensors, before they are built."""
+    tensors = sum(len(read_header(file)) for file in weight_files(path.parent, variant))
+    layers = config.get("num_layers")
+    if tensors and isinstance(layers, int) and tensors < layers <= SIZES["num_layers"][1]:  # others are no size at all
+        raise ValueError(f"{path} has num_layers: {layers}; the weights beside it are {tensors} tensors.")
+
+
+def weight_files(folder: Path, variant: str | None = None) -> dict[Path, set[str] | None]:
+    """
+    The files of weights that diffusers loads: all that an index names, and their tensors, else the one; those of a
+    variant first.
+    """
     for mark in dict.fromkeys((f".{variant}" if variant else "", "")):
         for kind in ("safetensors", "bin"):
             for index in (f"{WEIGHTS}.{kind}.index{mark}.json", f"{WEIGHTS}.{kind}{mark}.index.json"):
                 if (folder / index).exists():
                     return check_weight_index(folder / index)
             if (folder / f"{WEIGHTS}{mark}.{kind}").exists():
-                return [folder / f"{WEIGHTS}{mark}.{kind}"]
-    return []
+                return {folder / f"{WEIGHTS}{mark}.{kind}": None}
+    return {}
 
 
-def check_weight_index(path: Path) -> list[Path]:
-    """The files that an index of weights names; `ValueError` for one outside of its folder, or if there are none."""
-    weight_map = read_json(path).get("weight_map")
+def check_weight_index(path: Path) -> dict[Path, set[str] | None]:
+    """
+    The files that an index of weights names, with the tensors in each; `ValueError` for one outside of its folder, or
+    if there are none.
+    """
+    index = read_json(path)
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError(f"{path} has metadata: {shown(index.get('metadata'))}; it must be an object.")
+    weight_map = index.get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if stray := [name for name in names or [None] if not (isinstance(name, str) and name and Path(name).name == name)]:
         raise ValueError(f"{path} has the file {stray[0]!r} in its weight_map; it must be one beside it.")
-    return [path.with_name(name) for name in sorted(set(names))]
+    return {
+        path.with_name(file): {key for key, name in weight_map.items() if name == file} for file in sorted(set(names))
+    }
 
 
 def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -18,6 +18,7 @@ from .checkpoints import diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
+from .files import check_path, reading, writing_folder
 from .presets import DDT_PRESETS, JIT_PRESETS, PRESETS, preset_config
 
 
@@ -83,31 +84,46 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
             ValueError: if an argument is not possible, or the folder holds something else.
         """
         kwargs = parse_dtype(kwargs)
+        model_folders.check_options(**kwargs)
+        check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         _check_memory_option(kwargs.get("low_cpu_mem_usage", True))
         name = "/".join(filter(None, (kwargs.get("subfolder"), cls.config_name)))
         places = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
         if not kwargs.get("local_files_only"):
             hub.check_available(pretrained_model_name_or_path, name, **places)
         places = {name: kwargs[name] for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
-        config = cls.load_config(pretrained_model_name_or_path, **places)
+        with hub.connected():
+            config = cls.load_config(pretrained_model_name_or_path, **places)
         file = Path(pretrained_model_name_or_path, name)
         if (found := config.get("_class_name", cls.__name__)) not in (cls.__name__, *cls._other_class_names):
             raise ValueError(f"{pretrained_model_name_or_path} holds a {found}, not a {cls.__name__}.")
+        model_folders.check_num_layers(file, config, kwargs.get("variant"))
         try:
             with torch.device("meta"):
                 described = cls.from_config(config)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
         is_stock = diffusers_dit.CONFIG_MARK in config
-        quantized = config.get("quantization_config") or kwargs.get("quantization_config")
+        if is_stock:
+            with reading(file, "the config of a diffusers DiT"), torch.device("meta"):
+                described = StockDiTTransformer2DModel.from_config(config)
+        if "quantization_config" in config:
+            model_folders.check_quantization(file, config["quantization_config"])
+        quantization = kwargs.get("quantization_config")
+        if quantization is not None and not hasattr(quantization, "quant_method"):
+            raise ValueError(
+                f"`quantization_config` is a {type(quantization).__name__}; it must be one of diffusers'."
+            )
+        quantized = config.get("quantization_config") or quantization
         as_it_is = quantized or kwargs.get("ignore_mismatched_sizes") or kwargs.get("use_flashpack")
         if not is_stock and as_it_is:  # diffusers tells nothing about these
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if not is_stock:
-            model_folders.check_weights(file.parent, described, kwargs.get("variant"))
+        if not as_it_is:
+            model_folders.check_weights(file.parent, described, kwargs.get("variant"), all_known=not is_stock)
         wants_info = kwargs.pop("output_loading_info", False)
         load = StockDiTTransformer2DModel.from_pretrained if is_stock else super().from_pretrained
-        model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        with hub.connected():
+            model, info = load(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         try:
             _check_keys(info)
             if is_stock:
@@ -147,7 +163,7 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
         **kwargs: Any,
     ) -> None:
         """
-        Saves the model, its code and a model card.
+        Saves the model, its code and a model card. If that fails, what was in the folder before still loads.
 
         Args:
             save_directory (`str` or `Path`): Created if it does not exist.
@@ -160,17 +176,20 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
         Raises:
             ValueError: if the model was changed in place so that the saved weights would not load, or the folder has
                 links to files outside of it.
+            OSError: if the folder can't be written.
         """
+        model_folders.check_options(variant=variant, max_shard_size=max_shard_size)
         hub.check_loads_again({"model": self})
         hub.check_save_directory(save_directory)
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         options |= {"use_flashpack": use_flashpack}
-        super().save_pretrained(save_directory, is_main_process, save_function, **options)
-        if is_main_process:
-            hub.carry_over(self, save_directory, TRAINING_ONLY_FILE)
-            hub.write_card(self, save_directory, facts=card)
-            if push_to_hub:
-                hub.publish_folder(save_directory, model=self, card=card, **kwargs)
+        with writing_folder(save_directory) as partial:
+            super().save_pretrained(partial, is_main_process, save_function, **options)
+            if is_main_process:
+                hub.carry_over(self, partial, TRAINING_ONLY_FILE)
+                hub.write_card(self, partial, facts=card, place=save_directory)
+        if is_main_process and push_to_hub:
+            hub.publish_folder(save_directory, model=self, card=card, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """As every `ModelMixin`'s, with a model card; see `DiTClassCondPipeline.push_to_hub`."""

@@ -84,6 +84,10 @@ def optimize(
         settings = SpeedPreset(settings.precision, None, None, None)
     if settings.precision == "int8" and importlib.util.find_spec("torchao") is None:
         raise ImportError(f"The preset {preset!r} needs torchao: pip install 'dit_hf[quantize]'.")
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"`device` is {device!r}; it must be a torch.device or its name, such as 'cuda'.") from None
     networks = compiled_networks(pipe)
     if any(is_offloaded(network) for network in networks):
         raise ValueError("The pipeline is offloaded and can't be optimized; load it without offloading.")

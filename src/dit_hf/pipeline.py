@@ -21,6 +21,7 @@ from .bundled import FOLDER, bundled_names, resolve_pipeline
 from .checkpoints import diffusers_dit
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
+from .files import writing_folder
 from .models import DiTTransformer2DModel
 
 
@@ -132,6 +133,11 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             OSError: if the folder or repository does not exist, or the Hub can't be reached.
         """
         kwargs = parse_dtype(kwargs)
+        model_folders.check_options(**kwargs)
+        pipeline_dit_class_cond.check_id2label(kwargs.get("id2label"))
+        for name in ("transformer", "scheduler", "vae"):
+            if kwargs.get(name) is not None:
+                pipeline_dit_class_cond.check_component(name, kwargs[name])
         folder = resolve_pipeline(pretrained_model_name_or_path)
         if folder != str(pretrained_model_name_or_path):
             kwargs.setdefault(DTYPE_ARGUMENT, torch.float32)  # the files are float16
@@ -148,7 +154,8 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             cls._check_folder(folder, kwargs)
         token = _GIVEN.set(tuple(name for name in ("scheduler", "vae") if kwargs.get(name) is not None))
         try:
-            pipe = super().from_pretrained(folder, **kwargs)
+            with hub.connected():
+                pipe = super().from_pretrained(folder, **kwargs)
         except ValueError as error:
             if str(folder) in str(error):
                 raise
@@ -209,7 +216,8 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         **kwargs: Any,
     ) -> None:
         """
-        Saves the pipeline, its code and a model card, so that the folder and its copy on the Hub load anywhere.
+        Saves the pipeline, its code and a model card, so that the folder and its copy on the Hub load anywhere. If
+        that fails, what was in the folder before still loads.
 
         Args:
             save_directory (`str` or `Path`): Created if it does not exist.
@@ -221,19 +229,19 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         Raises:
             ValueError: if a component was changed in place so that its saved weights would not load, or the folder
                 has links to files outside of it.
+            OSError: if the folder can't be written.
         """
         if "_before_optimization" in vars(self):
             raise ValueError("The pipeline is optimized for speed; call `dit_hf.restore(pipe)` before saving it.")
+        model_folders.check_options(variant=variant, max_shard_size=max_shard_size)
         hub.check_loads_again(self.components)
         folder = Path(save_directory)
         hub.check_save_directory(folder)
-        own_card = folder / "transformer" / "README.md"
-        keep = own_card.exists()
-        super().save_pretrained(folder, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack)
-        if not keep:
-            own_card.unlink(missing_ok=True)  # a component needs no card of its own
-        hub.carry_over(self, folder, f"transformer/{TRAINING_ONLY_FILE}")
-        hub.write_card(self, folder, facts=card)
+        with writing_folder(folder) as partial:
+            super().save_pretrained(partial, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack)
+            (partial / "transformer" / "README.md").unlink(missing_ok=True)  # a component needs no card of its own
+            hub.carry_over(self, partial, f"transformer/{TRAINING_ONLY_FILE}")
+            hub.write_card(self, partial, facts=card, place=folder)
         if push_to_hub:
             hub.publish_folder(folder, model=self, card=card, **kwargs)
 

@@ -87,6 +87,8 @@ OVERFLOW_HINT = (
 MAX_STEPS = 10_000
 MAX_TRAIN_TIMESTEPS = 2**17
 MAX_IMAGES = 2**20
+MAX_GUIDANCE_SCALE = 1000
+MAX_LORA_ALPHA = 2**20
 MAX_PIXELS = 2**16
 MAX_LATENT_VALUES = 2**30
 # Of `FlowMapEulerDiscreteScheduler.index_for_timestep`.
@@ -136,9 +138,18 @@ def one_at_a_time(method: Callable, hold: str = "exclusive") -> Callable:
     return call
 
 
+def has_values(value: Any) -> bool:
+    """Whether it is no tensor that is sparse, nested, quantized, complex, meta or of 8-bit floats."""
+    if not isinstance(value, torch.Tensor):
+        return True
+    plain = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+    small = value.is_floating_point() and value.element_size() == 1
+    return plain and not small and not value.is_complex() and value.device.type != "meta"
+
+
 def is_finite(value: Any) -> bool:
     """Whether a value is a finite number, numpy's too, and no bool or text."""
-    if isinstance(value, (bool, str, bytes)):
+    if isinstance(value, (bool, str, bytes)) or not has_values(value):
         return False
     try:
         return math.isfinite(float(value))
@@ -191,9 +202,10 @@ def spatial_factor(vae: ModelMixin) -> int:
     """Pixels per latent value along one side of a VAE; `ValueError` if neither it nor its config states them."""
     if isinstance(ratio := getattr(vae, "spatial_compression_ratio", None), int):
         return ratio
-    if "block_out_channels" not in vae.config:
+    channels = vae.config.get("block_out_channels")
+    if not isinstance(channels, (list, tuple)) or not channels:
         raise ValueError(f"{type(vae).__name__} does not state its spatial compression; it is not supported.")
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    return 2 ** (len(channels) - 1)
 
 
 class ClassNames:
@@ -258,8 +270,22 @@ def check_id2label(id2label: Any) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
+def check_component(name: str, part: Any) -> None:
+    """Raises `ValueError` for what can't be that component of a pipeline."""
+    kind = SchedulerMixin if name == "scheduler" else torch.nn.Module
+    if not isinstance(part, kind) and not (name == "vae" and part is None):
+        what = "scheduler" if name == "scheduler" else "model"
+        raise ValueError(f"`{name}` is a {type(part).__name__}; it must be a diffusers {what}.")
+
+
+def shown(value: Any) -> str:
+    """A value that was given, for one line of a message."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 @contextmanager
-def _errors_of_values(what):
+def errors_of_values(what: str) -> Iterator[None]:
     """Whatever a library raises for a file or values that it can't use, as a `ValueError` that says so."""
     try:
         yield
@@ -324,8 +350,13 @@ def check_adapters(weights: Mapping, metadata: Any, prefix: str, layers: Mapping
             raise ValueError(f"The adapters' metadata has {key}: {value!r}; it must be a dictionary.")
         is_rank = option.startswith("r")
         for number in value.values() if isinstance(value, Mapping) else [value]:
-            if not is_finite(number) or (is_rank and not (isinstance(number, int) and 1 <= number <= largest_rank)):
-                allowed = f"a rank of the tensors, at most {largest_rank}" if is_rank else "a finite number"
+            if is_rank:
+                fits = type(number) is int and 1 <= number <= largest_rank
+                allowed = f"a rank of the tensors, at most {largest_rank}"
+            else:
+                fits = is_finite(number) and 0 < abs(number) <= MAX_LORA_ALPHA
+                allowed = f"a number up to {MAX_LORA_ALPHA}, and not 0, with which they have no effect"
+            if not fits:
                 raise ValueError(f"The adapters' metadata has {key}: {value!r}; it must be {allowed}.")
 
 
@@ -357,12 +388,12 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
         kwargs = {"use_safetensors": True, "return_lora_metadata": True} | kwargs
         source = pretrained_model_name_or_path_or_dict
         named = "The adapters" if isinstance(source, Mapping) else f"The adapters of {source}"
-        with _errors_of_values(f"{named} can't be read"):
+        with errors_of_values(f"{named} can't be read"):
             weights, metadata = SD3LoraLoaderMixin.lora_state_dict(source, **kwargs)
         check_adapters(weights, metadata, f"{self.transformer_name}.", dict(self.transformer.named_modules()))
         before = set(getattr(self.transformer, "peft_config", {}))
         try:
-            with _errors_of_values(f"{named} can't be put on the transformer"):
+            with errors_of_values(f"{named} can't be put on the transformer"):
                 self.transformer.load_lora_adapter(
                     dict(weights),
                     prefix=self.transformer_name,
@@ -441,16 +472,21 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         recommended_call: dict | None = None,
     ):
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        parts = {"transformer": transformer, "scheduler": scheduler, "vae": vae}
+        for name, part in parts.items():
+            check_component(name, part)
+        self.register_modules(**parts)
         self._check_diffusion()
         self._trained_prediction = self._scheduler_prediction()
         self._trained_alphas = getattr(scheduler, "alphas_cumprod", None)
         self._trained_timesteps = scheduler.config.get("num_train_timesteps")
         self.id2label = check_id2label(id2label)
         if recommended_call is not None and not isinstance(recommended_call, Mapping):
-            raise ValueError(f"`recommended_call` is {recommended_call!r}; it must be a dictionary.")
+            raise ValueError(f"`recommended_call` is {shown(recommended_call)}; it must be a dictionary.")
         if unknown := sorted(map(str, (recommended_call or {}).keys() - CALL_DEFAULTS.keys())):
             raise ValueError(f"`recommended_call` has {unknown[0]!r}; it may hold {', '.join(CALL_DEFAULTS)}.")
+        with errors_of_values("`recommended_call` can't be saved"):
+            json.dumps(dict(recommended_call or {}))
         self.register_to_config(id2label=self.id2label or None, recommended_call=recommended_call)
         self._check_vae()
         self._current_timestep = None
@@ -471,10 +507,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         Returns:
             `DiTClassCondPipeline`
         """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"`pipeline` is a {type(pipeline).__name__}; it must be a diffusers pipeline.")
         names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
         known = {name: pipeline.config[name] for name in names if name in pipeline.config} | pipeline.components
         scheduler = kwargs.pop("scheduler", None)  # the pipeline's own tells what the model was trained for
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"`dtype` is {shown(dtype)}; it must be a torch.dtype.")
         again = cls(**({name: known[name] for name in names if name in known} | kwargs))
         if scheduler is not None:
             again.scheduler = scheduler
@@ -522,6 +562,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def __setattr__(self, name, value):
         if name in ("transformer", "scheduler", "vae") and name in vars(self):
+            check_component(name, value)
             with _held(lambda: [self]):
                 super().__setattr__(name, value)
         else:
@@ -536,13 +577,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         super().save_config(folder, push_to_hub, **kwargs)
 
     def to_json_string(self):
-        """The index, which names this file and the transformer's as the code, and not where the parts came from."""
+        """The index, which names this file and the components' as the code, and not where they came from."""
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)  # may be a path of this machine
         index["_class_name"] = [Path(__file__).stem, type(self).__name__]
-        auto_map = json.loads(self.transformer.to_json_string()).get("auto_map")
-        if auto_map is not None:
-            index |= {"transformer": auto_map["AutoModel"].split("."), "auto_map": auto_map}
+        for name in ("scheduler", "transformer"):
+            auto_map = json.loads(getattr(self, name).to_json_string()).get("auto_map")
+            if auto_map is not None:
+                index |= {name: auto_map["AutoModel"].split("."), "auto_map": auto_map}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def _remove_origins(self, folder):
@@ -589,7 +631,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         names = ClassNames(self.id2label)
         label = [label] if isinstance(label, str) else label
         if not isinstance(label, (list, tuple)) or not all(isinstance(name, str) for name in label):
-            raise ValueError(f"`label` is {label!r}; it must be a class name or a list of them.")
+            raise ValueError(f"`label` is {shown(label)}; it must be a class name or a list of them.")
         return [self._get_label_id(names, name) for name in label]
 
     def _get_label_id(self, names, name):
@@ -684,6 +726,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         Raises:
             ValueError: if there is none, or one is unknown or out of range.
         """
+        if not has_values(class_labels):
+            raise ValueError(
+                f"`class_labels` is {shown(class_labels)}; a tensor of them must be a dense one of integers."
+            )
         shape = getattr(class_labels, "shape", ())  # torch's and numpy's
         if any(side != 1 for side in shape[1:]):
             raise ValueError(
@@ -712,7 +758,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         except TypeError:
             number = None
         if number is None or isinstance(label, bool):
-            raise ValueError(f"`class_labels` holds {label!r}; it must hold ids (int) or names (str).")
+            raise ValueError(f"`class_labels` holds {shown(label)}; it must hold ids (int) or names (str).")
         if not 0 <= number < num_classes:
             raise ValueError(f"`class_labels` holds {number}; the model's classes are 0 to {num_classes - 1}.")
         return number
@@ -725,15 +771,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             count = 0
         if not 1 <= count <= largest or count % multiple:
             kind = "a whole number" if multiple == 1 else f"a positive multiple of {multiple} pixels,"
-            raise ValueError(f"`{argument}` is {number!r}; it must be {kind} from {multiple} to {largest}.")
+            raise ValueError(f"`{argument}` is {shown(number)}; it must be {kind} from {multiple} to {largest}.")
         return count
 
     def _check_guidance(self, guidance_scale, guidance_channels, guidance_interval):
         config = self.transformer.config
-        if not is_finite(guidance_scale) or float(guidance_scale) < 0:
+        if not is_finite(guidance_scale) or not 0 <= float(guidance_scale) <= MAX_GUIDANCE_SCALE:
             raise ValueError(
-                f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 (0 ignores the class, 1 is no "
-                "guidance)."
+                f"`guidance_scale` is {shown(guidance_scale)}; it must be a number from 0 to {MAX_GUIDANCE_SCALE} (0 "
+                "ignores the class, 1 is no guidance)."
             )
         if guidance_scale != 1 and not self._has_null_class:
             raise ValueError(
@@ -750,7 +796,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         ends = guidance_interval if isinstance(guidance_interval, (tuple, list)) else ()
         if len(ends) != 2 or not all(map(is_finite, ends)) or not 0.0 <= ends[0] < ends[1] <= 1.0:
             raise ValueError(
-                f"`guidance_interval` is {guidance_interval!r}; it must be (start, end) with 0 ≤ start < end ≤ 1."
+                f"`guidance_interval` is {shown(guidance_interval)}; it must be (start, end) with 0 ≤ start < end ≤ 1."
             )
 
     def _scheduler_prediction(self):
@@ -802,39 +848,35 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 raise ValueError(f"`{argument}` was given, but {name} takes no custom {argument}.")
             self._check_given_schedule(argument, schedule)
         if not is_finite(eta) or not 0 <= eta <= 1:
-            raise ValueError(f"`eta` is {eta!r}; it must be a number from 0 to 1.")
+            raise ValueError(f"`eta` is {shown(eta)}; it must be a number from 0 to 1.")
         if eta != 0 and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"`eta` is {eta}, but {name} has no such parameter; leave it at 0.")
 
     def _check_diffusion(self):
-        """Refuses components of another kind, and a scheduler with betas that are NaN or above 1, or no timesteps."""
-        for part, kind in (("transformer", torch.nn.Module), ("scheduler", SchedulerMixin), ("vae", torch.nn.Module)):
-            component = getattr(self, part)
-            if not isinstance(component, kind) and not (part == "vae" and component is None):
-                what = "scheduler" if part == "scheduler" else "model"
-                raise ValueError(f"`pipe.{part}` is a {type(component).__name__}; it must be a diffusers {what}.")
+        """Refuses a scheduler with betas that are NaN or above 1, or other timesteps than these."""
         name, config = type(self.scheduler).__name__, self.scheduler.config
         check_train_timesteps(name, config)
         alphas = getattr(self.scheduler, "alphas_cumprod", None)
-        if alphas is not None and not ((alphas >= 0) & (alphas <= 1)).all():  # nor is NaN
+        fits = alphas is None or alphas.shape == (config.get("num_train_timesteps", 1000),)
+        if not fits or (alphas is not None and not ((alphas >= 0) & (alphas <= 1)).all()):  # nor is NaN
             options = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
             betas = ", ".join(f"{option}={str(config.get(option))[:100]}" for option in options)
-            raise ValueError(f"{name} has {betas}; betas must be numbers from 0 to 1.")
+            raise ValueError(f"{name} has {betas}; betas must be numbers from 0 to 1, one per training timestep.")
 
     def _check_given_schedule(self, argument, schedule):
         """Refuses a caller's timesteps or sigmas that are not finite numbers, descending from at most the first."""
-        values = schedule.tolist() if hasattr(schedule, "tolist") else schedule
-        shown = f"`{argument}` is {str(values)[:100]}"
+        values = schedule.tolist() if hasattr(schedule, "tolist") and has_values(schedule) else schedule
+        given = f"`{argument}` is {shown(values)}"
         if (
             not isinstance(values, (list, tuple))
             or not all(map(is_finite, values))
             or not 0 < len(values) <= MAX_STEPS
         ):
-            raise ValueError(f"{shown}; it must be a list of 1 to {MAX_STEPS} finite numbers.")
+            raise ValueError(f"{given}; it must be a list of 1 to {MAX_STEPS} finite numbers.")
         largest = self.scheduler.config.get("num_train_timesteps", math.inf) if argument == "timesteps" else math.inf
         descending = all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
         if not descending or values[0] > largest or values[-1] < 0:
-            raise ValueError(f"{shown}; it must be descending, without repetitions, from at most {largest} to 0.")
+            raise ValueError(f"{given}; it must be descending, without repetitions, from at most {largest} to 0.")
 
     def _check_schedule(self, num_inference_steps):
         """Refuses a schedule that the scheduler can't run: one that divides by zero or leaves its tables."""
@@ -913,9 +955,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _check_size(self, height, width, latents, batch_size):
         """The shape of the latents that the arguments ask for; those given are finite."""
-        if latents is not None and (not isinstance(latents, torch.Tensor) or not latents.is_floating_point()):
-            given = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise ValueError(f"`latents` is a {given}; it must be a floating-point torch.Tensor.")
+        is_tensor = isinstance(latents, torch.Tensor) and has_values(latents)
+        if latents is not None and not (is_tensor and latents.is_floating_point()):
+            given = latents.dtype if is_tensor else type(latents).__name__
+            raise ValueError(
+                f"`latents` is a {given}; it must be a dense floating-point torch.Tensor of 16 bits or more."
+            )
         config = self.transformer.config
         factor = self.vae_scale_factor
         sizes = {"height": height, "width": width}
@@ -943,7 +988,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _check_output(self, output_type):
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` is {output_type!r}; it must be 'pil', 'np', 'pt' or 'latent'.")
+            raise ValueError(f"`output_type` is {shown(output_type)}; it must be 'pil', 'np', 'pt' or 'latent'.")
         channels = self.transformer.config.in_channels
         if self.vae is None and output_type != "latent" and channels not in (1, 3):
             raise ValueError(
@@ -953,10 +998,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _check_callback(self, callback, names):
         if callback is not None and not callable(callback):
-            raise ValueError(f"`callback_on_step_end` is {callback!r}; it must be callable.")
+            raise ValueError(f"`callback_on_step_end` is {shown(callback)}; it must be callable.")
         allowed = self._callback_tensor_inputs
         if not isinstance(names, (list, tuple)) or not all(name in allowed for name in names):
-            raise ValueError(f"`callback_on_step_end_tensor_inputs` is {names!r}; it must be a list of {allowed}.")
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` is {shown(names)}; it must be a list of {allowed}."
+            )
 
     @contextmanager
     def _trajectory(self):
@@ -1031,9 +1078,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             return torch.zeros_like(schedule)
         return torch.cat([schedule[1:], schedule.new_zeros(1)]) if _takes_interval(self.scheduler) else None
 
-    def _predict(
-        self, model_input, timestep, class_labels, guidance_channels, guided, position=None, r_timestep=None
-    ):
+    def _predict(self, model_input, timestep, class_labels, guidance_channels, guided, position=None, r_timestep=None):
         """One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32."""
         channels = model_input.shape[1]
         model_input = model_input.to(self.transformer.dtype)
@@ -1086,9 +1131,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if output_type == "latent":
             raise ValueError("`output_type` is 'latent'; decoded images are 'pil', 'np' or 'pt'.")
         channels = self.transformer.config.in_channels
-        if not isinstance(latents, torch.Tensor) or latents.ndim != 4 or latents.shape[1] != channels:
-            given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise ValueError(f"`latents` is {given}; it must be a tensor (batch, {channels}, height, width).")
+        is_tensor = isinstance(latents, torch.Tensor) and has_values(latents)
+        if not is_tensor or latents.ndim != 4 or latents.shape[1] != channels:
+            given = tuple(latents.shape) if is_tensor else type(latents).__name__
+            raise ValueError(f"`latents` is {given}; it must be a dense tensor (batch, {channels}, height, width).")
         self._check_vae()
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._check_generator(generator, len(latents))
@@ -1161,8 +1207,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             class_labels (`int`, `str`, None, `list` of these, or `torch.Tensor` of shape `(B,)`):
                 Class ids or names (see `labels`); None is the null class.
             guidance_scale (`float`, *optional*):
-                Classifier-free guidance: 0 ignores the class, 1 is no guidance. The pipeline's recommended one if not
-                given (see `resolve_call`), as the next three.
+                Classifier-free guidance, at most 1000: 0 ignores the class, 1 is no guidance. The pipeline's
+                recommended one if not given (see `resolve_call`), as the next three.
             guidance_channels (`int`, *optional*):
                 How many of the first channels are guided. The paper's results guide 3 of 4.
             guidance_interval (`tuple[float, float]`, *optional*):
@@ -1231,7 +1277,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         # The scheduler's part stays on the CPU, where its tables are, and the model's goes to the device at once:
         # looking up a GPU's timestep waits for the GPU, and so does taking one there. Some are float64, which not
         # every device has.
-        schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, "cpu")
+        with errors_of_values(f"{type(self.scheduler).__name__} can't make this schedule"):
+            schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, "cpu")
         self._check_schedule(num_inference_steps)
         model_schedule = schedule.float().to(device)
         interval_ends = self._interval_ends()

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -22,7 +23,8 @@ try:
 except ImportError:  # before diffusers 0.39
     FlowMapEulerDiscreteScheduler = None  # type: ignore[assignment,misc]
 
-from .pipeline_dit_class_cond import trained_prediction
+from .pipeline_dit_class_cond import check_train_timesteps, errors_of_values, shown, takes_variance, trained_prediction
+from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 
 __all__ = ["RECIPES", "SchedulerRecipe", "make_scheduler", "trained_options", "trained_prediction"]
@@ -49,6 +51,7 @@ SchedulerRecipe = Literal[
     "flow_unipc",
     "flow_map",
     "flow_lcm",
+    "flow_sde",
 ]
 RECIPES: dict[SchedulerRecipe, tuple[type[SchedulerMixin] | None, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, TRAINING_DIFFUSION | DDPM),
@@ -68,6 +71,7 @@ RECIPES: dict[SchedulerRecipe, tuple[type[SchedulerMixin] | None, dict[str, Any]
     ),
     "flow_map": (FlowMapEulerDiscreteScheduler, {}),
     "flow_lcm": (FlowMatchLCMScheduler, {}),
+    "flow_sde": (FlowMatchSDEScheduler, {}),
 }
 
 
@@ -81,6 +85,7 @@ def make_scheduler(name: SchedulerRecipe, **overrides: Any) -> SchedulerMixin:
             step counts that divide 1000); `"dpm++"`, `"dpm++_singlestep"` and `"unipc"` are fast solvers of the same
             diffusion; `"flow_euler"`, `"flow_heun"`, `"flow_dpm++"` and `"flow_unipc"` sample flow-matching models. In
             the pipeline the first two run N equal steps from sigma 1; the last two start at diffusers' 0.999 for them.
+            `"flow_sde"` takes the stochastic steps that SiT, REPA and REPA-E publish their results with.
             `"flow_map"` and `"flow_lcm"` are for models of few steps, which predict the mean velocity over an
             interval: the first goes from each timestep to the next (MeanFlow), the second to the data and back by
             fresh noise (SoFlow, consistency models).
@@ -90,13 +95,40 @@ def make_scheduler(name: SchedulerRecipe, **overrides: Any) -> SchedulerMixin:
         `SchedulerMixin`
 
     Raises:
-        ValueError: if there is no such recipe.
+        ValueError: if there is no such recipe, or the scheduler can't run with an override.
+        TypeError: if the scheduler has no such option.
         ImportError: if this diffusers does not have the scheduler.
     """
     scheduler_class, config = _recipe(name)
     if scheduler_class is None:
         raise ImportError(f"The recipe {name!r} needs diffusers >= 0.39; run `pip install --upgrade diffusers`.")
-    return scheduler_class(**(config | overrides))
+    config = config | overrides
+    if overrides:
+        if unknown := sorted(overrides.keys() - inspect.signature(scheduler_class).parameters.keys()):
+            raise TypeError(f"{scheduler_class.__name__}, the recipe {name!r}, has no option {unknown[0]!r}.")
+        check_train_timesteps(scheduler_class.__name__, config)
+        with errors_of_values(f"The recipe {name!r} can't be run with {shown(overrides)}"):
+            try_scheduler(scheduler_class, config)
+    return scheduler_class(**config)
+
+
+def try_scheduler(scheduler_class: type[SchedulerMixin], config: Mapping) -> None:
+    """
+    Runs a scheduler for a few steps on one value; whatever it raises there it would raise in the middle of a call.
+
+    Args:
+        scheduler_class (`type`): Of diffusers.
+        config (`Mapping`): Its config.
+    """
+    scheduler = scheduler_class.from_config(config)
+    if config.get("use_dynamic_shifting"):
+        return  # it needs the size of an image; the pipeline refuses it
+    scheduler.set_timesteps(min(4, config.get("num_train_timesteps", 1000)))
+    sample = torch.ones(1, 3, 1, 1)
+    output = torch.ones(1, 6 if takes_variance(scheduler) else 3, 1, 1)
+    with torch.random.fork_rng(devices=[]):
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
 
 
 def trained_options(name: SchedulerRecipe, config: Mapping) -> dict[str, Any]:

@@ -13,10 +13,10 @@ that needs them is missing.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from functools import wraps
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,17 @@ def sincos_positions(height: int, width: int, dim: int) -> torch.Tensor:
     angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]  # two of (N, D/4)
     table = torch.cat([function(angle) for angle in angles for function in (torch.sin, torch.cos)], dim=1)
     return table.float().unsqueeze(0)
+
+
+def check_tensors(optional: bool = False, **tensors: Any) -> None:
+    """Raises `ValueError` for an input that is no dense tensor, by its name."""
+    for name, tensor in tensors.items():
+        if tensor is None and optional:
+            continue
+        dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not dense or tensor.is_nested or tensor.is_quantized:
+            given = "sparse, nested or quantized" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"`{name}` is {given}; it must be a dense torch.Tensor.")
 
 
 class DiTPatchEmbed(nn.Module):
@@ -357,10 +368,12 @@ def check_config(config: Mapping) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or not smallest <= size <= largest:
             raise ValueError(f"`{name}` is {size!r}; it must be a whole number from {smallest} to {largest}.")
     for name, bound in FACTORS.items():
-        if not is_real(config[name]) or not 0 < config[name] <= bound:
-            raise ValueError(f"`{name}` is {config[name]!r}; it must be a number above 0, at most {bound}.")
-    if not is_real(config["class_dropout_prob"]) or not 0 <= config["class_dropout_prob"] <= 1:
-        raise ValueError(f"`class_dropout_prob` is {config['class_dropout_prob']!r}; it must be from 0 to 1.")
+        factor = config[name]
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= bound:
+            raise ValueError(f"`{name}` is {factor!r}; it must be a number above 0, at most {bound}.")
+    dropout = config["class_dropout_prob"]
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"`class_dropout_prob` is {dropout!r}; it must be from 0 to 1.")
     for name in ("learn_sigma", "qk_norm", "modulation_shift", "interval_embedding", "guidance_in_weights"):
         if not isinstance(config[name], bool):
             raise ValueError(f"`{name}` is {config[name]!r}; it must be True or False.")
@@ -379,11 +392,6 @@ def check_config(config: Mapping) -> None:
             f"A model of {sizes} and `mlp_ratio` {config['mlp_ratio']} has {count:,} parameters; at most "
             f"{MAX_PARAMETERS:,} are possible."
         )
-
-
-def is_real(value: Any) -> bool:
-    """Whether a value is a finite number, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_sizes_fit(sample_size, patch_size, num_attention_heads, attention_head_dim, **_):
@@ -739,8 +747,9 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         """
         if not self.is_adaptive:
             raise ValueError(f"`conditioning` {self.config.conditioning!r} has no modulation.")
-        if not isinstance(class_labels, torch.Tensor) or class_labels.ndim != 1:
-            raise ValueError(f"`class_labels` is {class_labels!r}; it must be a tensor of shape (rows,).")
+        check_tensors(class_labels=class_labels)
+        if class_labels.ndim != 1:
+            raise ValueError(f"`class_labels` has shape {tuple(class_labels.shape)}; it must be (rows,).")
         self._check_class_ids(class_labels)
         self._check_timesteps(timestep, r_timestep, class_labels)
         keep_labels = torch.zeros_like(class_labels)
@@ -762,8 +771,10 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
     def _check_timesteps(self, timestep, r_timestep, class_labels):
         """The end of an interval needs a model that embeds it; both have one value, or one per sample."""
         if r_timestep is not None and self.interval_embed is None:
-            raise ValueError("`r_timestep` was given to a model without `interval_embedding=True`, which has one time.")
+            raise ValueError("`r_timestep` was given, and a model without `interval_embedding=True` has one time.")
         for name, value in (("timestep", timestep), ("r_timestep", r_timestep)):
+            if isinstance(value, bool) or not isinstance(value, Real):
+                check_tensors(optional=name == "r_timestep", **{name: value})
             if isinstance(value, torch.Tensor) and value.shape not in ((), (1,), class_labels.shape):
                 raise ValueError(
                     f"`{name}` has shape {tuple(value.shape)}; it must be a number or that of `class_labels`, "
@@ -772,6 +783,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
     def _check_inputs(self, hidden_states, timestep, r_timestep, class_labels, force_drop_ids, modulation):
         """Refuses what does not fit."""
+        check_tensors(hidden_states=hidden_states, class_labels=class_labels)
+        check_tensors(optional=True, force_drop_ids=force_drop_ids, modulation=modulation)
         patch_size = self.config.patch_size
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
             raise ValueError(
@@ -797,10 +810,10 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             raise ValueError("`force_drop_ids` needs a null class, and a model with `class_dropout_prob=0` has none.")
         if modulation is not None and (force_drop_ids is not None or not self.is_adaptive):
             raise ValueError("`modulation` needs adaptive norms, and contains the labels: pass no `force_drop_ids`.")
-        if modulation is not None and modulation.shape[:1] != hidden_states.shape[:1]:
+        if modulation is not None and (modulation.ndim != 2 or len(modulation) != len(hidden_states)):
             raise ValueError(
                 f"`modulation` has shape {tuple(modulation.shape)}; a batch of {hidden_states.shape[0]} needs as many "
-                "rows."
+                "rows of `compute_modulation`."
             )
 
     @apply_lora_scale("attention_kwargs")

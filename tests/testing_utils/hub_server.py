@@ -50,11 +50,12 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.repos, self.objects, self.requests, self.faults = {}, {}, [], []
+        self.tokens = set()
         self.lock = threading.Lock()
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
-        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
         return self
 
@@ -69,7 +70,7 @@ class HubServer(ThreadingHTTPServer):
         return variables | ({"HF_TOKEN": token} if token else {})
 
     def fail(self, method, pattern, kind, times=1):
-        """The next requests that match are answered with a status, or cut off (`"drop"`)."""
+        """The next that match are answered with a status or (content, status, headers), or cut off (`"drop"`)."""
         self.faults += [(method, re.compile(pattern), kind)] * times
 
     def files(self, repo_id, revision="main"):
@@ -98,6 +99,7 @@ class HubHandler(BaseHTTPRequestHandler):
     def route(self, method):
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((method, path))
+        self.server.tokens.add(self.headers.get("Authorization"))
         if self.inject_fault(method, path):
             return
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -122,7 +124,8 @@ class HubHandler(BaseHTTPRequestHandler):
                     self.connection.close()
                 else:
                     self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                    self.reply_json({"error": "planned fault"}, fault[2])
+                    answer = fault[2] if isinstance(fault[2], tuple) else ({"error": "planned fault"}, fault[2])
+                    self.reply(answer[0], *answer[1:]) if isinstance(answer[0], bytes) else self.reply_json(*answer)
                 return True
         return False
 

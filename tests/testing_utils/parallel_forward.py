@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import DESIGNS, TWO_STREAMS, tiny_design, tiny_inputs, tiny_two_streams
+from conftest import DESIGNS, TWO_STREAMS, inputs_of, tiny_design, tiny_two_streams
 
 from dit_hf.transformer_dit import DiTTransformer2DModel
 
@@ -44,7 +44,7 @@ def forward(model, size):
     model.transformer_blocks[-1].ff.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[1]))
     split = {name: value for name, value in model.named_parameters() if isinstance(value, DTensor)}
     with torch.no_grad():
-        output = model(**tiny_inputs(height=size, width=size)).sample
+        output = model(**inputs_of(model, height=size, width=size)).sample
     shards = {name: (list(value.shape), list(value.to_local().shape)) for name, value in split.items()}
     return {"output": output, "tokens": tokens, "shards": shards}
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ..files import check_path
+
 
 FOLDER = Path(__file__).parent
 
@@ -21,7 +23,7 @@ def resolve_pipeline(pretrained_model_name_or_path: str | Path) -> str:
     Returns:
         `str`: the folder of a bundled pipeline if there is no such folder here; any other name as it is.
     """
-    name = str(pretrained_model_name_or_path)
+    name = str(check_path("pretrained_model_name_or_path", pretrained_model_name_or_path))
     return str(FOLDER / name) if name in bundled_names() and not Path(name).exists() else name
 
 

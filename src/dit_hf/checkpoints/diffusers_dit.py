@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 
 from ..files import read_json
 from ..transformer_dit import sincos_positions
 from .dit import DIT
-from .family import Family
+from .family import Family, without_weights
 from .reference import reference_forward
 
 
@@ -76,7 +75,12 @@ def our_config(stock: Mapping) -> dict:
     for name, needed in STOCK_NEEDED.items():
         if stock.get(name, needed) != needed:
             raise ValueError(f"A diffusers DiT with {name}={stock[name]!r} can't be read; only {needed!r} can.")
-    in_channels = stock["in_channels"]
+    in_channels, out_channels = stock["in_channels"], stock.get("out_channels")
+    learn_sigma = isinstance(in_channels, int) and out_channels == 2 * in_channels
+    if not learn_sigma and out_channels not in (None, in_channels):
+        raise ValueError(
+            f"A diffusers DiT with out_channels={out_channels!r} can't be read; it must be in_channels or twice that."
+        )
     return {
         "sample_size": stock["sample_size"],
         "patch_size": stock["patch_size"],
@@ -85,7 +89,7 @@ def our_config(stock: Mapping) -> dict:
         "num_attention_heads": stock["num_attention_heads"],
         "attention_head_dim": stock["attention_head_dim"],
         "num_classes": stock["num_embeds_ada_norm"],
-        "learn_sigma": (stock.get("out_channels") or in_channels) == 2 * in_channels,
+        "learn_sigma": learn_sigma,
     }
 
 
@@ -117,8 +121,7 @@ def correct_stock_model(model_class, stock):
     Returns:
         `DiTTransformer2DModel`: in eval mode.
     """
-    with init_empty_weights():
-        model = model_class.from_config(dict(stock.config))
+    model = without_weights(lambda: model_class.from_config(dict(stock.config)))
     model.load_state_dict(to_our_state_dict(stock.state_dict()), strict=True, assign=True)
     model.time_embed.float()  # as `from_pretrained` keeps it
     return model.eval()

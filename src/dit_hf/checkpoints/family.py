@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..schedulers import SchedulerRecipe
-from ..transformer_dit import FREQUENCY_DIM, swiglu_width
+from ..transformer_dit import FREQUENCY_DIM, sincos_positions, swiglu_width
 from .reference import reference_forward
 
 
@@ -57,6 +58,8 @@ class Family:
         reference_forward (`Callable`): The forward pass of the original weights, see [`reference_forward`].
         scheduler (`str`): The recipe of its sampler.
         scaling_factor (`float`, *optional*): Of the latents, where its code does not take the autoencoder's own.
+        latents_statistics (`Callable`, *optional*):
+            Mean and standard deviation of the latents, per channel, from the `training_only` weights of a checkpoint.
         recommended_call (`dict`): Sampling settings of the published results, as the pipeline's `recommended_call`.
         published_license (`str`, *optional*): Licence of the code base's own 1000-class weights.
         reading_note (`str`, *optional*): What a user should know about a model that was read.
@@ -86,6 +89,7 @@ class Family:
     reference_forward: Callable[..., torch.Tensor] = reference_forward
     scheduler: SchedulerRecipe = "ddpm"
     scaling_factor: float | None = None
+    latents_statistics: Callable[[dict[str, torch.Tensor]], tuple[list[float], list[float]]] | None = None
     recommended_call: dict = field(default_factory=dict)
     published_license: str | None = None
     reading_note: str | None = None
@@ -228,6 +232,25 @@ class Family:
             if name in known and known[name] not in allowed:
                 return f"{name}={known[name]!r}, where {' or '.join(map(repr, allowed))} is needed"
         return None
+
+
+def without_weights(build: Callable[[], Any]) -> Any:
+    """
+    A model whose parameters have a shape and no memory. accelerate's `init_empty_weights` would do the same to models
+    that other threads build meanwhile.
+
+    Args:
+        build (`Callable`): Makes a `DiTTransformer2DModel`.
+
+    Returns:
+        `DiTTransformer2DModel`
+    """
+    with torch.device("meta"):
+        model = build()
+    embed = model.pos_embed
+    height, width = embed.base_size
+    embed.positions = sincos_positions(height, width, embed.dim)  # in no checkpoint
+    return model
 
 
 def computed_tables(model) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.file_download import http_get
 
 from ..files import first_line, reading, writing
-from ..hub.connection import TIMEOUT, unreachable, without_secrets
+from ..hub.connection import TIMEOUT, hub_answers, unreachable, without_secrets
 
 
 logger = logging.get_logger(__name__)
@@ -74,11 +74,13 @@ def download_from_hub(repo_id: str, file: str, revision: str | None = None) -> P
         OSError: if there is no network and no cached file, no such repository, or no such file.
     """
     try:
-        HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT)
-        return check_download(Path(hf_hub_download(repo_id, file, revision=revision)))
+        with hub_answers():
+            HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT)
+            path = Path(hf_hub_download(repo_id, file, revision=revision))
+        return check_download(path)
     except HfHubHTTPError as error:
         raise OSError(f"Can't download {file} of {repo_id}: {first_line(error)}") from None
-    except (HTTPError, OSError) as error:
+    except OSError as error:
         try:
             cached = Path(hf_hub_download(repo_id, file, revision=revision, local_files_only=True))
         except OSError:

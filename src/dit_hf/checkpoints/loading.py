@@ -1,11 +1,12 @@
 """Models built from the checkpoints of other code bases."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 
-from .family import Family, computed_tables
+from ..files import check_path
+from .family import Family, computed_tables, without_weights
 from .links import download, is_link
 from .parsing import Checkpoint, parse_checkpoint
 
@@ -37,8 +38,7 @@ def load_model(
         OSError: if a link can't be downloaded.
     """
     path = pretrained_model_link_or_path
-    if is_link(path):
-        path = download(str(path))
+    path = download(str(path)) if is_link(path) else check_path("pretrained_model_link_or_path", path)
     checkpoint = parse_checkpoint(path, num_attention_heads, family, weights, has_null_class=has_null_class)
     return build_model(model_class, checkpoint, path, dtype)
 
@@ -62,23 +62,41 @@ def build_model(model_class, checkpoint: Checkpoint, path: str | Path, dtype: to
         ValueError: if a key is missing, unknown or of another shape.
     """
     try:
-        with init_empty_weights():
-            model = model_class(**checkpoint.config)
+        model = without_weights(lambda: model_class(**checkpoint.config))
     except ValueError as error:
         raise ValueError(f"Checkpoint {path}: {error}") from None
     check_strictly(checkpoint, model, path)
     # Key by key and with a copy of its own, so that the file may go and no weight is in memory twice.
     for name in model.state_dict():
         kept = name.split(".")[0] in model_class._keep_in_fp32_modules
-        given = checkpoint.weights[name]
-        weight = given.to(torch.float32 if kept else dtype or torch.float32, copy=True)
-        if torch.finfo(weight.dtype).max < torch.finfo(given.dtype).max and not weight.isfinite().all():
-            raise ValueError(
-                f"Checkpoint {path}: {name!r} has values up to {given.abs().max().item():.3g}, which {weight.dtype} "
-                "has no room for; convert to another type."
-            )
+        weight = copy_weight(name, checkpoint.weights[name], torch.float32 if kept else dtype, path)
         model.load_state_dict({name: weight.contiguous()}, strict=False, assign=True)
     return model.eval()
+
+
+def copy_weight(name: str, given: torch.Tensor, dtype: torch.dtype | None, path: str | Path) -> torch.Tensor:
+    """
+    A weight of a file as a tensor of its own.
+
+    Args:
+        name (`str`): Its key, named in errors.
+        given (`torch.Tensor`): Its values.
+        dtype (`torch.dtype`, *optional*): Its new type, float32 if not given.
+        path (`str` or `Path`): Named in errors.
+
+    Returns:
+        `torch.Tensor`
+
+    Raises:
+        ValueError: if the type has no room for the values.
+    """
+    weight = given.to(dtype or torch.float32, copy=True)
+    if torch.finfo(weight.dtype).max < torch.finfo(given.dtype).max and not weight.isfinite().all():
+        raise ValueError(
+            f"Checkpoint {path}: {name!r} has values up to {given.abs().max().item():.3g}, which {weight.dtype} "
+            "has no room for; convert to another type."
+        )
+    return weight
 
 
 def check_strictly(checkpoint: Checkpoint, model, path: str | Path) -> None:
@@ -97,23 +115,47 @@ def check_strictly(checkpoint: Checkpoint, model, path: str | Path) -> None:
     needed = model.state_dict()
     table = source.key_table(checkpoint.config["num_layers"])
     table = {key: names for key, names in table.items() if any(name in needed for name in names)}
-    missing = sorted(set(table) - set(original))
-    unknown = sorted(set(original) - set(table) - set(source.tables))
+    shapes = {}
+    for key, names in table.items():
+        parts = [tuple(needed[name].shape) for name in names]
+        shapes[key] = (sum(part[0] for part in parts), *parts[0][1:])
+    check_keys(original, shapes, path, optional=source.tables)
+    for key, expected in original_tables(source, model).items():
+        if key in original and not _is_close(original[key], expected):
+            raise ValueError(f"Checkpoint {path}: {key!r} is not the table that {source.name} computes.")
+
+
+def check_keys(
+    given: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    path: str | Path,
+    optional: Collection[str] = (),
+) -> None:
+    """
+    That weights are the ones that are needed, in the shapes that are needed.
+
+    Args:
+        given (`dict[str, torch.Tensor]`): Of a checkpoint.
+        shapes (`dict[str, tuple[int, ...]]`): Of every key that is needed.
+        path (`str` or `Path`): Named in errors.
+        optional (`Collection[str]`): Keys that may be there as well, in any shape.
+
+    Raises:
+        ValueError: naming the first key that is missing, unknown or of another shape.
+    """
+    missing = sorted(set(shapes) - set(given))
+    unknown = sorted(set(given) - set(shapes) - set(optional))
     for keys, what in ((missing, "is missing"), (unknown, "is unknown")):
         if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
             raise ValueError(f"Checkpoint {path}: the key {keys[0]!r} {what}{more}.")
-    for key, names in table.items():
-        shapes = [tuple(needed[name].shape) for name in names]
-        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        given = original[key]
-        if not given.is_floating_point():
-            raise ValueError(f"Checkpoint {path}: {key!r} holds {given.dtype}, not floating-point numbers.")
-        if tuple(given.shape) != shape:
-            raise ValueError(f"Checkpoint {path}: {key!r} has shape {tuple(given.shape)}, where {shape} is needed.")
-    for key, expected in original_tables(source, model).items():
-        if key in original and not _is_close(original[key], expected):
-            raise ValueError(f"Checkpoint {path}: {key!r} is not the table that {source.name} computes.")
+    for key, shape in shapes.items():
+        if not given[key].is_floating_point():
+            raise ValueError(f"Checkpoint {path}: {key!r} holds {given[key].dtype}, not floating-point numbers.")
+        if tuple(given[key].shape) != shape:
+            raise ValueError(
+                f"Checkpoint {path}: {key!r} has shape {tuple(given[key].shape)}, where {shape} is needed."
+            )
 
 
 def _is_close(given, expected):

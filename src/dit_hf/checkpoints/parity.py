@@ -1,7 +1,9 @@
 """Whether a converted model computes what its checkpoint computes, and goes back to it: measured, not assumed."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +45,7 @@ class Parity:
     @property
     def holds(self) -> bool:
         """Whether rounding explains every difference."""
-        outputs = _largest((self.forward, self.forward_back))
+        outputs = largest((self.forward, self.forward_back))
         close = outputs <= FORWARD_TOLERANCE[self.dtype] and self.weights <= WEIGHT_TOLERANCE[self.dtype]
         return close and not self.changed
 
@@ -99,24 +101,38 @@ def measure_parity(checkpoint: Checkpoint, model, training_only: str | Path | No
             family.reference_forward(weights, config.num_attention_heads, latents, time, labels, *ends)
             for weights in (checkpoint.original | tables, back)
         ]
-    # A fresh model's head is zero, and so are all outputs.
-    largest = [expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny) for expected in outputs]
-    differences = [
-        ((output - expected).abs().max() / scale).item() for expected, scale in zip(outputs, largest, strict=True)
-    ]
+    forward, forward_back = (output_distance(output, expected) for expected in outputs)
     original = checkpoint.original | checkpoint.training_only
     # The stock format has its table of positions in some files only.
     original = {key: weight for key, weight in original.items() if key in back or key not in family.tables}
-    exact = sum(torch.equal(weight, back[key].to(weight.dtype)) for key, weight in original.items())
-    apart = _largest(_distance(weight, back[key].to(weight.dtype)) for key, weight in original.items())
     baked = {key for key, ours in family.keys.items() if family.data_at_one and ours == "time_embed.linear_1.weight"}
-    renamed = original.keys() - baked - family.tables.keys()
-    changed = sum(not _is_rounded(original[key], back[key]) for key in renamed)
-    forward, forward_back = differences
-    return Parity(forward, forward_back, apart, exact, changed, len(original), model.dtype)
+    weights = compare_weights(original, back, original.keys() - baked - family.tables.keys())
+    return Parity(forward, forward_back, **weights, dtype=model.dtype)
 
 
-def _largest(values):
+def compare_weights(
+    original: dict[str, torch.Tensor], back: dict[str, torch.Tensor], renamed: Collection[str]
+) -> dict[str, Any]:
+    """
+    What [`Parity`] says of weights.
+
+    Args:
+        original (`dict[str, torch.Tensor]`): Of the file.
+        back (`dict[str, torch.Tensor]`): What was written back.
+        renamed (`Collection[str]`): Keys of those that must come back as they were.
+
+    Returns:
+        `dict`: `weights`, `exact`, `changed` and `total`.
+    """
+    return {
+        "weights": largest(_distance(weight, back[key].to(weight.dtype)) for key, weight in original.items()),
+        "exact": sum(torch.equal(weight, back[key].to(weight.dtype)) for key, weight in original.items()),
+        "changed": sum(not _is_rounded(original[key], back[key]) for key in renamed),
+        "total": len(original),
+    }
+
+
+def largest(values):
     """The largest of some numbers; NaN if any of them is, which `max` may pass over."""
     return torch.tensor(list(values)).max().item()
 
@@ -125,6 +141,12 @@ def _is_rounded(given, written):
     """Whether two weights are equal in the lower of their types."""
     dtype = given.dtype if written.dtype == torch.float32 else written.dtype
     return torch.equal(given.to(dtype), written.to(dtype))
+
+
+def output_distance(output, expected):
+    """Largest difference, relative to the largest output; a fresh model's head is zero, and so are all outputs."""
+    scale = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return ((output - expected).abs().max() / scale).item()
 
 
 def _distance(given, written):

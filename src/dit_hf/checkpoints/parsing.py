@@ -12,7 +12,14 @@ from diffusers.utils import logging
 from ..presets import PRESETS
 from . import FAMILIES
 from .family import Family, infer_mlp_ratio
-from .reading import find_entry, find_file, read_checkpoint, select_weights, training_arguments
+from .reading import (
+    find_entry,
+    find_file,
+    holds_autoencoder,
+    read_checkpoint,
+    select_weights,
+    training_arguments,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -47,6 +54,11 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]
     training_only: dict[str, torch.Tensor]
     entry: str | None = None
+
+    @property
+    def latents_statistics(self) -> tuple[list[float], list[float]] | None:
+        """Mean and standard deviation of the latents, per channel, where the file has them."""
+        return self.family.latents_statistics(self.training_only) if self.family.latents_statistics else None
 
     def describe(self) -> str:
         """What the weights say about the model, in one line."""
@@ -97,6 +109,7 @@ def parse_checkpoint(
     weights: str = "auto",
     embedders_of_block: int | None = None,
     has_null_class: bool | None = None,
+    content: dict | None = None,
 ) -> Checkpoint:
     """
     Reads a checkpoint and what its weights say about the model; only baked weights are copied.
@@ -113,6 +126,7 @@ def parse_checkpoint(
             Whether the last row of the class table is the null class of classifier-free guidance. If not given, the
             training arguments tell, or a table of 1000 rows (ImageNet's classes) or of one row has none, any other has
             one.
+        content (`dict`, *optional*): What [`read_checkpoint`] gave, if the file is open already.
 
     Returns:
         `Checkpoint`
@@ -120,10 +134,17 @@ def parse_checkpoint(
     Raises:
         ValueError: if the file is no such checkpoint; the message names the file and the key.
     """
+    heads = num_attention_heads
+    if heads is not None and (isinstance(heads, bool) or not isinstance(heads, int) or heads < 1):
+        raise ValueError(f"`num_attention_heads` is {heads!r}; it must be a whole number from 1.")
+    if has_null_class not in (None, True, False):
+        raise ValueError(f"`has_null_class` is {has_null_class!r}; it must be True, False or None.")
     if family not in ("auto", *FAMILIES):
         raise ValueError(f"`family` is {family!r}; it must be one of auto, {', '.join(FAMILIES)}.")
     path = find_file(Path(path))
-    content = read_checkpoint(path)
+    content = read_checkpoint(path) if content is None else content
+    if holds_autoencoder(content):
+        raise ValueError(f"Checkpoint {path} is an autoencoder, no transformer; `--family vavae` converts it.")
     entry = find_entry(content, weights, path)
     original = select_weights(content, entry, path)
     arguments = training_arguments(content)

@@ -16,6 +16,8 @@ from ..files import check_file, first_line
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # Entries that training scripts keep their weights under, by what `weights` asks for.
 ENTRIES = {"ema": ("ema", "model_ema", "ema_model"), "model": ("model", "module", "state_dict")}
+# Keys of the autoencoders of latent diffusion, and of nothing else.
+AUTOENCODER_MARKS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 # The pickle of a zip archive has names, shapes and plain values; the tensors are beside it.
 MAX_PICKLE_BYTES = 32 * 2**20
 ENCRYPTED = 1
@@ -161,9 +163,11 @@ def find_entry(content: dict, weights: str, path: str | Path) -> str | None:
     Raises:
         ValueError: if there are no such weights.
     """
-    if weights not in ("auto", *ENTRIES):
+    if not isinstance(weights, str) or weights not in ("auto", *ENTRIES):
         raise ValueError(f"`weights` is {weights!r}; it must be one of auto, {', '.join(ENTRIES)}.")
-    found = {kind: [name for name in names if content.get(name)] for kind, names in ENTRIES.items()}
+    # An entry for an average that was not kept may be empty.
+    empty = {name for name, value in content.items() if value is None or (isinstance(value, dict) and not value)}
+    found = {kind: [name for name in names if name in content.keys() - empty] for kind, names in ENTRIES.items()}
     present = found["ema"] + found["model"]
     if weights == "auto" or not present:
         return present[0] if present else None
@@ -178,7 +182,9 @@ def find_entry(content: dict, weights: str, path: str | Path) -> str | None:
     )
 
 
-def select_weights(content: dict, entry: str | None, path: str | Path) -> dict[str, torch.Tensor]:
+def select_weights(
+    content: dict, entry: str | None, path: str | Path, beginnings: tuple[str, ...] = ("",)
+) -> dict[str, torch.Tensor]:
     """
     The state dict inside a checkpoint.
 
@@ -188,6 +194,7 @@ def select_weights(content: dict, entry: str | None, path: str | Path) -> dict[s
         content (`dict`): From [`read_checkpoint`].
         entry (`str`, *optional*): From [`find_entry`].
         path (`str` or `Path`): Named in errors.
+        beginnings (`tuple[str, ...]`, *optional*): Of the keys that are taken; all if not given.
 
     Returns:
         `dict[str, torch.Tensor]`
@@ -198,6 +205,7 @@ def select_weights(content: dict, entry: str | None, path: str | Path) -> dict[s
     content = content if entry is None else content[entry]
     if not isinstance(content, dict):
         raise ValueError(f"Checkpoint {path}: its weights are a {type(content).__name__}, not a dictionary.")
+    content = {key: value for key, value in content.items() if WRAPPERS.sub("", str(key)).startswith(beginnings)}
     for key, value in content.items():
         if problem := find_problem(key, value) if isinstance(key, str) else "is no name of a weight":
             raise ValueError(f"Checkpoint {path}: {key!r} {problem}.")
@@ -205,6 +213,21 @@ def select_weights(content: dict, entry: str | None, path: str | Path) -> dict[s
     if len(unwrapped) < len(content):
         raise ValueError(f"Checkpoint {path} holds a weight twice, with and without `module.` or `_orig_mod.`.")
     return unwrapped
+
+
+def holds_autoencoder(content: dict) -> bool:
+    """
+    Whether a file's weights are an autoencoder's, by their keys.
+
+    Args:
+        content (`dict`): From [`read_checkpoint`].
+
+    Returns:
+        `bool`
+    """
+    entries = [content, *(content.get(name) for names in ENTRIES.values() for name in names)]
+    keys = [{WRAPPERS.sub("", str(key)) for key in entry} for entry in entries if isinstance(entry, dict)]
+    return any(names.issuperset(AUTOENCODER_MARKS) for names in keys)
 
 
 def find_problem(key: str, value) -> str | None:

@@ -89,23 +89,37 @@ def save_original(model, family: Family, path: str | Path, training_only: str | 
     """
     path = check_new_file(path, family)
     weights = original_state_dict(model, family, training_only)
-    is_file = path.suffix in ENDINGS
-    with writing(path) if is_file else writing_folder(path) as partial:
-        if path.suffix == ".safetensors":
-            save_file({key: weight.contiguous() for key, weight in weights.items()}, partial)
-        elif path.suffix == ".pt":
-            torch.save({family.wrapper: weights} if family.wrapper else weights, partial)
-        elif family.save_folder:
+    if path.suffix in ENDINGS:
+        save_weights(weights, path, family.wrapper)
+    elif family.save_folder:
+        with writing_folder(path) as partial:
             family.save_folder(model.config, weights, partial)
 
 
-def check_new_file(path: str | Path, family: Family) -> Path:
+def save_weights(weights: dict[str, torch.Tensor], path: Path, wrapper: str | None = None) -> None:
+    """
+    Writes a file of weights, whole or not at all.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): Any.
+        path (`Path`): `.safetensors` or `.pt`.
+        wrapper (`str`, *optional*): Entry of a `.pt` file that holds them.
+    """
+    with writing(path) as partial:
+        if path.suffix == ".safetensors":
+            save_file({key: weight.contiguous() for key, weight in weights.items()}, partial)
+        else:
+            torch.save({wrapper: weights} if wrapper else weights, partial)
+
+
+def check_new_file(path: str | Path, family: Family | None = None, endings: tuple[str, ...] = ENDINGS) -> Path:
     """
     That a checkpoint can be written, before any work.
 
     Args:
         path (`str` or `Path`): As [`save_original`] takes it.
-        family (`Family`): To be written as.
+        family (`Family`, *optional*): To be written as, which may allow a folder.
+        endings (`tuple[str, ...]`): That the name of a file may have.
 
     Returns:
         `Path`
@@ -114,9 +128,9 @@ def check_new_file(path: str | Path, family: Family) -> Path:
         ValueError: if the ending is unknown, there is something already, or nothing can be written there.
     """
     path = Path(path)
-    if path.suffix not in ENDINGS and not family.save_folder:
-        raise ValueError(f"The file {path} must end in {' or '.join(ENDINGS)}.")
+    if path.suffix not in endings and not (family and family.save_folder):
+        raise ValueError(f"The file {path} must end in {' or '.join(endings)}.")
     check_writable(path)
-    if os.path.lexists(path) if path.suffix in ENDINGS else is_occupied(path):
+    if os.path.lexists(path) if path.suffix in endings else is_occupied(path):
         raise ValueError(f"{path} exists; choose a new name.")
     return path

@@ -6,10 +6,13 @@ from pathlib import Path
 import torch
 
 from ..command_line import ArgumentParser, integer, real, run
-from ..files import check_folder, is_occupied
-from ..hub import CardFacts
+from ..files import check_folder, is_occupied, writing_folder
+from ..hub import CardFacts, write_card
 from ..pipeline import DiTClassCondPipeline
 from ..training.ema import average_after_training
+from ..training.finetuning import frozen_names
+from ..training.records import read_settings, read_snapshots
+from ..training.trainer import LOG_FILE, SETTINGS_FILE
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,18 +31,24 @@ def main() -> None:
     args = parse_args()
     if is_occupied(check_folder(args.output_dir, "--output_dir")):
         raise ValueError(f"--output_dir {args.output_dir} is not empty; choose a new folder.")
-    weights = average_after_training(args.run / "ema", args.sigma_rel, args.step)
+    kept = read_snapshots(args.run / LOG_FILE)
+    weights = average_after_training(args.run / "ema", args.sigma_rel, args.step, kept)
     pipe = DiTClassCondPipeline.from_pretrained(args.run / "pipeline", dtype=torch.float32)
     parameters = dict(pipe.transformer.named_parameters())
-    if unknown := weights.keys() - parameters.keys():  # frozen parameters have no average, but not the converse
+    if unknown := weights.keys() - parameters.keys():
         raise ValueError(f"{args.run / 'ema'} is of another model: the pipeline has no {min(unknown)}.")
+    frozen = read_settings(args.run / SETTINGS_FILE).get("freeze", ())
+    if missing := parameters.keys() - weights.keys() - frozen_names(parameters, frozen):
+        raise ValueError(f"{args.run / 'ema'} is incomplete: its snapshots have no {min(missing)}.")
     for name, weight in weights.items():
         if weight.shape != parameters[name].shape:
             raise ValueError(f"{args.run / 'ema'} is of another model: the pipeline's {name} has another shape.")
         parameters[name].copy_(weight)
     pipe.register_to_config(_name_or_path=None)  # its card is of other weights
     recipe = {"weights": f"averaged after training, sigma_rel {args.sigma_rel}", "run": args.run.name}
-    pipe.save_pretrained(args.output_dir, card=CardFacts(recipe=recipe))
+    with writing_folder(args.output_dir) as partial:
+        pipe.save_pretrained(partial)
+        write_card(pipe, partial, args.output_dir.resolve().name, CardFacts(recipe=recipe))
     print(f"Pipeline: {args.output_dir}")
 
 

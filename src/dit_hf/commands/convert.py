@@ -4,7 +4,7 @@
         --id2label imagenet.json
 
 Expected: the time it takes to read and write the weights, and six forward passes. Every dimension is read off the
-weights.
+weights. An original autoencoder (`--family vavae`) becomes the folder of an `AutoencoderKL`.
 """
 
 import filecmp
@@ -14,24 +14,16 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from ..checkpoints.autoencoder import Autoencoder, build_autoencoder
+from ..checkpoints.latents_stats import read_latents_stats
 from ..checkpoints.parsing import IMAGENET_CLASSES
 from ..checkpoints.saving import TRAINING_ONLY_FILE
-from ..command_line import ArgumentParser, run
-from ..conversion import build_pipeline, check_vae
-from ..files import (
-    NO_CONTENT,
-    check_writable,
-    first_line,
-    is_occupied,
-    partial_path,
-    read_json,
-    remove,
-    remove_leftovers,
-    writing_folder,
-)
+from ..command_line import ArgumentParser, real, run
+from ..conversion import build_pipeline, check_vae, is_original_vae, load_original_vae
+from ..files import NO_CONTENT, check_writable, first_line, is_occupied, read_json, writing_folder
 from ..hub import CardFacts, publish_folder, write_card
 from ..transformer_dit import SIZES
-from .verify import DTYPES, add_checkpoint_arguments, read, verify
+from .verify import DTYPES, add_checkpoint_arguments, read, verify, verify_autoencoder
 
 
 def read_id2label(path):
@@ -74,38 +66,31 @@ def save_whole(pipe, checkpoint, args):
     """Writes to the side, verifies and renames, so that the folder is complete, right, or absent."""
     output_dir = Path(os.path.realpath(args.output_dir))
     occupied = is_occupied(output_dir)
-    # Where there is a folder already, what is written is compared with it.
-    target = partial_path(output_dir) if occupied else output_dir
-    remove_leftovers(output_dir.parent, output_dir.name)
-    try:
-        with writing_folder(target) as partial:
-            pipe.save_pretrained(partial)
-            write_card(pipe, partial, output_dir.name, card_facts(checkpoint, args))
-            if checkpoint.training_only:
-                save_file(checkpoint.training_only, partial / "transformer" / TRAINING_ONLY_FILE)
-            pipe.transformer.to("meta")  # its weights are on the disk now
-            try:
-                if not args.skip_verification:
-                    verify(checkpoint, partial, args.dtype, label=output_dir)
-                if occupied:
-                    check_same(partial, output_dir)
-            except OSError as error:  # of reading, which is no reason that it can't be written
-                raise ValueError(f"{output_dir} can't be verified: {first_line(error)}") from error
-    finally:
-        if occupied:
-            remove(target)
+    with writing_folder(output_dir) as partial:
+        pipe.save_pretrained(partial)
+        write_card(pipe, partial, output_dir.name, card_facts(checkpoint, args))
+        if checkpoint.training_only:
+            save_file(checkpoint.training_only, partial / "transformer" / TRAINING_ONLY_FILE)
+        pipe.transformer.to("meta")  # its weights are on the disk now
+        try:
+            if not args.skip_verification:
+                verify(checkpoint, partial, args.dtype, label=output_dir)
+            if occupied:
+                check_same(partial, output_dir)
+                (partial / "README.md").unlink()  # the one that is there may have been edited
+        except OSError as error:  # of reading, which is no reason that it can't be written
+            raise ValueError(f"{output_dir} can't be verified: {first_line(error)}") from error
+
+
+def files_in(folder):
+    """Names of all files in a folder that are its content."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {name for name in names if not any(map(NO_CONTENT.fullmatch, name.parts))}
 
 
 def check_same(new, old):
-    """That a folder holds what was just converted; its card may have been edited."""
-    files = [
-        {
-            path.relative_to(folder)
-            for path in folder.rglob("*")
-            if path.is_file() and not NO_CONTENT.fullmatch(path.name)
-        }
-        for folder in (new, old)
-    ]
+    """That a folder holds what was just converted; their cards may differ."""
+    files = [files_in(folder) for folder in (new, old)]
     same = filecmp.cmpfiles(new, old, files[0] & files[1], shallow=False)[0]
     differing = {str(file) for file in files[0] | files[1]} - {str(file) for file in same} - {"README.md"}
     if differing:
@@ -115,11 +100,63 @@ def check_same(new, old):
         )
 
 
+def read_statistics(args):
+    """The statistics of an original autoencoder's latents, which its file has not."""
+    if args.latents_stats is None:
+        raise ValueError(
+            f"{args.vae or args.checkpoint_path} is an original autoencoder, whose file has no statistics of its "
+            "latents; pass --latents_stats FILE, the latents_stats.pt published with it (for a Stable Diffusion VAE "
+            "pass --vae with its diffusers folder or Hub id instead)."
+        )
+    try:
+        return read_latents_stats(args.latents_stats, args.latent_multiplier)
+    except ValueError as error:
+        raise ValueError(f"--latents_stats: {error}") from None
+
+
+def find_vae(checkpoint, args):
+    """The autoencoder for a model's latents, checked: a name that is loaded later, or an original one, loaded."""
+    in_channels = checkpoint.config["in_channels"]
+    if args.vae and is_original_vae(args.vae):
+        own = None if args.latents_stats else checkpoint.latents_statistics
+        return load_original_vae(args.vae, in_channels, own or read_statistics(args), args.norm_num_groups)
+    if args.vae:
+        check_vae(args.vae, in_channels)
+    if args.latents_stats:
+        raise ValueError("--latents_stats is for an original autoencoder; pass its file as --vae, or omit the flag.")
+    return args.vae
+
+
+def convert_autoencoder(autoencoder, args):
+    """Writes the folder of an `AutoencoderKL`, whole, verified, or not at all."""
+    for flag in ("vae", "id2label", "license", "push_to_hub"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag} is for pipelines, and {args.checkpoint_path} is an autoencoder; omit it.")
+    vae = build_autoencoder(autoencoder, args.checkpoint_path, read_statistics(args), DTYPES[args.dtype])
+    if args.dry_run:
+        return
+    with writing_folder(args.output_dir) as partial:
+        vae.save_pretrained(partial)
+        vae.to("meta")  # its weights are on the disk now
+        if not args.skip_verification:
+            verify_autoencoder(autoencoder, partial, args.dtype, label=args.output_dir)
+    print(f"Autoencoder: {args.output_dir}")
+
+
 def parse_args():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_checkpoint_arguments(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="New folder for the pipeline.")
-    parser.add_argument("--vae", help="Folder or Hub id of an autoencoder to put into the pipeline.")
+    parser.add_argument("--vae", help="Folder, Hub id or original file of an autoencoder to put into the pipeline.")
+    parser.add_argument(
+        "--latents_stats", type=Path, help="Statistics of an original autoencoder's latents (latents_stats.pt)."
+    )
+    parser.add_argument(
+        "--latent_multiplier",
+        type=real(above=0),
+        default=1.0,
+        help="What LightningDiT's configuration multiplies normalised latents by.",
+    )
     parser.add_argument("--id2label", type=Path, help="JSON list of class names, or object of id to name.")
     parser.add_argument("--dry_run", action="store_true", help="Say what the file holds and write nothing.")
     parser.add_argument("--skip_verification", action="store_true", help="Do not compare what was written.")
@@ -142,19 +179,21 @@ def main():
         raise ValueError(f"--id2label: {error}") from None
     checkpoint = read(args)
     print(checkpoint.describe())
+    if isinstance(checkpoint, Autoencoder):
+        convert_autoencoder(checkpoint, args)
+        return
     if checkpoint.family.reading_note:
         print(f"Note: {checkpoint.family.reading_note}.")
     if checkpoint.training_only:
         print(f"{len(checkpoint.training_only)} training-only weights go to transformer/{TRAINING_ONLY_FILE}.")
     in_channels = checkpoint.config["in_channels"]
-    if args.vae:
-        check_vae(args.vae, in_channels)
-    elif in_channels != 3:
+    vae = find_vae(checkpoint, args)
+    if not vae and in_channels != 3:
         print("The pipeline has no VAE, so it generates latents (`output_type='latent'`); pass --vae for images.")
     check_names(id2label, checkpoint.config["num_classes"])
     if args.dry_run:
         return
-    pipe = build_pipeline(checkpoint, args.checkpoint_path, DTYPES[args.dtype], args.vae, id2label)
+    pipe = build_pipeline(checkpoint, args.checkpoint_path, DTYPES[args.dtype], vae, id2label)
     save_whole(pipe, checkpoint, args)
     print(f"Pipeline: {args.output_dir}")
     if args.push_to_hub:

@@ -8,14 +8,19 @@ folder for diffusers' own `DiTTransformer2DModel`.
 
 from pathlib import Path
 
-from diffusers import DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler
 
 from ..bundled import resolve_pipeline
 from ..checkpoints import FAMILIES, Family
-from ..checkpoints.saving import TRAINING_ONLY_FILE, check_new_file, save_original
+from ..checkpoints.autoencoder import original_autoencoder
+from ..checkpoints.latents_stats import FORMS, original_latents_stats
+from ..checkpoints.saving import TRAINING_ONLY_FILE, check_new_file, save_original, save_weights
 from ..command_line import ArgumentParser, run
 from ..conversion import load_transformer
+from ..data.autoencoders import load_autoencoder
+from ..files import read_json
 from ..hub import source_file
+from ..model_folders import check_autoencoder
 from ..schedulers import trained_prediction
 
 
@@ -25,10 +30,18 @@ def parse_args():
         "--pretrained_model_name_or_path",
         "--model_path",
         required=True,
-        help="Folder of a pipeline or of a transformer, Hub id of a pipeline, or bundled name.",
+        help="Folder of a pipeline, transformer or autoencoder, Hub id of a pipeline, or bundled name.",
     )
-    parser.add_argument("--family", choices=tuple(FAMILIES), required=True, help="Code base that will load it.")
+    parser.add_argument(
+        "--family",
+        choices=tuple(dict.fromkeys((*FAMILIES, *FORMS))),
+        required=True,
+        help="Code base that will load it.",
+    )
     parser.add_argument("--checkpoint_path", type=Path, required=True, help="New file, .pt or .safetensors.")
+    parser.add_argument(
+        "--latents_stats", type=Path, help="New file, .pt, for the statistics of an autoencoder's latents."
+    )
     return parser.parse_args()
 
 
@@ -49,9 +62,44 @@ def check_prediction(name: str, family: Family, timestep_scale: float) -> None:
         raise ValueError(f"{name} predicts {prediction}, and {family.name}'s code would take it for {expected}.")
 
 
+def is_autoencoder(name: str) -> bool:
+    """Whether a name is the folder of an autoencoder."""
+    file = Path(name, "config.json")
+    return file.is_file() and read_json(file).get("_class_name") == AutoencoderKL.__name__
+
+
+def export_autoencoder(args):
+    """Writes an autoencoder's weights and, if asked for, the statistics of its latents."""
+    name = args.pretrained_model_name_or_path
+    if args.family not in FORMS:
+        raise ValueError(f"{name} is an autoencoder; pass --family {' or '.join(FORMS)}.")
+    if not is_autoencoder(name):
+        raise ValueError(f"{name} must be the folder of an AutoencoderKL, such as the folder vae of a pipeline.")
+    check_new_file(args.checkpoint_path)
+    if args.latents_stats:
+        check_new_file(args.latents_stats, endings=(".pt",))
+        if args.latents_stats.resolve() == args.checkpoint_path.resolve():
+            raise ValueError(f"--latents_stats and --checkpoint_path are both {args.checkpoint_path}.")
+    check_autoencoder(Path(name, "config.json"), AutoencoderKL)
+    vae = load_autoencoder(name)
+    weights = original_autoencoder(vae)
+    statistics = original_latents_stats(vae, args.family) if args.latents_stats else None
+    save_weights(weights, args.checkpoint_path)
+    print(f"Checkpoint: {args.checkpoint_path}")
+    if statistics:
+        save_weights(statistics, args.latents_stats)
+        print(f"Statistics of the latents: {args.latents_stats}")
+
+
 def main():
     args = parse_args()
-    name, family = args.pretrained_model_name_or_path, FAMILIES[args.family]
+    name = args.pretrained_model_name_or_path
+    if args.family not in FAMILIES or is_autoencoder(name):
+        export_autoencoder(args)
+        return
+    if args.latents_stats:
+        raise ValueError(f"--latents_stats is for the folder of an autoencoder, and {name} is none; omit it.")
+    family = FAMILIES[args.family]
     check_new_file(args.checkpoint_path, family)
     model, is_pipeline = load_transformer(name)
     if is_pipeline:

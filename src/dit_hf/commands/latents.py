@@ -1,7 +1,6 @@
 """Encodes a dataset's images once, with any number of processes, for `train --latents_dir`."""
 
 import argparse
-import os
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 from ..command_line import ArgumentParser, integer, real, run
 from ..data.latents import verify_latents
 from ..data.shards import INDEX, MAX_SHARD_SIZE, shard_facts
-from ..files import check_apart, check_writable, remove, writing
+from ..files import check_apart, check_writable, writing_folder
 from ..training.alignment import load_encoder
 from ..training.data import ImageData, latent_size, write_latents
 from ..training.model import image_resolution, load_vae
@@ -77,18 +76,6 @@ def check_output(folder: Path, source: str | Path | None) -> None:
         raise ValueError(f"{folder / 'vae'} was not written by this command; choose another --output_dir.")
 
 
-def save_vae(vae, folder: Path) -> None:
-    """Saves the autoencoder file by file, so that one that was read from the same folder is whole at any time."""
-    folder.mkdir(exist_ok=True)
-    saved = folder / ".saved"
-    remove(saved)  # of a killed run
-    with writing(saved) as partial:
-        vae.save_pretrained(partial)
-    for file in sorted(saved.iterdir(), reverse=True):  # the config, which holds the statistics, last
-        os.replace(file, folder / file.name)
-    remove(saved)
-
-
 def main() -> None:
     """Encodes as the command line says, verifies what was written, and saves the VAE with its statistics beside it."""
     args = parse_args()
@@ -107,7 +94,8 @@ def main() -> None:
             index = verify_latents(args.output_dir)
             statistics = {name: index[name] for name in ("latents_mean", "latents_std")}
             vae.register_to_config(**statistics, scaling_factor=1.0, shift_factor=None)
-            save_vae(vae, args.output_dir / "vae")
+            with writing_folder(args.output_dir / "vae") as partial:  # from which it may have been read
+                vae.save_pretrained(partial)
             print(f"{index['count']} images, {len(index['shards'])} shards, verified: {args.output_dir}")
 
 

@@ -32,7 +32,7 @@ from ..evaluation.reference import reference_statistics, save_statistics
 from ..evaluation.samples import check_recipe, sampling_recipe
 from ..evaluation.sources import ImageSource
 from ..evaluation.training_images import check_classes, evaluate
-from ..files import check_apart, check_links, check_writable, printable, writing
+from ..files import check_apart, check_folder, check_links, check_writable, printable, writing
 from ..hub import CardFacts, publish_folder, write_card
 from ..hub.model_card import PIPELINE_TAG
 from ..pipeline import DiTClassCondPipeline
@@ -111,9 +111,7 @@ def check_outputs(args):
             continue
         if flag != "--cache_dir" and path.is_dir():
             raise ValueError(f"{flag} {path} is a folder; it must name a file.")
-        if flag == "--cache_dir" and path.exists() and not path.is_dir():
-            raise ValueError(f"{flag} {path} is a file; it must name a folder.")
-        check_writable(path)
+        check_folder(path, flag) if flag == "--cache_dir" else check_writable(path)
         for source in sources:
             check_apart(path, source, flag)
     if args.output and args.save_statistics and args.output.resolve() == args.save_statistics.resolve():

@@ -36,6 +36,7 @@ from ..files import check_apart, check_folder, is_occupied, read_json, remove_le
 from ..pipeline import DiTClassCondPipeline
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import seeded_generator
+from ..training.config import GUIDANCE
 from ..training.records import check_same_settings, record_settings
 from ..training.running import only_run, start_accelerator
 from ..training.validation import check_sampling
@@ -107,7 +108,7 @@ def add_call_flags(parser):
     parser.add_argument(
         "--num_inference_steps", type=integer(at_least=1, at_most=100_000), help=f"Sampler steps; {default}."
     )
-    parser.add_argument("--guidance_scale", type=real(at_least=0), help=f"Classifier-free guidance; {default}.")
+    parser.add_argument("--guidance_scale", type=GUIDANCE, help=f"Classifier-free guidance, at most 1000; {default}.")
     parser.add_argument(
         "--guidance_channels", type=integer(at_least=1), help=f"Guided channels, 3 in the paper; {default}."
     )

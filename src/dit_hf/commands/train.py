@@ -11,7 +11,9 @@ from accelerate.utils import DistributedType, set_seed
 
 from ..command_line import run
 from ..data.autoencoders import latent_channels, vae_statistics
+from ..data.fingerprints import fingerprint_of
 from ..data.latents import EncodedImages, latent_shape, read_index
+from ..data.shards import known_fingerprint
 from ..files import check_apart, check_folder
 from ..hub import BackgroundUploads, publish_folder
 from ..pipeline import DiTClassCondPipeline
@@ -137,7 +139,11 @@ class Training:
         if self.reader is not None:
             self.facts |= {name: getattr(args, name) for name in DATA}
             made_by = checksums(self.vae, self.encoder)
-            self.facts["latents"] = self.data.fingerprint(self.reader, args.shard_size, **made_by)
+            settings = self.data.settings(self.reader, args.shard_size, **made_by)
+            cache = args.output_dir / "latents"
+            self.facts["latents"] = (
+                known_fingerprint(cache, settings)[0] if args.cache_latents else fingerprint_of(settings)
+            )
         else:
             self.facts["latents"] = self.latents.index["fingerprint"]
         if keep or not args.cache_latents:

@@ -1,12 +1,13 @@
 """The flags of `train`."""
 
 import argparse
+import os
 from pathlib import Path
 
 from ..bundled import resolve_pipeline
 from ..command_line import ArgumentParser
 from ..presets import PRESETS
-from ..training.config import COUNT, NOT_NEGATIVE, POSITIVE, RANGES, SCHEDULES
+from ..training.config import COUNT, GUIDANCE, RANGES, SCHEDULES, SNR_GAMMA
 from ..training.guard import POLICIES
 from ..training.objectives import OBJECTIVES, TIME_SAMPLERS
 from ..training.recipes import RECIPES
@@ -48,7 +49,7 @@ def parse_args() -> argparse.Namespace:
         if getattr(args, flag) != parser.get_default(flag) and without_effect(args):
             parser.error(f"--{flag} has no effect {why}")
     if args.hub_model_id is None:
-        args.hub_model_id = args.output_dir.resolve().name
+        args.hub_model_id = os.path.basename(os.path.realpath(args.output_dir))
     if args.pretrained_model_name_or_path is not None:
         args.pretrained_model_name_or_path = resolve_pipeline(args.pretrained_model_name_or_path)
     elif args.vae is None and args.latents_dir is not None:
@@ -95,10 +96,15 @@ def add_training_arguments(parser):
     train.add_argument("--recipe", choices=RECIPES, help="A paper's settings; other flags replace single values.")
     train.add_argument("--objective", choices=OBJECTIVES, default="velocity", help="What is predicted.")
     train.add_argument("--time_sampling", choices=TIME_SAMPLERS, default="logit_normal", help="Of velocity's sigma.")
-    train.add_argument("--snr_gamma", type=POSITIVE, help="Bound of min-SNR weights for epsilon; none if not given.")
+    train.add_argument(
+        "--snr_gamma", type=SNR_GAMMA, help="Bound of min-SNR weights for epsilon, at most 1e6; none if not given."
+    )
     train.add_argument("--cosine_loss", action="store_true", help="Add LightningDiT's direction loss to velocity.")
     train.add_argument(
-        "--proj_coeff", type=RANGES["proj_coeff"], default=0.0, help="Weight of REPA's alignment; 0 is none."
+        "--proj_coeff",
+        type=RANGES["proj_coeff"],
+        default=0.0,
+        help="Weight of REPA's alignment, at most 1000; 0 is none.",
     )
     train.add_argument("--alignment_depth", type=COUNT, default=4, help="Block whose tokens are aligned, from 1.")
     train.add_argument("--balance_classes", action="store_true", help="Draw all classes equally often.")
@@ -119,7 +125,9 @@ def add_training_arguments(parser):
     train.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
     train.add_argument("--on_spike", choices=POLICIES, default="skip", help="What a spike of the loss leads to.")
     train.add_argument("--max_train_steps", type=RANGES["max_train_steps"], default=4000, help="Optimizer steps.")
-    train.add_argument("--learning_rate", type=RANGES["learning_rate"], default=1e-3, help="Peak learning rate.")
+    train.add_argument(
+        "--learning_rate", type=RANGES["learning_rate"], default=1e-3, help="Peak learning rate, at most 10."
+    )
     train.add_argument(
         "--layer_decay", type=RANGES["layer_decay"], default=1.0, help="A block's rate over that of the next one."
     )
@@ -128,7 +136,9 @@ def add_training_arguments(parser):
         "--lr_warmup_steps", type=RANGES["lr_warmup_steps"], default=100, help="Steps of linear warm-up."
     )
     train.add_argument("--adam_beta2", type=RANGES["adam_beta2"], default=0.99, help="AdamW's second beta.")
-    train.add_argument("--weight_decay", type=RANGES["weight_decay"], default=0.0, help="AdamW's weight decay.")
+    train.add_argument(
+        "--weight_decay", type=RANGES["weight_decay"], default=0.0, help="AdamW's weight decay, at most 1000."
+    )
     train.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes.")
     train.add_argument(
         "--max_grad_norm", type=RANGES["max_grad_norm"], default=1.0, help="Gradient clipping; `inf` for none."
@@ -181,7 +191,7 @@ def add_output_arguments(parser):
     output.add_argument("--validation_inference_steps", type=COUNT, default=25, help="Sampler steps of a grid.")
     output.add_argument("--validation_split", help="Split whose images the samples' Fréchet distance is taken to.")
     output.add_argument("--validation_images", type=COUNT, default=1000, help="How many of them at most.")
-    output.add_argument("--guidance_scale", type=NOT_NEGATIVE, default=3.0, help="Guidance of a grid.")
+    output.add_argument("--guidance_scale", type=GUIDANCE, default=3.0, help="Guidance of a grid, at most 1000.")
     output.add_argument("--dry_run", action="store_true", help="Print what the run would take, and write nothing.")
     output.add_argument("--report_to", help="A tracker of accelerate: tensorboard, wandb ...")
     output.add_argument(

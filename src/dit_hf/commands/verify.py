@@ -11,12 +11,16 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import FAMILIES
+from ..checkpoints.autoencoder import NORM_NUM_GROUPS, VAVAE, Autoencoder, parse_autoencoder
+from ..checkpoints.autoencoder_parity import measure_autoencoder_parity
 from ..checkpoints.links import download, is_link
-from ..checkpoints.parity import measure_parity
+from ..checkpoints.parity import Parity, measure_parity
 from ..checkpoints.parsing import Checkpoint, parse_checkpoint
+from ..checkpoints.reading import find_file, holds_autoencoder, read_checkpoint
 from ..checkpoints.saving import TRAINING_ONLY_FILE
 from ..command_line import ArgumentParser, integer, run
 from ..conversion import load_transformer
+from ..data.autoencoders import load_autoencoder
 from ..hub import source_file
 
 
@@ -30,7 +34,9 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="A .pt, .bin or .safetensors file, the folder of a diffusers DiT, or the link to a file.",
     )
-    parser.add_argument("--family", choices=("auto", *FAMILIES), default="auto", help="Code base it comes from.")
+    parser.add_argument(
+        "--family", choices=("auto", *FAMILIES, VAVAE), default="auto", help="Code base it comes from."
+    )
     parser.add_argument(
         "--weights",
         choices=("auto", "ema", "model"),
@@ -60,13 +66,22 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer(at_least=0),
         help="Which copy to take where a diffusers DiT's were trained apart.",
     )
+    parser.add_argument(
+        "--norm_num_groups",
+        type=integer(at_least=1),
+        default=NORM_NUM_GROUPS,
+        help="Groups of the group norms of an original autoencoder.",
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Of the converted weights.")
 
 
-def read(args: argparse.Namespace) -> Checkpoint:
-    """The checkpoint of these arguments; a linked one is downloaded first."""
+def read(args: argparse.Namespace) -> Checkpoint | Autoencoder:
+    """The checkpoint of these arguments, a transformer's or an autoencoder's; a linked one is downloaded first."""
     if is_link(args.checkpoint_path):
         args.checkpoint_path = str(download(args.checkpoint_path))
+    content = read_checkpoint(find_file(Path(args.checkpoint_path)))
+    if args.family == VAVAE or (args.family == "auto" and holds_autoencoder(content)):
+        return parse_autoencoder(args.checkpoint_path, args.norm_num_groups, content)
     return parse_checkpoint(
         args.checkpoint_path,
         args.num_attention_heads,
@@ -74,6 +89,7 @@ def read(args: argparse.Namespace) -> Checkpoint:
         args.weights,
         args.embedders_of_block,
         args.has_null_class,
+        content,
     )
 
 
@@ -81,10 +97,21 @@ def verify(checkpoint: Checkpoint, name: str | Path, dtype: str, label: str | Pa
     """Reloads a pipeline and compares; prints the differences, and raises if they are more than rounding."""
     model, is_pipeline = load_transformer(str(name), DTYPES[dtype])
     file = f"transformer/{TRAINING_ONLY_FILE}" if is_pipeline else TRAINING_ONLY_FILE
-    parity = measure_parity(checkpoint, model, source_file(model, file))
+    report(measure_parity(checkpoint, model, source_file(model, file)), label or name)
+
+
+def verify_autoencoder(
+    autoencoder: Autoencoder, name: str | Path, dtype: str, label: str | Path | None = None
+) -> None:
+    """As [`verify`], for an autoencoder of its own."""
+    report(measure_autoencoder_parity(autoencoder, load_autoencoder(name, dtype=DTYPES[dtype])), label or name)
+
+
+def report(parity: Parity, name: str | Path) -> None:
+    """Prints the differences, and raises if they are more than rounding."""
     print(f"Parity: {parity}")
     if not parity.holds:
-        raise ValueError(f"{label or name} does not compute what its checkpoint computes: {parity}")
+        raise ValueError(f"{name} does not compute what its checkpoint computes: {parity}")
 
 
 def parse_args():
@@ -94,14 +121,16 @@ def parse_args():
         "--pretrained_model_name_or_path",
         "--model_path",
         required=True,
-        help="The converted pipeline: a folder, a Hub id or a bundled name; a transformer's folder too.",
+        help="The converted pipeline: a folder, a Hub id or a bundled name; or the folder of a model.",
     )
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    verify(read(args), args.pretrained_model_name_or_path, args.dtype)
+    checkpoint = read(args)
+    compare = verify_autoencoder if isinstance(checkpoint, Autoencoder) else verify
+    compare(checkpoint, args.pretrained_model_name_or_path, args.dtype)
 
 
 if __name__ == "__main__":

@@ -81,10 +81,35 @@ def cache_fingerprint(dataset, source: str | Path, **settings: Any) -> str:
 
 
 def summary(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as a cache records them: of a long list, such as the state of all files, its length and hash."""
+    """
+    Settings as a cache records them: of a long list, such as the state of all files, its length and hash. `undated` is
+    that state without dates, which a copy of the files may not keep.
+    """
+    if _are_files(settings.get("data")):
+        settings = settings | {"undated": [file[:2] for file in settings["data"]]}
     long = {key: value for key, value in settings.items() if isinstance(value, list) and len(value) > LISTED}
     short = {key: {"count": len(value), "sha256": fingerprint_of({"": value})} for key, value in long.items()}
     return json.loads(json.dumps(settings | short, default=str))
+
+
+def _are_files(data):
+    return isinstance(data, list) and all(isinstance(file, tuple) for file in data)
+
+
+def differ_by_dates(before: Any, now: dict[str, Any]) -> bool:
+    """
+    Whether files have at most other dates than those of a cache, and all else is the same.
+
+    Args:
+        before: The [`summary`] that the cache recorded; a release before 0.3 recorded no `undated`.
+        now (`dict`): The settings of today.
+
+    Returns:
+        `bool`
+    """
+    found = summary(now)
+    same = isinstance(before, dict) and all(before.get(key) == found[key] for key in found if key != "data")
+    return same and "undated" in found
 
 
 def describe_change(before: dict[str, Any] | None, now: dict[str, Any] | None, date: float = 0.0) -> str:
@@ -105,10 +130,10 @@ def describe_change(before: dict[str, Any] | None, now: dict[str, Any] | None, d
     changes = [
         f"{key} was {before.get(key)}, now {found[key]}"
         for key in found
-        if key != "data" and before.get(key) != found[key]
+        if key not in ("data", "undated") and before.get(key) != found[key]
     ]
     if before.get("data") != found["data"]:
-        files = now["data"] if all(isinstance(file, tuple) for file in now["data"]) else []
+        files = now["data"] if _are_files(now["data"]) else []
         newer = [path for path, _, changed in files if changed > date * 1e9]
         which = f" ({listed(newer)} changed since)" if newer else ""
         changes.append(

@@ -32,13 +32,13 @@ from .shards import (
     check_checksums,
     check_shards,
     file_checksum,
-    index_checksum,
     read_index,
     remove_partial_shards,
     shard_digests,
     shard_facts,
     shard_labels,
     shard_path,
+    write_index,
 )
 
 
@@ -181,7 +181,9 @@ def _encode_shard(vae, reader, rows, first, encoder, batch_size):
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, skipped
 
 
-def check_images(cache_dir: str | Path, reader: ImageReader, shard_size: int = SHARD_SIZE) -> None:
+def check_images(
+    cache_dir: str | Path, reader: ImageReader, shard_size: int = SHARD_SIZE, every: bool = False
+) -> None:
     """
     Compares the content of a sample of images with what was encoded. The fingerprint knows files by size and date
     alone, which damage to a disk, or a copy that keeps dates, does not change. Images of a stream, and those of a
@@ -191,14 +193,20 @@ def check_images(cache_dir: str | Path, reader: ImageReader, shard_size: int = S
         cache_dir (`str` or `Path`): A cache of the same fingerprint, whether or not it is complete.
         reader (`ImageReader`): The images; of more than 256, the same 256 are chosen every time.
         shard_size (`int`, defaults to 2048): Images per shard.
+        every (`bool`, defaults to `False`): Whether all images are compared, as their dates have changed.
 
     Raises:
-        ValueError: naming the first image that is another one.
+        ValueError: naming the first image that is another one, or if every image of a stream would have to be read.
     """
     if isinstance(reader.dataset, datasets.IterableDataset):
+        if every:
+            raise ValueError(
+                f"The dates of the images of {cache_dir} have changed, and those of a stream can't be compared: omit "
+                "--streaming once, or restore the dates (`cp -p`, `rsync -t`)."
+            )
         return
     total, digests = len(reader.dataset), dict[int, Any]()
-    chosen = random.Random(0).sample(range(total), min(COMPARED_IMAGES, total))
+    chosen = random.Random(0).sample(range(total), total if every else min(COMPARED_IMAGES, total))
     for position in sorted(chosen):
         number, row = divmod(position, shard_size)
         path = shard_path(cache_dir, number)
@@ -209,8 +217,8 @@ def check_images(cache_dir: str | Path, reader: ImageReader, shard_size: int = S
         found = reader.dataset[position]
         if reader.digest(found, position) != digests[number][row]:
             raise ValueError(
-                f"{reader.name(found, position)} is not the image that {path} was encoded from, though name, size and "
-                "date are the same. Restore it, or choose another folder to encode all images again."
+                f"{reader.name(found, position)} is not the image that {path} was encoded from, though name and size "
+                "are the same. Restore it, or choose another folder to encode all images again."
             )
 
 
@@ -266,9 +274,7 @@ def index_latents(
     index |= {"latents_mean": mean, "latents_std": std, "shards": shards}
     if settings is not None:
         index["settings"] = summary(settings)
-    index["checksum"] = index_checksum(index)
-    with writing(cache_dir / INDEX) as partial:
-        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(cache_dir, index)
     remove_partial_shards(cache_dir)
     return index
 
@@ -369,8 +375,11 @@ class CachedLatents:
             suffix = "_flipped" if flip else ""
             names = ("mean", "std") if self.feature_dim is None else ("mean", "std", "features")
             rows.append({name: shard[name + suffix][row : row + 1].float() for name in names})
-            if not all(tensor.isfinite().all() for tensor in rows[-1].values()):
-                raise ValueError(f"{self.cache_dir}: sample {index} is not finite; encode the images again.")
+            if not all(tensor.isfinite().all() for tensor in rows[-1].values()) or rows[-1]["std"].min() < 0:
+                raise ValueError(
+                    f"{self.cache_dir}: sample {index} is not finite, or its deviation is below 0; encode the images "
+                    "again."
+                )
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | {"label": self.labels[indices]}
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from ..files import PARTIAL, check_file, read_json, reading, remove, writing
-from .fingerprints import describe_change
+from ..files import PARTIAL, check_file, load_json, read_json, reading, remove, writing
+from .fingerprints import describe_change, differ_by_dates, fingerprint_of, summary
 
 
 INDEX = "index.json"
@@ -37,11 +37,11 @@ def shard_facts(path: Path) -> dict[str, Any]:
         return {}
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+            facts = load_json((file.metadata() or {}).get(FACTS, "{}"))
     except (OSError, SafetensorError, ValueError, RecursionError):
         return {}
-    ours = isinstance(facts, dict) and isinstance(facts.get("unreadable"), list)
-    return facts if ours and isinstance(facts.get("fingerprint"), str) else {}
+    ours = isinstance(facts, dict) and "fingerprint" in facts and "unreadable" in facts
+    return facts if ours and all(check(facts[key]) for key, check in FACT_KEYS.items() if key in facts) else {}
 
 
 def shard_labels(path: Path):
@@ -118,7 +118,7 @@ def _is_shard(value):
 
 
 def _are_numbers(values):
-    numbers = isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
+    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
     return numbers and len(values) > 0 and all(map(math.isfinite, values))
 
 
@@ -127,6 +127,21 @@ def _are_names(values):
     return names and 0 < len(values) == len(set(values))
 
 
+def _are_moments(value):
+    sums = [value.get("sum"), value.get("squares")] if isinstance(value, dict) else [None]
+    return all(map(_are_numbers, sums)) and len(sums[0]) == len(sums[1]) and _is_count(value.get("count"))
+
+
+def _is_list_of(*kinds):
+    return lambda value: isinstance(value, list) and all(isinstance(entry, kinds) for entry in value)
+
+
+FACT_KEYS = {
+    "fingerprint": lambda value: isinstance(value, str),
+    "unreadable": _is_list_of(str),
+    "unreadable_labels": _is_list_of(int, type(None)),
+    "moments": _are_moments,
+}
 INDEX_KEYS = {
     "fingerprint": lambda value: isinstance(value, str),
     "count": lambda value: _is_count(value) and value > 0,
@@ -135,6 +150,46 @@ INDEX_KEYS = {
     "latents_std": lambda value: _are_numbers(value) and min(value) > 0,
     "shards": lambda value: isinstance(value, list) and all(map(_is_shard, value)),
 }
+
+
+def known_fingerprint(cache_dir: str | Path, settings: dict[str, Any]) -> tuple[str, bool]:
+    """
+    The fingerprint of a cache, which stays that of its first run where a copy has given the images other dates.
+
+    Args:
+        cache_dir (`str` or `Path`): The folder; it need not exist.
+        settings (`dict`): What the latents depend on.
+
+    Returns:
+        `tuple[str, bool]`: the fingerprint, and whether every image has to be compared, as dates have changed.
+
+    Raises:
+        ValueError: if the index is damaged.
+    """
+    has_index = (Path(cache_dir) / INDEX).exists()
+    facts = read_index(cache_dir) if has_index else shard_facts(shard_path(cache_dir, 0))
+    before: Any = facts.get("settings")
+    if not differ_by_dates(before, settings):
+        return fingerprint_of(settings), False
+    return facts["fingerprint"], before["data"] != summary(settings)["data"]
+
+
+def record_dates(cache_dir: str | Path, settings: dict[str, Any]) -> None:
+    """
+    Records the dates of images that have been compared.
+
+    Args:
+        cache_dir (`str` or `Path`): A complete cache.
+        settings (`dict`): With the dates of today.
+    """
+    write_index(cache_dir, read_index(cache_dir) | {"settings": summary(settings)})
+
+
+def write_index(cache_dir: str | Path, index: dict[str, Any]) -> None:
+    """Writes `index.json`, and adds its checksum; `OSError` if it can't be written."""
+    index["checksum"] = index_checksum(index)
+    with writing(Path(cache_dir) / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def check_cache(cache_dir: str | Path, fingerprint: str, settings: dict[str, Any] | None = None) -> bool:

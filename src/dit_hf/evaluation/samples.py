@@ -98,7 +98,7 @@ def missing_samples(folder: str | Path, count: int, mark: str) -> list[int]:
     Args:
         folder (`str` or `Path`): Of all samples; it need not exist.
         count (`int`): N.
-        mark (`str`): Of the set; each file holds it.
+        mark (`str`): Of the set; each file holds it and its number.
 
     Returns:
         `list[int]`: their indices.
@@ -117,12 +117,19 @@ def missing_samples(folder: str | Path, count: int, mark: str) -> list[int]:
             f"{folder / foreign[0]} is no sample of this set; move it away, or choose a new --output_dir."
         )
     return [
-        index for index, path in enumerate(paths.values()) if not os.path.lexists(path) or not _is_whole(path, mark)
+        index
+        for index, path in enumerate(paths.values())
+        if not os.path.lexists(path) or not _is_whole(path, _own_mark(mark, index))
     ]
 
 
+def _own_mark(mark, index):
+    """What the file of a sample holds, so that neither another set's nor another sample's passes for it."""
+    return f"{mark} {index}"
+
+
 def _is_whole(path, mark):
-    """Whether an image's checksums hold; `ValueError` if it is not of this set."""
+    """Whether an image's checksums hold; `ValueError` if it is not the one of this set."""
     check_file(path)
     found = None
     with suppress(Exception), Image.open(path, formats=["PNG"]) as image:  # what is damaged raises all kinds
@@ -133,8 +140,8 @@ def _is_whole(path, mark):
     if found == mark:
         return False
     raise ValueError(
-        f"{path} is no sample of this set: it was generated with other settings or by another program, or its header "
-        "is damaged. Move it away, or choose a new --output_dir."
+        f"{path} is no sample of this set, or not the one of this number: it was generated with other settings, "
+        "renamed, or its header is damaged. Move it away, or choose a new --output_dir."
     )
 
 
@@ -156,7 +163,7 @@ def generate_samples(
         labels (`torch.Tensor` of shape `(N,)`, int64): Of all samples.
         indices (`list[int]`): Those to generate.
         folder (`str` or `Path`): Of all samples.
-        mark (`str`): Of the set; each file holds it, so that a later run knows its own.
+        mark (`str`): Of the set; each file holds it and its number, so that a later run knows its own.
         seed (`int`): Image i depends on (seed, i) alone.
         batch_size (`int`): Images in a batch.
         options: For the pipeline: `guidance_scale`, `num_inference_steps` …
@@ -167,13 +174,13 @@ def generate_samples(
     Raises:
         OSError: if an image can't be written.
     """
-    metadata = PngInfo()
-    metadata.add_text(MARK, mark)
     for start in range(0, len(indices), batch_size):
         chosen = indices[start : start + batch_size]
         generators = [seeded_generator(seed, index) for index in chosen]
         images = pipe(labels[chosen].tolist(), generator=generators, **options).images
         for index, image in zip(chosen, images, strict=True):
+            metadata = PngInfo()
+            metadata.add_text(MARK, _own_mark(mark, index))
             with writing(sample_path(folder, index), one_of_many=True) as partial:
                 image.save(partial, pnginfo=metadata)
         yield len(chosen)

@@ -1,6 +1,6 @@
 """Saving and publishing: what a saved folder needs, model cards, and folders on the Hub."""
 
-from .connection import check_available, unreachable
+from .connection import check_available, connected, unreachable
 from .model_card import CardFacts, build_card, carry_over, join_cards, read_card, source_file, write_card
 from .publish import BackgroundUploads, check_save_directory, publish_folder, push
 from .saved_weights import check_loads_again
@@ -14,6 +14,7 @@ __all__ = [
     "check_available",
     "check_loads_again",
     "check_save_directory",
+    "connected",
     "join_cards",
     "publish_folder",
     "push",

@@ -2,13 +2,18 @@
 
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
+
+from ..files import first_line
 
 
 # Seconds that a server has for its first answer; without one, downloads would be tried again for half a minute.
@@ -18,6 +23,45 @@ LINK = re.compile(
     r"\b(?P<scheme>[a-z][a-z0-9+.-]*://)(?:[^\s/?#\"']*@)?(?P<place>[^\s?#\"']*)(?:[?#][^\s\"']*)?", re.I
 )
 TOKEN = re.compile(r"(\bhf_)(?:[A-Za-z0-9]{30,}|(?:oauth|jwt)_[\w.-]{30,})|(\bBearer\s+)\S+")
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """
+    Makes an `OSError` of a connection that is lost, which is one for some network libraries alone.
+
+    Raises:
+        OSError: naming the server.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except HTTPError as error:
+        raise OSError(f"the connection to {constants.ENDPOINT} failed ({first_line(error).strip('.')})") from error
+
+
+@contextmanager
+def hub_answers() -> Iterator[None]:
+    """
+    Names the server if it does not answer as the Hub does: its client then raises whatever its lines meet first. For
+    calls of the client alone, as an error of our own would be taken for the server's.
+
+    Raises:
+        OSError: naming the server.
+    """
+    try:
+        with connected():
+            yield
+    except (JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise OSError(f"{constants.ENDPOINT} does not answer as the Hub does ({reason})") from error
+
+
+def check_answers() -> None:
+    """Asks the Hub for anything, with a timeout, as its client waits for ever elsewhere; `OSError` if it is silent."""
+    with connected():
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
 
 
 def check_available(
@@ -49,11 +93,12 @@ def check_available(
     if isinstance(try_to_load_from_cache(name, file, cache_dir, revision), str):
         return
     try:
-        HfApi().model_info(name, revision=revision, timeout=TIMEOUT, token=token)
+        with hub_answers():
+            HfApi().model_info(name, revision=revision, timeout=TIMEOUT, token=token)
     except HfHubHTTPError:
         return
-    except (HTTPError, OSError) as error:
-        reason = unreachable() or str(error).strip().splitlines()[0]
+    except OSError as error:
+        reason = unreachable() or first_line(error)
         raise OSError(f"There is no folder {name!r}, the cache has no such repository, and {reason}.") from None
 
 
@@ -72,6 +117,11 @@ def unreachable() -> str | None:
         return f"there is no connection to {constants.ENDPOINT} ({error.strerror or error})"
 
 
+def without_tokens(text: str) -> str:
+    """A text without tokens of the Hub and those of a request's header."""
+    return TOKEN.sub(r"\1\2…", text)
+
+
 def without_secrets(text: str) -> str:
     """
     A text as it may be shown or published: links without user, password, query and fragment, and no token of the Hub.
@@ -82,4 +132,4 @@ def without_secrets(text: str) -> str:
     Returns:
         `str`
     """
-    return TOKEN.sub(r"\1\2…", LINK.sub(r"\g<scheme>\g<place>", text))
+    return without_tokens(LINK.sub(r"\g<scheme>\g<place>", text))

@@ -1,8 +1,9 @@
 """Model cards: what a published model is, how to use it, how it was made, measured, and where it fails."""
 
+import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from ..files import check_file, check_links, first_line, printable, writing
+from ..pipeline_dit_class_cond import shown
 from ..transformer_dit import MIN_DIFFUSERS
-from .connection import without_secrets
+from .connection import without_secrets, without_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -49,6 +51,9 @@ class CardFacts:
         recipe (`dict`): Training settings, shown as a table.
         results (`list[EvalResult]`): Metrics.
         limits (`str`, *optional*): What fails, in Markdown.
+
+    Raises:
+        ValueError: naming the fact that has another type.
     """
 
     license: str | None = None
@@ -57,6 +62,18 @@ class CardFacts:
     recipe: dict = field(default_factory=dict)
     results: list[EvalResult] = field(default_factory=list)
     limits: str | None = None
+
+    def __post_init__(self):
+        for name, kind in {"license": str, "base_model": str | Path, "limits": str}.items():
+            if not isinstance(value := getattr(self, name), kind | None):
+                raise ValueError(f"`{name}` is a {type(value).__name__}; it must be text.")
+        if not isinstance(self.recipe, Mapping):
+            raise ValueError(f"`recipe` is a {type(self.recipe).__name__}; it must be a dictionary.")
+        for name, kind in {"datasets": str | Path, "results": EvalResult}.items():
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or not all(isinstance(entry, kind) for entry in value):
+                what = "EvalResult of huggingface_hub" if kind is EvalResult else "text"
+                raise ValueError(f"`{name}` is {shown(value)}; it must be a list of {what}.")
 
 
 def build_card(
@@ -93,9 +110,10 @@ def build_card(
     if results:
         data |= {"eval_results": results, "model_name": data.get("model_name") or printable(title)}
     before, region, after = _split(known.text) if known is not None else ("", "", "")
-    generated = f"{START}\n# {_inline(title)}\n\n{_describe(model, title, facts, results, region, files)}\n{END}"
+    described = f"# {_inline(title)}\n\n{_describe(model, title, facts, results, region, files)}"
+    generated = f"{START}\n{_publishable(described)}\n{END}"
     text = "\n\n".join(part for part in (before, generated, after) if part)
-    return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n")
+    return ModelCard(f"---\n{_publishable(ModelCardData(**data).to_yaml())}\n---\n\n{text}\n")
 
 
 def join_cards(hub: ModelCard | None, folder: ModelCard | None) -> ModelCard | None:
@@ -127,15 +145,23 @@ def join_cards(hub: ModelCard | None, folder: ModelCard | None) -> ModelCard | N
     return ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n")
 
 
-def write_card(model, folder: str | Path, title: str | None = None, facts: CardFacts | None = None) -> Path:
+def write_card(
+    model,
+    folder: str | Path,
+    title: str | None = None,
+    facts: CardFacts | None = None,
+    place: str | Path | None = None,
+) -> Path:
     """
     Writes or updates the `README.md` of a folder that was saved; a card of where it was loaded from is built on.
 
     Args:
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What was saved.
         folder (`str` or `Path`): Where.
-        title (`str`, *optional*): The folder's name if not given; its parent's where it is called `pipeline`.
+        title (`str`, *optional*): The name of `place` if not given; its parent's where it is called `pipeline`.
         facts (`CardFacts`, *optional*): What the model can't tell of itself.
+        place (`str` or `Path`, *optional*): Where the folder will be, and the card that is updated; `folder` if not
+            given.
 
     Returns:
         `Path`: the file.
@@ -144,16 +170,15 @@ def write_card(model, folder: str | Path, title: str | None = None, facts: CardF
         ValueError: if there is a card that can't be read, or it is a link to a file outside of the folder.
     """
     folder = Path(folder)
-    file = folder / "README.md"
-    check_links(folder, "README.md")
-    source = file if file.is_file() else source_file(model, "README.md")
+    place = Path(os.path.realpath(place or folder))
+    check_links(place, "README.md")
+    source = place / "README.md" if (place / "README.md").is_file() else source_file(model, "README.md")
     known = read_card(source) if source is not None else None
-    named = folder.resolve()
-    title = title or (named.parent.name if named.name == "pipeline" else named.name)
-    card = build_card(model, title, facts, known, [path.name for path in folder.iterdir()])
-    with writing(file) as partial:
-        partial.write_text(str(card), encoding="utf-8")
-    return file
+    title = title or (place.parent.name if place.name == "pipeline" else place.name)
+    files = {path.name for each in (folder, place) if each.is_dir() for path in each.iterdir()}
+    with writing(folder / "README.md") as partial:
+        partial.write_text(str(build_card(model, title, facts, known, files)), encoding="utf-8")
+    return folder / "README.md"
 
 
 def read_card(file: str | Path) -> ModelCard:
@@ -171,7 +196,9 @@ def read_card(file: str | Path) -> ModelCard:
     """
     check_file(file, MAX_CARD_BYTES)
     try:
-        return ModelCard.load(file)
+        card = ModelCard.load(file)
+        join_cards(card, card)  # as it will be, whatever its metadata is
+        return card
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(
             f"The model card {file} can't be read ({first_line(error)}); mend its metadata or remove it."
@@ -377,6 +404,11 @@ def _literal(text):
     quoted = repr(text)
     quoted = f'"{quoted[1:-1]}"' if quoted[0] == "'" and '"' not in text else quoted
     return quoted.replace("<", "\\x3c").replace("{", "\\x7b")  # no HTML, template or marker of ours
+
+
+def _publishable(text):
+    """What the package writes on a card, wherever its words are from: without tokens, and valid UTF-8."""
+    return without_tokens(text).encode(errors="backslashreplace").decode()
 
 
 def _public(value):

@@ -1,5 +1,6 @@
 """Uploading a saved folder, so that a failure costs nothing but another try."""
 
+import os
 import queue
 import re
 import tempfile
@@ -13,8 +14,8 @@ from huggingface_hub import CommitOperationAdd, create_commit, create_repo, hf_h
 # `HTTPError` is the network library's, whichever of them this huggingface_hub uses.
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
-from ..files import check_file, check_links, first_line, printable
-from .connection import unreachable, without_secrets
+from ..files import check_file, check_folder, check_links, check_path, first_line, printable
+from .connection import check_answers, hub_answers, unreachable, without_secrets
 from .model_card import CardFacts, build_card, join_cards, read_card, source_repo
 
 
@@ -25,7 +26,7 @@ COMPONENTS = ("transformer", "scheduler", "vae")
 SAVED = re.compile(
     r"model_index\.json"
     rf"|(?:(?:{'|'.join(COMPONENTS)})/)?(?:README\.md|(?:config|scheduler_config|flashpack_config)\.json"
-    r"|(?:pipeline|transformer)_\w+\.py|model\.flashpack|projectors\.safetensors"
+    r"|(?:pipeline|scheduling|transformer)_\w+\.py|model\.flashpack|projectors\.safetensors"
     r"|diffusion_pytorch_model[\w.-]*\.(?:safetensors|bin)|diffusion_pytorch_model[\w.-]*\.index[\w.-]*\.json)"
 )
 # What is uploaded as well: a licence, and the card's images.
@@ -105,13 +106,15 @@ def publish_folder(
         OSError: if the upload fails; the message says how to go on.
     """
     folder = Path(folder)
-    repo_id = repo_id or folder.resolve().name
+    repo_id = repo_id or os.path.basename(os.path.realpath(folder))
     files = select_files(folder)
     source = source_repo(model)
     if source is not None and (card is None or card.base_model is None):
         card = replace(card or CardFacts(), base_model=source)
     try:
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        check_answers()
+        with hub_answers():
+            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if source == repo_id and card is not None and card.base_model == repo_id:
             card = replace(card, base_model=None)
         contents: dict[str, str | bytes] = {name: str(path) for name, path in files.items()}
@@ -125,13 +128,10 @@ def publish_folder(
             contents["README.md"] = text.encode()
         else:
             contents = {f"{subfolder}/{name}": content for name, content in contents.items() if name != "README.md"}
-        commit = create_commit(
-            repo_id,
-            [CommitOperationAdd(name, content) for name, content in contents.items()],
-            commit_message=commit_message or f"Upload {type(model).__name__}",
-            token=token,
-            create_pr=create_pr,
-        )
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        message = commit_message or f"Upload {type(model).__name__}"
+        with hub_answers():
+            commit = create_commit(repo_id, operations, commit_message=message, token=token, create_pr=create_pr)
     except UPLOAD_ERRORS as error:
         raise OSError(
             f"Publishing to {repo_id} failed: {_reason(error)}. Nothing is lost: run the same again. Files that have "
@@ -142,15 +142,15 @@ def publish_folder(
 
 def check_save_directory(folder: str | Path) -> None:
     """
-    Checks before saving that no file that is written is a link out of the folder.
+    Checks before saving that a folder can be written, and no file in it that is replaced is a link out of it.
 
     Args:
         folder (`str` or `Path`): The folder; it need not exist.
 
     Raises:
-        ValueError: naming the link and its target.
+        ValueError: if it is no path, a file, or can't be written, or naming the link and its target.
     """
-    folder = Path(folder)
+    folder = check_folder(check_path("save_directory", folder), "the folder")
     check_links(folder, *COMPONENTS)
     places = (place for place in (folder, *(folder / name for name in COMPONENTS)) if place.is_dir())
     names = (path.relative_to(folder).as_posix() for place in places for path in place.iterdir())
@@ -180,7 +180,7 @@ def select_files(folder: Path) -> dict[str, Path]:
         )
     for path in map(found.get, COMPONENTS):  # whose files are not found
         if path is not None:
-            target = path.resolve()
+            target = os.path.realpath(path)
             raise ValueError(f"{path} is a link to {target}; replace it with a copy of the folder, or remove it.")
     files = {name: path for name, path in found.items() if SAVED.fullmatch(name) or PUBLISHED.fullmatch(name)}
     check_links(folder, *files)
@@ -244,18 +244,21 @@ class BackgroundUploads:
 
 def _reason(error):
     """The first line of an error: what the server said, without requests and headers."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    cause = error.__cause__ if isinstance(error.__cause__, UPLOAD_ERRORS) else error  # of a file that was not sent
+    status = getattr(getattr(cause, "response", None), "status_code", None)
     if status in (401, 403):
         return f"the Hub refused the token ({status}); log in with `hf auth login` or pass another one"
     if status is None and (no_connection := unreachable()) is not None:
         return no_connection
-    return without_secrets(first_line(error))
+    reasons = dict.fromkeys(first_line(each).strip(". ") for each in (error, cause))
+    return without_secrets(": ".join(reasons))
 
 
 def _card_of(repo_id, token):
     """A card on the Hub, if there is one, as it is there now."""
     try:
-        file = hf_hub_download(repo_id, "README.md", token=token, force_download=True)
+        with hub_answers():
+            file = hf_hub_download(repo_id, "README.md", token=token, force_download=True)
     except (EntryNotFoundError, RepositoryNotFoundError):
         return None
     except ValueError as error:  # it could not be asked for, which does not mean that there is none

@@ -8,7 +8,6 @@ Expected: the page answers at http://127.0.0.1:7860 after a few seconds.
 import atexit
 import errno
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -18,7 +17,7 @@ from glob import escape
 from pathlib import Path
 
 from ..command_line import ArgumentParser, integer, real, run
-from ..files import PARTIAL, first_line, remove, remove_leftovers
+from ..files import first_line, partial_path, remove, remove_leftovers
 
 
 FIRST_PORT, PORTS = 7860, 100
@@ -91,10 +90,10 @@ def isolate() -> Path:
     """
     temporary = Path(tempfile.gettempdir())
     remove_leftovers(temporary)
-    own = f"{PARTIAL}{platform.node()}-{os.getpid()}-"
+    own = partial_path(temporary / "space").name
     for leftover in temporary.glob(f"{escape(own)}*"):  # a restarted container has the same processes
         remove(leftover)
-    folder = Path(tempfile.mkdtemp(prefix=own)).resolve()
+    folder = Path(tempfile.mkdtemp(prefix=f"{own}-")).resolve()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if ignored := [name for name in os.environ if name.startswith("GRADIO_") and name not in GRADIO_VARIABLES]:
         print(f"Ignored, as this page takes its settings from flags: {', '.join(sorted(ignored))}.", flush=True)

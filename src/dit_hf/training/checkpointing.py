@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from ..files import first_line, is_write_error, reading, remove
+from ..command_line import Range, integer
+from ..files import PARTIAL, is_write_error, reading, remove, write_problem
+from .guard import WINDOW
 from .records import BEFORE_CHECKPOINT
 from .running import on_main
 from .saved_state import (
     MANIFEST,
+    STATES,
     accelerate_files,
     check_checkpoint,
     files_of,
@@ -28,8 +32,14 @@ from .saved_state import (
 )
 
 
-# What no checkpoint may change in an optimizer.
-OPTIONS = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+# What no checkpoint may change in an optimizer, and in the trainer's states: the configuration alone decides it.
+OPTIONS = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "initial_lr")
+DECIDED = (
+    *(("ema", key) for key in ("decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma", "power")),
+    ("schedule", "base_lrs"),
+)
+# Beyond all batches that a run could draw.
+MAX_DRAWS = 2**48
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 
@@ -86,7 +96,7 @@ def save_checkpoint(
     """
     main = accelerator.is_main_process
     final = Path(output_dir) / f"checkpoint-{step}"
-    partial = final.with_name(f"partial-{final.name}")
+    partial = final.with_name(f"{PARTIAL}{final.name}")  # one of all processes
     if main:
         remove(partial)
     accelerator.wait_for_everyone()
@@ -102,7 +112,7 @@ def save_checkpoint(
         if not is_write_error(error):
             raise
         remove(partial)
-        raise OSError(f"{final} can't be written: {first_line(error)} ({_before(final)})") from error
+        raise OSError(f"{final} can't be written: {write_problem(error)} ({_before(final)})") from error
     if main:
         if final.is_dir():
             shutil.rmtree(final)
@@ -151,7 +161,7 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | P
             )
         return None
     given = Path(resume_from_checkpoint)
-    inside = given.resolve().parent == Path(output_dir).resolve() or given == Path(given.name)
+    inside = Path(os.path.realpath(given)).parent == Path(os.path.realpath(output_dir)) or given == Path(given.name)
     if not inside or given.name not in names:
         raise ValueError(
             f"{given} is no checkpoint of {output_dir}, which holds {', '.join(names) or 'none'}; pass one of them, "
@@ -239,9 +249,12 @@ def load_checkpoint(accelerator, checkpoint: Path, states: Mapping[str, Any]) ->
         with weights_only(checkpoint), reading(checkpoint, "checkpoint"), accelerate_files(checkpoint) as folder:
             options = [_options(optimizer) for optimizer in accelerator._optimizers]
             accelerator.load_state(str(folder))
-        for optimizer, before in zip(accelerator._optimizers, options, strict=True):
-            check_optimizer(optimizer, before, checkpoint)
+        decided = {(name, key): getattr(states[name], key) for name, key in DECIDED if name in states}
         load_states(checkpoint, states)
+        check_states(states, decided, checkpoint)
+        steps = states["ema"].optimization_step if "ema" in states else None
+        for optimizer, before in zip(accelerator._optimizers, options, strict=True):
+            check_optimizer(optimizer, before, steps, checkpoint)
     except ValueError as error:
         raise ValueError(f"{error}{_way_out(checkpoint)}") from None
 
@@ -251,7 +264,7 @@ def _options(optimizer):
     return [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
 
 
-def check_optimizer(optimizer, options: list[dict[str, Any]], checkpoint: Path) -> None:
+def check_optimizer(optimizer, options: list[dict[str, Any]], steps: int | None, checkpoint: Path) -> None:
     """
     Compares what an optimizer has loaded with its parameters, before it takes a step: torch's fused kernels read and
     write moments of the parameters' size, whatever their own is.
@@ -259,18 +272,22 @@ def check_optimizer(optimizer, options: list[dict[str, Any]], checkpoint: Path) 
     Args:
         optimizer (`torch.optim.Optimizer`): After loading; only AdamW's moments are known.
         options (`list` of `dict`): Of each group of parameters before.
+        steps (`int`, *optional*): Those that it has taken, if that is known.
         checkpoint (`Path`): Named in errors.
 
     Raises:
-        ValueError: if an option differs, the learning rate is no number, or a moment does not fit its parameter.
+        ValueError: if an option differs, the learning rate is beyond its peak, or a moment does not fit its parameter.
     """
     for number, (group, own) in enumerate(zip(optimizer.param_groups, options, strict=True)):
         changed = [name for name, value in own.items() if group.get(name) != value]
         if changed:
             raise ValueError(f"The optimizer of {checkpoint} has {changed[0]} of another run in group {number}.")
-        rate = group["lr"]
-        if not isinstance(rate, float | int | torch.Tensor) or not 0 <= float(rate) < math.inf:
-            raise ValueError(f"The optimizer of {checkpoint} has the learning rate {rate!r} in group {number}.")
+        rate, peak = group["lr"], own.get("initial_lr", sys.float_info.max)
+        if not isinstance(rate, float | int | torch.Tensor) or not 0 <= float(rate) <= peak:
+            raise ValueError(
+                f"The optimizer of {checkpoint} has the learning rate {rate!r} in group {number}; it must be at least "
+                f"0 and at most {peak}."
+            )
     if not isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.AdamW):
         return
     for parameter, state in optimizer.state.items():
@@ -281,3 +298,47 @@ def check_optimizer(optimizer, options: list[dict[str, Any]], checkpoint: Path) 
                     f"The optimizer of {checkpoint} has {name} of {getattr(value, 'shape', type(value))} for a "
                     f"parameter of {parameter.shape}."
                 )
+            if name == "step" and steps is not None and float(value) != steps:
+                raise ValueError(f"The optimizer of {checkpoint} has step {float(value)}; it must be {steps}.")
+
+
+def check_states(states: Mapping[str, Any], decided: Mapping[tuple[str, str], Any], checkpoint: Path) -> None:
+    """
+    Compares what the trainer's states have loaded with what the configuration and the step decide.
+
+    Args:
+        states (`Mapping[str, Any]`): After loading: `ema`, `schedule`, `guard` and `profiles`.
+        decided (`Mapping`): What the attributes of [`DECIDED`] were before, by state and name.
+        checkpoint (`Path`): Named in errors.
+
+    Raises:
+        ValueError: naming the file, the key, its value, and what it must be.
+    """
+    step = checkpoint_step(checkpoint)
+    expected: dict[tuple[str, str], Any] = dict(decided)
+    if "schedule" in states:
+        expected |= {("schedule", "last_epoch"): step, ("schedule", "_step_count"): step + 1}
+    if "guard" in states:
+        taken, guard = states["ema"].optimization_step, states["guard"]
+        # A step that led back to a checkpoint was skipped, and is none of those that were finished.
+        most = None if guard.draw_offset else step - taken
+        expected |= {
+            ("ema", "optimization_step"): integer(0, step),
+            ("guard", "skipped"): integer(step - taken, most),
+            ("guard", "in_a_row"): integer(0, min(guard.max_in_a_row, guard.skipped)),
+            ("guard", "draw_offset"): integer(0, MAX_DRAWS),
+            ("guard", "rewound_to"): integer(-1, step),
+            ("guard", "rewinds"): integer(0, guard.max_in_a_row),
+        }
+    if "profiles" in states:
+        expected["profiles", "steps"] = states["ema"].optimization_step
+    for (name, key), wanted in expected.items():
+        value = getattr(states[name], key)
+        if (value not in wanted) if isinstance(wanted, Range) else (value != wanted):
+            raise ValueError(f"{checkpoint / STATES} has {name}.{key} = {value!r}; it must be {wanted}.")
+    if "guard" in states:
+        count, recent = min(states["ema"].optimization_step, WINDOW), states["guard"].recent
+        if len(recent) != count or not all(map(math.isfinite, recent)):
+            raise ValueError(
+                f"{checkpoint / STATES} has guard.recent = {len(recent)} losses; it must be {count} finite losses."
+            )

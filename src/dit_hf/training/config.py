@@ -7,6 +7,7 @@ from typing import Any
 from diffusers.optimization import SchedulerType
 
 from ..command_line import Range, integer, real
+from ..pipeline_dit_class_cond import MAX_GUIDANCE_SCALE
 from .guard import POLICIES
 
 
@@ -19,21 +20,24 @@ MAX_SEED = 2**32 - 1
 COUNT = integer(at_least=1)
 FRACTION = real(at_least=0, at_most=1)
 POSITIVE = real(above=0)
-NOT_NEGATIVE = real(at_least=0)
+WEIGHT = real(at_least=0, at_most=1000)
+# Beyond them single precision overflows, or nothing is learnt.
+SNR_GAMMA = real(at_least=1e-6, at_most=1e6)
+GUIDANCE = real(at_least=0, at_most=MAX_GUIDANCE_SCALE)
 RANGES = {
     "total_batch_size": COUNT,
     "gradient_accumulation_steps": COUNT,
     "max_train_steps": COUNT,
-    "learning_rate": NOT_NEGATIVE,
+    "learning_rate": real(at_least=0, at_most=10),
     "layer_decay": real(above=0, at_most=1),
     "lr_warmup_steps": integer(at_least=0),
     "adam_beta2": real(at_least=0, below=1),
-    "weight_decay": NOT_NEGATIVE,
-    "max_grad_norm": Range(False, above=0, or_infinite=True),
+    "weight_decay": WEIGHT,
+    "max_grad_norm": Range(False, at_least=1e-6, or_infinite=True),
     "ema_decay": real(at_least=0, below=1),
     "class_dropout_prob": FRACTION,
     "flip_probability": FRACTION,
-    "proj_coeff": NOT_NEGATIVE,
+    "proj_coeff": WEIGHT,
     "checkpointing_steps": COUNT,
     "checkpoints_total_limit": COUNT,
     "validation_steps": COUNT,
@@ -58,12 +62,12 @@ class TrainingConfig:
         gradient_accumulation_steps (`int`, defaults to 1): Micro-batches that each process splits its samples into.
         gradient_checkpointing (`bool`, defaults to `False`): Less memory for one more forward pass.
         max_train_steps (`int`, defaults to 4000): Optimizer steps of the whole run.
-        learning_rate (`float`, defaults to 1e-3): Peak learning rate.
+        learning_rate (`float`, defaults to 1e-3): Peak learning rate, at most 10.
         layer_decay (`float`, defaults to 1.0): A block's learning rate over that of the block after it.
         lr_scheduler (`str`, defaults to `"cosine"`): A schedule of `diffusers.optimization.get_scheduler`.
         lr_warmup_steps (`int`, defaults to 100): Steps of linear warm-up.
         adam_beta2 (`float`, defaults to 0.99): AdamW's second beta.
-        weight_decay (`float`, defaults to 0.0): AdamW's weight decay.
+        weight_decay (`float`, defaults to 0.0): AdamW's weight decay, at most 1000.
         use_8bit_adam (`bool`, defaults to `False`): AdamW of bitsandbytes.
         max_grad_norm (`float`, defaults to 1.0): The norm that gradients are clipped to; infinite for none.
         ema_decay (`float`, defaults to 0.999): Decay of the averaged weights, the same in every step.
@@ -74,7 +78,7 @@ class TrainingConfig:
         class_dropout_prob (`float`, defaults to 0.1): Fraction of samples whose label is replaced by the null class.
         flip_probability (`float`, defaults to 0.5): Fraction of mirrored images.
         balance_classes (`bool`, defaults to `False`): Draws all classes equally often.
-        proj_coeff (`float`, defaults to 0.0): Weight of REPA's alignment loss; 0 is none.
+        proj_coeff (`float`, defaults to 0.0): Weight of REPA's alignment loss, at most 1000; 0 is none.
         on_spike (`str`, defaults to `"skip"`): What a spike of the loss leads to; see [`LossGuard`].
         checkpointing_steps (`int`, defaults to 500): Steps between checkpoints.
         checkpoints_total_limit (`int`, *optional*, defaults to 2): Checkpoints that are kept.

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from ..data.autoencoders import latent_channels, spatial_factor, vae_statistics
-from ..data.fingerprints import cache_settings, checksum, fingerprint_of
+from ..data.fingerprints import cache_settings, checksum
 from ..data.images import label_names, load_image_dataset
 from ..data.latents import DECODER, SHARD_SIZE, CachedLatents, cache_latents, check_images, index_latents
 from ..data.reader import ImageReader
-from ..data.shards import check_cache
+from ..data.shards import check_cache, known_fingerprint, record_dates
 from .running import on_main
 
 
@@ -64,10 +64,6 @@ class ImageData:
         settings["classes"] = reader.names
         settings |= {"columns": [self.image_column, self.label_column], "shard_size": shard_size}
         return cache_settings(reader.dataset, self.source or "", **settings, **made_by)
-
-    def fingerprint(self, reader: ImageReader, shard_size: int = SHARD_SIZE, **made_by) -> str:
-        """Changes when [`settings`] do."""
-        return fingerprint_of(self.settings(reader, shard_size, **made_by))
 
     def held_out(
         self, split: str, names: list[str], ids: torch.Tensor, count: int
@@ -136,10 +132,12 @@ def write_latents(
     folder = Path(folder)
     made_by = checksums(vae, encoder)
     settings = data.settings(reader, shard_size, **made_by)
-    fingerprint = fingerprint_of(settings)
+    fingerprint, every = known_fingerprint(folder, settings)
     is_there = check_cache(folder, fingerprint, settings)
     # It also waits, before the main process writes.
-    on_main(accelerator, lambda: check_images(folder, reader, shard_size))
+    on_main(accelerator, lambda: check_images(folder, reader, shard_size, every))
+    if is_there and every:
+        on_main(accelerator, lambda: record_dates(folder, settings))
     if is_there:
         return
     rank, size = accelerator.process_index, accelerator.num_processes

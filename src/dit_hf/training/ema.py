@@ -6,7 +6,7 @@ an average of any length can be put together after training.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -161,7 +161,9 @@ def _overlap(first, second):
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) / end_b * (end_a / end_b) ** gamma_b
 
 
-def average_after_training(folder: str | Path, sigma_rel: float, step: int | None = None) -> dict[str, torch.Tensor]:
+def average_after_training(
+    folder: str | Path, sigma_rel: float, step: int | None = None, kept: Collection[int] = ()
+) -> dict[str, torch.Tensor]:
     """
     An average of any length, as the combination of snapshots whose profile comes nearest.
 
@@ -169,29 +171,30 @@ def average_after_training(folder: str | Path, sigma_rel: float, step: int | Non
         folder (`str` or `Path`): With snapshots of [`PowerAverages`].
         sigma_rel (`float`): Relative width of the wanted profile.
         step (`int`, *optional*): Its last step; that of the newest snapshot if not given.
+        kept (`Collection[int]`): Steps whose snapshots have to be there, as far as they count.
 
     Returns:
         `dict[str, torch.Tensor]`: float32 weights by name.
 
     Raises:
-        ValueError: if there are no snapshots up to the step, it is beyond the newest, or one is damaged.
+        ValueError: if there are no snapshots up to the step, it is beyond the newest, or one is missing or damaged.
     """
     found = {
         path: (profile_exponent(float(match[2])), int(match[1]))
         for path in sorted(Path(folder).glob("ema-*.safetensors"))
         if (match := SNAPSHOT.fullmatch(path.name))
     }
-    newest = max((end for _, end in found.values()), default=0)
+    newest = max([0, *kept, *(end for _, end in found.values())])
     step = newest if step is None else step
     found = {path: profile for path, profile in found.items() if profile[1] <= step}
     if not found or step > newest:
         raise ValueError(
             f"{folder} holds no snapshots for step {step}, the newest is of {newest}; train with --ema_profiles."
         )
-    for end in {end for _, end in found.values()}:
+    for end in sorted({end for _, end in found.values()} | {end for end in kept if end <= step}):
         names = [f"ema-{end}-{width}.safetensors" for width in ("0.05", "0.10")]
         if absent := [name for name in names if Path(folder, name) not in found]:
-            raise ValueError(f"{folder} lacks {absent[0]}; move the other snapshot of step {end} away, too.")
+            raise ValueError(f"{folder} lacks {absent[0]}; restore it, or pass a --step before {end}.")
     target = (profile_exponent(sigma_rel), step)
     profiles = list(found.values())
     overlaps = torch.tensor([[_overlap(a, b) for b in profiles] for a in profiles], dtype=torch.float64)
@@ -210,13 +213,13 @@ def _read_snapshot(path, like):
     with reading(check_file(path), "snapshot of averages"):
         snapshot = load_file(path)
     if not snapshot:
-        raise ValueError(f"{path} holds no weights; move it away.")
+        raise ValueError(f"{path} holds no weights; restore it.")
     if like and {name: tensor.shape for name, tensor in snapshot.items()} != {
         name: tensor.shape for name, tensor in like.items()
     }:
-        raise ValueError(f"{path} is of another model than the other snapshots; move it away.")
+        raise ValueError(f"{path} is of another model than the other snapshots; restore it.")
     if bad := [name for name, tensor in snapshot.items() if tensor.dtype != torch.float16]:
-        raise ValueError(f"{path} is damaged: {bad[0]} is of {snapshot[bad[0]].dtype}, not float16; move it away.")
+        raise ValueError(f"{path} is damaged: {bad[0]} is of {snapshot[bad[0]].dtype}, not float16; restore it.")
     if bad := [name for name, tensor in snapshot.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{path} is damaged: {bad[0]} is not finite; move it away.")
+        raise ValueError(f"{path} is damaged: {bad[0]} is not finite; restore it.")
     return snapshot

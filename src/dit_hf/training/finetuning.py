@@ -1,5 +1,6 @@
 """A pretrained model for other classes than it was trained on."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -96,6 +97,11 @@ def remap_classes(model: DiTTransformer2DModel, mapped: list[int | None], class_
     model.register_to_config(num_classes=len(mapped), class_dropout_prob=class_dropout_prob)
 
 
+def frozen_names(names: Iterable[str], prefixes: Iterable[str]) -> set[str]:
+    """Names of parameters that begin with one of some prefixes, up to a dot."""
+    return {name for name in names for prefix in prefixes if f"{name}.".startswith(f"{prefix}.")}
+
+
 def freeze(model: DiTTransformer2DModel, prefixes: list[str]) -> None:
     """
     Freezes parts of a model.
@@ -107,13 +113,14 @@ def freeze(model: DiTTransformer2DModel, prefixes: list[str]) -> None:
     Raises:
         ValueError: if a prefix matches no parameter, or nothing is left to train.
     """
+    parameters = dict(model.named_parameters())
     for prefix in prefixes:
-        fitting = [p for name, p in model.named_parameters() if f"{name}.".startswith(f"{prefix}.")]
+        fitting = frozen_names(parameters, [prefix])
         if not fitting:
             parts = ", ".join(name for name, _ in model.named_children())
             raise ValueError(f"--freeze {prefix} matches no parameter; the model's parts are {parts}.")
-        for parameter in fitting:
-            parameter.requires_grad_(False)
+        for name in fitting:
+            parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("--freeze leaves nothing to train.")
 

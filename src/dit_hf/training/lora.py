@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..files import writing
 from ..models import DiTTransformer2DModel
 from ..pipeline import DiTClassCondPipeline
 
@@ -54,5 +55,7 @@ def save_lora(model: DiTTransformer2DModel, folder: str | Path) -> Path:
     """
     layers = get_peft_model_state_dict(model)
     metadata = model.peft_config["default"].to_dict()
-    DiTClassCondPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
-    return Path(folder) / "pytorch_lora_weights.safetensors"
+    file = Path(folder) / "pytorch_lora_weights.safetensors"
+    with writing(file) as partial:
+        DiTClassCondPipeline.save_lora_weights(partial.parent, layers, transformer_lora_adapter_metadata=metadata)
+    return file

@@ -17,7 +17,7 @@ from diffusers import SchedulerMixin
 from ..command_line import real
 from ..data.latents import normalise_latents
 from ..schedulers import DIFFUSION, SchedulerRecipe, make_scheduler
-from .config import POSITIVE
+from .config import POSITIVE, SNR_GAMMA
 from .losses import diffusion_loss, min_snr_weight, velocity_loss
 
 
@@ -63,13 +63,13 @@ class LogitNormal:
 class MinSNR:
     """
     Weights min(SNR, gamma) / SNR of an epsilon loss (Min-SNR, https://arxiv.org/abs/2303.09556); `ValueError` if gamma
-    is not positive.
+    is below 1e-6 or above 1e6.
     """
 
     gamma: float = 5.0
 
     def __post_init__(self):
-        POSITIVE.check("gamma", self.gamma)
+        SNR_GAMMA.check("gamma", self.gamma)
 
     def __call__(self, timestep: torch.Tensor, diffusion: SchedulerMixin) -> torch.Tensor:
         """Weights of shape `(B,)` for timesteps of shape `(B,)`."""

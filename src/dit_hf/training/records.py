@@ -1,12 +1,11 @@
 """What a run records: its settings, its log, and whether the folder is its own."""
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import PARTIAL, check_file, check_links, read_json, reading, remove, writing
+from ..files import LEFTOVER, PARTIAL, check_file, check_links, load_json, read_json, reading, remove, writing
 
 
 # Exists while a run has no checkpoint yet, so that what it wrote may be written again.
@@ -51,7 +50,10 @@ def check_same_settings(
 def _describe_change(name, before, value):
     if name == "latents":  # a fingerprint
         before, value = (str(fingerprint)[:8] for fingerprint in (before, value))
-        return f"the images, or what encodes them, have changed (latents {before} and {value})"
+        return (
+            f"the images (by names, sizes and dates of their files), or what encodes them, have changed (latents "
+            f"{before} and {value})"
+        )
     return f"{name} was {before!r} and is {value!r}"
 
 
@@ -108,10 +110,10 @@ def read_log(file: str | Path) -> Iterator[dict[str, Any]]:
         if number == len(lines) and not line.endswith("}"):
             return
         try:
-            record = json.loads(line)
+            record = load_json(line)
         except ValueError:
             record = None
-        well_formed = isinstance(record, dict) and type(record.get("step")) is int
+        well_formed = isinstance(record, dict) and {type(record.get("step")), type(record.get("snapshot", 0))} == {int}
         if not well_formed or not isinstance(record.get("loss", 0.0), int | float):
             raise ValueError(f"{file} is damaged: line {number} is no record of a step; remove that line.")
         yield record
@@ -147,6 +149,19 @@ def read_losses(file: str | Path) -> list[float]:
         `list[float]`
     """
     return [record["loss"] for record in read_log(file) if "loss" in record and not record.get("skipped")]
+
+
+def read_snapshots(file: str | Path) -> list[int]:
+    """
+    The steps of which a run has kept snapshots of its averages.
+
+    Args:
+        file (`str` or `Path`): The log; it need not exist.
+
+    Returns:
+        `list[int]`: as their files are numbered; none of a run of a release before 0.3.
+    """
+    return [record["snapshot"] for record in read_log(file) if "snapshot" in record] if Path(file).exists() else []
 
 
 def truncate_log(file: str | Path, step: int) -> None:
@@ -230,8 +245,7 @@ def begin(output_dir: str | Path, resumed: bool) -> None:
     else:
         text = "This run has no checkpoint yet. If it is started again, it begins anew.\n"
         (output_dir / BEFORE_CHECKPOINT).write_text(text, encoding="utf-8")
-    own = re.compile(r"partial-(checkpoint-\d+|ema-.*\.safetensors|\w+\.jsonl?)|" + re.escape(PARTIAL) + ".*")
     for folder in (output_dir, output_dir / "ema", output_dir / "samples"):
-        for path in folder.glob("*partial-*"):
-            if own.fullmatch(path.name):
+        for path in folder.glob(f"{PARTIAL}*"):
+            if LEFTOVER.fullmatch(path.name):
                 remove(path)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..evaluation.cards import card_results
 from ..evaluation.extractors import EFFICIENTNET
-from ..files import first_line
-from ..hub import CardFacts
-from ..hub.connection import unreachable
+from ..files import first_line, writing_folder
+from ..hub import CardFacts, write_card
+from ..hub.connection import check_answers, hub_answers, unreachable
 from ..hub.model_card import PIPELINE_TAG
 from .records import read_log
 from .trainer import LOG_FILE
@@ -73,11 +73,12 @@ def save_pipeline(pipe, output_dir: str | Path, facts: CardFacts) -> Path:
         `Path`: `output_dir/pipeline`.
     """
     folder = Path(output_dir) / "pipeline"
-    folder.mkdir(exist_ok=True)
-    if grids := sorted((Path(output_dir) / "samples").glob("step-*.png")):
-        shutil.copyfile(grids[-1], folder / "samples.png")
-    plot_losses(*loss_curve(output_dir), folder / "loss.png")
-    pipe.save_pretrained(folder, card=facts)
+    with writing_folder(folder) as partial:
+        pipe.save_pretrained(partial)
+        if grids := sorted((Path(output_dir) / "samples").glob("step-*.png")):
+            shutil.copyfile(grids[-1], partial / "samples.png")
+        plot_losses(*loss_curve(output_dir), partial / "loss.png")
+        write_card(pipe, partial, facts=facts, place=folder)
     return folder
 
 
@@ -109,7 +110,9 @@ def check_hub(repo_id: str) -> None:
     except HFValidationError as error:
         raise ValueError(f"--hub_model_id {repo_id!r} is no name of a repository: {first_line(error)}") from None
     try:
-        HfApi().whoami()
-    except (HTTPError, OSError) as error:
+        check_answers()
+        with hub_answers():
+            HfApi().whoami()["name"]
+    except OSError as error:
         reason = unreachable() or first_line(error)
         raise OSError(f"--push_to_hub can't publish to {repo_id}: {reason}. Nothing was started.") from None

@@ -11,6 +11,7 @@ import pickle
 import re
 import stat
 import tempfile
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ ACCELERATE = re.compile(
 NOT_OURS = re.compile(r"(.*/)?(\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs[^/]*)")
 # Version 0.2 had accelerate pickle our states, in the order in which they were registered, and had no manifest.
 PICKLED = re.compile(r"custom_checkpoint_\d+\.pkl|scheduler\.bin")
+# What states consist of; anything else of an object, such as a method, is none.
+PLAIN = (int, float, list, dict, deque, type(None))
 # What the index of an FSDP checkpoint consists of. It is a plain pickle, which torch reads without restrictions.
 INDEX_GLOBALS = re.compile(
     r"torch\.distributed\.checkpoint\.(metadata\.(Metadata|MetadataIndex|StorageMeta|TensorStorageMetadata"
@@ -147,18 +150,19 @@ def load_states(folder: str | Path, states: Mapping[str, Any]) -> None:
                 plain[name] = load_data(source, map_location="cpu")
     for name, stateful in states.items():
         try:
-            _check_types(plain[name], vars(stateful))
-            stateful.load_state_dict(_with_tensors(plain[name], tensors))
+            stateful.load_state_dict(_with_tensors(_own(plain[name], vars(stateful)), tensors))
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise ValueError(f"{sources[name]} does not hold the state {name!r} of this run: {error!r}") from error
 
 
-def _check_types(state, own):
-    """Objects take over what they are given; a number must not become a text."""
+def _own(state, own):
+    """Objects take over what they are given: only keys of their own, and for a number no text."""
+    state = {key: value for key, value in state.items() if key in own and isinstance(own[key], PLAIN)}
     for key, value in state.items():
-        kind = list if isinstance(own.get(key), list) else int | float
-        if isinstance(own.get(key), list | int | float) and not isinstance(value, kind):
+        kind = int | float if isinstance(own[key], float) else type(own[key])
+        if isinstance(own[key], list | int | float) and not isinstance(value, kind):
             raise ValueError(f"{key} is {value!r}, where {own[key]!r} is usual.")
+    return state
 
 
 def write_manifest(folder: str | Path, step: int, names: Collection[str] = ()) -> None:

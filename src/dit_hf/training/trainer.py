@@ -215,6 +215,8 @@ class Trainer:
                 saved = step % self.config.checkpointing_steps == 0 or finished or self.stopped_by
                 if validated or saved:
                     self._check_weights(step)
+                if saved and self.profiles is not None:
+                    record["snapshot"] = self.profiles.steps
                 if validated:
                     record |= self._validate(validate, step, record)
                     self.accelerator.print(json.dumps(record))

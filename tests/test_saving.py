@@ -1,0 +1,120 @@
+"""Saving over a folder that holds an older save: it is replaced whole or not at all, and what is not of it stays."""
+
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import tiny_transformer, tiny_vae
+
+from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf.hub import CardFacts
+from dit_hf.training.result import save_pipeline
+
+
+@contextmanager
+def file_size_limit(size):
+    """Files larger than this can't be written, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def tiny_pipeline(**config):
+    return DiTClassCondPipeline(tiny_transformer(**config), make_scheduler("ddim"), tiny_vae())
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_weights(model, other):
+    weights, others = model.state_dict(), other.state_dict()
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_transformer], ids=["pipeline", "transformer"])
+@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}, {"max_shard_size": "150KB"}])
+@pytest.mark.parametrize("limit", [20_000, 140_000])
+def test_a_save_that_fails_changes_nothing(make, options, limit, tmp_path):
+    """Neither in a folder that loads nor beside one that does not exist."""
+    folder = tmp_path / "saved"
+    make().save_pretrained(folder)
+    before = content(tmp_path)
+    new = make(num_layers=3, seed=1)
+    for target in (folder, tmp_path / "new"):
+        with file_size_limit(limit), pytest.raises(OSError, match=f"^{target} can't be written: [^/]*$"):
+            new.save_pretrained(target, **options)
+        assert content(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["saved"]
+    new.save_pretrained(folder, **options)
+    saved = type(new).from_pretrained(folder)
+    pair = (saved, new) if isinstance(new, DiTTransformer2DModel) else (saved.transformer, new.transformer)
+    assert_same_weights(*pair)
+
+
+SHARDS = {"max_shard_size": "150KB"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (SHARDS, {}),
+        ({}, SHARDS),
+        (SHARDS, {"max_shard_size": "300KB"}),
+        ({}, {"safe_serialization": False}),
+        (SHARDS, {"safe_serialization": False}),
+        ({"safe_serialization": False}, {}),
+        (SHARDS | {"variant": "fp16"}, {"variant": "fp16"}),
+    ],
+)
+def test_a_save_replaces_the_one_before_and_nothing_else(old, new, tmp_path):
+    kept = tiny_transformer(seed=2)
+    kept.save_pretrained(tmp_path, variant="other", **SHARDS)
+    for name in ("notes.txt", "diffusion_pytorch_model.mine.safetensors", "diffusion_pytorch_model.txt"):
+        (tmp_path / name).write_text("mine")
+    others = content(tmp_path)
+    tiny_transformer().save_pretrained(tmp_path, **old)
+    model = tiny_transformer(num_layers=2, seed=1)
+    model.save_pretrained(tmp_path, **new)
+    variant = new.get("variant")
+    assert_same_weights(DiTTransformer2DModel.from_pretrained(tmp_path, variant=variant), model)
+    assert_same_weights(DiTTransformer2DModel.from_pretrained(tmp_path, variant="other"), kept)
+    after = content(tmp_path)
+    assert {path: after.pop(path, None) for path in others} == others
+    model.save_pretrained(tmp_path / "fresh", **new)
+    assert after.keys() == content(tmp_path / "fresh").keys() - others.keys()
+
+
+def test_a_run_leaves_a_whole_pipeline_or_none(tmp_path):
+    (tmp_path / "train_log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step-000002.png").write_bytes(b"grid")
+    before, facts = sorted(tmp_path.rglob("*")), CardFacts(recipe={"seed": 0})
+    with file_size_limit(140_000), pytest.raises(OSError, match="pipeline can't be written"):
+        save_pipeline(tiny_pipeline(), tmp_path, facts)
+    assert sorted(tmp_path.rglob("*")) == before
+    card = (save_pipeline(tiny_pipeline(), tmp_path, facts) / "README.md").read_text()
+    assert f"# {tmp_path.name}\n" in card and "(samples.png)" in card and "(loss.png)" in card
+
+
+def test_a_card_is_built_on_and_names_the_folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "samples.png").write_bytes(b"")
+    (tmp_path / "mine" / "README.md").write_text("My words.\n")
+    tiny_pipeline().save_pretrained(tmp_path / "mine")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "My words." in card and "# mine" in card and "(samples.png)" in card
+
+
+def test_what_can_not_be_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, message in {"file": "is a file, not a folder", "loop": "symbolic links"}.items():
+        for model in (tiny_transformer(), tiny_pipeline()):
+            with pytest.raises(ValueError, match=message):
+                model.save_pretrained(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
