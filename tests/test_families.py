@@ -28,6 +28,7 @@ ALL = {name: family for name, (family, *_) in FLOW.items()} | {
     "dit_p2": "dit",
     "dit_p4_fixed_sigma": "dit",
     "dit_p8_in3": "dit",
+    "rae_lightningdit": "rae_lightningdit",
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import FIXTURES, load_golden
 from safetensors import safe_open
 
-from dit_hf import DDTTransformer2DModel
+from dit_hf import DDTTransformer2DModel, DiTTransformer2DModel
 from dit_hf.checkpoints import ddt, rae
 from dit_hf.checkpoints.reference_two_streams import ddt_reference_forward, rae_reference_forward
 from dit_hf.checkpoints.two_streams import two_stream_tables
@@ -161,9 +161,8 @@ def test_ddt_samples_equal_the_original(name, run):
     assert relative_error(sample_ddt(model, golden, arguments), golden[f"sample_{run}"]) < 1e-4
 
 
-def rae_guidance(name, golden):
+def rae_guidance(strong, weak, golden):
     """Recorded kind of guidance -> the velocity for latents, time and labels."""
-    strong, weak = load(name), load(f"{name}_guide")
 
     def plain(latents, time, labels):
         return strong(latents, 1000 * time, labels).sample
@@ -190,7 +189,7 @@ def test_rae_guided_forwards_equal_the_original(name):
     half = len(golden["cfg_x"]) // 2
     inputs = tuple(golden[f"cfg_{kind}"] for kind in "xty")
     halves = tuple(value[:half] for value in inputs)
-    for kind, velocity in rae_guidance(name, golden).items():
+    for kind, velocity in rae_guidance(load(name), load(f"{name}_guide"), golden).items():
         if kind.startswith("cfg"):  # the conditional half comes first, and the guided half twice
             assert relative_error(velocity(*halves), golden[f"{kind}out"][:half]) < 1e-4
         elif kind == "ag_":
@@ -207,16 +206,42 @@ RAE_RUNS = {
 @torch.no_grad()
 def test_rae_samples_equal_the_original(name, run):
     golden = load_golden(f"{name}.io")
-    kind, points = run.removeprefix("ode_").rsplit("_", 1) if run.count("_") > 1 else ("", run.rsplit("_", 1)[1])
-    mild, guidance = kind == "mild", "" if kind in ("", "mild") else f"{kind}_"
-    velocity = rae_guidance(name, golden)[guidance]
-    shift = golden["ode_shift_mild" if mild else "ode_shift"]
-    times = 1 - torch.linspace(0, 0.999, int(points))
+    kind, points = run.removeprefix("ode_").rpartition("_")[::2]
+    guidance = "" if kind in ("", "mild") else f"{kind}_"
+    velocity = rae_guidance(load(name), load(f"{name}_guide"), golden)[guidance]
+    shift = golden["ode_shift_mild" if kind == "mild" else "ode_shift"]
+    latents = sample_rae(velocity, golden, int(points), shift)
+    assert relative_error(latents, golden[f"{run}_sample"]) < 1e-4
+
+
+def sample_rae(velocity, golden, points, shift):
+    """Euler steps on a grid that ends before the data."""
+    times = 1 - torch.linspace(0, 0.999, points)
     times = shift * times / (1 + (shift - 1) * times)
     latents = golden["ode_z"]
     for time, following in zip(times[:-1], times[1:], strict=True):
         latents = latents + (following - time) * velocity(latents, time.expand(len(latents)), golden["ode_y"])
-    assert relative_error(latents, golden[f"{run}_sample"]) < 1e-4
+    return latents
+
+
+@torch.no_grad()
+def test_the_lightningdit_of_rae_equals_the_original():
+    """The second class of RAE's code is an option of the model with one stream."""
+    golden = load_golden("rae_lightningdit.io")
+    model = DiTTransformer2DModel.from_single_file(FIXTURES / "rae_lightningdit.pt")
+    assert model.config.time_embedding == "fourier"
+    assert_close(model(golden["x"], 1000 * golden["t"], golden["y"]).sample, golden["out"])
+    guided = rae_guidance(model, None, golden)
+    for kind, points in (("", 5), ("cfg_", 11)):
+        latents = sample_rae(guided[kind], golden, points, golden["ode_shift"])
+        assert relative_error(latents, golden[f"ode_{kind}{points}_sample"]) < 1e-4
+
+
+def test_random_frequencies_stay_in_float32(tmp_path):
+    DiTTransformer2DModel.from_single_file(FIXTURES / "rae_lightningdit.pt").save_pretrained(tmp_path)
+    half = DiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert half.time_proj.weight.dtype == half.time_embed.linear_1.weight.dtype == torch.float32
+    assert half.proj_out.weight.dtype == torch.bfloat16
 
 
 @torch.no_grad()

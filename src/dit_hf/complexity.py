@@ -6,7 +6,7 @@ Shapes: `N` tokens, `D` width, `L` layers.
 from collections.abc import Mapping
 
 from .transformer_ddt import FREQUENCIES, MODULATION_VECTORS, stream_sizes
-from .transformer_dit import FREQUENCY_DIM, count_modulation_vectors, swiglu_width
+from .transformer_dit import FREQUENCY_DIM, TIME_EMBEDDINGS, count_modulation_vectors, swiglu_width
 from .transformer_jit import NUM_VECTORS
 
 
@@ -63,7 +63,7 @@ def count_macs(config: Mapping, height: int | None = None, width: int | None = N
     block += vectors * dim**2
     head_modulation = 2 * dim**2 if vectors else 0
 
-    embed = image_tokens * in_dim * dim + FREQUENCY_DIM * dim + dim**2
+    embed = image_tokens * in_dim * dim + TIME_EMBEDDINGS[config["time_embedding"]] * dim + dim**2
     return embed + config["num_layers"] * block + head_modulation + tokens * dim * out_dim
 
 

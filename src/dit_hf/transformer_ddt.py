@@ -58,6 +58,18 @@ try:  # registration with diffusers' caches
     )
 except ImportError:
     TransformerBlockRegistry = None  # type: ignore[assignment,misc]
+try:  # the plan for context parallelism
+    from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+    TOKENS: Any = ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)
+    CONTEXT_PARALLEL_PLAN: Any = {
+        "rotary_embed": dict.fromkeys((0, 1), ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)),
+        "transformer_blocks.0": {"hidden_states": TOKENS},
+        "decoder_blocks.0": {"hidden_states": TOKENS},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+except (ImportError, TypeError):
+    CONTEXT_PARALLEL_PLAN = None
 try:  # `attention_kwargs={"scale": s}`
     from diffusers.utils import apply_lora_scale
 except ImportError:
@@ -88,6 +100,11 @@ FREQUENCIES = {"sinusoidal": 128, "fourier": 256}
 MAX_PERIOD = 10
 # The model's time is the scheduler's timestep times this: from 0 for data to 1 for noise.
 TIMESTEP_SCALE = 0.001
+# How tensor parallelism splits the feed-forward layers; a plan may name no layer that is absent.
+TENSOR_PARALLEL_FF = {
+    "swiglu": {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"},
+    "gelu": {"net.0.proj": "colwise", "net.2": "rowwise"},
+}
 # Shift, scale and gate of each of two branches.
 MODULATION_VECTORS = 6
 NORM_EPS = 1e-6
@@ -440,6 +457,15 @@ def _check_sizes_fit(config):
             raise ValueError(f"`mlp_ratio` is {config['mlp_ratio']!r}, which leaves the feed-forward layers no width.")
 
 
+def tensor_parallel_plan(ff: str) -> dict[str, str]:
+    """The plan of a model with these feed-forward layers."""
+    layers = {f"attn.to_{name}": "colwise" for name in "qkv"} | {"attn.to_out.0": "rowwise"}
+    layers |= {f"ff.{name}": style for name, style in TENSOR_PARALLEL_FF[ff].items()}
+    return {
+        f"{blocks}.*.{name}": layers[name] for blocks in ("transformer_blocks", "decoder_blocks") for name in layers
+    }
+
+
 class DDTBlock(nn.Module):
     """adaLN-Zero block (DiT fig. 3) whose shifts, scales and gates may differ from token to token (DDT)."""
 
@@ -537,6 +563,8 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
     _repeated_blocks = ["DDTBlock"]
     _keep_in_fp32_modules = ["time_proj", "time_embed"]
     _skip_layerwise_casting_patterns = ["patch_embed", "norm"]
+    _cp_plan = CONTEXT_PARALLEL_PLAN
+    _tp_plan = tensor_parallel_plan("swiglu")
 
     @register_to_config
     def __init__(
@@ -568,6 +596,7 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         encoder, decoder = stream_sizes(self.config)
         encoder_dim, dim = (heads * head_dim for _, heads, head_dim in (encoder, decoder))
         options = (mlp_ratio, norm, qk_norm, ff, bias)
+        self._tp_plan = tensor_parallel_plan(ff)
 
         # 1. Embed time, class and positions
         self.time_proj = None

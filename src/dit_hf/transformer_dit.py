@@ -38,7 +38,13 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb, get_1d_rotary_pos_embed
+from diffusers.models.embeddings import (
+    GaussianFourierProjection,
+    TimestepEmbedding,
+    Timesteps,
+    apply_rotary_emb,
+    get_1d_rotary_pos_embed,
+)
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 
@@ -92,6 +98,8 @@ NORMS = ("layer_norm", "rms_norm")
 FEED_FORWARDS = ("gelu", "swiglu")
 # Width of the sinusoidal timestep embedding, before its MLP.
 FREQUENCY_DIM = 256
+# The same, by the kind of the embedding.
+TIME_EMBEDDINGS = {"sinusoidal": FREQUENCY_DIM, "fourier": 512}
 NORM_EPS = 1e-6
 # Initial standard deviation of the embedding table and of the timestep MLP.
 EMBEDDING_STD = 0.02
@@ -341,7 +349,7 @@ def count_weights(config: Mapping) -> int:
     head = dim * patch_values * (2 if config["learn_sigma"] else 1) + (2 * dim**2 if vectors else 0)
     classes = config["num_classes"] + int(config["class_dropout_prob"] > 0)
     timesteps = 2 if config["interval_embedding"] else 1
-    embed = dim * (patch_values + timesteps * (FREQUENCY_DIM + dim) + classes)
+    embed = dim * (patch_values + timesteps * (TIME_EMBEDDINGS[config["time_embedding"]] + dim) + classes)
     return embed + config["num_layers"] * block + head
 
 
@@ -370,7 +378,8 @@ def check_config(config: Mapping) -> None:
         if not isinstance(config[name], bool):
             raise ValueError(f"`{name}` is {config[name]!r}; it must be True or False.")
     choices = {"conditioning": CONDITIONINGS, "position_embedding": POSITION_EMBEDDINGS}
-    for name, allowed in (choices | {"norm": NORMS, "ff": FEED_FORWARDS}).items():
+    choices |= {"norm": NORMS, "ff": FEED_FORWARDS, "time_embedding": tuple(TIME_EMBEDDINGS)}
+    for name, allowed in choices.items():
         if config[name] not in allowed:
             raise ValueError(f"`{name}` is {config[name]!r}; it must be one of {', '.join(allowed)}.")
     _check_sizes_fit(**{name: config[name] for name in SIZES})
@@ -549,6 +558,8 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             then the mean velocity over the interval (MeanFlow, SoFlow).
         guidance_in_weights (`bool`, defaults to `False`):
             Whether the model was trained to predict what guidance would give, so that sampling takes no guidance.
+        time_embedding (`str`, defaults to `"sinusoidal"`):
+            `"sinusoidal"`, or `"fourier"` with random frequencies, which are among the weights (RAE's LightningDiT).
 
     Raises:
         ValueError: if an option is unknown or sizes do not fit; the message names the option.
@@ -557,7 +568,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock", "DiTContextBlock"]
     _repeated_blocks = ["DiTBlock", "DiTContextBlock"]
-    _keep_in_fp32_modules = ["time_embed", "interval_embed"]
+    _keep_in_fp32_modules = ["time_proj", "time_embed", "interval_embed"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
     _cp_plan = CONTEXT_PARALLEL_PLAN
     _tp_plan = {
@@ -591,6 +602,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         timestep_scale: float = 1.0,
         interval_embedding: bool = False,
         guidance_in_weights: bool = False,
+        time_embedding: str = "sinusoidal",
     ):
         super().__init__()
         check_config(self.config)
@@ -601,9 +613,13 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
         # 1. Embed patches, time and class
         self.pos_embed = DiTPatchEmbed(sample_size, patch_size, in_channels, dim)
-        self.time_proj = Timesteps(FREQUENCY_DIM, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embed = TimestepEmbedding(FREQUENCY_DIM, dim)
-        self.interval_embed = TimestepEmbedding(FREQUENCY_DIM, dim) if interval_embedding else None
+        frequency_dim = TIME_EMBEDDINGS[time_embedding]
+        if time_embedding == "fourier":
+            self.time_proj = GaussianFourierProjection(frequency_dim // 2, set_W_to_weight=False, log=False)
+        else:
+            self.time_proj = Timesteps(frequency_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(frequency_dim, dim)
+        self.interval_embed = TimestepEmbedding(frequency_dim, dim) if interval_embedding else None
         self.class_embed = nn.Embedding(num_classes + int(class_dropout_prob > 0), dim)
 
         self.rotary_embed = None

@@ -5,6 +5,7 @@ from .dit import DIT
 from .family import Family
 from .lightningdit import LIGHTNINGDIT
 from .meanflow import MEANFLOW
+from .rae import RAE_LIGHTNINGDIT
 from .repa import REPA
 from .repae import REPAE
 from .sit import SIT
@@ -13,5 +14,6 @@ from .soflow import SOFLOW
 
 # In the order in which a checkpoint is compared with them: the most specific marks first, the family without any last.
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (DIFFUSERS, SOFLOW, MEANFLOW, REPAE, REPA, LIGHTNINGDIT, SIT, DIT)
+    family.name: family
+    for family in (DIFFUSERS, SOFLOW, MEANFLOW, REPAE, REPA, RAE_LIGHTNINGDIT, LIGHTNINGDIT, SIT, DIT)
 }

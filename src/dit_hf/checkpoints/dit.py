@@ -34,6 +34,7 @@ OPTIONS: dict[str, tuple] = {
     "timestep_scale": (1.0,),  # time in [0, 1000)
     "interval_embedding": (False,),
     "guidance_in_weights": (False,),
+    "time_embedding": ("sinusoidal",),
 }
 
 DIT = Family(

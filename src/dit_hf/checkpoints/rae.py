@@ -1,10 +1,12 @@
-"""RAE's DiT-DH (https://github.com/bytetriper/RAE): two widths, biases, Fourier time, running as diffusers' does."""
+"""RAE (https://github.com/bytetriper/RAE): DiT-DH and a LightningDiT, both with Fourier time running as diffusers'."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
+from .lightningdit import LIGHTNINGDIT
 from .reference_two_streams import rae_reference_forward
 from .two_streams import BLOCK_LAYERS, KEYS, TwoStreamFamily, check_axes, count_blocks, infer_streams
 
@@ -126,4 +128,17 @@ RAE = TwoStreamFamily(
     scheduler="flow_euler",
     recommended_call={"num_inference_steps": 49, "guidance_scale": 1.0},
     reference_forward=rae_reference_forward,
+)
+
+# The second class of its code, of one stream.
+RAE_LIGHTNINGDIT = replace(
+    LIGHTNINGDIT,
+    name="rae_lightningdit",
+    keys=LIGHTNINGDIT.keys | {"t_embedder.W": "time_proj.weight"},
+    options=LIGHTNINGDIT.options | {"time_embedding": ("fourier",), "modulation_shift": (True,)},
+    marks=("t_embedder.W",),
+    can_lack_marks=False,
+    data_at_one=False,
+    wrapper="ema",
+    recommended_call=RAE.recommended_call,
 )

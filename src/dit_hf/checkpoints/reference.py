@@ -56,9 +56,14 @@ def reference_forward(
 
 
 def _embed_time(weights, name, time, period=10000):
-    frequencies = torch.exp(-math.log(period) * torch.arange(128) / 128)
-    angles = time[:, None].float() * frequencies
-    hidden = _linear(weights, f"{name}.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))
+    """Cosines before sines of fixed frequencies, sines before cosines of RAE's random ones."""
+    if f"{name}.W" in weights:
+        angles = time[:, None].double() * weights[f"{name}.W"].double() * 2 * math.pi
+        waves = torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    else:
+        angles = time[:, None].float() * torch.exp(-math.log(period) * torch.arange(128) / 128)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1)
+    hidden = _linear(weights, f"{name}.mlp.0", waves)
     return _linear(weights, f"{name}.mlp.2", F.silu(hidden))
 
 

@@ -3,7 +3,6 @@
 Shapes: `B` batch, `C` channels, `N` tokens, `D` width, `p` patch size.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -84,7 +83,7 @@ def rae_reference_forward(
         `torch.Tensor` of shape `(B, C, H, W)`: the velocity noise − data.
     """
     pixels = latents.flatten(2).transpose(1, 2)  # (B, N, C)
-    embedded_time = _embed_fourier_time(weights, time)[:, None]
+    embedded_time = _embed_time(weights, "t_embedder", time)[:, None]
     label = weights["y_embedder.embedding_table.weight"][labels].float()[:, None]
     tokens = F.linear(
         pixels, weights["s_embedder.proj.weight"].float().flatten(1), weights["s_embedder.proj.bias"].float()
@@ -107,12 +106,6 @@ def rae_reference_forward(
         tables = _stream_tables(weights, "dec")
         tokens = _block(weights | tables, f"blocks.{index}", heads, tokens, condition)
     return _head(weights, tokens, condition).transpose(1, 2).reshape(latents.shape)
-
-
-def _embed_fourier_time(weights, time):
-    angles = 2 * math.pi * weights["t_embedder.W"].double() * time[:, None].double()
-    features = torch.cat([angles.sin(), angles.cos()], dim=1).float()
-    return _linear(weights, "t_embedder.mlp.2", F.silu(_linear(weights, "t_embedder.mlp.0", features)))
 
 
 def _stream_tables(weights, stream):
