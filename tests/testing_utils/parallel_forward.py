@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import DESIGNS, tiny_design, tiny_inputs
+from conftest import ARCHITECTURES, DESIGNS, tiny_design, tiny_inputs
 
 from dit_hf.transformer_dit import DiTTransformer2DModel
 
@@ -58,7 +58,7 @@ def main(model_dir, output_dir):
     torch.accelerator.device_count = lambda: 1
     tensor_parallel._SUPPORTED_TP_DEVICES += ("cpu",)
     results = {}
-    for conditioning in DESIGNS:
+    for conditioning in (*DESIGNS, *ARCHITECTURES):
         results["context", conditioning] = attempt(lambda: context_parallel(conditioning))  # noqa: B023
         results["tensor", conditioning] = attempt(lambda: tensor_parallel_in_memory(conditioning))  # noqa: B023
     results["context", "odd"] = attempt(lambda: context_parallel("in_context"), size=6)
