@@ -35,6 +35,13 @@ def test_jit_presets_have_the_counted_parameters(name):
     assert model.config.noise_scale == model.config.sample_size / 256
 
 
+def test_jit_gflops_are_the_papers():
+    assert {name: round(count_macs(preset_on_meta(name).config) / 1e9) for name in ("JiT-B/16", "JiT-B/32")} == {
+        "JiT-B/16": 25,
+        "JiT-B/32": 26,
+    }
+
+
 def test_heads_are_the_papers():
     """They change neither parameters nor operations, and conversion reads them off the width."""
     heads = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}

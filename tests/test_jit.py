@@ -13,6 +13,7 @@ from dit_hf.checkpoints.loading import build_model
 from dit_hf.checkpoints.parsing import Checkpoint, count_blocks
 from dit_hf.checkpoints.reading import read_checkpoint, select_weights, training_arguments
 from dit_hf.presets import JIT_PRESETS
+from dit_hf.training.objectives import ClampedVelocityObjective, LogitNormal
 from dit_hf.transformer_jit import count_weights, sincos_positions
 
 
@@ -119,6 +120,32 @@ def test_sampling_equals_the_original(name, settings):
     assert relative_error(steps[-1], golden[settings["out"]]) < 1e-4
     if settings["out"] == "sample_heun4" and name == "jit_p4":
         assert relative_error(torch.stack(steps)[:, :1], golden["sample_heun4_traj"]) < 1e-4
+
+
+@pytest.mark.parametrize("noise_scale", [1.0, 2.0])
+@torch.no_grad()
+def test_training_loss_equals_the_original(noise_scale):
+    golden, model = load_golden("jit_p4.io"), load_original("jit_p4", noise_scale=noise_scale)
+    settings = recorded_settings("jit_p4", "loss")
+    objective = ClampedVelocityObjective(t_eps=settings["t_eps"], noise_scale=noise_scale)
+    # The original draws the time of the data, 1 - sigma.
+    mean, std = -settings["P_mean"], settings["P_std"]
+    assert objective.time_sampler == LogitNormal(mean, std)
+    sigma = (mean - std * golden["loss_t_normal"]).sigmoid()
+    batch = {"x_start": golden["loss_x"], "noise": golden["loss_noise"] / noise_scale, "time": sigma}
+    batch |= {"label": golden["loss_y"], "drop": golden["loss_drop_uniform"] < settings["label_drop_prob"]}
+    losses = objective.loss(model, batch)
+    torch.testing.assert_close(losses, golden["loss_per_sample"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses.mean(), golden["loss"], rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_the_loss_is_zero_for_the_data_below_the_clamp_too():
+    objective, sigma = ClampedVelocityObjective(noise_scale=2.0), torch.tensor([0.0, 0.01, 0.05, 0.7])
+    batch = {"x_start": torch.randn(4, 3, 8, 8), "noise": torch.randn(4, 3, 8, 8), "time": sigma}
+    noisy = objective.add_noise(batch["x_start"], batch["noise"], sigma)
+    velocity = (noisy - batch["x_start"]) / sigma.clamp(min=0.05).view(4, 1, 1, 1)
+    assert objective.sample_losses(velocity, batch).max() < 1e-9
 
 
 # Checkpoints
