@@ -442,8 +442,8 @@ class JiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
     Class-conditional pixel-space Transformer that predicts the clean image (JiT, https://arxiv.org/abs/2511.13720).
 
     Its `sample` is the velocity noise − data of diffusers' flow-matching schedulers, computed from the predicted image
-    x and the noisy image z at `timestep = 1000 · sigma`: (z − x) / max(sigma, t_eps). The paper's time is 1 − sigma, and
-    its velocity has the opposite sign.
+    x and the noisy image z at `timestep = 1000 · sigma`: (z − x) / max(sigma, t_eps). The paper's time is 1 − sigma,
+    and its velocity has the opposite sign.
 
     Args:
         sample_size (`int`, defaults to 256):
