@@ -1,6 +1,9 @@
 """Shared fixtures: golden data, tiny models, a workspace to train in."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,8 @@ from diffusers import AutoencoderKL
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
-from dit_hf import DiTTransformer2DModel, JiTTransformer2DModel
+from dit_hf import DDTTransformer2DModel, DiTTransformer2DModel, JiTTransformer2DModel
+from dit_hf.presets import RAE_DIT_DH
 from dit_hf.transformer_dit import CONDITIONINGS
 
 
@@ -66,6 +70,33 @@ def tiny_design(name, **overrides):
     return tiny_transformer(**((DESIGNS | ARCHITECTURES)[name] | overrides))
 
 
+# DDT, and RAE's DiT-DH with and without a second width.
+DECODER = {"decoder_num_attention_heads": 2, "decoder_attention_head_dim": 32}
+TWO_STREAMS = {
+    "ddt": {},
+    "dit_dh": RAE_DIT_DH | DECODER,
+    "dit_dh_gelu": RAE_DIT_DH | {"norm": "layer_norm", "head_norm": "layer_norm", "qk_norm": True, "ff": "gelu"},
+}
+
+
+def tiny_two_streams(name, **overrides):
+    """Two blocks in each stream, with random, not zero, head and gates, so that every weight matters."""
+    config = {
+        "sample_size": 8,
+        "num_layers": 4,
+        "num_encoder_layers": 2,
+        "num_attention_heads": 4,
+        "attention_head_dim": 12,
+        "num_classes": 10,
+    }
+    torch.manual_seed(0)
+    model = DDTTransformer2DModel(**(config | TWO_STREAMS[name] | overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
 def tiny_inputs(batch_size=3, channels=4, height=8, width=8, seed=0):
     """Keyword arguments of a forward pass; the last label is the null class."""
     generator = torch.Generator().manual_seed(seed)
@@ -110,3 +141,15 @@ def workspace(tmp_path_factory):
     config = {"patch_size": 2, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="session")
+def parallel_results(tmp_path_factory):
+    """What two processes computed together, one dictionary a rank."""
+    path = tmp_path_factory.mktemp("parallel")
+    tiny_transformer().save_pretrained(path / "model")
+    script = Path(__file__).parent / "testing_utils" / "parallel_forward.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, script, path / "model", path], env=environment, check=True, timeout=600)
+    return [torch.load(path / f"rank{rank}.pt") for rank in range(2)]

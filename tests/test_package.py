@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "dit_hf"
 # A module may import what stands above it or before it in its line, never what stands below.
 LAYERS = (
     ("_version", "files", "command_line", "seeds", "dtypes", "bundled"),
-    ("transformer_dit", "transformer_jit", "presets", "complexity"),
+    ("transformer_dit", "transformer_jit", "transformer_ddt", "presets", "complexity"),
     ("pipeline_dit_class_cond", "schedulers", "mixing", "modulation_table", "model_folders"),
     ("hub", "data", "checkpoints"),
     ("models", "pipeline", "optimization", "conversion"),
@@ -25,7 +25,7 @@ LAYERS = (
     ("console",),
 )
 ORDER = [name for layer in LAYERS for name in layer]
-SELF_CONTAINED = ("transformer_dit.py", "transformer_jit.py", "pipeline_dit_class_cond.py")
+SELF_CONTAINED = ("transformer_dit.py", "transformer_jit.py", "transformer_ddt.py", "pipeline_dit_class_cond.py")
 
 TIMED_IMPORT = """
 import sys, time, socket, os

@@ -1,10 +1,8 @@
 """What the transformer declares to diffusers, each declaration used the way diffusers uses it."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -318,17 +316,6 @@ def test_fused_projections_are_used_and_unfused(conditioning):
 
 
 # Parallelism: two processes, see `testing_utils/parallel_forward.py`
-
-
-@pytest.fixture(scope="module")
-def parallel_results(tmp_path_factory):
-    path = tmp_path_factory.mktemp("parallel")
-    saved(tiny_transformer(), path / "model")
-    script = Path(__file__).parent / "testing_utils" / "parallel_forward.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, script, path / "model", path], env=environment, check=True, timeout=600)
-    return [torch.load(path / f"rank{rank}.pt") for rank in range(2)]
 
 
 @every_conditioning

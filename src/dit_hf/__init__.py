@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
     from .mixing import mix_classes
-    from .models import DiTTransformer2DModel, JiTTransformer2DModel
+    from .models import DDTTransformer2DModel, DiTTransformer2DModel, JiTTransformer2DModel
     from .optimization import optimize, restore
     from .pipeline import DiTClassCondPipeline
     from .schedulers import make_scheduler
 
 # Public name -> its module, imported when the name is used first.
 _MODULES = {
+    "DDTTransformer2DModel": ".models",
     "DiTClassCondPipeline": ".pipeline",
     "DiTTransformer2DModel": ".models",
     "JiTTransformer2DModel": ".models",
@@ -34,6 +35,7 @@ _MODULES = {
 _lock = threading.RLock()
 
 __all__ = [
+    "DDTTransformer2DModel",
     "DiTClassCondPipeline",
     "DiTTransformer2DModel",
     "JiTTransformer2DModel",

@@ -5,6 +5,7 @@ Shapes: `N` tokens, `D` width, `L` layers.
 
 from collections.abc import Mapping
 
+from .transformer_ddt import FREQUENCIES, MODULATION_VECTORS, stream_sizes
 from .transformer_dit import FREQUENCY_DIM, count_modulation_vectors, swiglu_width
 from .transformer_jit import NUM_VECTORS
 
@@ -18,7 +19,7 @@ def count_macs(config: Mapping, height: int | None = None, width: int | None = N
     Multiply-adds of one forward pass of one sample; the matrix products are counted, as in the paper.
 
     Args:
-        config (`Mapping`): A `DiTTransformer2DModel`'s or a `JiTTransformer2DModel`'s config.
+        config (`Mapping`): A `DiTTransformer2DModel`'s, `JiTTransformer2DModel`'s or `DDTTransformer2DModel`'s config.
         height (`int`, *optional*): Rows of the latent; `sample_size` if not given.
         width (`int`, *optional*): Columns of the latent; `sample_size` if not given.
 
@@ -40,6 +41,8 @@ def count_macs(config: Mapping, height: int | None = None, width: int | None = N
     patch_size = config["patch_size"]
     if height % patch_size or width % patch_size:
         raise ValueError(f"The latent size {height}×{width} is not divisible by the patch size {patch_size}.")
+    if "num_encoder_layers" in config:
+        return _ddt_macs(config, (height // patch_size) * (width // patch_size))
     if "bottleneck_dim" in config:
         return _jit_macs(config, (height // patch_size) * (width // patch_size))
     dim = config["num_attention_heads"] * config["attention_head_dim"]
@@ -75,6 +78,23 @@ def _jit_macs(config, image_tokens):
         tokens = image_tokens + (config["in_context_len"] if index >= config["in_context_start"] else 0)
         blocks += _attention_macs(tokens, tokens, dim) + tokens * dim * ff_widths + NUM_VECTORS * dim**2
     return embed + blocks + 2 * dim**2 + image_tokens * dim * patch_values
+
+
+def _ddt_macs(config, tokens):
+    """DDT's: in the encoder a sample has one condition, in the decoder each token has its own."""
+    patch_values = config["patch_size"] ** 2 * config["in_channels"]
+    count, widths = 0, []
+    for conditions, (num_layers, heads, head_dim) in zip((1, tokens), stream_sizes(config), strict=True):
+        dim = heads * head_dim
+        hidden = int(dim * config["mlp_ratio"])
+        ff_widths = 3 * swiglu_width(dim, config["mlp_ratio"]) if config["ff"] == "swiglu" else 2 * hidden
+        block = _attention_macs(tokens, tokens, dim) + tokens * dim * ff_widths
+        count += num_layers * (block + conditions * MODULATION_VECTORS * dim**2) + tokens * patch_values * dim
+        widths.append(dim)
+    encoder_dim, dim = widths
+    count += 2 * FREQUENCIES[config["time_embedding"]] * encoder_dim + encoder_dim**2
+    projection = tokens * encoder_dim * dim if encoder_dim != dim else 0
+    return count + projection + tokens * dim * (2 * dim + patch_values)
 
 
 def _attention_macs(queries, keys, dim):

@@ -13,12 +13,12 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging
 
-from . import hub, model_folders, transformer_dit, transformer_jit
+from . import hub, model_folders, transformer_ddt, transformer_dit, transformer_jit
 from .checkpoints import diffusers_dit
 from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
-from .presets import JIT_PRESETS, PRESETS, preset_config
+from .presets import DDT_PRESETS, JIT_PRESETS, PRESETS, preset_config
 
 
 logger = logging.get_logger(__name__)
@@ -54,11 +54,12 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
         A freshly initialised model of a size of the paper.
 
         Args:
-            name (`str`): `"DiT-S/8"` … `"DiT-XL/2"`, `"JiT-B/16"` … `"JiT-H/32"`; see `dit_hf.presets`.
+            name (`str`): `"DiT-S/8"` … `"DiT-XL/2"`, `"JiT-B/16"` … `"JiT-H/32"`, `"DDT-XL/2"`,
+                `"RAE-DiT-DH-XL"`, `"RAE-DiT-DH-S"`; see `dit_hf.presets`.
             overrides: Constructor arguments that replace the preset's.
 
         Returns:
-            `DiTTransformer2DModel` or `JiTTransformer2DModel`
+            `DiTTransformer2DModel`, `JiTTransformer2DModel` or `DDTTransformer2DModel`
 
         Raises:
             ValueError: if there is no such preset.
@@ -76,7 +77,7 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
             kwargs: `subfolder`, `dtype` (a `torch.dtype` or its name), `revision` … as with every diffusers model.
 
         Returns:
-            `DiTTransformer2DModel` or `JiTTransformer2DModel`: in eval mode.
+            `DiTTransformer2DModel`, `JiTTransformer2DModel` or `DDTTransformer2DModel`: in eval mode.
 
         Raises:
             ValueError: if an argument is not possible, or the folder holds something else.
@@ -271,6 +272,15 @@ class DiTTransformer2DModel(PackagedModel, transformer_dit.DiTTransformer2DModel
 class JiTTransformer2DModel(PackagedModel, transformer_jit.JiTTransformer2DModel):
     __doc__ = transformer_jit.JiTTransformer2DModel.__doc__
     _presets = JIT_PRESETS
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **config: Any) -> None: ...
+
+
+class DDTTransformer2DModel(PackagedModel, transformer_ddt.DDTTransformer2DModel):
+    __doc__ = transformer_ddt.DDTTransformer2DModel.__doc__
+    _presets = DDT_PRESETS
 
     if TYPE_CHECKING:
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 
 # What a row says beside the constructor's arguments.
-REPORTED = ("parameters_m", "gflops", "fid_400k", "fid_600_epochs")
+REPORTED = ("parameters_m", "gflops", "fid_400k", "fid_600_epochs", "fid")
 
 
 class Preset(NamedTuple):
@@ -79,6 +79,56 @@ JIT_PRESETS: dict[JiTPresetName, JiTPreset] = {
     "JiT-B/32": JiTPreset(      12,   12,      64,   32,   512,       128,      4,    0.0,  2.0, 133.4, 4.02),
     "JiT-L/32": JiTPreset(      24,   16,      64,   32,   512,       128,      8,    0.0,  2.0, 461.8, 2.53),
     "JiT-H/32": JiTPreset(      32,   16,      80,   32,   512,       256,     10,    0.2,  2.0, 956.4, 1.94),
+}
+# fmt: on
+
+
+# The options of RAE's DiT-DH, where the defaults of `DDTTransformer2DModel` are DDT's.
+RAE_DIT_DH = {
+    "time_embedding": "fourier",
+    "position_table": True,
+    "rotary_span": None,
+    "head_norm": "rms_norm",
+    "qk_norm": False,
+    "bias": True,
+    "modulation_activation": True,
+}
+
+
+class DDTPreset(NamedTuple):
+    """
+    A published size of DDT, or of RAE's DiT-DH on latents of DINOv2-B. Parameters are the trained ones; FID-50K is
+    that of the published weights at 256×256: DDT's with classifier-free guidance, DiT-DH's with autoguidance.
+    """
+
+    num_layers: int
+    num_encoder_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    decoder_num_attention_heads: int | None
+    decoder_attention_head_dim: int | None
+    patch_size: int
+    in_channels: int
+    sample_size: int
+    parameters_m: float
+    fid: float | None
+    time_embedding: str = "sinusoidal"
+    position_table: bool = False
+    rotary_span: float | None = 16.0
+    head_norm: str = "layer_norm"
+    qk_norm: bool = True
+    bias: bool = False
+    modulation_activation: bool = False
+
+
+DDTPresetName = Literal["DDT-XL/2", "RAE-DiT-DH-XL", "RAE-DiT-DH-S"]
+
+# fmt: off
+DDT_PRESETS: dict[DDTPresetName, DDTPreset] = {
+    #                      layers encoder heads dim  decoder's   patch channels size params   FID
+    "DDT-XL/2":      DDTPreset(28,    22,   16,  72, None, None,     2,       4,  32, 674.6, 1.26),
+    "RAE-DiT-DH-XL": DDTPreset(30,    28,   16,  72,   16,  128,     1,     768,  16, 838.4, 1.13, **RAE_DIT_DH),
+    "RAE-DiT-DH-S":  DDTPreset(14,    12,    6,  64,   16,  128,     1,     768,  16, 196.4, None, **RAE_DIT_DH),
 }
 # fmt: on
 

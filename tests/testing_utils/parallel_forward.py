@@ -17,19 +17,23 @@ from torch.distributed.tensor import DTensor
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import ARCHITECTURES, DESIGNS, tiny_design, tiny_inputs
+from conftest import ARCHITECTURES, DESIGNS, TWO_STREAMS, tiny_design, tiny_inputs, tiny_two_streams
 
 from dit_hf.transformer_dit import DiTTransformer2DModel
 
 
-def context_parallel(conditioning):
-    model = tiny_design(conditioning)
+def tiny_model(name):
+    return tiny_two_streams(name) if name in TWO_STREAMS else tiny_design(name)
+
+
+def context_parallel(name):
+    model = tiny_model(name)
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
     return model
 
 
-def tensor_parallel_in_memory(conditioning):
-    model = tiny_design(conditioning)
+def tensor_parallel_in_memory(name):
+    model = tiny_model(name)
     model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
     return model
 
@@ -58,9 +62,9 @@ def main(model_dir, output_dir):
     torch.accelerator.device_count = lambda: 1
     tensor_parallel._SUPPORTED_TP_DEVICES += ("cpu",)
     results = {}
-    for conditioning in (*DESIGNS, *ARCHITECTURES):
-        results["context", conditioning] = attempt(lambda: context_parallel(conditioning))  # noqa: B023
-        results["tensor", conditioning] = attempt(lambda: tensor_parallel_in_memory(conditioning))  # noqa: B023
+    for name in DESIGNS | ARCHITECTURES | TWO_STREAMS:
+        results["context", name] = attempt(lambda: context_parallel(name))  # noqa: B023
+        results["tensor", name] = attempt(lambda: tensor_parallel_in_memory(name))  # noqa: B023
     results["context", "odd"] = attempt(lambda: context_parallel("in_context"), size=6)
     config = TensorParallelConfig(tp_degree=2)
     results["tensor", "loaded"] = attempt(

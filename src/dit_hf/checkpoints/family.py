@@ -269,7 +269,7 @@ def infer_mlp_ratio(hidden: int, dim: int, swiglu: bool) -> float:
     raise ValueError(f"A feed-forward width of {hidden} at a model width of {dim} can't be expressed as a ratio.")
 
 
-def bake_conventions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def bake_conventions(weights: dict[str, torch.Tensor], max_period: float = MAX_PERIOD) -> dict[str, torch.Tensor]:
     """
     Turns weights that run from noise at 0 to data at 1 into weights that run the other way, or back.
 
@@ -278,6 +278,7 @@ def bake_conventions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
     Args:
         weights (`dict[str, torch.Tensor]`): With our keys.
+        max_period (`float`, defaults to 10000): The longest period of the sinusoidal embedding, over 2π.
 
     Returns:
         `dict[str, torch.Tensor]`: a copy of the dictionary with three weights replaced; those absent stay so.
@@ -289,7 +290,7 @@ def bake_conventions(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     key = "time_embed.linear_1.weight"
     if key in weights and weights[key].ndim == 2 and weights[key].shape[1] == FREQUENCY_DIM:
         half = FREQUENCY_DIM // 2
-        frequencies = MAX_PERIOD ** -(torch.arange(half, dtype=torch.float64) / half)
+        frequencies = max_period ** -(torch.arange(half, dtype=torch.float64, device=weights[key].device) / half)
         cosine, sine = weights[key].double().chunk(2, dim=1)
         columns = (
             cosine * frequencies.cos() + sine * frequencies.sin(),

@@ -42,20 +42,20 @@ def reference_forward(
     condition = _embed_time(weights, "t_embedder", time)
     if end is not None:
         condition = condition + _embed_time(weights, "r_embedder", time - end)
-    condition = F.silu(condition + weights["y_embedder.embedding_table.weight"][labels].float())
+    condition = F.silu(condition + weights["y_embedder.embedding_table.weight"][labels].float())[:, None]
 
     depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
     for index in range(depth):
         tokens = _block(weights, f"blocks.{index}", heads, tokens, condition)
-    shift, scale = _linear(weights, "final_layer.adaLN_modulation.1", condition)[:, None].chunk(2, dim=-1)
+    shift, scale = _linear(weights, "final_layer.adaLN_modulation.1", condition).chunk(2, dim=-1)
     tokens = _norm(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
     output = _linear(weights, "final_layer.linear", tokens)
     output = output.reshape(len(output), *grid, patch_size, patch_size, -1)
     return torch.einsum("bhwpqc->bchpwq", output).reshape(len(output), -1, *latents.shape[-2:])
 
 
-def _embed_time(weights, name, time):
-    frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+def _embed_time(weights, name, time, period=10000):
+    frequencies = torch.exp(-math.log(period) * torch.arange(128) / 128)
     angles = time[:, None].float() * frequencies
     hidden = _linear(weights, f"{name}.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))
     return _linear(weights, f"{name}.mlp.2", F.silu(hidden))
@@ -63,7 +63,8 @@ def _embed_time(weights, name, time):
 
 def _linear(weights, name, values):
     # Half precision becomes float32 here, one weight at a time.
-    return F.linear(values, weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float())
+    bias = weights[f"{name}.bias"].float() if f"{name}.bias" in weights else None
+    return F.linear(values, weights[f"{name}.weight"].float(), bias)
 
 
 def _norm(weights, name, values, layer_norm_epsilon=1e-6):
@@ -84,7 +85,7 @@ def _rotate(values, cosines, sines):
 
 
 def _block(weights, name, heads, tokens, condition):
-    vectors = _linear(weights, f"{name}.adaLN_modulation.1", condition)[:, None].split(tokens.shape[-1], dim=-1)
+    vectors = _linear(weights, f"{name}.adaLN_modulation.1", condition).split(tokens.shape[-1], dim=-1)
     if len(vectors) == 4:
         scale_1, gate_1, scale_2, gate_2 = vectors
         shift_1 = shift_2 = torch.zeros(())
