@@ -109,7 +109,9 @@ def tiny_inputs(batch_size=3, channels=4, height=8, width=8, seed=0):
 
 def inputs_of(model, **sizes):
     """[`tiny_inputs`] with everything that the model takes."""
-    return tiny_inputs(**sizes) | ({"r_timestep": torch.tensor(20.0)} if model.config.get("interval_embedding") else {})
+    return tiny_inputs(**sizes) | (
+        {"r_timestep": torch.tensor(20.0)} if model.config.get("interval_embedding") else {}
+    )
 
 
 @pytest.fixture

@@ -78,7 +78,9 @@ def test_the_oracle_equals_the_original(name):
     """The forward pass that conversions are verified with is itself held against the recorded outputs."""
     golden = load_golden(f"{name}.io")
     weights = parse_checkpoint(FIXTURES / f"{name}.pt", 4, ALL[name]).original
-    output = reference_forward(weights, {"num_attention_heads": 4}, golden["x"], golden["t"], golden["y"])[:, : golden["out"].shape[1]]
+    output = reference_forward(weights, {"num_attention_heads": 4}, golden["x"], golden["t"], golden["y"])[
+        :, : golden["out"].shape[1]
+    ]
     torch.testing.assert_close(output, golden["out"], rtol=0, atol=2e-5)
 
 

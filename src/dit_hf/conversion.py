@@ -13,7 +13,7 @@ from .checkpoints.loading import build_model
 from .checkpoints.parsing import Checkpoint
 from .data.autoencoders import check_autoencoder, load_autoencoder
 from .files import read_json
-from .models import DiTTransformer2DModel
+from .models import MODELS, DiTTransformer2DModel, PackagedModel
 from .pipeline import DiTClassCondPipeline
 from .schedulers import make_scheduler
 
@@ -44,8 +44,8 @@ def build_pipeline(
     Raises:
         ValueError: if the checkpoint is damaged, or `vae` is no autoencoder of images.
     """
-    transformer = build_model(DiTTransformer2DModel, checkpoint, path, dtype)
-    fixed_variance = checkpoint.family.scheduler == "ddpm" and not transformer.config.learn_sigma
+    transformer = build_model(MODELS[checkpoint.family.model], checkpoint, path, dtype)
+    fixed_variance = checkpoint.family.scheduler == "ddpm" and not transformer.config.get("learn_sigma")
     options = {"variance_type": "fixed_large"} if fixed_variance else {}
     scheduler = make_scheduler(checkpoint.family.scheduler, **options)
     call = dict(checkpoint.family.recommended_call)
@@ -148,7 +148,7 @@ def load_original_vae(
     return vae
 
 
-def load_transformer(name: str, dtype: torch.dtype | None = None) -> tuple[DiTTransformer2DModel, bool]:
+def load_transformer(name: str, dtype: torch.dtype | None = None) -> tuple[PackagedModel, bool]:
     """
     The transformer of a pipeline or of a folder of its own.
 
@@ -175,7 +175,9 @@ def load_transformer(name: str, dtype: torch.dtype | None = None) -> tuple[DiTTr
         bundled = ", ".join(bundled_names())
         raise ValueError(f"{name} must be the folder of a pipeline or a transformer, a Hub id, or one of {bundled}.")
     subfolder = "transformer" if is_pipeline else None
-    return DiTTransformer2DModel.from_pretrained(str(folder), subfolder=subfolder, dtype=dtype), is_pipeline
+    config = DiTTransformer2DModel.load_config(str(folder), subfolder=subfolder)
+    model_class = MODELS.get(config.get("_class_name"), DiTTransformer2DModel)
+    return model_class.from_pretrained(str(folder), subfolder=subfolder, dtype=dtype), is_pipeline
 
 
 def is_hub_id(name: str) -> bool:

@@ -3,7 +3,7 @@
 Shapes: `B` batch, `C` channels, `H W` latent size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
 
@@ -66,6 +66,64 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
             ValueError: if there is no such preset.
         """
         return cls(**(preset_config(name, cls._presets) | overrides))
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        num_attention_heads: int | Sequence[int] | None = None,
+        family: str = "auto",
+        weights: str = "auto",
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        has_null_class: bool | None = None,
+        low_cpu_mem_usage: bool = True,
+        in_context_start: int | None = None,
+        num_encoder_blocks: int | None = None,
+        noise_scale: float | None = None,
+    ) -> Self:
+        """
+        Loads a checkpoint of an original code base.
+
+        Args:
+            pretrained_model_link_or_path (`str` or `Path`):
+                A `.pt` or `.safetensors` file, or the link to one on the Hub or another server.
+            num_attention_heads (`int` or `Sequence[int]`, *optional*):
+                Heads can't be read off most weights; the widths of the paper are known, others need this. Two numbers
+                for a model of two streams.
+            family (`str`, defaults to `"auto"`):
+                Code base the file comes from, a name of `dit_hf.checkpoints.FAMILIES`; most are told by their keys.
+            weights (`str`, defaults to `"auto"`):
+                Which of a training checkpoint's weights, `"ema"` or `"model"`; `"auto"` takes the average where there
+                is one, and logs which it took.
+            dtype (`torch.dtype` or `str`, *optional*):
+                Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
+                `from_pretrained`. `torch_dtype` is the same.
+            has_null_class (`bool`, *optional*):
+                Whether the last row of the class table is the null class of classifier-free guidance. If nothing
+                tells, tables of 1000 rows or one have none, and any other has one.
+            low_cpu_mem_usage (`bool`, defaults to `True`): No other value is possible, as with `from_pretrained`.
+            in_context_start (`int`, *optional*): The block before which JiT's context tokens join, if nothing tells.
+            num_encoder_blocks (`int`, *optional*): How many of DDT's blocks are the encoder, if nothing tells.
+            noise_scale (`float`, *optional*): Of JiT, if nothing tells.
+
+        Returns:
+            `DiTTransformer2DModel`, `JiTTransformer2DModel` or `DDTTransformer2DModel`: in eval mode.
+
+        Raises:
+            ValueError: if the file is not such a checkpoint; the message names the file and the key.
+            OSError: if a link can't be downloaded.
+        """
+        _check_memory_option(low_cpu_mem_usage)
+        dtype = parse_dtype({"dtype": dtype, "torch_dtype": torch_dtype}).get(DTYPE_ARGUMENT)
+        hints = {
+            "num_attention_heads": num_attention_heads,
+            "has_null_class": has_null_class,
+            "in_context_start": in_context_start,
+            "num_encoder_blocks": num_encoder_blocks,
+            "noise_scale": noise_scale,
+        }
+        return load_model(cls, pretrained_model_link_or_path, dtype, family=family, weights=weights, **hints)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -235,52 +293,6 @@ class DiTTransformer2DModel(PackagedModel, transformer_dit.DiTTransformer2DModel
         forward = __call__
 
     @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path: str | Path,
-        num_attention_heads: int | None = None,
-        family: str = "auto",
-        weights: str = "auto",
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
-        has_null_class: bool | None = None,
-        low_cpu_mem_usage: bool = True,
-    ) -> Self:
-        """
-        Loads a checkpoint of an original code base.
-
-        Args:
-            pretrained_model_link_or_path (`str` or `Path`):
-                A `.pt` or `.safetensors` file, or the link to one on the Hub or another server.
-            num_attention_heads (`int`, *optional*):
-                Heads can't be read off the weights; the widths of the paper are known, others need this.
-            family (`str`, defaults to `"auto"`):
-                Code base the file comes from: `"dit"`, `"sit"`, `"repa"`, `"repae"`, `"lightningdit"`, `"meanflow"`,
-                `"soflow"` or `"diffusers"`; most are told by their keys.
-            weights (`str`, defaults to `"auto"`):
-                Which of a training checkpoint's weights, `"ema"` or `"model"`; `"auto"` takes the average where there
-                is one, and logs which it took.
-            dtype (`torch.dtype` or `str`, *optional*):
-                Type of the weights, float32 if not given; the timestep embedding stays in float32, as with
-                `from_pretrained`. `torch_dtype` is the same.
-            has_null_class (`bool`, *optional*):
-                Whether the last row of the class table is the null class of classifier-free guidance. If nothing
-                tells, tables of 1000 rows or one have none, and any other has one.
-            low_cpu_mem_usage (`bool`, defaults to `True`): No other value is possible, as with `from_pretrained`.
-
-        Returns:
-            `DiTTransformer2DModel`: in eval mode.
-
-        Raises:
-            ValueError: if the file is not such a checkpoint; the message names the file and the key.
-            OSError: if a link can't be downloaded.
-        """
-        _check_memory_option(low_cpu_mem_usage)
-        dtype = parse_dtype({"dtype": dtype, "torch_dtype": torch_dtype}).get(DTYPE_ARGUMENT)
-        path = pretrained_model_link_or_path
-        return load_model(cls, path, num_attention_heads, family, weights, dtype, has_null_class)
-
-    @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As every `ConfigMixin`'s; the configuration of diffusers' own DiT is read as well."""
         if isinstance(config, dict) and diffusers_dit.CONFIG_MARK in config:
@@ -304,3 +316,9 @@ class DDTTransformer2DModel(PackagedModel, transformer_ddt.DDTTransformer2DModel
     if TYPE_CHECKING:
 
         def __init__(self, **config: Any) -> None: ...
+
+
+# By their names, as configurations and rows of families have them.
+MODELS: dict[str, type[PackagedModel]] = {
+    model.__name__: model for model in (DiTTransformer2DModel, JiTTransformer2DModel, DDTTransformer2DModel)
+}

@@ -119,7 +119,7 @@ def _apply(pipe, settings, networks, device):
             pipe.scheduler = few_step_scheduler(pipe, settings.solver)
         for network in networks:
             compile_network(network, pipe.device.type, settings.precision == "bfloat16")
-        if pipe.device.type == "cpu" and pipe.transformer.is_adaptive:
+        if pipe.device.type == "cpu" and getattr(pipe.transformer, "is_adaptive", False):
             use_modulation_table(pipe)
     except BaseException:
         _restore(pipe)

@@ -22,7 +22,7 @@ from .checkpoints import diffusers_dit
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
 from .files import writing_folder
-from .models import DiTTransformer2DModel
+from .models import MODELS, DiTTransformer2DModel
 
 
 logger = logging.get_logger(__name__)
@@ -175,7 +175,9 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         it.
         """
         config = model_folders.read_index(json_file)
-        config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", "DiTTransformer2DModel"]}
+        name = config["transformer"][1]
+        transformer = name if name in MODELS else DiTTransformer2DModel.__name__
+        config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", transformer]}
         kinds = {"scheduler": ["diffusers", "SchedulerMixin"], "vae": ["diffusers", "ModelMixin"]}
         config |= {name: kinds[name] for name in _GIVEN.get()}
         config.pop("auto_map", None)
@@ -191,7 +193,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
     @classmethod
     def _check_folder(cls, folder, options):
         """Checks the components that are loaded from a folder, with the options of `from_pretrained`."""
-        transformers = () if "transformer" in options else diffusers_dit.CLASS_NAMES
+        transformers = () if "transformer" in options else (*diffusers_dit.CLASS_NAMES, *MODELS)
         index = model_folders.read_index(Path(folder, cls.config_name), transformers)
         trusts = bool(options.get("trust_remote_code"))
         model_folders.check_pipeline_folder(folder, index, options, options.get("variant"), trusts)

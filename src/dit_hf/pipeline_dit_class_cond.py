@@ -832,7 +832,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 )
         if config.get("use_dynamic_shifting"):
             raise ValueError(f"{name} has use_dynamic_shifting=True, which is for text-to-image; set a fixed shift.")
-        if takes_variance(self.scheduler) and not self.transformer.config.learn_sigma:
+        if takes_variance(self.scheduler) and not self.transformer.config.get("learn_sigma", False):
             raise ValueError(
                 f"{name} has variance_type={config.variance_type!r}, but the model predicts no variance "
                 "(`learn_sigma=False`); use variance_type='fixed_large'."
@@ -1054,7 +1054,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         """Unit noise (drawn or given) at the scheduler's starting scale, float32."""
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32)
+        latents = latents.to(device, torch.float32) * self.transformer.config.get("noise_scale", 1.0)
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def _position(self, index, schedule):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from diffusers.utils import logging
 
+from ..transformer_ddt import MAX_PERIOD
 from .reference_two_streams import ddt_reference_forward
 from .two_streams import BLOCK_LAYERS, KEYS, Layout, TwoStreamFamily, check_axes, count_blocks, infer_streams, reorder
 
@@ -120,6 +121,12 @@ def infer_config(
     return _fixed() | streams | {"in_channels": channels, "patch_size": side, "sample_size": PATCHES * side}
 
 
+def infer(family, original, hints, path):
+    """As [`dit_hf.checkpoints.sizes.infer`]."""
+    config = infer_config(original, hints.heads(2), hints.num_encoder_blocks, name=f"Checkpoint {path}")
+    return config, original, family.to_ours(original, config)
+
+
 def _split_patch(patch_values, in_channels, name):
     """Channels and side of a patch; a guess other than the published models' is logged."""
     for channels in (in_channels,) if in_channels else KNOWN_CHANNELS:
@@ -149,8 +156,11 @@ DDT = TwoStreamFamily(
     OPTIONS,
     tables={},
     predictions=("velocity",),
+    model="DDTTransformer2DModel",
+    infer=infer,
     marks=("ema_denoiser.", "denoiser."),
     data_at_one=True,
+    max_period=MAX_PERIOD,
     training_only=("diffusion_trainer.",),
     wrapper="state_dict",
     writes_tables=False,
@@ -158,5 +168,5 @@ DDT = TwoStreamFamily(
     recommended_call={"num_inference_steps": 250, "guidance_scale": 2.0, "guidance_interval": (0.3, 1.0)},
     prefixes={"ema": "ema_denoiser.", "model": "denoiser."},
     layouts=ddt_layouts,
-    reference_forward=ddt_reference_forward,
+    reference_forward=lambda *inputs: ddt_reference_forward(*inputs)[0],
 )

@@ -140,9 +140,9 @@ def to_our_state_dict(stock: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     Raises:
         ValueError: if a copy of the embedders is missing, or the copies differ.
     """
-    num_layers = count_layers(stock)
-    known = set(DIFFUSERS.key_table({"num_layers": num_layers})) | set(DIFFUSERS.tables)
-    return DIFFUSERS.to_ours(stock, {"num_layers": num_layers}) | {key: value for key, value in stock.items() if key not in known}
+    layers = {"num_layers": count_layers(stock)}
+    known = set(DIFFUSERS.key_table(layers)) | set(DIFFUSERS.tables)
+    return DIFFUSERS.to_ours(stock, layers) | {key: value for key, value in stock.items() if key not in known}
 
 
 def count_layers(stock: dict[str, torch.Tensor]) -> int:

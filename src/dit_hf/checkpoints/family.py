@@ -65,6 +65,7 @@ class Family:
         bakes (`bool`): Whether that is baked into the weights, or the model itself computes the reverse.
         max_period (`float`): The longest period of its timestep embedding, over 2π, for the time that is baked.
         model (`str`): The class of the model.
+        code_base (`str`, *optional*): The name of another family of the same code base, which stands for this one too.
         infer (`Callable`): Config, original weights and ours of a checkpoint, see [`dit_hf.checkpoints.sizes.infer`].
         computed_tables (`Callable`): The tables of a model, see [`computed_tables`].
         training_only (`tuple[str, ...]`):
@@ -103,6 +104,7 @@ class Family:
     bakes: bool = True
     max_period: float = MAX_PERIOD
     model: str = "DiTTransformer2DModel"
+    code_base: str | None = None
     infer: Callable[..., tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = infer
     computed_tables: Callable[..., dict[str, torch.Tensor]] = computed_tables
     training_only: tuple[str, ...] = ()

@@ -13,8 +13,9 @@ from diffusers.utils import logging
 
 from ..presets import JIT_PRESETS
 from .dit import DIT
-from .family import Family, infer_mlp_ratio
+from .family import Family
 from .lightningdit import LIGHTNINGDIT
+from .sizes import Hints, count_blocks, infer_mlp_ratio
 
 
 logger = logging.get_logger(__name__)
@@ -30,22 +31,6 @@ KEYS = {
 } | {key: ours for key, ours in DIT.keys.items() if not key.startswith("x_embedder.")}
 PUBLISHED_LARGE = 512  # the image size from which on the published models have twice the noise
 
-JIT = Family(
-    "jit",
-    keys={PREFIX + key: ours for key, ours in KEYS.items()},
-    block_layers={
-        layer: ours for layer, ours in LIGHTNINGDIT.block_layers.items() if layer not in ("mlp.fc1", "mlp.fc2")
-    },
-    options={},
-    tables={},
-    predictions=("velocity",),
-    blocks=PREFIX + "blocks",
-    marks=(PREFIX + "in_context_posemb",),
-    wrapper="model_ema1",
-    scheduler="flow_heun",
-    # Guidance for times above 0.1; the scale is B/16's.
-    recommended_call={"num_inference_steps": 50, "guidance_scale": 3.0, "guidance_interval": (0.1, 1.0)},
-)
 BLOCK = "transformer_blocks.0."
 # The weights that sizes are read off, with their axes.
 RANKS = {
@@ -59,23 +44,17 @@ RANKS = {
 }
 
 
-def infer_jit_config(
-    weights: Mapping[str, torch.Tensor],
-    arguments: Mapping,
-    path: str | Path,
-    in_context_start: int | None = None,
-    noise_scale: float | None = None,
-) -> dict:
+def infer_jit_config(weights: Mapping[str, torch.Tensor], hints: Hints, path: str | Path) -> dict:
     """
     Reads a model's options off its weights and the training arguments beside them.
 
     Args:
         weights (`dict[str, torch.Tensor]`): With our keys.
-        arguments (`Mapping`): Of the training script; empty if the file has none.
-        path (`str` or `Path`): Named in errors.
-        in_context_start (`int`, *optional*): Nothing in the weights tells it; without `args.model` it is needed.
-        noise_scale (`float`, *optional*):
-            If neither this nor an argument tells, that of the published models of this image size; it is logged.
+        hints (`Hints`):
+            Nothing in the weights tells the start of the context tokens, nor the noise scale. The training arguments
+            do; without them the former is needed, and the latter is that of the published models of this image size,
+            which is logged.
+        path (`str` or `Path`): Named in the log.
 
     Returns:
         `dict`: arguments of `JiTTransformer2DModel`.
@@ -84,19 +63,20 @@ def infer_jit_config(
         ValueError: if a weight is missing or its shape makes no sense, or the start of the context is unknown.
     """
     for name, rank in RANKS.items():
-        key = next(key for key, names in JIT.key_table(1).items() if name in names)
+        key = next(key for key, names in JIT.key_table({"num_layers": 1}).items() if name in names)
         if name not in weights:
-            raise ValueError(f"Checkpoint {path} is no {JIT.name} model: the key {key!r} is missing.")
+            raise ValueError(f"it is no {JIT.name} model: the key {key!r} is missing.")
         if weights[name].ndim != rank or 0 in weights[name].shape:
             shape = tuple(weights[name].shape)
-            raise ValueError(f"Checkpoint {path}: {key!r} has shape {shape}, where {rank} axes are needed.")
+            raise ValueError(f"{key!r} has shape {shape}, where {rank} axes are needed.")
     bottleneck_dim, in_channels, patch_size, _ = weights["pos_embed.bottleneck.weight"].shape
     dim, head_dim = (weights[name].shape[0] for name in ("pos_embed.proj.weight", f"{BLOCK}attn.norm_q.weight"))
     side = math.isqrt(tokens := weights["pos_embed.positions"].shape[1])
     if side**2 != tokens:
-        raise ValueError(f"Checkpoint {path}: its table of positions has {tokens} tokens, which is no square.")
+        raise ValueError(f"its table of positions has {tokens} tokens, which is no square.")
     if dim % head_dim:
-        raise ValueError(f"Checkpoint {path}: the width {dim} is not divisible by {head_dim} channels per head.")
+        raise ValueError(f"the width {dim} is not divisible by {head_dim} channels per head.")
+    arguments, noise_scale = hints.arguments, hints.noise_scale
     if noise_scale is None:
         noise_scale = arguments.get("noise_scale")
     if noise_scale is None:
@@ -115,7 +95,7 @@ def infer_jit_config(
         "mlp_ratio": infer_mlp_ratio(len(weights[f"{BLOCK}ff.gate_proj.weight"]), dim, swiglu=True),
         "bottleneck_dim": bottleneck_dim,
         "in_context_len": weights["context_embed.positions"].shape[1],
-        "in_context_start": _context_start(arguments, path) if in_context_start is None else in_context_start,
+        "in_context_start": _context_start(arguments) if hints.in_context_start is None else hints.in_context_start,
         "num_classes": len(weights["class_embed.weight"]) - 1,
         "dropout": arguments.get("proj_dropout", 0.0),
         "t_eps": arguments.get("t_eps", 0.05),
@@ -123,12 +103,12 @@ def infer_jit_config(
     }
 
 
-def _context_start(arguments, path):
+def _context_start(arguments):
     """The first block with context tokens, by the name of the size that was trained."""
     name = arguments.get("model")
     if not isinstance(name, str) or name not in JIT_PRESETS:
         raise ValueError(
-            f"Checkpoint {path}: nothing in it tells in which block the context tokens join (4 in the B sizes, 8 in "
+            "nothing in it tells in which block the context tokens join (4 in the B sizes, 8 in "
             "L, 10 in H); pass in_context_start (`--in_context_start`)."
         )
     return JIT_PRESETS[name].in_context_start
@@ -226,3 +206,38 @@ def _attention(weights, name, tokens, turns):
     )
     mixed = (query @ key.transpose(-1, -2) / math.sqrt(head_dim)).softmax(dim=-1) @ value
     return _linear(weights, f"{name}.proj", mixed.transpose(1, 2).flatten(2))
+
+
+def infer(family, original, hints, path):
+    """As [`dit_hf.checkpoints.sizes.infer`]."""
+    ours = family.to_ours(original, {"num_layers": count_blocks(original, family)})
+    return infer_jit_config(ours, hints, path), original, ours
+
+
+def jit_reference_velocity(weights, config, images, time, labels):
+    """The velocity data − noise of [`jit_reference_forward`]'s image, as its sampler computes it."""
+    image = jit_reference_forward(weights, config["in_context_start"], images, time, labels)
+    return (image - images) / (1 - time).clamp(min=config["t_eps"]).view(-1, 1, 1, 1)
+
+
+JIT = Family(
+    "jit",
+    keys={PREFIX + key: ours for key, ours in KEYS.items()},
+    block_layers={
+        layer: ours for layer, ours in LIGHTNINGDIT.block_layers.items() if layer not in ("mlp.fc1", "mlp.fc2")
+    },
+    options={},
+    tables={},
+    predictions=("velocity",),
+    blocks=PREFIX + "blocks",
+    model="JiTTransformer2DModel",
+    infer=infer,
+    reference_forward=jit_reference_velocity,
+    data_at_one=True,
+    bakes=False,  # the model turns the clean image into a velocity
+    marks=(PREFIX + "in_context_posemb",),
+    wrapper="model_ema1",
+    scheduler="flow_heun",
+    # Guidance for times above 0.1, which are the evaluations from the twelfth of 99 on; the scale is B/16's.
+    recommended_call={"num_inference_steps": 50, "guidance_scale": 3.0, "guidance_interval": (11 / 99, 1.0)},
+)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,26 +13,20 @@ from .parsing import Checkpoint, parse_checkpoint
 
 
 def load_model(
-    model_class,
-    pretrained_model_link_or_path: str | Path,
-    num_attention_heads: int | None = None,
-    family: str = "auto",
-    weights: str = "auto",
-    dtype: torch.dtype | None = None,
-    has_null_class: bool | None = None,
+    model_class, pretrained_model_link_or_path: str | Path, dtype: torch.dtype | None = None, **options: Any
 ):
     """
     Builds the model that a checkpoint file holds.
 
     Args:
-        model_class (`type`): `DiTTransformer2DModel`.
+        model_class (`type`): The class of the model.
         pretrained_model_link_or_path (`str` or `Path`):
             A file, the folder of a diffusers DiT, or the link to a file on the Hub or on another server.
-        num_attention_heads, family, weights, has_null_class: As [`parse_checkpoint`] takes them.
         dtype (`torch.dtype`, *optional*): As [`build_model`] takes it.
+        options: As [`parse_checkpoint`] takes them.
 
     Returns:
-        `DiTTransformer2DModel`: in eval mode.
+        The model, in eval mode.
 
     Raises:
         ValueError: if the file is no such checkpoint; the message names the file and the key.
@@ -39,7 +34,12 @@ def load_model(
     """
     path = pretrained_model_link_or_path
     path = download(str(path)) if is_link(path) else check_path("pretrained_model_link_or_path", path)
-    checkpoint = parse_checkpoint(path, num_attention_heads, family, weights, has_null_class=has_null_class)
+    checkpoint = parse_checkpoint(path, **options)
+    if checkpoint.family.model != model_class.__name__:
+        raise ValueError(
+            f"Checkpoint {path} holds a {checkpoint.family.model} ({checkpoint.family.name}), not a "
+            f"{model_class.__name__}; load it with `{checkpoint.family.model}.from_single_file`."
+        )
     return build_model(model_class, checkpoint, path, dtype)
 
 

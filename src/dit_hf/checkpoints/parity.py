@@ -105,7 +105,8 @@ def measure_parity(checkpoint: Checkpoint, model, training_only: str | Path | No
     original = checkpoint.original | checkpoint.training_only
     # The stock format has its table of positions in some files only.
     original = {key: weight for key, weight in original.items() if key in back or key not in family.tables}
-    baked = {key for key, ours in family.keys.items() if family.data_at_one and family.bakes and ours == "time_embed.linear_1.weight"}
+    bakes = family.data_at_one and family.bakes
+    baked = {key for key, ours in family.keys.items() if bakes and ours == "time_embed.linear_1.weight"}
     weights = compare_weights(original, back, original.keys() - baked - family.tables.keys())
     return Parity(forward, forward_back, **weights, dtype=model.dtype)
 

@@ -1,7 +1,6 @@
 """What a checkpoint's keys, shapes and training arguments say about the model."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from .sizes import Hints
 
 
 logger = logging.get_logger(__name__)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -218,6 +218,8 @@ def choose_family(asked: str, state_dict: Mapping[str, torch.Tensor], arguments:
                 f"Checkpoint {path} is read as {detected.name}, whose keys others have as well: pass {flags} if it is "
                 "one."
             )
+        return detected
+    if asked == detected.code_base:
         return detected
     if asked != detected.name and not (lacks_marks and FAMILIES[asked].can_lack_marks):
         raise ValueError(f"Checkpoint {path} is no {asked} model; its keys look like {detected.name}.")

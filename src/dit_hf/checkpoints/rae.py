@@ -8,7 +8,15 @@ import torch
 
 from .lightningdit import LIGHTNINGDIT
 from .reference_two_streams import rae_reference_forward
-from .two_streams import BLOCK_LAYERS, KEYS, TwoStreamFamily, check_axes, count_blocks, infer_streams
+from .two_streams import (
+    BLOCK_LAYERS,
+    KEYS,
+    TwoStreamFamily,
+    check_axes,
+    count_blocks,
+    infer_streams,
+    two_stream_tables,
+)
 
 
 LAYERS = {
@@ -102,6 +110,12 @@ def infer_config(
     }
 
 
+def infer(family, original, hints, path):
+    """As [`dit_hf.checkpoints.sizes.infer`]."""
+    config = infer_config(original, hints.heads(2), hints.num_encoder_blocks)
+    return config, original, family.to_ours(original, config)
+
+
 def _count_encoder_blocks(original):
     """The blocks of the first width, which only tells where the decoder has another."""
     num_layers = count_blocks(original)
@@ -123,7 +137,10 @@ RAE = TwoStreamFamily(
     OPTIONS,
     tables=TABLES,
     predictions=("velocity",),
-    marks=("t_embedder.W", "enc_feat_rope."),
+    model="DDTTransformer2DModel",
+    infer=infer,
+    computed_tables=two_stream_tables,
+    marks=("enc_feat_rope.",),
     wrapper="ema",
     scheduler="flow_euler",
     recommended_call={"num_inference_steps": 49, "guidance_scale": 1.0},
@@ -134,6 +151,7 @@ RAE = TwoStreamFamily(
 RAE_LIGHTNINGDIT = replace(
     LIGHTNINGDIT,
     name="rae_lightningdit",
+    code_base="rae",
     keys=LIGHTNINGDIT.keys | {"t_embedder.W": "time_proj.weight"},
     options=LIGHTNINGDIT.options | {"time_embedding": ("fourier",), "modulation_shift": (True,)},
     marks=("t_embedder.W",),

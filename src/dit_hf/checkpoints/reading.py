@@ -15,7 +15,7 @@ from ..files import check_file, first_line
 # What `DistributedDataParallel` and `torch.compile` put before every key.
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # Entries that training scripts keep their weights under, by what `weights` asks for.
-ENTRIES = {"ema": ("ema", "model_ema", "ema_model"), "model": ("model", "module", "state_dict")}
+ENTRIES = {"ema": ("ema", "model_ema", "ema_model", "model_ema1"), "model": ("model", "module", "state_dict")}
 # Keys of the autoencoders of latent diffusion, and of nothing else.
 AUTOENCODER_MARKS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 # The pickle of a zip archive has names, shapes and plain values; the tensors are beside it.
@@ -152,8 +152,8 @@ def find_entry(content: dict, weights: str, path: str | Path) -> str | None:
     Args:
         content (`dict`): From [`read_checkpoint`].
         weights (`str`):
-            `"ema"` (entries `ema`, `model_ema`, `ema_model`), `"model"` (`model`, `module`, `state_dict`) or `"auto"`,
-            the first of these that is there; ignored if the file is a state dict itself, or wraps its only one as
+            `"ema"` (entries `ema`, `model_ema`, `ema_model`, `model_ema1`), `"model"` (`model`, `module`,
+            `state_dict`) or `"auto"`, the first of these that is there; ignored if the file is a state dict itself, or wraps its only one as
             `module` or `state_dict`.
         path (`str` or `Path`): Named in errors.
 

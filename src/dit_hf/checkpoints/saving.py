@@ -29,8 +29,18 @@ def check_exportable(model, family: Family) -> None:
     Raises:
         ValueError: naming the option that does not fit, and the families that do.
     """
+    if type(model).__name__ != family.model:
+        fitting = [other.name for other in FAMILIES.values() if other.model == type(model).__name__]
+        raise ValueError(
+            f"The model can't be written as {family.name}: it is a {type(model).__name__}; families that fit: "
+            f"{', '.join(fitting)}."
+        )
     if mismatch := family.find_mismatch(model.config):
-        fitting = [other.name for other in FAMILIES.values() if other.find_mismatch(model.config) is None]
+        fitting = [
+            other.name
+            for other in FAMILIES.values()
+            if other.model == family.model and not other.find_mismatch(model.config)
+        ]
         others = f"families that fit: {', '.join(fitting)}" if fitting else "no other family fits either"
         raise ValueError(f"The model can't be written as {family.name}: it has {mismatch}; {others}.")
 
@@ -88,7 +98,7 @@ def save_original(model, family: Family, path: str | Path, training_only: str | 
         ValueError: if the model is none of this family's, or the ending is unknown.
     """
     path = check_new_file(path, family)
-    weights = original_state_dict(model, family, training_only)
+    weights = family.file_keys(original_state_dict(model, family, training_only))
     if path.suffix in ENDINGS:
         save_weights(weights, path, family.wrapper)
     elif family.save_folder:

@@ -54,11 +54,13 @@ class Hints:
 
     def __post_init__(self):
         heads = self.num_attention_heads
-        counts = {"num_attention_heads": each for each in ([heads] if not isinstance(heads, list | tuple) else heads)}
-        counts |= {name: getattr(self, name) for name in ("in_context_start", "num_encoder_blocks")}
-        for name, value in counts.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise ValueError(f"`{name}` is {value!r}; it must be a whole number.")
+        counts = [("num_attention_heads", 1, each) for each in (heads if isinstance(heads, list | tuple) else [heads])]
+        counts += [("in_context_start", 0, self.in_context_start), ("num_encoder_blocks", 1, self.num_encoder_blocks)]
+        for name, smallest, value in counts:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
+                raise ValueError(f"`{name}` is {value!r}; it must be a whole number from {smallest}.")
+        if self.noise_scale is not None and not 0 < self.noise_scale < math.inf:
+            raise ValueError(f"`noise_scale` is {self.noise_scale!r}; it must be a number above 0.")
         if self.has_null_class not in (None, True, False):
             raise ValueError(f"`has_null_class` is {self.has_null_class!r}; it must be True, False or None.")
 
@@ -128,9 +130,7 @@ def count_blocks(original: Mapping[str, torch.Tensor], family: "Family") -> int:
         if match := re.match(rf"{family.blocks}\.([0-9]+)\.", key):
             index = match[1]
             if len(index) > 9 or int(index) >= len(original):
-                raise ValueError(
-                    f"{key[:80]!r} is of a block that {len(original)} keys can't have."
-                )
+                raise ValueError(f"{key[:80]!r} is of a block that {len(original)} keys can't have.")
             num_blocks = max(num_blocks, 1 + int(index))
     return num_blocks
 
@@ -223,8 +223,7 @@ def _sample_size(tables, beside, patch_size):
         return math.isqrt(tokens) * patch_size
     if "sample_size" not in beside:
         raise ValueError(
-            f"it has no table of positions ('pos_embed') to read the latent size off, and no "
-            "config.json beside it."
+            "it has no table of positions ('pos_embed') to read the latent size off, and no config.json beside it."
         )
     return beside["sample_size"]
 

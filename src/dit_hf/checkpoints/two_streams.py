@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..transformer_ddt import MAX_PERIOD, stream_sizes, swiglu_width
-from .family import Family, bake_conventions, infer_mlp_ratio
+from ..transformer_ddt import stream_sizes, swiglu_width
+from .family import Family
+from .sizes import infer_mlp_ratio
 
 
 # What `torch.compile` puts before the keys of a model.

@@ -45,7 +45,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_prediction(name: str, family: Family, timestep_scale: float) -> None:
+def check_prediction(name: str, family: Family, timestep_scale: float | None) -> None:
     """That a pipeline's scheduler is for what the family's models are trained for."""
     try:
         config = DDPMScheduler.load_config(resolve_pipeline(name), subfolder="scheduler")  # whichever it is
@@ -103,7 +103,7 @@ def main():
     check_new_file(args.checkpoint_path, family)
     model, is_pipeline = load_transformer(name)
     if is_pipeline:
-        check_prediction(name, family, model.config.timestep_scale)
+        check_prediction(name, family, model.config.get("timestep_scale"))
     training_only = source_file(model, f"transformer/{TRAINING_ONLY_FILE}" if is_pipeline else TRAINING_ONLY_FILE)
     save_original(model, family, args.checkpoint_path, training_only)
     if family.writing_note:

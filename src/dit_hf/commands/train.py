@@ -86,7 +86,7 @@ class Training:
         if args.lora_rank is not None:
             self.names, self.class_ids = classes_of_adapters(pretrained, self.found)
         self.transformer = self.build_transformer()
-        learn_sigma = self.transformer.config.learn_sigma
+        learn_sigma = self.transformer.config.get("learn_sigma", False)
         self.scheduler = sampling_scheduler(kind, learn_sigma, pretrained)
         row = OBJECTIVES[args.objective]
         self.objective = row.build(self.scheduler, **{flag: getattr(args, flag) for flag in row.flags})

@@ -18,7 +18,7 @@ from ..checkpoints.parity import Parity, measure_parity
 from ..checkpoints.parsing import Checkpoint, parse_checkpoint
 from ..checkpoints.reading import find_file, holds_autoencoder, read_checkpoint
 from ..checkpoints.saving import TRAINING_ONLY_FILE
-from ..command_line import ArgumentParser, integer, run
+from ..command_line import ArgumentParser, integer, real, run
 from ..conversion import load_transformer
 from ..data.autoencoders import load_autoencoder
 from ..hub import source_file
@@ -44,8 +44,18 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         help="Of a training checkpoint; auto takes the average where there is one.",
     )
     parser.add_argument(
-        "--num_attention_heads", type=integer(at_least=1), help="If the width is none of the published ones."
+        "--num_attention_heads",
+        type=integer(at_least=1),
+        nargs="+",
+        help="If the width is none of the published ones; two numbers for a model of two streams.",
     )
+    parser.add_argument(
+        "--in_context_start", type=integer(at_least=0), help="Block before which the context tokens of a JiT join."
+    )
+    parser.add_argument(
+        "--num_encoder_blocks", type=integer(at_least=1), help="Blocks of the encoder of a DDT or DiT-DH, the first."
+    )
+    parser.add_argument("--noise_scale", type=real(above=0), help="Standard deviation of the noise of a JiT.")
     null_class = parser.add_mutually_exclusive_group()
     null_class.add_argument(
         "--no_null_class",
@@ -90,6 +100,9 @@ def read(args: argparse.Namespace) -> Checkpoint | Autoencoder:
         args.embedders_of_block,
         args.has_null_class,
         content,
+        args.in_context_start,
+        args.num_encoder_blocks,
+        args.noise_scale,
     )
 
 

@@ -74,7 +74,7 @@ class ImageGenerator:
         config = self.pipe.transformer.config
         if self.pipe.vae is None and config.in_channels not in (1, 3):
             raise ValueError(f"{model} generates {config.in_channels} channels and has no VAE to decode them.")
-        takes_guidance = config.class_dropout_prob > 0 and not config.guidance_in_weights
+        takes_guidance = config.class_dropout_prob > 0 and not config.get("guidance_in_weights")
         self.max_scale = MAX_SCALE if takes_guidance else 1.0
         self._overrides = self._sampler_overrides()
         self._schedulers = {OWN_SAMPLER: self.pipe.scheduler}
@@ -87,7 +87,7 @@ class ImageGenerator:
         """Samplers that fit the model, with the options of its own scheduler's diffusion or flow."""
         samplers = FLOW_SAMPLERS if self.pipe.is_flow_matching else DIFFUSION_SAMPLERS
         overrides = {name: trained_options(name, self.pipe.scheduler.config) for name in samplers}
-        if "ddpm" in overrides and not self.pipe.transformer.config.learn_sigma:
+        if "ddpm" in overrides and not self.pipe.transformer.config.get("learn_sigma"):
             overrides["ddpm"]["variance_type"] = "fixed_large"
         return overrides
 
