@@ -595,7 +595,7 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         check_config(self.config)
         encoder, decoder = stream_sizes(self.config)
         encoder_dim, dim = (heads * head_dim for _, heads, head_dim in (encoder, decoder))
-        options = (mlp_ratio, norm, qk_norm, ff, bias)
+        options: Any = (mlp_ratio, norm, qk_norm, ff, bias)
         self._tp_plan = tensor_parallel_plan(ff)
 
         # 1. Embed time, class and positions

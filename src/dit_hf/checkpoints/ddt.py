@@ -162,6 +162,7 @@ DDT = TwoStreamFamily(
     data_at_one=True,
     max_period=MAX_PERIOD,
     training_only=("diffusion_trainer.",),
+    needs_training_only=False,
     wrapper="state_dict",
     writes_tables=False,
     scheduler="flow_euler",

@@ -70,6 +70,7 @@ class Family:
         computed_tables (`Callable`): The tables of a model, see [`computed_tables`].
         training_only (`tuple[str, ...]`):
             Prefixes of keys that the model does not compute with; they are kept in a file of their own.
+        needs_training_only (`bool`): Whether its code loads no checkpoint without them.
         wrapper (`str`, *optional*): Entry of a `.pt` file that its code takes the weights from.
         writes_tables (`bool`): Whether its checkpoints hold `tables`, or only older ones did.
         read_config (`Callable`, *optional*): The model's options in a file beside a checkpoint, by the latter's path.
@@ -108,6 +109,7 @@ class Family:
     infer: Callable[..., tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = infer
     computed_tables: Callable[..., dict[str, torch.Tensor]] = computed_tables
     training_only: tuple[str, ...] = ()
+    needs_training_only: bool = True
     wrapper: str | None = None
     writes_tables: bool = True
     read_config: Callable[[Path], dict] | None = None

@@ -153,8 +153,8 @@ def find_entry(content: dict, weights: str, path: str | Path) -> str | None:
         content (`dict`): From [`read_checkpoint`].
         weights (`str`):
             `"ema"` (entries `ema`, `model_ema`, `ema_model`, `model_ema1`), `"model"` (`model`, `module`,
-            `state_dict`) or `"auto"`, the first of these that is there; ignored if the file is a state dict itself, or wraps its only one as
-            `module` or `state_dict`.
+            `state_dict`) or `"auto"`, the first of these that is there; ignored if the file is a state dict itself, or
+            wraps its only one as `module` or `state_dict`.
         path (`str` or `Path`): Named in errors.
 
     Returns:

@@ -41,8 +41,8 @@ def check_exportable(model, family: Family) -> None:
             for other in FAMILIES.values()
             if other.model == family.model and not other.find_mismatch(model.config)
         ]
-        others = f"families that fit: {', '.join(fitting)}" if fitting else "no other family fits either"
-        raise ValueError(f"The model can't be written as {family.name}: it has {mismatch}; {others}.")
+        advice = f"families that fit: {', '.join(fitting)}" if fitting else "no other family fits either"
+        raise ValueError(f"The model can't be written as {family.name}: it has {mismatch}; {advice}.")
 
 
 def original_state_dict(model, family: Family, training_only: str | Path | None = None) -> dict[str, torch.Tensor]:
@@ -65,8 +65,9 @@ def original_state_dict(model, family: Family, training_only: str | Path | None 
     weights = family.to_original(model.state_dict(), model.config)
     if family.writes_tables:
         weights |= original_tables(family, model)
-    if family.training_only:
-        if training_only is None or not Path(training_only).is_file():
+    is_there = training_only is not None and Path(training_only).is_file()
+    if family.training_only and (is_there or family.needs_training_only):
+        if not is_there:
             names = " and ".join(f"{prefix}*" for prefix in family.training_only)
             raise ValueError(
                 f"There is no {training_only or TRAINING_ONLY_FILE} with the {names} weights that "

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from ..checkpoints.autoencoder import Autoencoder, build_autoencoder
 from ..checkpoints.latents_stats import read_latents_stats
-from ..checkpoints.parsing import IMAGENET_CLASSES
 from ..checkpoints.saving import TRAINING_ONLY_FILE
+from ..checkpoints.sizes import IMAGENET_CLASSES
 from ..command_line import ArgumentParser, real, run
 from ..conversion import build_pipeline, check_vae, is_original_vae, load_original_vae
 from ..files import NO_CONTENT, check_writable, first_line, is_occupied, read_json, writing_folder
