@@ -233,8 +233,8 @@ def without_weights(build: Callable[[], Any]) -> Any:
     """
     with torch.device("meta"):
         model = build()
-    embed = model.pos_embed
-    embed.positions = sincos_positions(*embed.base_size, embed.dim)  # in no checkpoint
+    embed, (height, width) = model.pos_embed, model.pos_embed.base_size
+    embed.positions = sincos_positions(height, width, embed.dim)  # in no checkpoint
     return model
 
 
