@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import tiny_transformer, tiny_vae
+from conftest import FIXTURES, tiny_transformer, tiny_vae
 
 import dit_hf
-from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
+from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, mix_classes
 from dit_hf.optimization import use_modulation_table
 
 
@@ -223,3 +223,15 @@ def test_adapters_wait_for_a_call():
 def test_a_torch_compiled_model_is_not_mixed():
     with pytest.raises(ValueError, match="is compiled"), mix_classes(torch.compile(tiny_transformer()), 1, 0.5):
         pass
+
+
+def test_converting_leaves_the_models_of_other_threads_alone():
+    def convert():
+        for _ in range(5):
+            DiTTransformer2DModel.from_single_file(FIXTURES / "dit_p2.pt", num_attention_heads=4)
+
+    def build():
+        assert not any(torch.nn.Linear(2, 2).weight.is_meta for _ in range(2000))
+
+    in_threads([convert, build, convert, build])
+    build()

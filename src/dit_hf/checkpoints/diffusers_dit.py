@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import DiTTransformer2DModel as StockDiTTransformer2DModel
 
 from ..files import read_json
 from ..transformer_dit import sincos_positions
 from .dit import DIT
-from .family import Family
+from .family import Family, without_weights
 from .reference import reference_forward
 
 
@@ -122,8 +121,7 @@ def correct_stock_model(model_class, stock):
     Returns:
         `DiTTransformer2DModel`: in eval mode.
     """
-    with init_empty_weights():
-        model = model_class.from_config(dict(stock.config))
+    model = without_weights(model_class, stock.config)
     model.load_state_dict(to_our_state_dict(stock.state_dict()), strict=True, assign=True)
     model.time_embed.float()  # as `from_pretrained` keeps it
     return model.eval()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..transformer_dit import FREQUENCY_DIM
+from ..transformer_dit import FREQUENCY_DIM, sincos_positions
 from .reference import reference_forward
 
 
@@ -217,6 +217,24 @@ class Family:
             if name in known and known[name] not in allowed:
                 return f"{name}={known[name]!r}, where {' or '.join(map(repr, allowed))} is needed"
         return None
+
+
+def without_weights(model_class, config: Mapping):
+    """
+    A model whose weights have no values yet. Other threads, which build models at the same time, don't notice.
+
+    Args:
+        model_class (`type`): `DiTTransformer2DModel`.
+        config (`Mapping`): As its `from_config` takes it.
+
+    Returns:
+        `DiTTransformer2DModel`
+    """
+    with torch.device("meta"):
+        model = model_class.from_config(dict(config))
+    embed = model.pos_embed
+    embed.positions = sincos_positions(*embed.base_size, embed.dim)
+    return model
 
 
 def computed_tables(model) -> dict[str, torch.Tensor]:

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 
 from ..files import check_path
-from .family import Family, computed_tables
+from .family import Family, computed_tables, without_weights
 from .links import download, is_link
 from .parsing import Checkpoint, parse_checkpoint
 
@@ -62,8 +61,7 @@ def build_model(model_class, checkpoint: Checkpoint, path: str | Path, dtype: to
         ValueError: if a key is missing, unknown or of another shape.
     """
     try:
-        with init_empty_weights():
-            model = model_class(**checkpoint.config)
+        model = without_weights(model_class, checkpoint.config)
     except ValueError as error:
         raise ValueError(f"Checkpoint {path}: {error}") from None
     check_strictly(checkpoint, model, path)
