@@ -233,7 +233,8 @@ def without_weights(model_class, config: Mapping):
     with torch.device("meta"):
         model = model_class.from_config(dict(config))
     embed = model.pos_embed
-    embed.positions = sincos_positions(*embed.base_size, embed.dim)
+    rows, columns = embed.base_size
+    embed.positions = sincos_positions(rows, columns, embed.dim)
     return model
 
 
