@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
-from dit_hf import DDTTransformer2DModel, DiTTransformer2DModel
+from dit_hf import DDTTransformer2DModel, DiTTransformer2DModel, JiTTransformer2DModel
 from dit_hf.presets import RAE_DIT_DH
 from dit_hf.transformer_dit import CONDITIONINGS
 
@@ -28,7 +28,7 @@ def load_golden(name):
     return load_file(FIXTURES / f"{name}.safetensors")
 
 
-def tiny_transformer(seed=0, **overrides):
+def tiny_transformer(seed=0, model_class=DiTTransformer2DModel, **overrides):
     """Two blocks of width 48 with random, not zero, head and gates, so that every weight matters."""
     config = {
         "sample_size": 8,
@@ -38,7 +38,7 @@ def tiny_transformer(seed=0, **overrides):
         "num_classes": 10,
     }
     torch.manual_seed(seed)
-    model = DiTTransformer2DModel(**(config | overrides))
+    model = model_class(**(config | overrides))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -51,11 +51,23 @@ DESIGNS = {name: {"conditioning": name} for name in CONDITIONINGS} | {
     "lightningdit": LIGHTNING | {"position_embedding": "sincos+rope"},
     "meanflow": {"interval_embedding": True, "learn_sigma": False, "timestep_scale": 0.001},
 }
+# Other architectures.
+ARCHITECTURES = {
+    "jit": {
+        "model_class": JiTTransformer2DModel,
+        "patch_size": 2,
+        "in_channels": 4,
+        "bottleneck_dim": 16,
+        "in_context_len": 4,
+        "in_context_start": 1,
+        "t_eps": 0.5,  # a division by small sigmas would enlarge rounding errors
+    },
+}
 
 
 def tiny_design(name, **overrides):
-    """A tiny model of one of the designs."""
-    return tiny_transformer(**(DESIGNS[name] | overrides))
+    """A tiny model of one of the designs or architectures."""
+    return tiny_transformer(**((DESIGNS | ARCHITECTURES)[name] | overrides))
 
 
 # DDT, and RAE's DiT-DH with and without a second width.

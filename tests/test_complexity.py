@@ -2,19 +2,20 @@
 
 import pytest
 import torch
-from conftest import DESIGNS, tiny_design, tiny_transformer
+from conftest import ARCHITECTURES, DESIGNS, tiny_design, tiny_transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit_hf import DiTTransformer2DModel
+from dit_hf import DiTTransformer2DModel, JiTTransformer2DModel
 from dit_hf.checkpoints.parsing import KNOWN_HEADS
 from dit_hf.complexity import count_macs
-from dit_hf.presets import PRESETS
+from dit_hf.presets import JIT_PRESETS, PRESETS
 
 
 def preset_on_meta(name, **overrides):
+    model_class = JiTTransformer2DModel if name in JIT_PRESETS else DiTTransformer2DModel
     with torch.device("meta"):
-        return DiTTransformer2DModel.from_preset(name, **overrides)
+        return model_class.from_preset(name, **overrides)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -23,6 +24,22 @@ def test_presets_match_the_paper(name):
     assert count_macs(model.config) / 1e9 == pytest.approx(PRESETS[name].gflops, rel=0.01)
     positions = model.pos_embed.positions.numel()  # the original keeps them among its parameters
     assert (model.num_parameters() + positions) / 1e6 == pytest.approx(PRESETS[name].parameters_m, rel=0.01)
+
+
+@pytest.mark.parametrize("name", JIT_PRESETS)
+def test_jit_presets_have_the_counted_parameters(name):
+    model = preset_on_meta(name)
+    positions = model.pos_embed.positions  # the original keeps them among its parameters
+    assert positions.shape[1] == 256
+    assert round((model.num_parameters() + positions.numel()) / 1e6, 1) == JIT_PRESETS[name].parameters_m
+    assert model.config.noise_scale == model.config.sample_size / 256
+
+
+def test_jit_gflops_are_the_papers():
+    assert {name: round(count_macs(preset_on_meta(name).config) / 1e9) for name in ("JiT-B/16", "JiT-B/32")} == {
+        "JiT-B/16": 25,
+        "JiT-B/32": 26,
+    }
 
 
 def test_heads_are_the_papers():
@@ -53,7 +70,7 @@ def test_conditionings_match_the_paper():
     assert counts["adaln"] < counts["adaln_zero"] < counts["in_context"] < counts["cross_attention"]
 
 
-@pytest.mark.parametrize("conditioning", DESIGNS)
+@pytest.mark.parametrize("conditioning", (*DESIGNS, *ARCHITECTURES))
 @pytest.mark.parametrize("size", [(8, 8), (12, 8)])
 def test_counts_equal_torchs_counter(conditioning, size):
     model = tiny_design(conditioning, mlp_ratio=3.0, patch_size=4)
@@ -70,3 +87,5 @@ def test_indivisible_sizes_and_unknown_presets_are_refused():
         count_macs(config, 7, 8)
     with pytest.raises(ValueError, match="DiT-H/2.*DiT-XL/2"):
         DiTTransformer2DModel.from_preset("DiT-H/2")
+    with pytest.raises(ValueError, match="DiT-B/2.*JiT-B/16"):
+        JiTTransformer2DModel.from_preset("DiT-B/2")

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_design, tiny_inputs
+from safetensors.torch import load_file, save_file
 
-from dit_hf import DiTClassCondPipeline, pipeline_dit_class_cond, transformer_dit
+from dit_hf import DiTClassCondPipeline, pipeline_dit_class_cond, transformer_dit, transformer_jit
 
 
 # The oldest that works and later minors; the newest is the pinned one.
 VERSIONS = ("0.38.0", "0.39.0", "0.40.0", "0.41.0")
 TOO_OLD = "0.37.1"
-CARRIED = (transformer_dit, pipeline_dit_class_cond)
+CARRIED = (transformer_dit, transformer_jit, pipeline_dit_class_cond)
 CALL = {"class_labels": "flags", "num_inference_steps": 3, "output_type": "pt"}
 SAMPLE = """
 import sys, torch
@@ -34,6 +35,15 @@ images = [
     for pipe in (remote, DiTClassCondPipeline.from_pretrained(folder))
 ]
 torch.save(images, output)
+"""
+FORWARD = """
+import sys
+from diffusers import AutoModel
+from safetensors.torch import load_file, save_file
+folder, inputs, output = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+save_file({"sample": model(**load_file(inputs)).sample.detach()}, output)
+assert not [name for name in sys.modules if name.split(".")[0] == "dit_hf"]
 """
 
 
@@ -61,8 +71,8 @@ def with_diffusers(version):
     return dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(target), str(ROOT / "src")])}
 
 
-def run_with(version, *arguments):
-    command = [sys.executable, "-c", SAMPLE, *map(str, arguments)]
+def run_with(version, *arguments, script=SAMPLE):
+    command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, env=with_diffusers(version), capture_output=True, text=True, cwd="/")
 
 
@@ -72,6 +82,16 @@ def test_the_same_image_with_every_version(version, folder, image, tmp_path):
     result = run_with(version, folder, tmp_path / "images.pt")
     assert result.returncode == 0, result.stderr[-2000:]
     assert all(torch.equal(other, image) for other in torch.load(tmp_path / "images.pt"))
+
+
+def test_another_architecture_loads_without_the_package(tmp_path):
+    model, paths = tiny_design("jit"), [tmp_path / name for name in ("model", "inputs", "output")]
+    model.save_pretrained(paths[0])
+    save_file(tiny_inputs(), paths[1])
+    result = run_with(VERSIONS[0], *paths, script=FORWARD)
+    assert result.returncode == 0, result.stderr[-2000:]
+    expected = model(**tiny_inputs()).sample.detach()
+    torch.testing.assert_close(load_file(paths[2])["sample"], expected, rtol=0, atol=1e-5)
 
 
 def test_an_older_version_is_refused_in_one_line(folder, tmp_path):
@@ -140,6 +160,12 @@ def sample_with_the_carried_file(module, image):
     spec = importlib.util.spec_from_file_location("carried", module.__file__)
     carried = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(carried)
+    if module is transformer_jit:
+        model = tiny_design("jit")
+        transformer = carried.JiTTransformer2DModel(**model.config).eval()
+        transformer.load_state_dict(model.state_dict())
+        assert torch.equal(transformer(**tiny_inputs()).sample, model(**tiny_inputs()).sample)
+        return
     pipe = DiTClassCondPipeline.from_bundled()
     if module is transformer_dit:
         transformer = carried.DiTTransformer2DModel(**pipe.transformer.config).eval()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DESIGNS, inputs_of, tiny_design, tiny_inputs, tiny_transformer
+from conftest import ARCHITECTURES, DESIGNS, inputs_of, tiny_design, tiny_inputs, tiny_transformer
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -15,17 +15,16 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import LayerSkipConfig, SeaCacheConfig, apply_layer_skip
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
-from dit_hf import DiTTransformer2DModel
-from dit_hf.transformer_dit import DiTAttention, DiTAttnProcessor
 
-
-every_conditioning = pytest.mark.parametrize("conditioning", DESIGNS)
-one_per_block_class = pytest.mark.parametrize("conditioning", ("adaln_zero", "cross_attention"))
+every_conditioning = pytest.mark.parametrize("conditioning", (*DESIGNS, *ARCHITECTURES))
+one_per_architecture = pytest.mark.parametrize("conditioning", ("adaln_zero", *ARCHITECTURES))
+one_per_block_class = pytest.mark.parametrize("conditioning", ("adaln_zero", "cross_attention", *ARCHITECTURES))
 
 
 def run(model, **overrides):
@@ -54,7 +53,7 @@ def count_calls(module):
 
 
 def attentions(module):
-    return [child for child in module.modules() if isinstance(child, DiTAttention)]
+    return [child for child in module.modules() if isinstance(child, AttentionModuleMixin)]
 
 
 def saved(model, path, **options):
@@ -96,7 +95,7 @@ def test_device_map_splits_between_blocks_only(conditioning, tmp_path):
     block = sum(parameter.numel() * 4 for parameter in model.transformer_blocks[0].parameters())
     # Room for one block and a half, beside the one that accelerate reserves.
     memory = model.get_memory_footprint() - 4 * block + int(2.5 * block)
-    mapped = DiTTransformer2DModel.from_pretrained(
+    mapped = type(model).from_pretrained(
         saved(model, tmp_path), device_map="auto", max_memory={"cpu": memory}, offload_folder=tmp_path / "offload"
     )
     places = {name: place for name, place in mapped.hf_device_map.items() if name.startswith("transformer_blocks")}
@@ -141,11 +140,11 @@ def test_group_offloading_brings_every_weight_back_before_use(conditioning, opti
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_layerwise_casting_skips_declared_modules(conditioning, dtype, tmp_path):
     model = tiny_design(conditioning)
-    cast = DiTTransformer2DModel.from_pretrained(saved(model, tmp_path), torch_dtype=dtype)
+    cast = type(model).from_pretrained(saved(model, tmp_path), torch_dtype=dtype)
     # Without patterns of ours, diffusers' default ones would skip the same modules.
     cast.enable_layerwise_casting(torch.float8_e4m3fn, dtype, skip_modules_pattern=())
     full = {name for name, parameter in cast.named_parameters() if parameter.dtype != torch.float8_e4m3fn}
-    embedders = {"pos_embed", "time_embed"} | ({"interval_embed"} if conditioning == "meanflow" else set())
+    embedders = {"pos_embed", "time_embed", "interval_embed", "context_embed"} & dict(cast.named_children()).keys()
     assert {name.split(".")[0] for name in full if "norm" not in name} == embedders
     assert all(name in full for name, _ in cast.named_parameters() if "norm" in name)
     assert cast.dtype == dtype
@@ -164,7 +163,8 @@ def test_repeated_blocks_compile_once_without_graph_breaks(conditioning):
     counters.clear()
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     assert_near(run(model), expected, 1e-6)
-    assert counters["stats"]["unique_graphs"] == 1
+    # One for blocks without context tokens, and one for those with them.
+    assert counters["stats"]["unique_graphs"] == (2 if conditioning == "jit" else 1)
 
 
 @every_conditioning
@@ -278,14 +278,16 @@ def test_attention_backend_is_the_one_of_the_processor(conditioning, monkeypatch
 
 @every_conditioning
 def test_attention_processor_can_be_replaced(conditioning):
-    class CountingProcessor(DiTAttnProcessor):
+    model = tiny_design(conditioning)
+
+    class CountingProcessor(type(attentions(model)[0].processor)):
         calls = 0
 
         def __call__(self, *args, **kwargs):
             self.calls += 1
             return super().__call__(*args, **kwargs)
 
-    model, processor = tiny_design(conditioning), CountingProcessor()
+    processor = CountingProcessor()
     expected = run(model)
     model.set_attn_processor(processor)
     assert_near(run(model), expected)
@@ -313,7 +315,7 @@ def test_fused_projections_are_used_and_unfused(conditioning):
 @every_conditioning
 def test_context_parallel_splits_tokens_and_keeps_output(conditioning, parallel_results):
     expected = run(tiny_design(conditioning))
-    num_tokens = 18 if conditioning == "in_context" else 16
+    num_tokens = {"in_context": 18, "jit": 20}.get(conditioning, 16)
     for result in (rank[("context", conditioning)] for rank in parallel_results):
         assert "error" not in result, result
         assert result["tokens"] == [num_tokens // 2]
@@ -325,13 +327,13 @@ def test_context_parallel_refuses_tokens_that_do_not_divide(parallel_results):
         assert "must be divisible by mesh size" in rank["context", "odd"]["error"]
 
 
-@pytest.mark.parametrize("case", (*DESIGNS, "loaded"))
+@pytest.mark.parametrize("case", (*DESIGNS, *ARCHITECTURES, "loaded"))
 def test_tensor_parallel_halves_weights_and_keeps_output(case, parallel_results):
     model = tiny_design("adaln_zero" if case == "loaded" else case)
     for result in (rank[("tensor", case)] for rank in parallel_results):
         assert "error" not in result, result
         assert_near(result["output"], run(model), 1e-5)
-        swiglu = case == "lightningdit"
+        swiglu = case in ("lightningdit", "jit")
         columns = ("ff.gate_proj", "ff.up_proj") if swiglu else ("ff.net.0.proj",)
         rows = ("attn.to_out.0", "ff.down_proj" if swiglu else "ff.net.2")
         halved = {name: whole for name, (whole, local) in result["shards"].items() if whole != local}
@@ -404,27 +406,29 @@ def assert_same_weights(actual, expected):
 @every_conditioning
 def test_save_is_one_safetensors_file(conditioning, tmp_path):
     model = tiny_design(conditioning)
-    loaded = DiTTransformer2DModel.from_pretrained(saved(model, tmp_path))
+    loaded = type(model).from_pretrained(saved(model, tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {
         *("config.json", "diffusion_pytorch_model.safetensors"),
-        *("transformer_dit.py", "README.md"),
+        *(f"transformer_{conditioning if conditioning in ARCHITECTURES else 'dit'}.py", "README.md"),
     }
     assert all(loaded.config[name] == value for name, value in model.config.items() if not name.startswith("_"))
     assert_same_weights(loaded, model)
     assert_near(run(loaded), run(model))
 
 
+@one_per_architecture
 @pytest.mark.parametrize("shard_size", ("100KB", "10GB"))
 @pytest.mark.parametrize("variant", (None, "fp16"))
-def test_shards_and_variants_round_trip(shard_size, variant, tmp_path):
+def test_shards_and_variants_round_trip(conditioning, shard_size, variant, tmp_path):
     dtype = torch.float16 if variant else torch.float32
-    model = DiTTransformer2DModel.from_pretrained(saved(tiny_transformer(), tmp_path / "full"), torch_dtype=dtype)
+    model = tiny_design(conditioning)
+    model = type(model).from_pretrained(saved(model, tmp_path / "full"), torch_dtype=dtype)
     path = saved(model, tmp_path / "saved", max_shard_size=shard_size, variant=variant)
     if shard_size == "100KB":
         (index,) = path.glob("*.index*.json")
         assert len(set(json.loads(index.read_text())["weight_map"].values())) > 1
     assert all(variant in file.name for file in path.glob("*.safetensors") if variant)
-    loaded = DiTTransformer2DModel.from_pretrained(path, variant=variant, torch_dtype=dtype)
+    loaded = type(model).from_pretrained(path, variant=variant, torch_dtype=dtype)
     assert_same_weights(loaded, model)
 
 
@@ -432,7 +436,7 @@ def test_shards_and_variants_round_trip(shard_size, variant, tmp_path):
 @pytest.mark.parametrize(("dtype", "tolerance"), ((torch.float16, 3e-3), (torch.bfloat16, 3e-2)), ids=str)
 def test_half_precision_keeps_time_embedding_in_float32(conditioning, dtype, tolerance, tmp_path):
     model = tiny_design(conditioning)
-    half = DiTTransformer2DModel.from_pretrained(saved(model, tmp_path), torch_dtype=dtype)
+    half = type(model).from_pretrained(saved(model, tmp_path), torch_dtype=dtype)
     assert half.dtype == dtype
     for name, parameter in half.named_parameters():
         assert parameter.dtype == (torch.float32 if name.startswith(("time_embed", "interval_embed")) else dtype), name
@@ -445,17 +449,18 @@ FRESH_PROCESS = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from dit_hf import DiTTransformer2DModel
+import dit_hf
 
-model = DiTTransformer2DModel.from_pretrained(sys.argv[1])
+model = getattr(dit_hf, sys.argv[4]).from_pretrained(sys.argv[1])
 with torch.no_grad():
     save_file({"sample": model(**load_file(sys.argv[2])).sample}, sys.argv[3])
 """
 
 
-def test_fresh_process_gives_the_same_output(tmp_path):
-    model = tiny_transformer()
+@one_per_architecture
+def test_fresh_process_gives_the_same_output(conditioning, tmp_path):
+    model = tiny_design(conditioning)
     save_file(tiny_inputs(), tmp_path / "inputs.safetensors")
     paths = [saved(model, tmp_path / "model"), tmp_path / "inputs.safetensors", tmp_path / "output.safetensors"]
-    subprocess.run([sys.executable, "-c", FRESH_PROCESS, *paths], check=True, timeout=600)
+    subprocess.run([sys.executable, "-c", FRESH_PROCESS, *paths, type(model).__name__], check=True, timeout=600)
     assert_near(load_file(paths[-1])["sample"], run(model), 1e-6)

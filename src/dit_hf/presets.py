@@ -51,8 +51,8 @@ PRESETS: dict[PresetName, Preset] = {
 
 class JiTPreset(NamedTuple):
     """
-    One of JiT's sizes, for 256×256 or 512×512. Parameters include the frozen position table; FID-50K is after 600
-    epochs, with guidance, against the authors' own reference statistics.
+    One of JiT's sizes, for 256×256 or 512×512 (JiT table 6). Parameters include the frozen position table; FID-50K is
+    after 600 epochs, with guidance, against the authors' own reference statistics.
     """
 
     num_layers: int

@@ -138,7 +138,7 @@ def sincos_positions(height: int, width: int, dim: int) -> torch.Tensor:
 
 class JiTPatchEmbed(nn.Module):
     """
-    Cuts images into patches, projects them through a bottleneck (JiT §4) and adds positions.
+    Cuts images into patches, projects them through a bottleneck and adds positions.
 
     The table of the built size is saved with the weights: nothing trains it, but averaging the original's weights has
     moved it by some 1e-4, and the network was evaluated with what came of it. Other sizes get a computed table.
@@ -442,8 +442,8 @@ class JiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
     Class-conditional pixel-space Transformer that predicts the clean image (JiT, https://arxiv.org/abs/2511.13720).
 
     Its `sample` is the velocity noise − data of diffusers' flow-matching schedulers, computed from the predicted image
-    x and the noisy image z at `timestep = 1000 · sigma`: (z − x) / max(sigma, t_eps) (JiT §3, eq. 6; the paper's time
-    is 1 − sigma, and its velocity has the opposite sign).
+    x and the noisy image z at `timestep = 1000 · sigma`: (z − x) / max(sigma, t_eps). The paper's time is 1 − sigma,
+    and its velocity has the opposite sign.
 
     Args:
         sample_size (`int`, defaults to 256):

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import DESIGNS, TWO_STREAMS, inputs_of, tiny_design, tiny_two_streams
+from conftest import ARCHITECTURES, DESIGNS, TWO_STREAMS, inputs_of, tiny_design, tiny_two_streams
 
 from dit_hf.transformer_dit import DiTTransformer2DModel
 
@@ -62,7 +62,7 @@ def main(model_dir, output_dir):
     torch.accelerator.device_count = lambda: 1
     tensor_parallel._SUPPORTED_TP_DEVICES += ("cpu",)
     results = {}
-    for name in DESIGNS | TWO_STREAMS:
+    for name in DESIGNS | ARCHITECTURES | TWO_STREAMS:
         results["context", name] = attempt(lambda: context_parallel(name))  # noqa: B023
         results["tensor", name] = attempt(lambda: tensor_parallel_in_memory(name))  # noqa: B023
     results["context", "odd"] = attempt(lambda: context_parallel("in_context"), size=6)

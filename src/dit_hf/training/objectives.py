@@ -202,6 +202,43 @@ class VelocityObjective(Objective):
 
 
 @dataclass(frozen=True)
+class ClampedVelocityObjective(VelocityObjective):
+    """
+    JiT's loss (https://arxiv.org/abs/2511.13720), for a model that computes its velocity from a predicted image: the
+    target is (noisy - data) / max(sigma, t_eps), as in `JiTTransformer2DModel`.
+
+    Args:
+        time_sampler (`Callable`, defaults to `LogitNormal(0.8, 0.8)`): As [`VelocityObjective`] takes it.
+        cosine_loss (`bool`, defaults to `False`): As [`VelocityObjective`] takes it.
+        t_eps (`float`, defaults to 0.05): The model's.
+        noise_scale (`float`, defaults to 1.0): The model's; standard deviation of the noise.
+    """
+
+    time_sampler: Callable[[int, torch.Generator], torch.Tensor] = LogitNormal(0.8, 0.8)
+    t_eps: float = 0.05
+    noise_scale: float = 1.0
+    name: ClassVar[str] = "clamped_velocity"
+
+    def __post_init__(self):
+        POSITIVE.check("t_eps", self.t_eps)
+        POSITIVE.check("noise_scale", self.noise_scale)
+
+    def add_noise(self, x_start: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """(1 - sigma) · data + sigma · noise_scale · noise."""
+        return super().add_noise(x_start, self.noise_scale * noise, time)
+
+    def sample_losses(self, output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[`velocity_loss`] of a target that is smaller where sigma is below the clamp."""
+        shrink = (batch["time"] / batch["time"].clamp(min=self.t_eps))[:, None, None, None]
+        scaled = {"x_start": shrink * batch["x_start"], "noise": shrink * self.noise_scale * batch["noise"]}
+        return super().sample_losses(output, batch | scaled)
+
+    def settings(self) -> dict[str, Any]:
+        """As of [`VelocityObjective`], with the clamp and the scale of the noise."""
+        return super().settings() | {"t_eps": self.t_eps, "noise_scale": self.noise_scale}
+
+
+@dataclass(frozen=True)
 class EpsilonObjective(Objective):
     """
     The paper's diffusion: the target is the noise, and the variational bound trains a learned variance.
