@@ -160,25 +160,25 @@ def jit_reference_forward(
     first, second = (weights[f"x_embedder.proj{layer}.weight"].float() for layer in (1, 2))
     patch_size = first.shape[-1]
     tokens = F.conv2d(F.conv2d(images, first, stride=patch_size), second, weights["x_embedder.proj2.bias"].float())
-    grid = tokens.shape[-2:]
+    rows, columns = tokens.shape[-2:]
     tokens = tokens.flatten(2).transpose(1, 2) + weights["pos_embed"].float()  # (B, N, D)
 
     label = weights["y_embedder.embedding_table.weight"][labels].float()[:, None]
     condition = F.silu(_embed_time(weights, "t_embedder", time)[:, None] + label)
     context = weights["in_context_posemb"].float() + label  # (B, L, D)
 
-    angles = _angles(*grid, len(weights["blocks.0.attn.q_norm.weight"]))
+    angles = _angles(rows, columns, len(weights["blocks.0.attn.q_norm.weight"]))
     for index in range(config["num_layers"]):
         if index == config["in_context_start"]:
             tokens = torch.cat([context, tokens], dim=1)
             angles = F.pad(angles, (0, 0, context.shape[1], 0))  # context tokens are not turned
         tables = {"feat_rope.freqs_cos": angles.cos(), "feat_rope.freqs_sin": angles.sin()}
         tokens = _block(weights | tables, f"blocks.{index}", heads, tokens, condition)
-    tokens = tokens[:, -grid.numel() :]
+    tokens = tokens[:, -rows * columns :]
     shift, scale = _linear(weights, "final_layer.adaLN_modulation.1", condition).chunk(2, dim=-1)
     tokens = _norm(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
     output = _linear(weights, "final_layer.linear", tokens)
-    output = output.reshape(len(output), *grid, patch_size, patch_size, -1)
+    output = output.reshape(len(output), rows, columns, patch_size, patch_size, -1)
     return torch.einsum("bhwpqc->bchpwq", output).reshape(images.shape)
 
 
