@@ -84,13 +84,7 @@ def infer_jit_config(
     Raises:
         ValueError: if a weight is missing or its shape makes no sense, or the start of the context is unknown.
     """
-    for name, rank in RANKS.items():
-        key = next(key for key, names in JIT.key_table(1).items() if name in names)
-        if name not in weights:
-            raise ValueError(f"Checkpoint {path} is no {JIT.name} model: the key {key!r} is missing.")
-        if weights[name].ndim != rank or 0 in weights[name].shape:
-            shape = tuple(weights[name].shape)
-            raise ValueError(f"Checkpoint {path}: {key!r} has shape {shape}, where {rank} axes are needed.")
+    _check_shapes(weights, path)
     bottleneck_dim, in_channels, patch_size, _ = weights["pos_embed.bottleneck.weight"].shape
     dim, head_dim = (weights[name].shape[0] for name in ("pos_embed.proj.weight", f"{BLOCK}attn.norm_q.weight"))
     side = math.isqrt(tokens := weights["pos_embed.positions"].shape[1])
@@ -122,6 +116,17 @@ def infer_jit_config(
         "t_eps": arguments.get("t_eps", 0.05),
         "noise_scale": noise_scale,
     }
+
+
+def _check_shapes(weights, path):
+    """That the weights which sizes are read off are there, with the axes they need."""
+    for name, rank in RANKS.items():
+        key = next(key for key, names in JIT.key_table(1).items() if name in names)
+        if name not in weights:
+            raise ValueError(f"Checkpoint {path} is no {JIT.name} model: the key {key!r} is missing.")
+        if weights[name].ndim != rank or 0 in weights[name].shape:
+            shape = tuple(weights[name].shape)
+            raise ValueError(f"Checkpoint {path}: {key!r} has shape {shape}, where {rank} axes are needed.")
 
 
 def _context_start(arguments, path):
