@@ -29,10 +29,10 @@ one_per_architecture = pytest.mark.parametrize("conditioning", ("adaln_zero", *A
 one_per_block_class = pytest.mark.parametrize("conditioning", ("adaln_zero", "cross_attention", *ARCHITECTURES))
 
 
-EMBEDDERS = (
+EMBEDDERS = {
     *("pos_embed", "patch_embed", "decoder_patch_embed", "context_embed"),
     *("time_proj", "time_embed", "interval_embed"),
-)
+}
 
 
 def run(model, **overrides):

@@ -12,11 +12,11 @@ that needs them is missing.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,18 @@ def sincos_positions(height: int, width: int, dim: int) -> torch.Tensor:
     angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]  # two of (N, D/4)
     table = torch.cat([function(angle) for angle in angles for function in (torch.sin, torch.cos)], dim=1)
     return table.float().unsqueeze(0)
+
+
+# Copied from dit_hf.transformer_dit.check_tensors
+def check_tensors(optional: bool = False, **tensors: Any) -> None:
+    """Raises `ValueError` for an input that is no dense tensor, by its name."""
+    for name, tensor in tensors.items():
+        if tensor is None and optional:
+            continue
+        dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not dense or tensor.is_nested or tensor.is_quantized:
+            given = "sparse, nested or quantized" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"`{name}` is {given}; it must be a dense torch.Tensor.")
 
 
 class DDTPatchEmbed(nn.Module):
@@ -407,12 +419,14 @@ def check_config(config: Mapping) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or not smallest <= size <= largest:
             raise ValueError(f"`{name}` is {size!r}; it must be a whole number from {smallest} to {largest}.")
     for name, bound in FACTORS.items():
-        if name == "rotary_span" and config[name] is None:
+        factor = config[name]
+        if name == "rotary_span" and factor is None:
             continue
-        if not is_real(config[name]) or not 0 < config[name] <= bound:
-            raise ValueError(f"`{name}` is {config[name]!r}; it must be a number above 0, at most {bound}.")
-    if not is_real(config["class_dropout_prob"]) or not 0 <= config["class_dropout_prob"] <= 1:
-        raise ValueError(f"`class_dropout_prob` is {config['class_dropout_prob']!r}; it must be from 0 to 1.")
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= bound:
+            raise ValueError(f"`{name}` is {factor!r}; it must be a number above 0, at most {bound}.")
+    dropout = config["class_dropout_prob"]
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"`class_dropout_prob` is {dropout!r}; it must be from 0 to 1.")
     for name in FLAGS:
         if not isinstance(config[name], bool):
             raise ValueError(f"`{name}` is {config[name]!r}; it must be True or False.")
@@ -426,12 +440,6 @@ def check_config(config: Mapping) -> None:
             f"A model of {sizes} and `mlp_ratio` {config['mlp_ratio']} has {count:,} parameters; at most "
             f"{MAX_PARAMETERS:,} are possible."
         )
-
-
-# Copied from dit_hf.transformer_dit.is_real
-def is_real(value: Any) -> bool:
-    """Whether a value is a finite number, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_sizes_fit(config):
@@ -708,6 +716,10 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
     def _check_inputs(self, hidden_states, timestep, class_labels, force_drop_ids, encoder_state):
         """Refuses what does not fit."""
+        check_tensors(hidden_states=hidden_states, class_labels=class_labels)
+        check_tensors(optional=True, force_drop_ids=force_drop_ids, encoder_state=encoder_state)
+        if isinstance(timestep, bool) or not isinstance(timestep, Real):
+            check_tensors(timestep=timestep)
         patch_size = self.config.patch_size
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
             raise ValueError(
