@@ -84,7 +84,7 @@ JIT_PRESETS: dict[JiTPresetName, JiTPreset] = {
 
 
 # The options of RAE's DiT-DH, where the defaults of `DDTTransformer2DModel` are DDT's.
-RAE_DIT_DH = {
+RAE_DIT_DH: dict[str, Any] = {
     "time_embedding": "fourier",
     "position_table": True,
     "rotary_span": None,

@@ -603,8 +603,11 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         check_config(self.config)
         encoder, decoder = stream_sizes(self.config)
         encoder_dim, dim = (heads * head_dim for _, heads, head_dim in (encoder, decoder))
-        options = (mlp_ratio, norm, qk_norm, ff, bias)
         self._tp_plan = tensor_parallel_plan(ff)
+
+        def build_blocks(count, heads, head_dim):
+            sizes = (heads, head_dim, mlp_ratio)
+            return nn.ModuleList(DDTBlock(*sizes, norm, qk_norm, ff, bias) for _ in range(count))
 
         # 1. Embed time, class and positions
         self.time_proj = None
@@ -617,12 +620,12 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         # 2. Encoder. Caches that skip a list of blocks look for this name: they end where the encoder does.
         self.patch_embed = DDTPatchEmbed(patch_size, in_channels, encoder_dim)
         self.pos_embed = DDTPositions(sample_size // patch_size, encoder_dim) if position_table else None
-        self.transformer_blocks = nn.ModuleList(DDTBlock(*encoder[1:], *options) for _ in range(encoder[0]))
+        self.transformer_blocks = build_blocks(*encoder)
 
         # 3. Decoder
         self.state_proj = nn.Linear(encoder_dim, dim) if dim != encoder_dim else None
         self.decoder_patch_embed = DDTPatchEmbed(patch_size, in_channels, dim)
-        self.decoder_blocks = nn.ModuleList(DDTBlock(*decoder[1:], *options) for _ in range(decoder[0]))
+        self.decoder_blocks = build_blocks(*decoder)
         self.norm_out = DDTAdaLayerNormOut(dim, head_norm)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * in_channels)
 
