@@ -320,6 +320,28 @@ def test_sizes_that_weights_do_not_tell_are_asked_for(caplog):
         rae.infer_config({key: value for key, value in original.items() if not key.startswith("dec_feat_rope.")})
 
 
+@pytest.mark.parametrize("name", DDT_FILES | RAE_FILES)
+def test_keys_and_shapes_that_do_not_fit_are_named(name):
+    family, original, config = read(name)
+    layer = "blocks.1.attn.qkv.weight"
+    changes = {
+        f"'{layer}' is missing": {key: value for key, value in original.items() if key != layer},
+        "'blocks.1.extra.weight' is unknown": original | {"blocks.1.extra.weight": torch.zeros(1)},
+        f"'{layer}' has shape .*is needed": original | {layer: original[layer][:-1]},
+        "linear.weight' has shape .*is needed": original | {"final_layer.linear.weight": torch.zeros(2, 2)},
+    }
+    for message, changed in changes.items():
+        with pytest.raises(ValueError, match=message):
+            family.to_ours(changed, config)
+
+
+def test_streams_of_ddt_have_one_width():
+    original = read("ddt_lightning")[1]
+    wider = original | {"x_embedder.proj.weight": torch.zeros(64, 16), "blocks.1.mlp.w2.weight": torch.zeros(64, 170)}
+    with pytest.raises(ValueError, match="other widths or heads"):
+        ddt.infer_config(wider, num_encoder_blocks=1)
+
+
 def test_compiled_and_raw_weights_of_ddt_are_told_apart():
     state_dict = torch.load(FIXTURES / "ddt_lightning.pt", weights_only=True)["state_dict"]
     compiled = {key.replace("denoiser.", "denoiser._orig_mod.", 1): value for key, value in state_dict.items()}

@@ -79,9 +79,8 @@ def _ddt_blocks(weights, config, latents, blocks, tokens, condition):
     for index in blocks:
         name = f"blocks.{index}."
         block = {key: weight for key, weight in weights.items() if key.startswith(name)}
-        gate, value = (block.pop(f"{name}mlp.{layer}.weight") for layer in ("w1", "w3"))
-        block |= {f"{name}mlp.w12.weight": torch.cat([gate, value])}
-        block |= {f"{name}mlp.w3.weight": block.pop(f"{name}mlp.w2.weight")}
+        gate, value, down = (block.pop(f"{name}mlp.{layer}.weight") for layer in ("w1", "w3", "w2"))
+        block |= {f"{name}mlp.w12.weight": torch.cat([gate, value]), f"{name}mlp.w3.weight": down}
         block = _with_common_names(block) | tables
         tokens = _block(block, f"blocks.{index}", config["num_attention_heads"], tokens, condition)
     return tokens
@@ -112,30 +111,31 @@ def rae_reference_forward(
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`: the velocity noise − data.
     """
-    pixels = latents.flatten(2).transpose(1, 2)  # (B, N, C)
     embedded_time = _embed_time(weights, "t_embedder", time)[:, None]
     label = weights["y_embedder.embedding_table.weight"][labels].float()[:, None]
-    tokens = F.linear(
-        pixels, weights["s_embedder.proj.weight"].float().flatten(1), weights["s_embedder.proj.bias"].float()
-    )
+    tokens = _embed_pixels(weights, "s_embedder.proj", latents)
     if "pos_embed" in weights:
         tokens = tokens + weights["pos_embed"].float()
     condition = F.silu(F.silu(embedded_time + label))
+    heads = config["num_attention_heads"]
+    encoder = weights | _stream_tables(weights, "enc")
     for index in range(config["num_encoder_layers"]):
-        tables = _stream_tables(weights, "enc")
-        tokens = _block(weights | tables, f"blocks.{index}", config["num_attention_heads"], tokens, condition)
+        tokens = _block(encoder, f"blocks.{index}", heads, tokens, condition)
     condition = F.silu(embedded_time + tokens)
     if "s_projector.weight" in weights:
         condition = _linear(weights, "s_projector", condition)
     condition = F.silu(condition)
-    tokens = F.linear(
-        pixels, weights["x_embedder.proj.weight"].float().flatten(1), weights["x_embedder.proj.bias"].float()
-    )
-    heads = config["decoder_num_attention_heads"] or config["num_attention_heads"]
+    tokens = _embed_pixels(weights, "x_embedder.proj", latents)
+    decoder = weights | _stream_tables(weights, "dec")
     for index in range(config["num_encoder_layers"], config["num_layers"]):
-        tables = _stream_tables(weights, "dec")
-        tokens = _block(weights | tables, f"blocks.{index}", heads, tokens, condition)
+        tokens = _block(decoder, f"blocks.{index}", config["decoder_num_attention_heads"] or heads, tokens, condition)
     return _head(weights, tokens, condition).transpose(1, 2).reshape(latents.shape)
+
+
+def _embed_pixels(weights, name, latents):
+    """A kernel of one pixel, so a linear layer of each pixel's channels, `(B, N, D)`."""
+    kernel, bias = (weights[f"{name}.{kind}"].float() for kind in ("weight", "bias"))
+    return F.linear(latents.flatten(2).transpose(1, 2), kernel.flatten(1), bias)
 
 
 def _stream_tables(weights, stream):
@@ -144,6 +144,5 @@ def _stream_tables(weights, stream):
 
 def _head(weights, tokens, condition):
     shift, scale = _linear(weights, "final_layer.adaLN_modulation.1", condition).chunk(2, dim=-1)
-    return _linear(
-        weights, "final_layer.linear", _norm(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
-    )
+    tokens = _norm(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
+    return _linear(weights, "final_layer.linear", tokens)

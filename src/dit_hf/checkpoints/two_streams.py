@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..transformer_ddt import MAX_PERIOD, stream_sizes, swiglu_width
+from ..transformer_ddt import MAX_PERIOD, DDTTransformer2DModel, stream_sizes, swiglu_width
 from .family import Family, bake_conventions, infer_mlp_ratio
 
 
@@ -96,9 +96,33 @@ class TwoStreamFamily(Family):
             for original, names in super().key_table(num_layers).items()
         }
 
+    def check_keys(self, original: Mapping[str, torch.Tensor], config: Mapping) -> None:
+        """
+        That a checkpoint has every key of a model in the shape it needs, and no other.
+
+        Args:
+            original (`dict[str, torch.Tensor]`): With the original's keys.
+            config (`Mapping`): Of the model, from the family's `infer_config`.
+
+        Raises:
+            ValueError: naming the first key that is missing, unknown or of another shape.
+        """
+        with torch.device("meta"):
+            model = DDTTransformer2DModel(**config)
+        needed = {key: tuple(weight.shape) for key, weight in self.to_original(model.state_dict(), config).items()}
+        missing = sorted(needed.keys() - original.keys())
+        unknown = sorted(original.keys() - needed.keys() - self.tables.keys())
+        for keys, what in ((missing, "is missing"), (unknown, "is unknown")):
+            if keys:
+                more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+                raise ValueError(f"the key {keys[0]!r} {what}{more}.")
+        for key, shape in needed.items():
+            if (given := tuple(original[key].shape)) != shape:
+                raise ValueError(f"{key!r} has shape {given}, where {shape} is needed.")
+
     def to_ours(self, original: dict[str, torch.Tensor], config: Mapping) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """
-        Renames, splits, lays out and bakes; keys that the table does not know are dropped.
+        Renames, splits, lays out and bakes.
 
         Args:
             original (`dict[str, torch.Tensor]`): With the original's keys.
@@ -106,7 +130,11 @@ class TwoStreamFamily(Family):
 
         Returns:
             `dict[str, torch.Tensor]`: with our keys.
+
+        Raises:
+            ValueError: as [`check_keys`].
         """
+        self.check_keys(original, config)
         ours: dict[str, torch.Tensor] = {}
         for key, names in self.key_table(config["num_layers"], config["num_encoder_layers"]).items():
             if key in original:
