@@ -134,6 +134,8 @@ def sample_ddt(model, golden, run):
     steps, shift = run["num_steps"], run.get("timeshift", 1.0)
     grid = torch.cat([torch.linspace(0, 1 - (last or 1 / steps), steps), torch.ones(1)])
     sigmas = shift * (1 - grid) / (grid + (1 - grid) * shift)
+    if f"timesteps_{run['out'].removeprefix('sample_')}" in golden:
+        assert_close(1 - sigmas, golden[f"timesteps_{run['out'].removeprefix('sample_')}"], 1e-6)
     refresh = set(run.get("recompute_timesteps", range(0, steps, run.get("state_refresh_rate", 1))))
     state = None
     for step, (sigma, next_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
@@ -170,29 +172,32 @@ def rae_guidance(strong, weak, golden):
         null = torch.full_like(labels, strong.config.num_classes)
         return guide(plain(latents, time, labels), plain(latents, time, null), golden["cfg_scale"])
 
-    def classifier_free_inside(latents, time, labels):
-        low, high = golden["cfg_interval"]
-        inside = ((time >= low) & (time <= high)).view(-1, 1, 1, 1)
-        return torch.where(inside, classifier_free(latents, time, labels), plain(latents, time, labels))
-
     def auto(latents, time, labels):
         return guide(plain(latents, time, labels), weak(latents, 1000 * time, labels).sample, golden["ag_scale"])
 
-    return {"": plain, "cfg_": classifier_free, "cfg_interval_": classifier_free_inside, "ag_": auto}
+    def inside(guided):
+        def velocity(latents, time, labels):
+            low, high = golden["cfg_interval"]
+            is_inside = ((time >= low) & (time <= high)).view(-1, 1, 1, 1)
+            return torch.where(is_inside, guided(latents, time, labels), plain(latents, time, labels))
+
+        return velocity
+
+    kinds = {"": plain, "cfg_": classifier_free, "ag_": auto}
+    return kinds | {"cfg_interval_": inside(classifier_free), "ag_interval_": inside(auto)}
 
 
 @pytest.mark.parametrize("name", RAE_FILES)
 @torch.no_grad()
 def test_rae_guided_forwards_equal_the_original(name):
     golden = load_golden(f"{name}.io")
-    half = len(golden["cfg_x"]) // 2
-    inputs = tuple(golden[f"cfg_{kind}"] for kind in "xty")
-    halves = tuple(value[:half] for value in inputs)
-    for kind, velocity in rae_guidance(load(name), load(f"{name}_guide"), golden).items():
-        if kind.startswith("cfg"):  # the conditional half comes first, and the guided half twice
-            assert relative_error(velocity(*halves), golden[f"{kind}out"][:half]) < 1e-4
-        elif kind == "ag_":
-            assert relative_error(velocity(*inputs), golden["ag_out"]) < 1e-4
+    inputs = [golden[f"cfg_{kind}"] for kind in "xty"]
+    halves = [value.chunk(2)[0] for value in inputs]
+    velocities = rae_guidance(load(name), load(f"{name}_guide"), golden)
+    for kind in ("cfg_", "cfg_interval_"):  # the conditional half comes first, and the guided half twice
+        assert relative_error(velocities[kind](*halves), golden[f"{kind}out"].chunk(2)[0]) < 1e-4
+    for kind in ("ag_", "ag_interval_"):
+        assert relative_error(velocities[kind](*inputs), golden[f"{kind}out"]) < 1e-4
 
 
 RAE_RUNS = {
@@ -209,14 +214,16 @@ def test_rae_samples_equal_the_original(name, run):
     guidance = "" if kind in ("", "mild") else f"{kind}_"
     velocity = rae_guidance(load(name), load(f"{name}_guide"), golden)[guidance]
     shift = golden["ode_shift_mild" if kind == "mild" else "ode_shift"]
-    latents = sample_rae(velocity, golden, int(points), shift)
+    grid = golden[f"ode_mild_{points}_t" if kind == "mild" else f"ode_{points}_t"]
+    latents = sample_rae(velocity, golden, grid, shift)
     assert relative_error(latents, golden[f"{run}_sample"]) < 1e-4
 
 
-def sample_rae(velocity, golden, points, shift):
+def sample_rae(velocity, golden, grid, shift):
     """Euler steps on a grid that ends before the data."""
-    times = 1 - torch.linspace(0, 0.999, points)
+    times = 1 - torch.linspace(0, 0.999, len(grid))
     times = shift * times / (1 + (shift - 1) * times)
+    assert_close(times, grid, 1e-6)
     latents = golden["ode_z"]
     for time, following in zip(times[:-1], times[1:], strict=True):
         latents = latents + (following - time) * velocity(latents, time.expand(len(latents)), golden["ode_y"])
@@ -232,7 +239,7 @@ def test_the_lightningdit_of_rae_equals_the_original():
     assert_close(model(golden["x"], 1000 * golden["t"], golden["y"]).sample, golden["out"])
     guided = rae_guidance(model, None, golden)
     for kind, points in (("", 5), ("cfg_", 11)):
-        latents = sample_rae(guided[kind], golden, points, golden["ode_shift"])
+        latents = sample_rae(guided[kind], golden, golden[f"ode_{points}_t"], golden["ode_shift"])
         assert relative_error(latents, golden[f"ode_{kind}{points}_sample"]) < 1e-4
 
 

@@ -789,7 +789,8 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             return_dict (`bool`, defaults to `True`): Whether to return a `DDTTransformer2DModelOutput`.
             encoder_state (`torch.Tensor` of shape `(B, N, E)`, *optional*):
                 That of an earlier forward pass with the same batch. The encoder is skipped then, and timestep and
-                labels play no part: all that the decoder knows of them is in the state (DDT).
+                labels play no part: all that the decoder knows of them is in the state (DDT). Under context
+                parallelism a state is that of a rank's tokens, which this does not take.
 
         Returns:
             `DDTTransformer2DModelOutput` or `tuple`: `sample`, the velocity noise − data of shape `(B, C, H, W)`, and
