@@ -63,7 +63,8 @@ def count_macs(config: Mapping, height: int | None = None, width: int | None = N
     block += vectors * dim**2
     head_modulation = 2 * dim**2 if vectors else 0
 
-    embed = image_tokens * in_dim * dim + TIME_EMBEDDINGS[config["time_embedding"]] * dim + dim**2
+    times = 2 if config["interval_embedding"] else 1
+    embed = image_tokens * in_dim * dim + times * (TIME_EMBEDDINGS[config["time_embedding"]] * dim + dim**2)
     return embed + config["num_layers"] * block + head_modulation + tokens * dim * out_dim
 
 
