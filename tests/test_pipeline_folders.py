@@ -137,7 +137,7 @@ REFUSED = {
         ({"beta_start": "x"}, [SCHEDULER]),
         ({"beta_end": 5.0}, ["beta_end"]),
         ({"trained_betas": ["a"]}, [SCHEDULER]),
-        *(({"trained_betas": value}, ["trained_betas"]) for value in (0, [0.1], [[0.1] * 1000])),
+        *(({"trained_betas": value}, [SCHEDULER]) for value in (0, [0.1], [[0.1] * 1000])),
         ({"beta_schedule": "x"}, [SCHEDULER, "x"]),
         ({"timestep_spacing": "x"}, [SCHEDULER, "x"]),
         *(({"prediction_type": value}, ["prediction_type"]) for value in ([1], "nonsense")),

@@ -323,6 +323,14 @@ def test_callback_sees_and_changes_tensors():
     torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.parametrize("returned", [5, [("latents", 1)], {"class_labels": [0]}, {"latents": "x"}])
+def test_what_a_callback_returns_is_checked(returned):
+    with pytest.raises(ValueError, match="`callback_on_step_end` returned"):
+        tiny_pipeline(num_layers=1)(
+            1, num_inference_steps=2, output_type="latent", callback_on_step_end=lambda *args: returned
+        )
+
+
 def test_labels_that_a_callback_gives_unasked_count():
     def draw(label, callback, wanted=["latents"]):
         options = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.manual_seed(0)}
@@ -466,6 +474,8 @@ def test_components_of_another_kind_are_refused(part):
         ):
             with pytest.raises(ValueError, match=f"`{part}` is a {type(value).__name__}"):
                 put(value)
+    with pytest.raises(ValueError, match="trained_betas=.*one per training timestep"):
+        tiny_pipeline(DDIMScheduler(trained_betas=[0.1]), num_layers=1)
     with pytest.raises(ValueError, match="`pipeline` is a int"):
         type(pipe).from_pipe(5)
     with pytest.raises(ValueError, match="`dtype` is 'x'"):

@@ -323,8 +323,12 @@ def test_a_run_that_trained_nothing_is_no_success(tmp_path):
         trainer.train()
     assert (tmp_path / "nan" / "checkpoint-3").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
+    config = TrainingConfig(tmp_path / "inf", 4, max_train_steps=3, lr_warmup_steps=0, checkpointing_steps=1)
+    latents = CachedLatents(FIXTURES / "emoji_latents")
+    trainer = Trainer(config, tiny_transformer(sample_size=16, learn_sigma=False), latents, VelocityObjective())
+    trainer.ema.shadow_params[0].fill_(float("inf"))
     with pytest.raises(TrainingStopped, match="not finite after step 1; there is no checkpoint before"):
-        train(tmp_path / "inf", learning_rate=1e39, checkpointing_steps=1)
+        trainer.train()
     assert not (tmp_path / "inf" / "checkpoint-1").exists()
 
 

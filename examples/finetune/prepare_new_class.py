@@ -16,12 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit_hf import DiTClassCondPipeline
-from dit_hf.command_line import ArgumentParser, integer, real, run
+from dit_hf.command_line import ArgumentParser, integer, run
 from dit_hf.data.images import load_image_dataset, load_unlabelled_folder
 from dit_hf.data.reader import ImageReader
 from dit_hf.files import check_apart, check_folder, is_occupied, writing_folder
 from dit_hf.pipeline_dit_class_cond import find_class
 from dit_hf.seeds import seeded_generator
+from dit_hf.training.config import GUIDANCE
 from dit_hf.training.validation import check_sampling
 
 
@@ -35,7 +36,7 @@ def parse_args():
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Folder, Hub id or bundled name.")
     counts = {"type": integer(at_least=1), "default": 48}
     parser.add_argument("--prior_images_per_class", **counts, help="Images generated per old class.")
-    parser.add_argument("--guidance_scale", type=real(at_least=0), default=2.0, help="Guidance scale of those.")
+    parser.add_argument("--guidance_scale", type=GUIDANCE, default=2.0, help="Guidance scale of those.")
     parser.add_argument("--num_inference_steps", type=integer(1, 1000), default=25, help="Sampler steps of those.")
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="Seed of those.")
     parser.add_argument("--output_dir", type=Path, required=True, help="A new or empty folder.")

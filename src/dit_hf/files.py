@@ -157,7 +157,7 @@ def load_json(text: str | bytes) -> Any:
 
 
 def _whole_number(digits):
-    if (value := int(digits)).bit_length() > 64:
+    if (value := int(digits)).bit_length() > 1023:
         raise ValueError(f"{digits[:20]}… is too large a number")
     return value
 

@@ -278,6 +278,14 @@ def check_component(name: str, part: Any) -> None:
         raise ValueError(f"`{name}` is a {type(part).__name__}; it must be a diffusers {what}.")
 
 
+def check_changed(tensors: Any) -> None:
+    """Raises `ValueError` for what a callback returns, unless it is a dictionary of tensors."""
+    if not isinstance(tensors, Mapping) or not all(isinstance(each, torch.Tensor) for each in tensors.values()):
+        raise ValueError(
+            f"`callback_on_step_end` returned {shown(tensors)}; it must be None or a dictionary of tensors."
+        )
+
+
 def shown(value: Any) -> str:
     """A value that was given, for one line of a message."""
     text = " ".join(repr(value).split())
@@ -1315,6 +1323,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                         available = {"latents": latents, "class_labels": class_labels}
                         tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                         changed = callback_on_step_end(self, index, timestep, tensors) or {}
+                        check_changed(changed)
                         latents = changed.get("latents", latents)
                         class_labels = changed.get("class_labels", class_labels)
                         if len(latents) != len(overflows):  # the callback alone knows which of them are left

@@ -135,8 +135,8 @@ def parse_checkpoint(
         ValueError: if the file is no such checkpoint; the message names the file and the key.
     """
     heads = num_attention_heads
-    if heads is not None and (isinstance(heads, bool) or not isinstance(heads, int) or heads < 1):
-        raise ValueError(f"`num_attention_heads` is {heads!r}; it must be a whole number from 1.")
+    if heads is not None and (isinstance(heads, bool) or not isinstance(heads, int)):
+        raise ValueError(f"`num_attention_heads` is {heads!r}; it must be a whole number.")
     if has_null_class not in (None, True, False):
         raise ValueError(f"`has_null_class` is {has_null_class!r}; it must be True, False or None.")
     if family not in ("auto", *FAMILIES):

@@ -168,7 +168,7 @@ def known_fingerprint(cache_dir: str | Path, settings: dict[str, Any]) -> tuple[
     """
     has_index = (Path(cache_dir) / INDEX).exists()
     facts = read_index(cache_dir) if has_index else shard_facts(shard_path(cache_dir, 0))
-    before: Any = facts.get("settings")
+    before: Any = facts.get("settings") or {}
     if not differ_by_dates(before, settings):
         return fingerprint_of(settings), False
     return facts["fingerprint"], before["data"] != summary(settings)["data"]

@@ -61,7 +61,7 @@ def hub_answers() -> Iterator[None]:
 def check_answers() -> None:
     """Asks the Hub for anything, with a timeout, as its client waits for ever elsewhere; `OSError` if it is silent."""
     with connected():
-        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+        get_session().head(HfApi().endpoint, timeout=TIMEOUT)
 
 
 def check_available(
