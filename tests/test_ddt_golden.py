@@ -319,6 +319,9 @@ def test_sizes_that_weights_do_not_tell_are_asked_for(caplog):
     with pytest.raises(ValueError, match="3 blocks have one width.*pass num_encoder_blocks"):
         rae.infer_config(read("rae_dh_qknorm")[1])
     original = read("rae_dh")[1]
+    assert rae.infer_config(original, num_attention_heads=(2,))["decoder_num_attention_heads"] == 2
+    with pytest.raises(ValueError, match="num_attention_heads has 3 numbers"):
+        rae.infer_config(original, num_attention_heads=(2, 3, 4))
     with pytest.raises(ValueError, match="width 48 is not divisible by 5 attention heads"):
         rae.infer_config(original, num_attention_heads=(2, 5))
     with pytest.raises(ValueError, match=r"'blocks.1.' are missing"):
