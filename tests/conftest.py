@@ -51,8 +51,13 @@ DESIGNS = {name: {"conditioning": name} for name in CONDITIONINGS} | {
     "lightningdit": LIGHTNING | {"position_embedding": "sincos+rope"},
     "meanflow": {"interval_embedding": True, "learn_sigma": False, "timestep_scale": 0.001},
 }
+# DDT, and RAE's DiT-DH with and without a second width.
+DDT = {"model_class": DDTTransformer2DModel, "num_layers": 4, "num_encoder_layers": 2}
+DECODER = {"decoder_num_attention_heads": 2, "decoder_attention_head_dim": 32}
+GELU = {"norm": "layer_norm", "head_norm": "layer_norm", "qk_norm": True, "ff": "gelu"}
+TWO_STREAMS = {"ddt": DDT, "dit_dh": DDT | RAE_DIT_DH | DECODER, "dit_dh_gelu": DDT | RAE_DIT_DH | GELU}
 # Other architectures.
-ARCHITECTURES = {
+ARCHITECTURES = TWO_STREAMS | {
     "jit": {
         "model_class": JiTTransformer2DModel,
         "patch_size": 2,
@@ -68,33 +73,6 @@ ARCHITECTURES = {
 def tiny_design(name, **overrides):
     """A tiny model of one of the designs or architectures."""
     return tiny_transformer(**((DESIGNS | ARCHITECTURES)[name] | overrides))
-
-
-# DDT, and RAE's DiT-DH with and without a second width.
-DECODER = {"decoder_num_attention_heads": 2, "decoder_attention_head_dim": 32}
-TWO_STREAMS = {
-    "ddt": {},
-    "dit_dh": RAE_DIT_DH | DECODER,
-    "dit_dh_gelu": RAE_DIT_DH | {"norm": "layer_norm", "head_norm": "layer_norm", "qk_norm": True, "ff": "gelu"},
-}
-
-
-def tiny_two_streams(name, **overrides):
-    """Two blocks in each stream, with random, not zero, head and gates, so that every weight matters."""
-    config = {
-        "sample_size": 8,
-        "num_layers": 4,
-        "num_encoder_layers": 2,
-        "num_attention_heads": 4,
-        "attention_head_dim": 12,
-        "num_classes": 10,
-    }
-    torch.manual_seed(0)
-    model = DDTTransformer2DModel(**(config | TWO_STREAMS[name] | overrides))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def tiny_inputs(batch_size=3, channels=4, height=8, width=8, seed=0):

@@ -13,13 +13,13 @@ import torch
 from conftest import ROOT, tiny_design, tiny_inputs
 from safetensors.torch import load_file, save_file
 
-from dit_hf import DiTClassCondPipeline, pipeline_dit_class_cond, transformer_dit, transformer_jit
+from dit_hf import DiTClassCondPipeline, pipeline_dit_class_cond, transformer_ddt, transformer_dit, transformer_jit
 
 
 # The oldest that works and later minors; the newest is the pinned one.
 VERSIONS = ("0.38.0", "0.39.0", "0.40.0", "0.41.0")
 TOO_OLD = "0.37.1"
-CARRIED = (transformer_dit, transformer_jit, pipeline_dit_class_cond)
+CARRIED = (transformer_dit, transformer_jit, transformer_ddt, pipeline_dit_class_cond)
 CALL = {"class_labels": "flags", "num_inference_steps": 3, "output_type": "pt"}
 SAMPLE = """
 import sys, torch
@@ -84,8 +84,9 @@ def test_the_same_image_with_every_version(version, folder, image, tmp_path):
     assert all(torch.equal(other, image) for other in torch.load(tmp_path / "images.pt"))
 
 
-def test_another_architecture_loads_without_the_package(tmp_path):
-    model, paths = tiny_design("jit"), [tmp_path / name for name in ("model", "inputs", "output")]
+@pytest.mark.parametrize("name", ["jit", "dit_dh"])
+def test_another_architecture_loads_without_the_package(name, tmp_path):
+    model, paths = tiny_design(name), [tmp_path / name for name in ("model", "inputs", "output")]
     model.save_pretrained(paths[0])
     save_file(tiny_inputs(), paths[1])
     result = run_with(VERSIONS[0], *paths, script=FORWARD)
@@ -160,9 +161,9 @@ def sample_with_the_carried_file(module, image):
     spec = importlib.util.spec_from_file_location("carried", module.__file__)
     carried = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(carried)
-    if module is transformer_jit:
-        model = tiny_design("jit")
-        transformer = carried.JiTTransformer2DModel(**model.config).eval()
+    if module in (transformer_jit, transformer_ddt):
+        model = tiny_design("jit" if module is transformer_jit else "dit_dh")
+        transformer = getattr(carried, type(model).__name__)(**model.config).eval()
         transformer.load_state_dict(model.state_dict())
         assert torch.equal(transformer(**tiny_inputs()).sample, model(**tiny_inputs()).sample)
         return

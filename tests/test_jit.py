@@ -68,8 +68,8 @@ def test_forward_equals_the_original(name, entry, output):
 @torch.no_grad()
 def test_reference_forward_equals_the_original(name):
     golden, checkpoint = load_golden(f"{name}.io"), read_original(name)
-    start = checkpoint.config["in_context_start"]
-    output = jit_reference_forward(checkpoint.original, start, golden["x"], golden["t"], golden["y"])
+    inputs = golden["x"], golden["t"], golden["y"]
+    output = jit_reference_forward(checkpoint.original, checkpoint.config, *inputs)
     torch.testing.assert_close(output, golden["out"], rtol=0, atol=1e-5)
 
 

@@ -12,11 +12,11 @@ that needs them is missing.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,18 @@ def sincos_positions(height: int, width: int, dim: int) -> torch.Tensor:
     angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]  # two of (N, D/4)
     table = torch.cat([function(angle) for angle in angles for function in (torch.sin, torch.cos)], dim=1)
     return table.float().unsqueeze(0)
+
+
+# Copied from dit_hf.transformer_dit.check_tensors
+def check_tensors(optional: bool = False, **tensors: Any) -> None:
+    """Raises `ValueError` for an input that is no dense tensor, by its name."""
+    for name, tensor in tensors.items():
+        if tensor is None and optional:
+            continue
+        dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not dense or tensor.is_nested or tensor.is_quantized:
+            given = "sparse, nested or quantized" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"`{name}` is {given}; it must be a dense torch.Tensor.")
 
 
 class DDTPatchEmbed(nn.Module):
@@ -407,12 +419,14 @@ def check_config(config: Mapping) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or not smallest <= size <= largest:
             raise ValueError(f"`{name}` is {size!r}; it must be a whole number from {smallest} to {largest}.")
     for name, bound in FACTORS.items():
-        if name == "rotary_span" and config[name] is None:
+        factor = config[name]
+        if name == "rotary_span" and factor is None:
             continue
-        if not is_real(config[name]) or not 0 < config[name] <= bound:
-            raise ValueError(f"`{name}` is {config[name]!r}; it must be a number above 0, at most {bound}.")
-    if not is_real(config["class_dropout_prob"]) or not 0 <= config["class_dropout_prob"] <= 1:
-        raise ValueError(f"`class_dropout_prob` is {config['class_dropout_prob']!r}; it must be from 0 to 1.")
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= bound:
+            raise ValueError(f"`{name}` is {factor!r}; it must be a number above 0, at most {bound}.")
+    dropout = config["class_dropout_prob"]
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"`class_dropout_prob` is {dropout!r}; it must be from 0 to 1.")
     for name in FLAGS:
         if not isinstance(config[name], bool):
             raise ValueError(f"`{name}` is {config[name]!r}; it must be True or False.")
@@ -426,12 +440,6 @@ def check_config(config: Mapping) -> None:
             f"A model of {sizes} and `mlp_ratio` {config['mlp_ratio']} has {count:,} parameters; at most "
             f"{MAX_PARAMETERS:,} are possible."
         )
-
-
-# Copied from dit_hf.transformer_dit.is_real
-def is_real(value: Any) -> bool:
-    """Whether a value is a finite number, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_sizes_fit(config):
@@ -595,8 +603,11 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         check_config(self.config)
         encoder, decoder = stream_sizes(self.config)
         encoder_dim, dim = (heads * head_dim for _, heads, head_dim in (encoder, decoder))
-        options: Any = (mlp_ratio, norm, qk_norm, ff, bias)
         self._tp_plan = tensor_parallel_plan(ff)
+
+        def build_blocks(count, heads, head_dim):
+            sizes = (heads, head_dim, mlp_ratio)
+            return nn.ModuleList(DDTBlock(*sizes, norm, qk_norm, ff, bias) for _ in range(count))
 
         # 1. Embed time, class and positions
         self.time_proj = None
@@ -609,12 +620,12 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         # 2. Encoder. Caches that skip a list of blocks look for this name: they end where the encoder does.
         self.patch_embed = DDTPatchEmbed(patch_size, in_channels, encoder_dim)
         self.pos_embed = DDTPositions(sample_size // patch_size, encoder_dim) if position_table else None
-        self.transformer_blocks = nn.ModuleList(DDTBlock(*encoder[1:], *options) for _ in range(encoder[0]))
+        self.transformer_blocks = build_blocks(*encoder)
 
         # 3. Decoder
         self.state_proj = nn.Linear(encoder_dim, dim) if dim != encoder_dim else None
         self.decoder_patch_embed = DDTPatchEmbed(patch_size, in_channels, dim)
-        self.decoder_blocks = nn.ModuleList(DDTBlock(*decoder[1:], *options) for _ in range(decoder[0]))
+        self.decoder_blocks = build_blocks(*decoder)
         self.norm_out = DDTAdaLayerNormOut(dim, head_norm)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * in_channels)
 
@@ -708,6 +719,10 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
     def _check_inputs(self, hidden_states, timestep, class_labels, force_drop_ids, encoder_state):
         """Refuses what does not fit."""
+        check_tensors(hidden_states=hidden_states, class_labels=class_labels)
+        check_tensors(optional=True, force_drop_ids=force_drop_ids, encoder_state=encoder_state)
+        if isinstance(timestep, bool) or not isinstance(timestep, Real):
+            check_tensors(timestep=timestep)
         patch_size = self.config.patch_size
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
             raise ValueError(
@@ -774,7 +789,8 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             return_dict (`bool`, defaults to `True`): Whether to return a `DDTTransformer2DModelOutput`.
             encoder_state (`torch.Tensor` of shape `(B, N, E)`, *optional*):
                 That of an earlier forward pass with the same batch. The encoder is skipped then, and timestep and
-                labels play no part: all that the decoder knows of them is in the state (DDT).
+                labels play no part: all that the decoder knows of them is in the state (DDT). Under context
+                parallelism a state is that of a rank's tokens, which this does not take.
 
         Returns:
             `DDTTransformer2DModelOutput` or `tuple`: `sample`, the velocity noise − data of shape `(B, C, H, W)`, and

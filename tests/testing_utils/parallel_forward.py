@@ -17,23 +17,19 @@ from torch.distributed.tensor import DTensor
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import ARCHITECTURES, DESIGNS, TWO_STREAMS, inputs_of, tiny_design, tiny_two_streams
+from conftest import ARCHITECTURES, DESIGNS, inputs_of, tiny_design
 
 from dit_hf.transformer_dit import DiTTransformer2DModel
 
 
-def tiny_model(name):
-    return tiny_two_streams(name) if name in TWO_STREAMS else tiny_design(name)
-
-
 def context_parallel(name):
-    model = tiny_model(name)
+    model = tiny_design(name)
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
     return model
 
 
 def tensor_parallel_in_memory(name):
-    model = tiny_model(name)
+    model = tiny_design(name)
     model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
     return model
 
@@ -62,7 +58,7 @@ def main(model_dir, output_dir):
     torch.accelerator.device_count = lambda: 1
     tensor_parallel._SUPPORTED_TP_DEVICES += ("cpu",)
     results = {}
-    for name in DESIGNS | ARCHITECTURES | TWO_STREAMS:
+    for name in DESIGNS | ARCHITECTURES:
         results["context", name] = attempt(lambda: context_parallel(name))  # noqa: B023
         results["tensor", name] = attempt(lambda: tensor_parallel_in_memory(name))  # noqa: B023
     results["context", "odd"] = attempt(lambda: context_parallel("in_context"), size=6)

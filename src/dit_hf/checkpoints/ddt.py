@@ -117,6 +117,8 @@ def infer_config(
         )
     head_dim = len(original["blocks.0.attn.q_norm.weight"])
     streams = infer_streams(original, (head_dim, head_dim), num_attention_heads, num_encoder_blocks, "mlp.w2")
+    if streams["decoder_num_attention_heads"] is not None:
+        raise ValueError("its encoder and its decoder have other widths or heads, and those of a DDT model are equal.")
     channels, side = _split_patch(patch_values, in_channels, name)
     return _fixed() | streams | {"in_channels": channels, "patch_size": side, "sample_size": PATCHES * side}
 

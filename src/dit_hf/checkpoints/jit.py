@@ -15,6 +15,7 @@ from ..presets import JIT_PRESETS
 from .dit import DIT
 from .family import Family
 from .lightningdit import LIGHTNINGDIT
+from .reference import _block, _embed_time, _linear, _norm
 from .sizes import Hints, count_blocks, infer_mlp_ratio
 
 
@@ -62,13 +63,7 @@ def infer_jit_config(weights: Mapping[str, torch.Tensor], hints: Hints, path: st
     Raises:
         ValueError: if a weight is missing or its shape makes no sense, or the start of the context is unknown.
     """
-    for name, rank in RANKS.items():
-        key = next(key for key, names in JIT.key_table({"num_layers": 1}).items() if name in names)
-        if name not in weights:
-            raise ValueError(f"it is no {JIT.name} model: the key {key!r} is missing.")
-        if weights[name].ndim != rank or 0 in weights[name].shape:
-            shape = tuple(weights[name].shape)
-            raise ValueError(f"{key!r} has shape {shape}, where {rank} axes are needed.")
+    _check_shapes(weights)
     bottleneck_dim, in_channels, patch_size, _ = weights["pos_embed.bottleneck.weight"].shape
     dim, head_dim = (weights[name].shape[0] for name in ("pos_embed.proj.weight", f"{BLOCK}attn.norm_q.weight"))
     side = math.isqrt(tokens := weights["pos_embed.positions"].shape[1])
@@ -103,6 +98,17 @@ def infer_jit_config(weights: Mapping[str, torch.Tensor], hints: Hints, path: st
     }
 
 
+def _check_shapes(weights):
+    """That the weights which sizes are read off are there, with the axes they need."""
+    for name, rank in RANKS.items():
+        key = next(key for key, names in JIT.key_table({"num_layers": 1}).items() if name in names)
+        if name not in weights:
+            raise ValueError(f"it is no {JIT.name} model: the key {key!r} is missing.")
+        if weights[name].ndim != rank or 0 in weights[name].shape:
+            shape = tuple(weights[name].shape)
+            raise ValueError(f"{key!r} has shape {shape}, where {rank} axes are needed.")
+
+
 def _context_start(arguments):
     """The first block with context tokens, by the name of the size that was trained."""
     name = arguments.get("model")
@@ -116,7 +122,7 @@ def _context_start(arguments):
 
 def jit_reference_forward(
     weights: Mapping[str, torch.Tensor],
-    in_context_start: int,
+    config: Mapping,
     images: torch.Tensor,
     time: torch.Tensor,
     labels: torch.Tensor,
@@ -126,7 +132,7 @@ def jit_reference_forward(
 
     Args:
         weights (`dict[str, torch.Tensor]`): With the original's keys.
-        in_context_start (`int`): The first block with context tokens.
+        config (`Mapping`): For the heads and the first block with context tokens.
         images (`torch.Tensor` of shape `(B, C, H, W)`): Noisy images of the size the checkpoint is for.
         time (`torch.Tensor` of shape `(B,)`): From noise at 0 to data at 1.
         labels (`torch.Tensor` of shape `(B,)`): Class ids.
@@ -134,78 +140,38 @@ def jit_reference_forward(
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`
     """
-    weights = {key.removeprefix(PREFIX): weight.float() for key, weight in weights.items()}
-    first, second = weights["x_embedder.proj1.weight"], weights["x_embedder.proj2.weight"]
+    weights = {key.removeprefix(PREFIX): weight for key, weight in weights.items()}
+    heads = config["num_attention_heads"]
+    first, second = (weights[f"x_embedder.proj{layer}.weight"].float() for layer in (1, 2))
     patch_size = first.shape[-1]
-    batch, channels, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    patches = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
-    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)  # (B, N, C·p·p)
-    tokens = patches @ first.flatten(1).T @ second.flatten(1).T + weights["x_embedder.proj2.bias"]
-    tokens = tokens + weights["pos_embed"]
+    tokens = F.conv2d(F.conv2d(images, first, stride=patch_size), second, weights["x_embedder.proj2.bias"].float())
+    rows, columns = tokens.shape[-2:]
+    tokens = tokens.flatten(2).transpose(1, 2) + weights["pos_embed"].float()  # (B, N, D)
 
-    angles = time[:, None] * 10000 ** (-torch.arange(128) / 128)
-    hidden = _linear(weights, "t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))
-    label = weights["y_embedder.embedding_table.weight"][labels]
-    condition = F.silu(_linear(weights, "t_embedder.mlp.2", F.silu(hidden)) + label)[:, None]
-    context = weights["in_context_posemb"] + label[:, None]  # (B, L, D)
+    label = weights["y_embedder.embedding_table.weight"][labels].float()[:, None]
+    condition = F.silu(_embed_time(weights, "t_embedder", time)[:, None] + label)
+    context = weights["in_context_posemb"].float() + label  # (B, L, D)
 
-    head_dim = len(weights["blocks.0.attn.q_norm.weight"])
-    turns = _turns(rows, columns, head_dim)
-    depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
-    for index in range(depth):
-        if index == in_context_start:
+    angles = _angles(rows, columns, len(weights["blocks.0.attn.q_norm.weight"]))
+    for index in range(config["num_layers"]):
+        if index == config["in_context_start"]:
             tokens = torch.cat([context, tokens], dim=1)
-            turns = torch.cat([torch.ones(context.shape[1], head_dim // 2), turns])
-        tokens = _block(weights, f"blocks.{index}", tokens, condition, turns)
+            angles = F.pad(angles, (0, 0, context.shape[1], 0))  # context tokens are not turned
+        tables = {"feat_rope.freqs_cos": angles.cos(), "feat_rope.freqs_sin": angles.sin()}
+        tokens = _block(weights | tables, f"blocks.{index}", heads, tokens, condition)
     tokens = tokens[:, -rows * columns :]
     shift, scale = _linear(weights, "final_layer.adaLN_modulation.1", condition).chunk(2, dim=-1)
     tokens = _norm(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
     output = _linear(weights, "final_layer.linear", tokens)
-    output = output.reshape(batch, rows, columns, patch_size, patch_size, channels)
+    output = output.reshape(len(output), rows, columns, patch_size, patch_size, -1)
     return torch.einsum("bhwpqc->bchpwq", output).reshape(images.shape)
 
 
-def _turns(rows, columns, head_dim):
-    """Rotary positions as complex numbers of length 1, `(N, D/heads/2)`, one per pair of channels; rows first."""
-    frequencies = 10000 ** (-torch.arange(head_dim // 4) / (head_dim // 4))
-    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
-    angles = (grid[:, :, None] * frequencies).flatten(1)
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def _linear(weights, name, values):
-    return values @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def _norm(weights, name, values):
-    return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + 1e-6) * weights[f"{name}.weight"]
-
-
-def _block(weights, name, tokens, condition, turns):
-    vectors = _linear(weights, f"{name}.adaLN_modulation.1", condition).chunk(6, dim=-1)
-    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors
-    inner = _norm(weights, f"{name}.norm1", tokens) * (1 + scale_1) + shift_1
-    tokens = tokens + gate_1 * _attention(weights, f"{name}.attn", inner, turns)
-    inner = _norm(weights, f"{name}.norm2", tokens) * (1 + scale_2) + shift_2
-    gate, value = _linear(weights, f"{name}.mlp.w12", inner).chunk(2, dim=-1)
-    return tokens + gate_2 * _linear(weights, f"{name}.mlp.w3", F.silu(gate) * value)
-
-
-def _rotate(values, turns):
-    pairs = torch.view_as_complex(values.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2)
-
-
-def _attention(weights, name, tokens, turns):
-    head_dim = len(weights[f"{name}.q_norm.weight"])
-    stacked = _linear(weights, f"{name}.qkv", tokens).unflatten(-1, (3, -1, head_dim))
-    query, key, value = stacked.permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
-    query, key = (
-        _rotate(_norm(weights, f"{name}.{which}_norm", states), turns) for which, states in (("q", query), ("k", key))
-    )
-    mixed = (query @ key.transpose(-1, -2) / math.sqrt(head_dim)).softmax(dim=-1) @ value
-    return _linear(weights, f"{name}.proj", mixed.transpose(1, 2).flatten(2))
+def _angles(rows, columns, head_dim):
+    """Rotary angles `(N, D/heads)`: half of the channels for the row, half for the column, two neighbours alike."""
+    frequencies = 10000.0 ** (-torch.arange(head_dim // 4) / (head_dim // 4))
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()  # (N, 2)
+    return (places[:, :, None] * frequencies).flatten(1).repeat_interleave(2, dim=1)
 
 
 def infer(family, original, hints, path):
@@ -216,7 +182,7 @@ def infer(family, original, hints, path):
 
 def jit_reference_velocity(weights, config, images, time, labels):
     """The velocity data − noise of [`jit_reference_forward`]'s image, as its sampler computes it."""
-    image = jit_reference_forward(weights, config["in_context_start"], images, time, labels)
+    image = jit_reference_forward(weights, config, images, time, labels)
     return (image - images) / (1 - time).clamp(min=config["t_eps"]).view(-1, 1, 1, 1)
 
 

@@ -18,7 +18,7 @@ def ddt_reference_forward(
     time: torch.Tensor,
     labels: torch.Tensor,
     state: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """
     What DDT's code computes in eval mode.
 
@@ -28,38 +28,67 @@ def ddt_reference_forward(
         latents (`torch.Tensor` of shape `(B, C, H, W)`): Noisy latents.
         time (`torch.Tensor` of shape `(B,)`): From noise at 0 to data at 1.
         labels (`torch.Tensor` of shape `(B,)`): Class ids.
-        state (`torch.Tensor` of shape `(B, N, D)`, *optional*): Of an earlier pass.
+        state (`torch.Tensor` of shape `(B, N, D)`, *optional*): What [`ddt_reference_state`] returned, if known.
 
     Returns:
-        `tuple`: the velocity data − noise `(B, C, H, W)`, and the state.
+        `torch.Tensor` of shape `(B, C, H, W)`: the velocity data − noise.
     """
-    side, heads = config["patch_size"], config["num_attention_heads"]
-    rows, columns = (size // side for size in latents.shape[-2:])
-    weights = {key.replace("adaLN_modulation.0.", "adaLN_modulation.1."): value for key, value in weights.items()}
-    for index in range(config["num_layers"]):
-        gate, value = (weights.pop(f"blocks.{index}.mlp.{name}.weight") for name in ("w1", "w3"))
-        weights[f"blocks.{index}.mlp.w12.weight"] = torch.cat([gate, value])
-        weights[f"blocks.{index}.mlp.w3.weight"] = weights.pop(f"blocks.{index}.mlp.w2.weight")
+    if state is None:
+        state = ddt_reference_state(weights, config, latents, time, labels)
+    side = config["patch_size"]
+    blocks = range(config["num_encoder_layers"], config["num_layers"])
+    tokens = _linear(weights, "x_embedder.proj", F.unfold(latents, side, stride=side).transpose(1, 2))
+    tokens = _ddt_blocks(weights, config, latents, blocks, tokens, state)
+    output = _head(_with_common_names(weights), tokens, state)
+    return F.fold(output.transpose(1, 2), latents.shape[-2:], side, stride=side)
+
+
+def ddt_reference_state(
+    weights: dict[str, torch.Tensor],
+    config: Mapping,
+    latents: torch.Tensor,
+    time: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """
+    The encoder's output.
+
+    Args:
+        weights, config, latents, time, labels: As [`ddt_reference_forward`] takes them.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, D)`
+    """
+    side = config["patch_size"]
+    embedded_time = _embed_time(weights, "t_embedder", time, period=10)[:, None]
+    label = weights["y_embedder.embedding_table.weight"][labels].float()[:, None]
+    tokens = _linear(weights, "s_embedder.proj", F.unfold(latents, side, stride=side).transpose(1, 2))
+    blocks = range(config["num_encoder_layers"])
+    return F.silu(embedded_time + _ddt_blocks(weights, config, latents, blocks, tokens, F.silu(embedded_time + label)))
+
+
+def _ddt_blocks(weights, config, latents, blocks, tokens, condition):
+    """Rotary positions of pairs of channels are in turns the column's and the row's, from 0 to 16 on any grid."""
+    rows, columns = (size // config["patch_size"] for size in latents.shape[-2:])
     head_dim = len(weights["blocks.0.attn.q_norm.weight"])
     frequencies = 10000.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))
-    x = (torch.linspace(0, 16, columns).repeat(rows)[:, None] * frequencies).float()
-    y = (torch.linspace(0, 16, rows).repeat_interleave(columns)[:, None] * frequencies).float()
+    x = torch.linspace(0, 16, columns).repeat(rows)[:, None] * frequencies
+    y = torch.linspace(0, 16, rows).repeat_interleave(columns)[:, None] * frequencies
     angles = torch.stack([x, y], dim=-1).flatten(1).repeat_interleave(2, dim=1)  # (N, D/heads)
     tables = {"feat_rope.freqs_cos": angles.cos(), "feat_rope.freqs_sin": angles.sin()}
+    for index in blocks:
+        name = f"blocks.{index}."
+        block = {key: weight for key, weight in weights.items() if key.startswith(name)}
+        gate, value, down = (block.pop(f"{name}mlp.{layer}.weight") for layer in ("w1", "w3", "w2"))
+        block |= {f"{name}mlp.w12.weight": torch.cat([gate, value]), f"{name}mlp.w3.weight": down}
+        block = _with_common_names(block) | tables
+        tokens = _block(block, f"blocks.{index}", config["num_attention_heads"], tokens, condition)
+    return tokens
 
-    patches = F.unfold(latents, side, stride=side).transpose(1, 2)  # (B, N, C·p·p)
-    if state is None:
-        embedded_time = _embed_time(weights, "t_embedder", time, period=10)[:, None]
-        label = weights["y_embedder.embedding_table.weight"][labels].float()[:, None]
-        tokens = _linear(weights, "s_embedder.proj", patches)
-        for index in range(config["num_encoder_layers"]):
-            tokens = _block(weights | tables, f"blocks.{index}", heads, tokens, F.silu(embedded_time + label))
-        state = F.silu(embedded_time + tokens)
-    tokens = _linear(weights, "x_embedder.proj", patches)
-    for index in range(config["num_encoder_layers"], config["num_layers"]):
-        tokens = _block(weights | tables, f"blocks.{index}", heads, tokens, state)
-    output = _head(weights, tokens, state)
-    return F.fold(output.transpose(1, 2), latents.shape[-2:], side, stride=side), state
+
+def _with_common_names(weights):
+    """DDT has no activation before the layers that regress modulation, and so another index."""
+    return {key.replace("adaLN_modulation.0.", "adaLN_modulation.1."): weight for key, weight in weights.items()}
 
 
 def rae_reference_forward(
@@ -82,30 +111,31 @@ def rae_reference_forward(
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`: the velocity noise − data.
     """
-    pixels = latents.flatten(2).transpose(1, 2)  # (B, N, C)
     embedded_time = _embed_time(weights, "t_embedder", time)[:, None]
     label = weights["y_embedder.embedding_table.weight"][labels].float()[:, None]
-    tokens = F.linear(
-        pixels, weights["s_embedder.proj.weight"].float().flatten(1), weights["s_embedder.proj.bias"].float()
-    )
+    tokens = _embed_pixels(weights, "s_embedder.proj", latents)
     if "pos_embed" in weights:
         tokens = tokens + weights["pos_embed"].float()
     condition = F.silu(F.silu(embedded_time + label))
+    heads = config["num_attention_heads"]
+    encoder = weights | _stream_tables(weights, "enc")
     for index in range(config["num_encoder_layers"]):
-        tables = _stream_tables(weights, "enc")
-        tokens = _block(weights | tables, f"blocks.{index}", config["num_attention_heads"], tokens, condition)
+        tokens = _block(encoder, f"blocks.{index}", heads, tokens, condition)
     condition = F.silu(embedded_time + tokens)
     if "s_projector.weight" in weights:
         condition = _linear(weights, "s_projector", condition)
     condition = F.silu(condition)
-    tokens = F.linear(
-        pixels, weights["x_embedder.proj.weight"].float().flatten(1), weights["x_embedder.proj.bias"].float()
-    )
-    heads = config["decoder_num_attention_heads"] or config["num_attention_heads"]
+    tokens = _embed_pixels(weights, "x_embedder.proj", latents)
+    decoder = weights | _stream_tables(weights, "dec")
     for index in range(config["num_encoder_layers"], config["num_layers"]):
-        tables = _stream_tables(weights, "dec")
-        tokens = _block(weights | tables, f"blocks.{index}", heads, tokens, condition)
+        tokens = _block(decoder, f"blocks.{index}", config["decoder_num_attention_heads"] or heads, tokens, condition)
     return _head(weights, tokens, condition).transpose(1, 2).reshape(latents.shape)
+
+
+def _embed_pixels(weights, name, latents):
+    """A kernel of one pixel, so a linear layer of each pixel's channels, `(B, N, D)`."""
+    kernel, bias = (weights[f"{name}.{kind}"].float() for kind in ("weight", "bias"))
+    return F.linear(latents.flatten(2).transpose(1, 2), kernel.flatten(1), bias)
 
 
 def _stream_tables(weights, stream):
@@ -114,6 +144,5 @@ def _stream_tables(weights, stream):
 
 def _head(weights, tokens, condition):
     shift, scale = _linear(weights, "final_layer.adaLN_modulation.1", condition).chunk(2, dim=-1)
-    return _linear(
-        weights, "final_layer.linear", _norm(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
-    )
+    tokens = _norm(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
+    return _linear(weights, "final_layer.linear", tokens)

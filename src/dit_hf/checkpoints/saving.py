@@ -65,19 +65,19 @@ def original_state_dict(model, family: Family, training_only: str | Path | None 
     weights = family.to_original(model.state_dict(), model.config)
     if family.writes_tables:
         weights |= original_tables(family, model)
-    is_there = training_only is not None and Path(training_only).is_file()
-    if family.training_only and (is_there or family.needs_training_only):
-        if not is_there:
-            names = " and ".join(f"{prefix}*" for prefix in family.training_only)
-            raise ValueError(
-                f"There is no {training_only or TRAINING_ONLY_FILE} with the {names} weights that "
-                f"{family.name}'s code loads with the model; export it as a family that has none of them."
-            )
-        with reading(training_only, "a file of weights"):
-            others = load_file(training_only)
+    file = Path(training_only) if training_only is not None and Path(training_only).is_file() else None
+    if family.training_only and file is None and family.needs_training_only:
+        names = " and ".join(f"{prefix}*" for prefix in family.training_only)
+        raise ValueError(
+            f"There is no {training_only or TRAINING_ONLY_FILE} with the {names} weights that {family.name}'s code "
+            "loads with the model; export it as a family that has none of them."
+        )
+    if family.training_only and file is not None:
+        with reading(file, "a file of weights"):
+            others = load_file(file)
         for key, weight in others.items():
             if problem := find_problem(key, weight) or (not key.startswith(family.training_only) and "is unknown"):
-                raise ValueError(f"{training_only}: {key!r} {problem}.")
+                raise ValueError(f"{file}: {key!r} {problem}.")
         weights |= others
     return weights
 

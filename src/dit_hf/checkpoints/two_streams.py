@@ -133,7 +133,8 @@ def infer_streams(
     Args:
         original (`dict[str, torch.Tensor]`): With the original's keys.
         head_dims (`Sequence[int]`, *optional*): Channels per head of the two streams, if the weights tell.
-        num_attention_heads (`Sequence[int]`, *optional*): Heads of the two streams, needed if the weights don't tell.
+        num_attention_heads (`Sequence[int]`, *optional*):
+            One number, or that of each stream; needed if the weights don't tell.
         num_encoder_blocks (`int`): How many blocks, the first ones, are the encoder.
         down_layer (`str`): The original's name of a block's last feed-forward layer.
 
@@ -151,7 +152,9 @@ def infer_streams(
         )
     widths = [len(original[f"{name}_embedder.proj.weight"]) for name in "sx"]
     if num_attention_heads is not None:
-        heads = list(num_attention_heads)
+        heads = list(num_attention_heads) * (2 if len(num_attention_heads) == 1 else 1)
+        if len(heads) != 2:
+            raise ValueError(f"num_attention_heads has {len(heads)} numbers; a model of two streams has one or two.")
     elif head_dims is not None:
         heads = [width // head_dim for width, head_dim in zip(widths, head_dims, strict=True)]
     else:

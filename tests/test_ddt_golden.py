@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from dit_hf import DDTTransformer2DModel, DiTTransformer2DModel
 from dit_hf.checkpoints import ddt, rae
-from dit_hf.checkpoints.reference_two_streams import ddt_reference_forward, rae_reference_forward
+from dit_hf.checkpoints.reference_two_streams import ddt_reference_forward, ddt_reference_state, rae_reference_forward
 from dit_hf.checkpoints.two_streams import two_stream_tables
 from dit_hf.complexity import count_macs
 from dit_hf.presets import DDT_PRESETS
@@ -104,10 +104,9 @@ def test_the_oracle_equals_the_original(name):
     if family is rae.RAE:
         assert_close(rae_reference_forward(original, config, *inputs), golden["out"])
         return
-    output, state = ddt_reference_forward(original, config, *inputs)
-    assert_close(output, golden["out"])
-    assert_close(state, golden["state"])
-    reused, _ = ddt_reference_forward(original, config, golden["reuse_x"], *inputs[1:], state=golden["state"])
+    assert_close(ddt_reference_forward(original, config, *inputs), golden["out"])
+    assert_close(ddt_reference_state(original, config, *inputs), golden["state"])
+    reused = ddt_reference_forward(original, config, golden["reuse_x"], *inputs[1:], state=golden["state"])
     assert_close(reused, golden["reuse_out"])
 
 
@@ -135,6 +134,8 @@ def sample_ddt(model, golden, run):
     steps, shift = run["num_steps"], run.get("timeshift", 1.0)
     grid = torch.cat([torch.linspace(0, 1 - (last or 1 / steps), steps), torch.ones(1)])
     sigmas = shift * (1 - grid) / (grid + (1 - grid) * shift)
+    if f"timesteps_{run['out'].removeprefix('sample_')}" in golden:
+        assert_close(1 - sigmas, golden[f"timesteps_{run['out'].removeprefix('sample_')}"], 1e-6)
     refresh = set(run.get("recompute_timesteps", range(0, steps, run.get("state_refresh_rate", 1))))
     state = None
     for step, (sigma, next_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
@@ -171,29 +172,32 @@ def rae_guidance(strong, weak, golden):
         null = torch.full_like(labels, strong.config.num_classes)
         return guide(plain(latents, time, labels), plain(latents, time, null), golden["cfg_scale"])
 
-    def classifier_free_inside(latents, time, labels):
-        low, high = golden["cfg_interval"]
-        inside = ((time >= low) & (time <= high)).view(-1, 1, 1, 1)
-        return torch.where(inside, classifier_free(latents, time, labels), plain(latents, time, labels))
-
     def auto(latents, time, labels):
         return guide(plain(latents, time, labels), weak(latents, 1000 * time, labels).sample, golden["ag_scale"])
 
-    return {"": plain, "cfg_": classifier_free, "cfg_interval_": classifier_free_inside, "ag_": auto}
+    def inside(guided):
+        def velocity(latents, time, labels):
+            low, high = golden["cfg_interval"]
+            is_inside = ((time >= low) & (time <= high)).view(-1, 1, 1, 1)
+            return torch.where(is_inside, guided(latents, time, labels), plain(latents, time, labels))
+
+        return velocity
+
+    kinds = {"": plain, "cfg_": classifier_free, "ag_": auto}
+    return kinds | {"cfg_interval_": inside(classifier_free), "ag_interval_": inside(auto)}
 
 
 @pytest.mark.parametrize("name", RAE_FILES)
 @torch.no_grad()
 def test_rae_guided_forwards_equal_the_original(name):
     golden = load_golden(f"{name}.io")
-    half = len(golden["cfg_x"]) // 2
-    inputs = tuple(golden[f"cfg_{kind}"] for kind in "xty")
-    halves = tuple(value[:half] for value in inputs)
-    for kind, velocity in rae_guidance(load(name), load(f"{name}_guide"), golden).items():
-        if kind.startswith("cfg"):  # the conditional half comes first, and the guided half twice
-            assert relative_error(velocity(*halves), golden[f"{kind}out"][:half]) < 1e-4
-        elif kind == "ag_":
-            assert relative_error(velocity(*inputs), golden["ag_out"]) < 1e-4
+    inputs = [golden[f"cfg_{kind}"] for kind in "xty"]
+    halves = [value.chunk(2)[0] for value in inputs]
+    velocities = rae_guidance(load(name), load(f"{name}_guide"), golden)
+    for kind in ("cfg_", "cfg_interval_"):  # the conditional half comes first, and the guided half twice
+        assert relative_error(velocities[kind](*halves), golden[f"{kind}out"].chunk(2)[0]) < 1e-4
+    for kind in ("ag_", "ag_interval_"):
+        assert relative_error(velocities[kind](*inputs), golden[f"{kind}out"]) < 1e-4
 
 
 RAE_RUNS = {
@@ -210,14 +214,16 @@ def test_rae_samples_equal_the_original(name, run):
     guidance = "" if kind in ("", "mild") else f"{kind}_"
     velocity = rae_guidance(load(name), load(f"{name}_guide"), golden)[guidance]
     shift = golden["ode_shift_mild" if kind == "mild" else "ode_shift"]
-    latents = sample_rae(velocity, golden, int(points), shift)
+    grid = golden[f"ode_mild_{points}_t" if kind == "mild" else f"ode_{points}_t"]
+    latents = sample_rae(velocity, golden, grid, shift)
     assert relative_error(latents, golden[f"{run}_sample"]) < 1e-4
 
 
-def sample_rae(velocity, golden, points, shift):
+def sample_rae(velocity, golden, grid, shift):
     """Euler steps on a grid that ends before the data."""
-    times = 1 - torch.linspace(0, 0.999, points)
+    times = 1 - torch.linspace(0, 0.999, len(grid))
     times = shift * times / (1 + (shift - 1) * times)
+    assert_close(times, grid, 1e-6)
     latents = golden["ode_z"]
     for time, following in zip(times[:-1], times[1:], strict=True):
         latents = latents + (following - time) * velocity(latents, time.expand(len(latents)), golden["ode_y"])
@@ -233,7 +239,7 @@ def test_the_lightningdit_of_rae_equals_the_original():
     assert_close(model(golden["x"], 1000 * golden["t"], golden["y"]).sample, golden["out"])
     guided = rae_guidance(model, None, golden)
     for kind, points in (("", 5), ("cfg_", 11)):
-        latents = sample_rae(guided[kind], golden, points, golden["ode_shift"])
+        latents = sample_rae(guided[kind], golden, golden[f"ode_{points}_t"], golden["ode_shift"])
         assert relative_error(latents, golden[f"ode_{kind}{points}_sample"]) < 1e-4
 
 
@@ -313,12 +319,37 @@ def test_sizes_that_weights_do_not_tell_are_asked_for(caplog):
     with pytest.raises(ValueError, match="3 blocks have one width.*pass num_encoder_blocks"):
         rae.infer_config(read("rae_dh_qknorm")[1])
     original = read("rae_dh")[1]
+    assert rae.infer_config(original, num_attention_heads=(2,))["decoder_num_attention_heads"] == 2
+    with pytest.raises(ValueError, match="num_attention_heads has 3 numbers"):
+        rae.infer_config(original, num_attention_heads=(2, 3, 4))
     with pytest.raises(ValueError, match="width 48 is not divisible by 5 attention heads"):
         rae.infer_config(original, num_attention_heads=(2, 5))
     with pytest.raises(ValueError, match=r"'blocks.1.' are missing"):
         rae.infer_config({key: value for key, value in original.items() if not key.startswith("blocks.1.")})
     with pytest.raises(ValueError, match="dec_feat_rope.freqs_cos' is missing"):
         rae.infer_config({key: value for key, value in original.items() if not key.startswith("dec_feat_rope.")})
+
+
+@pytest.mark.parametrize("name", DDT_FILES | RAE_FILES)
+def test_keys_and_shapes_that_do_not_fit_are_named(name):
+    family, original, config = read(name)
+    layer = "blocks.1.attn.qkv.weight"
+    changes = {
+        f"'{layer}' is missing": {key: value for key, value in original.items() if key != layer},
+        "'blocks.1.extra.weight' is unknown": original | {"blocks.1.extra.weight": torch.zeros(1)},
+        f"'{layer}' has shape .*is needed": original | {layer: original[layer][:-1]},
+        "linear.weight' has shape .*is needed": original | {"final_layer.linear.weight": torch.zeros(2, 2)},
+    }
+    for message, changed in changes.items():
+        with pytest.raises(ValueError, match=message):
+            family.to_ours(changed, config)
+
+
+def test_streams_of_ddt_have_one_width():
+    original = read("ddt_lightning")[1]
+    wider = original | {"x_embedder.proj.weight": torch.zeros(64, 16), "blocks.1.mlp.w2.weight": torch.zeros(64, 170)}
+    with pytest.raises(ValueError, match="other widths or heads"):
+        ddt.infer_config(wider, num_encoder_blocks=1)
 
 
 def test_compiled_and_raw_weights_of_ddt_are_told_apart():
