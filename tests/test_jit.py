@@ -10,8 +10,8 @@ from safetensors import safe_open
 from dit_hf import JiTTransformer2DModel
 from dit_hf.checkpoints.jit import JIT, infer_jit_config, jit_reference_forward
 from dit_hf.checkpoints.loading import build_model
-from dit_hf.checkpoints.parsing import Checkpoint, count_blocks
-from dit_hf.checkpoints.reading import read_checkpoint, select_weights, training_arguments
+from dit_hf.checkpoints.parsing import parse_checkpoint
+from dit_hf.checkpoints.sizes import Hints
 from dit_hf.presets import JIT_PRESETS
 from dit_hf.training.objectives import ClampedVelocityObjective, LogitNormal
 from dit_hf.transformer_jit import count_weights, sincos_positions
@@ -21,19 +21,14 @@ from dit_hf.transformer_jit import count_weights, sincos_positions
 CONTEXT_STARTS = {"jit_b16_train": None, "jit_p4": 1}
 
 
-def read_original(name, entry="model_ema1", **told):
+def read_original(name, weights="ema", **told):
     """A recorded checkpoint, parsed."""
-    path = FIXTURES / f"{name}.pt"
-    content = read_checkpoint(path)
-    original = select_weights(content, entry, path)
-    weights = JIT.to_ours(original, count_blocks(original, JIT, path))
     told = {"in_context_start": CONTEXT_STARTS[name]} | told
-    config = infer_jit_config(weights, training_arguments(content), path, **told)
-    return Checkpoint(JIT, config, original, weights, {}, entry)
+    return parse_checkpoint(FIXTURES / f"{name}.pt", weights=weights, **told)
 
 
-def load_original(name, entry="model_ema1", **told):
-    return build_model(JiTTransformer2DModel, read_original(name, entry, **told), name)
+def load_original(name, weights="ema", **told):
+    return build_model(JiTTransformer2DModel, read_original(name, weights, **told), name)
 
 
 def recorded_settings(name, kind):
@@ -46,17 +41,17 @@ def relative_error(actual, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "entry", "output"),
+    ("name", "weights", "output"),
     [
-        ("jit_b16_train", "model_ema1", "out"),
+        ("jit_b16_train", "ema", "out"),
         ("jit_b16_train", "model", "out_model"),
-        ("jit_p4", "model_ema1", "out"),
+        ("jit_p4", "ema", "out"),
     ],
 )
 @torch.no_grad()
-def test_forward_equals_the_original(name, entry, output):
+def test_forward_equals_the_original(name, weights, output):
     golden = load_golden(f"{name}.io")
-    model, inputs = load_original(name, entry), (golden["x"], 1000 * (1 - golden["t"]), golden["y"])
+    model, inputs = load_original(name, weights), (golden["x"], 1000 * (1 - golden["t"]), golden["y"])
     images = model(*inputs, return_pred_original_sample=True).sample
     torch.testing.assert_close(images, golden[output], rtol=0, atol=1e-5)
     sigma = (1 - golden["t"]).view(-1, 1, 1, 1)
@@ -155,7 +150,7 @@ def test_the_loss_is_zero_for_the_data_below_the_clamp_too():
 def test_weights_come_back_to_the_bit(name):
     checkpoint = read_original(name)
     model = build_model(JiTTransformer2DModel, checkpoint, name)
-    back = JIT.to_original(model.state_dict(), model.config.num_layers)
+    back = JIT.to_original(model.state_dict(), model.config)
     assert back.keys() == checkpoint.original.keys()
     assert all(torch.equal(back[key], weight) for key, weight in checkpoint.original.items())
 
@@ -198,12 +193,12 @@ def test_configuration_is_read_off_the_file():
 def infer(arguments=(), **changed):
     weights = read_original("jit_p4", noise_scale=1.0).weights | changed
     weights = {name: weight for name, weight in weights.items() if weight is not None}
-    return infer_jit_config(weights, dict(arguments), "file.pt")
+    return infer_jit_config(weights, Hints(arguments=dict(arguments)), "file.pt")
 
 
 def test_the_first_block_with_context_tokens_is_not_guessed():
     for arguments in ({}, {"model": "JiT-X/16"}, {"model": ["JiT-B/16"]}):
-        with pytest.raises(ValueError, match=r"file\.pt.*in_context_start.*--in_context_start"):
+        with pytest.raises(ValueError, match=r"in_context_start.*--in_context_start"):
             infer(arguments)
     starts = {name: infer({"model": name})["in_context_start"] for name in JIT_PRESETS}
     assert starts == {
@@ -230,7 +225,7 @@ def test_an_unknown_noise_scale_is_that_of_the_published_models(caplog):
     ],
 )
 def test_weights_that_make_no_sense_are_named(changed, message):
-    with pytest.raises(ValueError, match=f"file.pt.*{message}"):
+    with pytest.raises(ValueError, match=message):
         infer({"model": "JiT-B/16"}, **changed)
 
 

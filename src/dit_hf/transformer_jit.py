@@ -380,11 +380,13 @@ def check_config(config: Mapping) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or not smallest <= size <= largest:
             raise ValueError(f"`{name}` is {size!r}; it must be a whole number from {smallest} to {largest}.")
     for name, bound in FACTORS.items():
-        if not is_real(config[name]) or not 0 < config[name] <= bound:
-            raise ValueError(f"`{name}` is {config[name]!r}; it must be a number above 0, at most {bound}.")
+        factor = config[name]
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= bound:
+            raise ValueError(f"`{name}` is {factor!r}; it must be a number above 0, at most {bound}.")
     for name in PROBABILITIES:
-        if not is_real(config[name]) or not 0 <= config[name] <= 1:
-            raise ValueError(f"`{name}` is {config[name]!r}; it must be from 0 to 1.")
+        probability = config[name]
+        if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
+            raise ValueError(f"`{name}` is {probability!r}; it must be from 0 to 1.")
     _check_sizes_fit(**{name: config[name] for name in SIZES})
     if config["in_context_start"] >= config["num_layers"]:
         raise ValueError(
@@ -404,12 +406,6 @@ def check_config(config: Mapping) -> None:
             f"A model of {sizes} and `mlp_ratio` {config['mlp_ratio']} has {count:,} parameters; at most "
             f"{MAX_PARAMETERS:,} are possible."
         )
-
-
-# Copied from dit_hf.transformer_dit.is_real
-def is_real(value: Any) -> bool:
-    """Whether a value is a finite number, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # Copied from dit_hf.transformer_dit._check_sizes_fit

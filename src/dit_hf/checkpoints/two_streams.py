@@ -100,13 +100,16 @@ class TwoStreamFamily(Family):
         return super().to_original(self._lay_out(ours, config, 1), config)
 
     def _lay_out(self, weights, config, direction):
-        layouts = self.layouts(config)
-        changed = {
-            name: layout[direction](weights[name])
-            for ending, layout in layouts.items()
-            for name in weights
-            if name.endswith(ending)
-        }
+        changed = {}
+        for ending, layout in self.layouts(config).items():
+            for name in (name for name in weights if name.endswith(ending)):
+                try:
+                    changed[name] = layout[direction](weights[name])
+                except (IndexError, RuntimeError):
+                    key = next(key for key, names in self.key_table(config).items() if name in names)
+                    raise ValueError(
+                        f"{key!r} has shape {tuple(weights[name].shape)}, which fits no such model."
+                    ) from None
         return weights | changed
 
 
