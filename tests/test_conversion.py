@@ -230,7 +230,7 @@ def test_other_mistakes_are_named(tmp_path):
     for path in (None, b"x", [], 3, "\ud800"):
         with pytest.raises(ValueError, match="`pretrained_model_link_or_path` is"):
             DiTTransformer2DModel.from_single_file(path)
-    odd = {"num_attention_heads": ("4", True, 4.0, [4]), "weights": ([], None), "family": ([],)}
+    odd = {"num_attention_heads": ("4", True, 4.0, ["4"]), "weights": ([], None), "family": ([],)}
     odd |= {"has_null_class": ("x", 3), "dtype": (torch.float8_e4m3fn, "int8", 3)}
     for name, value in ((name, value) for name, values in odd.items() for value in values):
         with pytest.raises(ValueError, match=f"`{name}` is"):

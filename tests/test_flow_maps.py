@@ -1,11 +1,15 @@
 """Models of the mean velocity over an interval (MeanFlow, SoFlow), and their samplers of few steps."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import DESIGNS, FIXTURES, load_golden, tiny_inputs, tiny_transformer
 from diffusers.schedulers import scheduling_flow_match_lcm
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, optimize, restore
+from dit_hf.checkpoints import meanflow
+from dit_hf.checkpoints.parsing import parse_checkpoint
 
 
 # Fixture -> its heads, whether it has a null class, the name of the second time, the recipe of its sampler.
@@ -188,3 +192,41 @@ def test_a_saved_folder_samples_by_itself(tmp_path):
     golden = load_golden("soflow_p2.io")
     sample = again(**call_of(golden)).images
     torch.testing.assert_close(sample, golden["sample_1"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, {}),
+        ({"cfg_omega": 1.0, "cfg_kappa": 0.0}, {"guidance_in_weights": False}),
+        ({"cfg_omega": 0.2, "cfg_kappa": 0.8}, {"guidance_in_weights": False}),  # 1 − 0.8 is no float
+        ({"cfg_omega": 0.2, "cfg_kappa": 0.92}, {"guidance_in_weights": True}),
+        ({"cfg_omega": 3.0}, {"guidance_in_weights": True}),
+    ],
+)
+def test_arguments_of_meanflow_tell_whether_guidance_is_in_the_weights(arguments, expected):
+    assert meanflow.trained_guidance(arguments) == expected
+    with pytest.raises(ValueError, match="cfg_kappa 'None'"):
+        meanflow.trained_guidance({"cfg_omega": 1.0, "cfg_kappa": None})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("noising_type: Trig\nl_schedule: Exponent", "noising_type='Trig'; only 'Linear'"),
+        ("coefficient_type: Trig\nl_schedule: Exponent", "coefficient_type='Trig'; only 'Euler'"),
+    ],
+)
+def test_the_config_of_a_soflow_run_counts(text, message, tmp_path):
+    (tmp_path / "ckpts").mkdir()
+    file = tmp_path / "ckpts" / "1.pt"
+    shutil.copyfile(FIXTURES / "soflow_p4_nonull.pt", file)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_checkpoint(file, 2)
+    (tmp_path / "config.yaml").write_text("cfg_drop_rate: 0.0\ncfg_scale: 1.0\nl_schedule: Const")
+    config = parse_checkpoint(file, 2).config
+    assert config["num_classes"] == 5 and config["class_dropout_prob"] == 0 and not config["guidance_in_weights"]
+    for other in ("name: !ENV ${USER}", "a: [1, 2", "cfg_drop_rate: 0.0"):  # of another program
+        (tmp_path / "config.yaml").write_text(other)
+        assert parse_checkpoint(file, 2).config["num_classes"] == 4

@@ -61,3 +61,5 @@ def test_the_schedule_ends_with_a_longer_step_without_noise():
     torch.testing.assert_close(last, 0.5 * (0.5 * ones + 0.5 * noise) - 0.75 * (noise - ones))
     with pytest.raises(ValueError, match="`last_step_size` is 0"):
         make_scheduler("flow_sde", last_step_size=0)
+    with pytest.raises(ValueError, match="`shift` is -1"):
+        make_scheduler("flow_sde", shift=-1)

@@ -87,3 +87,20 @@ def test_the_file_is_recognised_and_its_statistics_are_kept(name):
     assert checkpoint.family.name == "repae" and checkpoint.entry == "ema"
     assert checkpoint.config["qk_norm"] == (name == "repae_ldm")
     assert "bn.num_batches_tracked" in checkpoint.training_only and "projectors.0.0.weight" in checkpoint.training_only
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bn.running_var": None}, "'bn.running_var' is missing"),
+        ({"bn.running_var": -torch.ones(4)}, "'bn.running_var' holds -1; a variance is above 0"),
+        ({"bn.running_mean": torch.zeros(7)}, r"'bn.running_mean' has shape \(7,\), where \(4,\) is needed"),
+        ({"bn.weight": torch.ones(4)}, "'bn.weight' is unknown"),
+    ],
+)
+def test_statistics_that_can_not_be_are_named(change, message, tmp_path):
+    content = torch.load(FIXTURES / "repae_ldm.pt", weights_only=False)
+    weights = content["ema"] | change
+    torch.save({"ema": {key: value for key, value in weights.items() if value is not None}}, tmp_path / "changed.pt")
+    with pytest.raises(ValueError, match=f"changed.pt: .*{message}"):
+        parse_checkpoint(tmp_path / "changed.pt", 2)

@@ -1,6 +1,8 @@
 """Saving over a folder that holds an older save: it is replaced whole or not at all, and what is not of it stays."""
 
+import os
 import resource
+import signal
 from contextlib import contextmanager
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from conftest import tiny_transformer, tiny_vae
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf.files import writing_folder
 from dit_hf.hub import CardFacts
 from dit_hf.training.result import save_pipeline
 
@@ -118,3 +121,48 @@ def test_what_can_not_be_a_folder_is_refused(tmp_path):
             with pytest.raises(ValueError, match=message):
                 model.save_pretrained(tmp_path / name)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_in_the_place_of_a_file_is_noticed_before_anything_moves(tmp_path):
+    folder = tmp_path / "saved"
+    (folder / "b").mkdir(parents=True)
+    (folder / "a").write_text("old")
+    with (
+        pytest.raises(OSError, match="b is a folder; what was there before is unchanged"),
+        writing_folder(folder) as new,
+    ):
+        new.mkdir()
+        (new / "a").write_text("new")
+        (new / "b").write_text("new")
+    assert (folder / "a").read_text() == "old" and sorted(path.name for path in folder.iterdir()) == ["a", "b"]
+
+
+def test_a_signal_waits_until_all_files_have_moved(tmp_path, monkeypatch):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    replace = os.replace
+
+    def interrupted(source, target):
+        replace(source, target)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), writing_folder(folder) as new:
+        new.mkdir()
+        for name in ("a", "b", "config.json"):
+            (new / name).write_text("new")
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "config.json"]
+
+
+def test_files_of_the_package_that_are_not_written_again_go(tmp_path):
+    folder = tmp_path / "saved"
+    (folder / "transformer").mkdir(parents=True)
+    for name in ("transformer/projectors.safetensors", "transformer/notes.txt", "diffusion_pytorch_model.bin"):
+        (folder / name).write_text("old")
+    with writing_folder(folder, ("transformer/projectors.safetensors", "scheduling_*.py")) as new:
+        new.mkdir()
+        (new / "diffusion_pytorch_model.safetensors").write_text("new")
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    # diffusers loads `.safetensors` where there are both.
+    both = {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"}
+    assert left == both | {"transformer/notes.txt"}

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import stat
 import tempfile
 import threading
@@ -73,10 +74,10 @@ def check_path(name: str, path: Any) -> Path:
         `Path`
 
     Raises:
-        ValueError: if it is no text and no `Path`, empty, or holds a character that no path has.
+        ValueError: if it is no text and no path, empty, or holds a character that no path has.
     """
     try:
-        fits = isinstance(path, str | Path) and b"\0" not in os.fsencode(path) and str(path) != ""
+        fits = isinstance(path, str | os.PathLike) and b"\0" not in os.fsencode(path) and os.fspath(path) != ""
     except UnicodeEncodeError:  # half of a surrogate pair
         fits = False
     if not fits:
@@ -211,14 +212,15 @@ def writing(path: str | Path, one_of_many: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def writing_folder(folder: str | Path) -> Iterator[Path]:
+def writing_folder(folder: str | Path, owned: Collection[str] = ()) -> Iterator[Path]:
     """
     As [`writing`], for a folder. One that exists stays, as it may be a mount point, `.` or a link: its files are
-    replaced one by one at the end, what marks it as a model or pipeline last. Other files in it stay, but for weights
-    of the same variant that would be loaded instead of the new ones.
+    replaced one by one at the end, what marks it as a model or pipeline last. Other files in it stay, but for older
+    weights of the same variant, in whichever format.
 
     Args:
         folder (`str` or `Path`): The folder.
+        owned (`Collection[str]`): Files in it, which may hold `*`, that go if they are not written again.
 
     Yields:
         `Path`: of a folder to be created, whose content is `folder`'s at the end.
@@ -232,33 +234,65 @@ def writing_folder(folder: str | Path) -> Iterator[Path]:
             yield partial
         return
     remove_leftovers(folder)
-    with _writing(partial_path(folder / folder.name), folder) as partial:
+    with _writing(partial_path(folder / folder.name), folder, owned) as partial:
         yield partial
 
 
 @contextmanager
-def _writing(side, target):
+def _writing(side, target, owned=()):
     """A path in a folder at the side, which at the end replaces its target, or what is in it if both are folders."""
     remove(side)  # of a killed process that had the same id
-    partial = side / target.name
+    partial, moving = side / target.name, False
     try:
         side.mkdir()
         yield partial
         if partial.is_dir() and target.is_dir():
-            _move_content(partial, target)
+            _check_places(partial, target)
+            moving = True
+            with _uninterrupted():
+                _move_content(partial, target, owned)
         else:
             os.replace(partial, target)
     except Exception as error:
         if not is_write_error(error):
             raise
         before = "; what was there before is unchanged" if target.exists() else ""
+        before = "; it may hold files of both now, so write it again" if moving else before
         raise OSError(f"{target} can't be written: {write_problem(error)}{before}.") from error
     finally:
         remove(side)
 
 
-def _move_content(source, target):
-    """Moves all files of a folder to their places in another, markers last; weights that they replace are removed."""
+@contextmanager
+def _uninterrupted():
+    """Ctrl-C, SIGTERM and SIGHUP wait until it is left."""
+    received, before = [], {}
+    if threading.current_thread() is threading.main_thread():  # where Python handles signals
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not None:
+                before[number] = signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
+
+
+def _check_places(source, target):
+    """Raises `OSError` if files of one folder can't take their places in another, before the first of them moves."""
+    for path in source.rglob("*"):
+        place = target / path.relative_to(source)
+        if place.is_dir() != path.is_dir() and os.path.lexists(place):
+            raise FileExistsError(errno.EEXIST, f"{place} is a {'folder' if place.is_dir() else 'file'}")
+        if place.parent.is_dir() and not os.access(place.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, f"{place.parent} can't be written")
+
+
+def _move_content(source, target, owned):
+    """Moves all files of a folder to their places in another, markers last; files that they replace are removed."""
     names = [path.relative_to(source) for path in sorted(source.rglob("*"))]
     folders = [name for name in names if (source / name).is_dir() and not (source / name).is_symlink()]
     for name in folders:
@@ -272,6 +306,9 @@ def _move_content(source, target):
         for path in (target / folder).glob("diffusion_pytorch_model*"):
             if path.name not in new and _variant(path.name) in variants:
                 remove(path)
+    for path in (path for pattern in owned for path in target.glob(pattern)):
+        if path.relative_to(target) not in files:
+            remove(path)
     for name in sorted((name for name in files if name.name in MARKERS), key=lambda name: MARKERS.index(name.name)):
         os.replace(source / name, target / name)
 

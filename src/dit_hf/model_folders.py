@@ -38,7 +38,7 @@ MAX_LAYERS = 64
 MAX_ENTRIES = 2**17
 MAX_COMPONENTS = 1000
 # In a configuration, what can't be an argument of a class.
-RESERVED = ("self", "dtype")
+RESERVED = ("self",)
 VARIANT = re.compile(r"\w[\w.-]*")
 # Attention in the autoencoders of diffusers before 0.16, which it still reads.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -102,6 +102,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         value = config.get(name, [])
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise ValueError(f"{path} has {name}: {value!r}; it must be a list of names.")
+    config.pop("dtype", None)  # transformers writes it, and no class of diffusers takes it
     for name in RESERVED:
         if name in config:
             raise ValueError(f"{path} has {name}: {shown(config[name])}, which is no option; remove it.")

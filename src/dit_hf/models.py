@@ -19,7 +19,15 @@ from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
 from .files import check_path, reading, writing_folder
-from .presets import DDT_PRESETS, JIT_PRESETS, PRESETS, preset_config
+from .presets import (
+    DDT_PRESETS,
+    JIT_PRESETS,
+    PRESETS,
+    DDTPresetName,
+    JiTPresetName,
+    PresetName,
+    preset_config,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -241,7 +249,7 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
         hub.check_save_directory(save_directory)
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         options |= {"use_flashpack": use_flashpack}
-        with writing_folder(save_directory) as partial:
+        with writing_folder(save_directory, (TRAINING_ONLY_FILE,)) as partial:
             super().save_pretrained(partial, is_main_process, save_function, **options)
             if is_main_process:
                 hub.carry_over(self, partial, TRAINING_ONLY_FILE)
@@ -262,6 +270,9 @@ class DiTTransformer2DModel(PackagedModel, transformer_dit.DiTTransformer2DModel
     if TYPE_CHECKING:
 
         def __init__(self, **config: Any) -> None: ...
+
+        @classmethod
+        def from_preset(cls, name: PresetName, **overrides: Any) -> Self: ...
 
         @overload
         def __call__(
@@ -308,6 +319,9 @@ class JiTTransformer2DModel(PackagedModel, transformer_jit.JiTTransformer2DModel
 
         def __init__(self, **config: Any) -> None: ...
 
+        @classmethod
+        def from_preset(cls, name: JiTPresetName, **overrides: Any) -> Self: ...
+
 
 class DDTTransformer2DModel(PackagedModel, transformer_ddt.DDTTransformer2DModel):
     __doc__ = transformer_ddt.DDTTransformer2DModel.__doc__
@@ -316,6 +330,9 @@ class DDTTransformer2DModel(PackagedModel, transformer_ddt.DDTTransformer2DModel
     if TYPE_CHECKING:
 
         def __init__(self, **config: Any) -> None: ...
+
+        @classmethod
+        def from_preset(cls, name: DDTPresetName, **overrides: Any) -> Self: ...
 
 
 # By their names, as configurations and rows of families have them.

@@ -239,7 +239,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         hub.check_loads_again(self.components)
         folder = Path(save_directory)
         hub.check_save_directory(folder)
-        with writing_folder(folder) as partial:
+        with writing_folder(folder, (f"transformer/{TRAINING_ONLY_FILE}", "scheduler/scheduling_*.py")) as partial:
             super().save_pretrained(partial, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack)
             (partial / "transformer" / "README.md").unlink(missing_ok=True)  # a component needs no card of its own
             hub.carry_over(self, partial, f"transformer/{TRAINING_ONLY_FILE}")

@@ -570,7 +570,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def __setattr__(self, name, value):
         if name in ("transformer", "scheduler", "vae") and name in vars(self):
-            check_component(name, value)
+            if value is not None:  # to free its memory; a call asks for what it needs
+                check_component(name, value)
             with _held(lambda: [self]):
                 super().__setattr__(name, value)
         else:

@@ -46,6 +46,8 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0, last_step_size: float = 0.04):
         if not 0 < last_step_size < 1:
             raise ValueError(f"`last_step_size` is {last_step_size!r}; it must be a number between 0 and 1.")
+        if not 0 < shift < float("inf"):
+            raise ValueError(f"`shift` is {shift!r}; it must be a finite number above 0.")
         self._step_index: int | None = None
         self.set_timesteps(num_train_timesteps)
 
@@ -126,6 +128,13 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         """Noisy samples `(B, C, H, W)` at timesteps `(B,)`: `(1 − sigma) · sample + sigma · noise`."""
         sigma = (timestep.to(sample) / self.config.num_train_timesteps).view(-1, *[1] * (sample.ndim - 1))
         return (1 - sigma) * sample + sigma * noise
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        """As every `ConfigMixin`'s; `auto_map`, which tells diffusers where the code is, is no option."""
+        if isinstance(config, dict):
+            config = {name: value for name, value in config.items() if name != "auto_map"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def to_json_string(self):
         """The configuration, with `auto_map` for `trust_remote_code=True`."""

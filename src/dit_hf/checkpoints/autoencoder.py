@@ -9,7 +9,6 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 
 from .loading import check_keys, copy_weight
@@ -107,7 +106,7 @@ class Autoencoder:
 
 
 def parse_autoencoder(
-    path: str | Path, norm_num_groups: int = NORM_NUM_GROUPS, content: dict | None = None
+    path: str | Path, norm_num_groups: int = NORM_NUM_GROUPS, content: dict | None = None, weights: str = "auto"
 ) -> Autoencoder:
     """
     Reads an original autoencoder and what its weights say about the model; nothing is copied.
@@ -118,6 +117,7 @@ def parse_autoencoder(
             under `state_dict`, or `vae` (REPA-E). Weights that only training needs are dropped.
         norm_num_groups (`int`, defaults to 32): Groups of the group norms, which leave no trace in the weights.
         content (`dict`, *optional*): What [`read_checkpoint`] gave, if the file is open already.
+        weights (`str`, defaults to `"auto"`): As [`find_entry`] takes it.
 
     Returns:
         `Autoencoder`
@@ -129,22 +129,22 @@ def parse_autoencoder(
     content = read_checkpoint(path) if content is None else content
     if isinstance(content.get(ENTRY), dict):
         content = content[ENTRY]
-    weights = select_weights(content, find_entry(content, "auto", path), path, BEGINNINGS)
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" in weights:
+    selected = select_weights(content, find_entry(content, weights, path), path, BEGINNINGS)
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in selected:
         raise ValueError(f"Checkpoint {path} is in diffusers' format already; give the folder that it is in.")
-    config = infer_config(weights, path)
+    config = infer_config(selected, path)
     if bad := [width for width in config["block_out_channels"] if norm_num_groups < 1 or width % norm_num_groups]:
         raise ValueError(
             f"Checkpoint {path}: its width {bad[0]} is not divisible by {norm_num_groups} groups; pass "
             "norm_num_groups (`--norm_num_groups`) as the autoencoder was trained with."
         )
-    with init_empty_weights():
+    with torch.device("meta"):
         vae = AutoencoderKL(**config, norm_num_groups=norm_num_groups)
     needed = vae.state_dict()
     shapes = {key: original_shape(ours, tuple(needed[ours].shape)) for key, ours in table_of(vae).items()}
-    check_keys(weights, shapes, path)
-    check_finite(weights, path)
-    return Autoencoder(config | {"norm_num_groups": norm_num_groups}, weights)
+    check_keys(selected, shapes, path)
+    check_finite(selected, path)
+    return Autoencoder(config | {"norm_num_groups": norm_num_groups}, selected)
 
 
 def infer_config(weights: Mapping[str, torch.Tensor], path: str | Path) -> dict:
@@ -222,7 +222,7 @@ def build_autoencoder(
             f"{channels}; give those that were published with it."
         )
     mean, std = statistics
-    with init_empty_weights():
+    with torch.device("meta"):
         vae = AutoencoderKL(
             **autoencoder.config,
             latents_mean=mean,

@@ -82,7 +82,8 @@ class Family:
         scheduler (`str`): The recipe of its sampler.
         scaling_factor (`float`, *optional*): Of the latents, where its code does not take the autoencoder's own.
         latents_statistics (`Callable`, *optional*):
-            Mean and standard deviation of the latents, per channel, from the `training_only` weights of a checkpoint.
+            Mean and standard deviation of the latents, per channel, from the `training_only` weights of a checkpoint
+            and the number of channels.
         recommended_call (`dict`): Sampling settings of the published results, as the pipeline's `recommended_call`.
         published_license (`str`, *optional*): Licence of the code base's own 1000-class weights.
         reading_note (`str`, *optional*): What a user should know about a model that was read.
@@ -119,7 +120,7 @@ class Family:
     reference_forward: Callable[..., torch.Tensor] = reference_forward
     scheduler: SchedulerRecipe = "ddpm"
     scaling_factor: float | None = None
-    latents_statistics: Callable[[dict[str, torch.Tensor]], tuple[list[float], list[float]]] | None = None
+    latents_statistics: Callable[[dict[str, torch.Tensor], int], tuple[list[float], list[float]]] | None = None
     recommended_call: dict = field(default_factory=dict)
     published_license: str | None = None
     reading_note: str | None = None

@@ -1,5 +1,6 @@
 """MeanFlow (https://github.com/zhuyu-cs/MeanFlow): SiT with a second time, running as diffusers' does."""
 
+import math
 from dataclasses import replace
 
 from .sit import LINEAR_VELOCITY, SIT
@@ -20,8 +21,14 @@ OPTIONS = SIT.options | {
 
 def trained_guidance(arguments: dict) -> dict:
     """The effective scale of the guided velocity that a run was trained for, ω/(1 − κ), is 1 without guidance."""
-    omega, kappa = arguments.get("cfg_omega"), arguments.get("cfg_kappa", 0.0)
-    return {} if omega is None else {"guidance_in_weights": omega != 1 - kappa}
+    if arguments.get("cfg_omega") is None:
+        return {}
+    omega, kappa = (arguments.get(name, 0.0) for name in ("cfg_omega", "cfg_kappa"))
+    if not all(isinstance(number, int | float) for number in (omega, kappa)):
+        raise ValueError(
+            f"its cfg_omega is {str(omega)[:50]!r} and its cfg_kappa {str(kappa)[:50]!r}; both are numbers."
+        )
+    return {"guidance_in_weights": not math.isclose(omega, 1 - kappa)}
 
 
 MEANFLOW = replace(

@@ -47,7 +47,8 @@ class Checkpoint:
     @property
     def latents_statistics(self) -> tuple[list[float], list[float]] | None:
         """Mean and standard deviation of the latents, per channel, where the file has them."""
-        return self.family.latents_statistics(self.training_only) if self.family.latents_statistics else None
+        statistics = self.family.latents_statistics
+        return statistics(self.training_only, self.config["in_channels"]) if statistics else None
 
     def describe(self) -> str:
         """What the weights say about the model, in one line."""
@@ -163,6 +164,8 @@ def parse_checkpoint(
 
     try:
         config, original, ours = source.infer(source, original, replace(hints, arguments=arguments), path)
+        if source.latents_statistics:
+            source.latents_statistics(training_only, config["in_channels"])
     except ValueError as error:
         raise ValueError(f"Checkpoint {path}: {error}") from None
     if mismatch := source.find_mismatch(config):

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import torch
 import yaml
+from diffusers.utils import logging
 
 from ..files import check_file, reading
 from .dit import DIT
 from .meanflow import INTERVAL_LAYERS, MEANFLOW
 from .reference import reference_forward
 
+
+logger = logging.get_logger(__name__)
 
 PREFIX = "network."
 # Beside the folder of checkpoints.
@@ -26,17 +29,20 @@ def read_run_config(checkpoint: Path) -> dict:
         checkpoint (`Path`): A file in the folder `ckpts` of a run.
 
     Returns:
-        `dict`: empty if there is no `config.yaml` in the run's folder.
-
-    Raises:
-        ValueError: if it can't be read; the message names the file.
+        `dict`: its numbers and words; empty if there is no `config.yaml` of SoFlow in the run's folder.
     """
     file = checkpoint.absolute().parent.parent / CONFIG_FILE
     if not file.is_file():
         return {}
-    with reading(check_file(file, MAX_CONFIG_BYTES), "YAML"):
-        options = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return options if isinstance(options, dict) and "l_schedule" in options else {}
+    try:
+        with reading(check_file(file, MAX_CONFIG_BYTES), "YAML"):
+            options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # perhaps of another program
+        logger.warning(f"{error} It is not used.")
+        return {}
+    if not isinstance(options, dict) or "l_schedule" not in options:
+        return {}
+    return {name: value for name, value in options.items() if isinstance(value, bool | int | float | str)}
 
 
 def trained_guidance(options: dict) -> dict:

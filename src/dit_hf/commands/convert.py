@@ -117,6 +117,8 @@ def read_statistics(args):
 def find_vae(checkpoint, args):
     """The autoencoder for a model's latents, checked: a name that is loaded later, or an original one, loaded."""
     in_channels = checkpoint.config["in_channels"]
+    if args.latent_multiplier != 1 and not args.latents_stats:
+        raise ValueError("--latent_multiplier goes with --latents_stats; pass both, or omit it.")
     if args.vae and is_original_vae(args.vae):
         own = None if args.latents_stats else checkpoint.latents_statistics
         return load_original_vae(args.vae, in_channels, own or read_statistics(args), args.norm_num_groups)
@@ -139,7 +141,10 @@ def convert_autoencoder(autoencoder, args):
         vae.save_pretrained(partial)
         vae.to("meta")  # its weights are on the disk now
         if not args.skip_verification:
-            verify_autoencoder(autoencoder, partial, args.dtype, label=args.output_dir)
+            try:
+                verify_autoencoder(autoencoder, partial, args.dtype, label=args.output_dir)
+            except OSError as error:  # of reading, which is no reason that it can't be written
+                raise ValueError(f"{args.output_dir} can't be verified: {first_line(error)}") from error
     print(f"Autoencoder: {args.output_dir}")
 
 

@@ -24,6 +24,10 @@ from ..data.autoencoders import load_autoencoder
 from ..hub import source_file
 
 
+TRANSFORMER_FLAGS = (
+    *("num_attention_heads", "has_null_class", "embedders_of_block"),
+    *("in_context_start", "num_encoder_blocks", "noise_scale"),
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -91,7 +95,12 @@ def read(args: argparse.Namespace) -> Checkpoint | Autoencoder:
         args.checkpoint_path = str(download(args.checkpoint_path))
     content = read_checkpoint(find_file(Path(args.checkpoint_path)))
     if args.family == VAVAE or (args.family == "auto" and holds_autoencoder(content)):
-        return parse_autoencoder(args.checkpoint_path, args.norm_num_groups, content)
+        for flag in TRANSFORMER_FLAGS:
+            if getattr(args, flag) is not None:
+                raise ValueError(
+                    f"--{flag} is for transformers, and {args.checkpoint_path} is an autoencoder; omit it."
+                )
+        return parse_autoencoder(args.checkpoint_path, args.norm_num_groups, content, args.weights)
     return parse_checkpoint(
         args.checkpoint_path,
         args.num_attention_heads,
