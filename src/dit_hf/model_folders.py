@@ -21,6 +21,7 @@ from .files import check_file, read_json, reading
 from .pipeline_dit_class_cond import check_id2label, check_train_timesteps, shown
 from .schedulers import try_scheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .scheduling_flow_match_truncated_euler import FlowMatchTruncatedEulerScheduler
 from .transformer_dit import MAX_PARAMETERS, SIZES
 
 
@@ -28,7 +29,10 @@ MODEL_CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 LIBRARIES = ("diffusers", "dit_hf")
 # Schedulers of this package, whose code a folder carries as well.
-OWN_SCHEDULERS = {"scheduling_flow_match_sde": FlowMatchSDEScheduler}
+OWN_SCHEDULERS = {
+    "scheduling_flow_match_sde": FlowMatchSDEScheduler,
+    "scheduling_flow_match_truncated_euler": FlowMatchTruncatedEulerScheduler,
+}
 WEIGHTS = "diffusion_pytorch_model"
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -80,6 +80,7 @@ class Family:
         save_folder (`Callable`, *optional*): Writes a folder from the model's config, the original weights and a path.
         reference_forward (`Callable`): The forward pass of the original weights, see [`reference_forward`].
         scheduler (`str`): The recipe of its sampler.
+        shift (`Callable`, *optional*): The shift of its sampler, by the model's config; 1 if not given.
         scaling_factor (`float`, *optional*): Of the latents, where its code does not take the autoencoder's own.
         latents_statistics (`Callable`, *optional*):
             Mean and standard deviation of the latents, per channel, from the `training_only` weights of a checkpoint.
@@ -118,6 +119,7 @@ class Family:
     save_folder: Callable[[Mapping, dict[str, torch.Tensor], Path], None] | None = None
     reference_forward: Callable[..., torch.Tensor] = reference_forward
     scheduler: SchedulerRecipe = "ddpm"
+    shift: Callable[[Mapping], float] | None = None
     scaling_factor: float | None = None
     latents_statistics: Callable[[dict[str, torch.Tensor]], tuple[list[float], list[float]]] | None = None
     recommended_call: dict = field(default_factory=dict)

@@ -158,6 +158,9 @@ def parse_args():
         help="What LightningDiT's configuration multiplies normalised latents by.",
     )
     parser.add_argument("--id2label", type=Path, help="JSON list of class names, or object of id to name.")
+    parser.add_argument(
+        "--shift", type=real(above=0), help="Of a flow-matching sampler; RAE's follows from the latents if not given."
+    )
     parser.add_argument("--dry_run", action="store_true", help="Say what the file holds and write nothing.")
     parser.add_argument("--skip_verification", action="store_true", help="Do not compare what was written.")
     parser.add_argument("--license", help="The Hub's identifier; cc-by-nc-4.0 for what looks like Meta's weights.")
@@ -193,7 +196,7 @@ def main():
     check_names(id2label, checkpoint.config["num_classes"])
     if args.dry_run:
         return
-    pipe = build_pipeline(checkpoint, args.checkpoint_path, DTYPES[args.dtype], vae, id2label)
+    pipe = build_pipeline(checkpoint, args.checkpoint_path, DTYPES[args.dtype], vae, id2label, args.shift)
     save_whole(pipe, checkpoint, args)
     print(f"Pipeline: {args.output_dir}")
     if args.push_to_hub:

@@ -1,0 +1,150 @@
+"""JiT, DDT and RAE in the pipeline: their own code's trajectories, a guide, the encoder shared by steps."""
+
+import json
+
+import pytest
+import torch
+from conftest import FIXTURES, load_golden
+from safetensors import safe_open
+
+from dit_hf import make_scheduler
+from dit_hf.checkpoints.parsing import parse_checkpoint
+from dit_hf.conversion import build_pipeline
+
+
+# Fixture -> what its weights don't tell.
+HINTS = {
+    "jit_b16_train": {},
+    "jit_p4": {"in_context_start": 1, "noise_scale": 1.0},
+    "ddt_lightning": {"num_encoder_blocks": 2},
+    "ddt_ema_only": {"num_encoder_blocks": 1},
+    "rae_dh": {},
+    "rae_dh_qknorm": {"num_encoder_blocks": 1},
+    "rae_lightningdit": {},
+}
+JIT = [
+    *(("jit_b16_train", f"sample_{name}") for name in ("heun10", "heun4_ns2")),
+    *(("jit_p4", f"sample_{name}") for name in ("heun1", "heun4", "heun10", "heun50", "heun4_ns2")),
+    *(("jit_p4", f"sample_{name}") for name in ("euler4", "euler10", "euler32_ns2")),
+]
+DDT = [
+    *(("ddt_lightning", f"sample_{name}") for name in ("plain4", "pub4", "pub10", "pub250", "shift6")),
+    *(("ddt_ema_only", f"sample_{name}") for name in ("pub4", "pub10", "shift6")),
+]
+# Fixture, recorded sample, points of time, whether the published shift is used.
+RAE = [
+    *(("rae_dh", f"ode_{points}_sample", points, True) for points in (5, 11)),
+    *(("rae_dh", f"ode_mild_{points}_sample", points, False) for points in (5, 11)),
+    *(("rae_dh", f"ode_{name}_11_sample", 11, True) for name in ("cfg", "cfg_interval")),
+    *(("rae_dh_qknorm", f"ode_{name}5_sample", 5, name != "mild_") for name in ("", "mild_", "cfg_", "cfg_interval_")),
+    *(("rae_lightningdit", f"ode_{points}_sample", points, True) for points in (5, 11)),
+    ("rae_lightningdit", "ode_cfg_11_sample", 11, True),
+]
+
+
+def build(name, shift=None, **hints):
+    """The pipeline that `dit-hf convert` makes of a fixture."""
+    path = FIXTURES / f"{name}.pt"
+    return build_pipeline(parse_checkpoint(path, **(HINTS[name] | hints)), path, shift=shift)
+
+
+def recorded_settings(name, sample):
+    with safe_open(FIXTURES / f"{name}.io.safetensors", "pt") as file:
+        return next(each for each in json.loads(file.metadata()["sample"]) if each["out"] == sample)
+
+
+def guided_part(times, low, high, strict=True):
+    """Fractions of a trajectory, by the time of each evaluation of the model in the original's direction."""
+    inside = [low < time < high if strict else low <= time <= high for time in times]
+    first = inside.index(True)
+    return first / len(times), (first + sum(inside)) / len(times)
+
+
+def relative_error(output, expected):
+    return ((output - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("name", "sample"), JIT)
+def test_jit_samples_as_the_original(name, sample):
+    golden, settings = load_golden(f"{name}.io"), recorded_settings(name, sample)
+    pipe = build(name, noise_scale=settings["noise_scale"])
+    steps, (low, high) = settings["steps"], settings["interval"]
+    pipe.scheduler = make_scheduler(f"flow_{settings['method']}")
+    per_step = 2 if settings["method"] == "heun" else 1
+    # The first evaluation is at time 0, and a `low` of 0 guides it too. Times are float32, as the original's.
+    grid = torch.linspace(0, 1, steps + 1)
+    times = [grid[(index + per_step - 1) // per_step].item() for index in range(per_step * (steps - 1) + 1)]
+    low, high = -1 if low == 0 else torch.tensor(low).item(), torch.tensor(high).item()
+    output = pipe(
+        golden["sample_y"],
+        latents=golden["sample_noise"],
+        num_inference_steps=steps,
+        guidance_scale=settings["cfg"],
+        guidance_interval=guided_part(times, low, high),
+        output_type="latent",
+    ).images
+    assert relative_error(output, golden[sample]) < 1e-4
+
+
+def test_jit_samples_as_published():
+    """What the converted pipeline does by itself is the recorded run, at another scale."""
+    golden, pipe = load_golden("jit_p4.io"), build("jit_p4")
+    call = {"latents": golden["sample_noise"], "guidance_scale": 2.9, "output_type": "latent"}
+    assert relative_error(pipe(golden["sample_y"], **call).images, golden["sample_heun50"]) < 1e-4
+
+
+@pytest.mark.parametrize(("name", "sample"), DDT)
+def test_ddt_samples_as_the_original(name, sample):
+    golden, settings = load_golden(f"{name}.io"), recorded_settings(name, sample)
+    pipe = build(name, settings.get("timeshift"))
+    if "last_step" not in settings:
+        pipe.scheduler = make_scheduler("flow_euler", shift=settings.get("timeshift", 1.0))
+    times = golden[f"timesteps_{sample.removeprefix('sample_')}"][:-1].tolist()
+    low = settings.get("guidance_interval_min", 0.0)
+    call = {"guidance_interval": guided_part(times, low, settings.get("guidance_interval_max", 1.0))} if low else {}
+    output = pipe(
+        golden["sample_y"],
+        latents=golden["sample_noise"],
+        num_inference_steps=settings["num_steps"],
+        guidance_scale=settings["guidance"],
+        output_type="latent",
+        **({"guidance_interval": (1e-9, 1.0)} | call),  # the original guides times above 0 at the least
+    ).images
+    assert relative_error(output, golden[sample]) < 1e-4
+
+
+def test_ddt_samples_as_published():
+    golden, pipe = load_golden("ddt_lightning.io"), build("ddt_lightning")
+    output = pipe(golden["sample_y"], latents=golden["sample_noise"], output_type="latent").images
+    assert relative_error(output, golden["sample_pub250"]) < 1e-4
+
+
+@pytest.mark.parametrize(("name", "sample", "points", "published"), RAE)
+def test_rae_samples_as_the_original(name, sample, points, published):
+    golden = load_golden(f"{name}.io")
+    shift = golden["ode_shift" if published else "ode_shift_mild"].item()
+    pipe, call = build(name, shift), {}
+    if "cfg" in sample:
+        call = {"guidance_scale": golden["cfg_scale"].item()}
+    if "interval" in sample:
+        times = golden[f"ode_{points}_t"][:-1].tolist()
+        call["guidance_interval"] = guided_part(times, *golden["cfg_interval"].tolist(), strict=False)
+    output = pipe(
+        golden["ode_y"],
+        latents=golden["ode_z"],
+        num_inference_steps=points - 1,
+        output_type="latent",
+        **call,
+    ).images
+    assert relative_error(output, golden[sample]) < 1e-4
+    times = golden[f"ode_{'' if published else 'mild_'}{points}_t"]
+    torch.testing.assert_close(pipe.scheduler.sigmas, times, rtol=0, atol=1e-6)
+
+
+def test_the_shift_of_rae_follows_from_its_latents(caplog):
+    assert build("rae_dh").scheduler.config.shift == 0.5
+    assert "takes none below 1. Pass shift (`--shift`)" in caplog.text
+    assert build("jit_p4", 3.0).scheduler.config.shift == 3
+    path = FIXTURES / "dit_p2.pt"
+    with pytest.raises(ValueError, match="--shift is for models of flow matching"):
+        build_pipeline(parse_checkpoint(path, 4), path, shift=2.0)
