@@ -1,13 +1,16 @@
 """JiT, DDT and RAE in the pipeline: their own code's trajectories, a guide, the encoder shared by steps."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import FIXTURES, load_golden
+from conftest import FIXTURES, ROOT, load_golden, tiny_transformer
 from safetensors import safe_open
+from testing_utils.scripts import run_forked
 
-from dit_hf import make_scheduler
+from dit_hf import DDTTransformer2DModel, DiTClassCondPipeline, make_scheduler
 from dit_hf.checkpoints.parsing import parse_checkpoint
 from dit_hf.conversion import build_pipeline
 
@@ -148,3 +151,125 @@ def test_the_shift_of_rae_follows_from_its_latents(caplog):
     path = FIXTURES / "dit_p2.pt"
     with pytest.raises(ValueError, match="--shift is for models of flow matching"):
         build_pipeline(parse_checkpoint(path, 4), path, shift=2.0)
+
+
+# Fixture, recorded sample, points of time.
+AUTOGUIDED = [("rae_dh", "ode_ag_11_sample", 11), ("rae_dh_qknorm", "ode_ag_5_sample", 5)]
+FRESH = """
+import json, sys, torch
+from diffusers import DiffusionPipeline
+images = []
+for folder in json.loads(sys.argv[1]):
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    call = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    images.append(pipe([1, 2], output_type="latent", **call).images)
+assert "dit_hf" not in sys.modules
+torch.save(images, sys.argv[2])
+"""
+
+
+def build_guide(name):
+    return DDTTransformer2DModel.from_single_file(FIXTURES / f"{name}_guide.pt")
+
+
+def convert(output_dir, **flags):
+    command = [sys.executable, ROOT / "conversion" / "convert_original_to_hf.py", "--output_dir", output_dir]
+    return run_forked([*command, *(word for flag, value in flags.items() for word in (f"--{flag}", value))], ROOT)
+
+
+@pytest.mark.parametrize(("name", "sample", "points"), AUTOGUIDED)
+def test_a_guide_as_the_original(name, sample, points):
+    golden = load_golden(f"{name}.io")
+    pipe = build(name, golden["ode_shift"].item())
+    pipe.guide = build_guide(name)
+    call = {"num_inference_steps": points - 1, "guidance_scale": golden["ag_scale"].item(), "output_type": "latent"}
+    output = pipe(golden["ode_y"], latents=golden["ode_z"], **call).images
+    assert relative_error(output, golden[sample]) < 1e-4
+    with pytest.raises(ValueError, match="The guide has in_channels=4, and the transformer"):
+        pipe.guide = tiny_transformer(learn_sigma=False)
+        pipe(golden["ode_y"], **call)
+
+
+@pytest.mark.parametrize("name", ["rae_dh", "rae_dh_qknorm"])
+def test_one_step_with_a_guide_as_the_original(name):
+    """The original's guided forward passes: the whole batch, of which half is guided, and in an interval of time."""
+    golden = load_golden(f"{name}.io")
+    pipe = build(name)
+    pipe.guide = build_guide(name)
+    pipe._guidance_scale = golden["ag_scale"].item()
+    low, high = golden["cfg_interval"].tolist()
+    for row, time in enumerate(golden["cfg_t"]):
+        inputs = {"model_input": golden["cfg_x"][row : row + 1], "class_labels": golden["cfg_y"][row : row + 1]}
+        with torch.no_grad():
+            outputs = {
+                guided: pipe._predict(**inputs, timestep=1000 * time, guidance_channels=None, guided=guided)
+                for guided in (True, False)
+            }
+        inside = low <= time <= high
+        assert relative_error(outputs[True], golden["ag_out"][row : row + 1]) < 1e-4
+        assert relative_error(outputs[bool(inside)], golden["ag_interval_out"][row : row + 1]) < 1e-4
+
+
+def test_a_guide_is_converted_saved_and_loaded(tmp_path):
+    flags = {"checkpoint_path": FIXTURES / "rae_dh.pt", "shift": 6.9282}
+    result = convert(tmp_path / "guided", **flags, guide=FIXTURES / "rae_dh_guide.pt")
+    assert result.returncode == 0 and result.stdout.count("Parity:") == 2, result.stderr
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "guided")
+    assert pipe.resolve_call()["guidance_scale"] == 1.42
+    pipe.save_pretrained(tmp_path / "again")
+    # A converted guide is taken as well, here the one of the pipeline.
+    result = convert(tmp_path / "other", **flags, guide=tmp_path / "again" / "guide")
+    assert result.returncode == 0, result.stderr
+    folders = [tmp_path / name for name in ("guided", "again", "other")]
+    names = json.dumps(list(map(str, folders)))
+    subprocess.run([sys.executable, "-c", FRESH, names, tmp_path / "images.pt"], check=True)
+    for folder, fresh in zip(folders, torch.load(tmp_path / "images.pt"), strict=True):
+        pipe = DiTClassCondPipeline.from_pretrained(folder)
+        call = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        assert torch.equal(pipe([1, 2], **call).images, fresh)
+    alone = DiTClassCondPipeline.from_pretrained(tmp_path / "guided", guide=None)
+    assert alone.guide is None
+    alone.save_pretrained(tmp_path / "alone")
+    assert "guide" not in json.loads((tmp_path / "alone" / "model_index.json").read_text())
+    given = DiTClassCondPipeline.from_pretrained(tmp_path / "alone", guide=pipe.guide)
+    call["generator"].manual_seed(0)
+    assert torch.equal(given([1, 2], guidance_scale=1.42, **call).images, fresh)
+
+
+@pytest.mark.parametrize(
+    ("guide", "words"),
+    [
+        (FIXTURES / "rae_dh_qknorm_guide.pt", "The guide has in_channels=8, and the transformer in_channels=64"),
+        (FIXTURES / "nothing.pt", "nothing.pt"),
+        (FIXTURES, "neither a pipeline nor a transformer"),
+    ],
+)
+def test_a_guide_of_other_latents_is_refused(guide, words, tmp_path):
+    result = convert(tmp_path / "pipe", checkpoint_path=FIXTURES / "rae_dh.pt", guide=guide)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: --guide"), result.stderr
+    assert words in result.stderr and not (tmp_path / "pipe").exists()
+
+
+def test_a_guide_takes_the_place_of_the_null_class():
+    torch.manual_seed(0)
+    pipe = DiTClassCondPipeline(
+        tiny_transformer(class_dropout_prob=0.0), make_scheduler("ddim"), guide=tiny_transformer(1, patch_size=4)
+    )
+    assert pipe.resolve_call()["guidance_scale"] == 1.5
+    noise = torch.randn(1, 4, 8, 8)
+    images = {
+        scale: pipe(1, guidance_scale=scale, num_inference_steps=1, latents=noise, output_type="latent").images
+        for scale in (0.0, 1.0, 3.0)
+    }
+    expected = images[0.0] + 3 * (images[1.0] - images[0.0])  # one step of DDIM is linear in the prediction
+    torch.testing.assert_close(images[3.0], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="not divisible by patches of 4"):
+        pipe(1, latents=torch.randn(1, 4, 10, 10), output_type="latent")
+    pipe.guide.train()
+    with pytest.raises(ValueError, match="The guide is in training mode"):
+        pipe(1, output_type="latent")
+    pipe.guide = tiny_transformer(num_classes=3)
+    with pytest.raises(ValueError, match="The guide has num_classes=3"):
+        pipe(1, output_type="latent")
+    with pytest.raises(ValueError, match="`guide` is a int"):
+        pipe.guide = 5

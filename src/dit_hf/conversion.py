@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
@@ -29,6 +30,7 @@ def build_pipeline(
     vae: str | AutoencoderKL | None = None,
     id2label: dict[int, str] | None = None,
     shift: float | None = None,
+    guide: ModelMixin | None = None,
 ) -> DiTClassCondPipeline:
     """
     A checkpoint's model with its family's sampler and published sampling settings.
@@ -40,6 +42,7 @@ def build_pipeline(
         vae (`str` or `AutoencoderKL`, *optional*): Folder or Hub id of an autoencoder, or the autoencoder itself.
         id2label (`dict[int, str]`, *optional*): Class names.
         shift (`float`, *optional*): Of the sigmas of a flow; the family's if not given.
+        guide (`ModelMixin`, *optional*): A weaker model to guide away from.
 
     Returns:
         `DiTClassCondPipeline`
@@ -50,14 +53,16 @@ def build_pipeline(
     scheduler = make_sampler(checkpoint, path, shift)
     transformer = build_model(MODELS[checkpoint.family.model], checkpoint, path, dtype)
     call = dict(checkpoint.family.recommended_call)
-    if transformer.config.class_dropout_prob == 0:  # no null class, no guidance
+    if transformer.config.class_dropout_prob == 0 or guide is not None:  # no guidance away from the null class
         call = {name: value for name, value in call.items() if not name.startswith("guidance")}
+    if guide is not None and checkpoint.family.autoguidance_scale is not None:
+        call["guidance_scale"] = checkpoint.family.autoguidance_scale
     if call.get("guidance_channels", 0) > transformer.config.in_channels:
         del call["guidance_channels"]
     if isinstance(vae, str):
         vae = load_autoencoder(vae)
         match_latents(vae, checkpoint)
-    return DiTClassCondPipeline(transformer, scheduler, vae, id2label, call)
+    return DiTClassCondPipeline(transformer, scheduler, vae, id2label, call, guide)
 
 
 def make_sampler(checkpoint: Checkpoint, path: str | Path, shift: float | None = None) -> SchedulerMixin:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import Any
 from zipfile import is_zipfile
 
@@ -18,7 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import safe_open
 
 from .files import check_file, read_json, reading
-from .pipeline_dit_class_cond import check_id2label, check_train_timesteps, shown
+from .pipeline_dit_class_cond import OPTIONAL, check_id2label, check_train_timesteps, shown
 from .schedulers import try_scheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 from .scheduling_flow_match_truncated_euler import FlowMatchTruncatedEulerScheduler
@@ -48,16 +49,17 @@ VARIANT = re.compile(r"\w[\w.-]*")
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def read_index(path: str | Path, transformers: Sequence[str] = ()) -> dict[str, Any]:
+def read_index(path: str | Path, transformers: Mapping[str, Sequence[str]] = MappingProxyType({})) -> dict[str, Any]:
     """
     Reads a `model_index.json`.
 
     Args:
         path (`str` or `Path`): The file.
-        transformers (`Sequence[str]`): Names of classes that its transformer may have; any if not given.
+        transformers (`Mapping[str, Sequence[str]]`):
+            Names of classes that its transformer and its guide may have; any if not given.
 
     Returns:
-        `dict`: whose `transformer` and `scheduler`, and `vae` if there is one, are a library and a class.
+        `dict`: whose `transformer` and `scheduler`, and `vae` and `guide` if there are any, are a library and a class.
 
     Raises:
         ValueError: naming the file and the key that holds something else.
@@ -65,16 +67,16 @@ def read_index(path: str | Path, transformers: Sequence[str] = ()) -> dict[str, 
     index = read_config(path)
     if len(index) > MAX_COMPONENTS:
         raise ValueError(f"{path} has {len(index):,} entries; at most {MAX_COMPONENTS} are read.")
-    for name in ("transformer", "scheduler", "vae"):
-        entry = index.get(name, [None, None] if name == "vae" else None)
+    for name in ("transformer", "scheduler", *OPTIONAL):
+        entry = index.get(name, [None, None] if name in OPTIONAL else None)
         pair = entry if isinstance(entry, list) and len(entry) == 2 else []
-        none = name == "vae" and pair == [None, None]
+        none = name in OPTIONAL and pair == [None, None]
         if not none and not (pair and all(isinstance(word, str) and word.isidentifier() for word in pair)):
             raise ValueError(f'{path} has {name}: {entry!r}; it must be a library and a class, ["diffusers", "…"].')
-        if name == "transformer" and transformers and pair[1] not in transformers:
+        if name in transformers and not none and pair[1] not in transformers[name]:
             raise ValueError(
-                f"{path}: its transformer is a {pair[1]}, not a {transformers[0]}. To use one of your own, load it "
-                "and pass it as `transformer=`."
+                f"{path}: its {name} is a {pair[1]}, not a {transformers[name][0]}. To use one of your own, load it "
+                f"and pass it as `{name}=`."
             )
     if index["scheduler"][0] in OWN_SCHEDULERS:
         index["scheduler"] = ["dit_hf", index["scheduler"][1]]
@@ -136,7 +138,7 @@ def check_pipeline_folder(
     trust_remote_code: bool = False,
 ) -> None:
     """
-    Checks the scheduler and the autoencoder of a pipeline; the transformer is checked where it is loaded.
+    Checks the scheduler and the autoencoder of a pipeline; transformer and guide are checked where they are loaded.
 
     Args:
         folder (`str` or `Path`): The folder of the pipeline.

@@ -69,6 +69,8 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
+# Components that a pipeline may lack.
+OPTIONAL = ("vae", "guide")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 LEARNED_VARIANCE = ("learned", "learned_range")
 # Settings of a call that neither the caller nor `recommended_call` gives.
@@ -78,6 +80,9 @@ CALL_DEFAULTS = {
     "guidance_channels": None,
     "guidance_interval": (0.0, 1.0),
 }
+AUTOGUIDANCE_SCALE = 1.5
+# Options that a guide has as the transformer, with their defaults where not every model has them.
+GUIDE_SHARES = {"in_channels": None, "num_classes": None, "noise_scale": 1.0, "interval_embedding": False}
 
 OVERFLOW_HINT = (
     "Try float32 or bfloat16 weights, another scheduler or fewer steps than the training's timesteps, and a smaller "
@@ -273,9 +278,20 @@ def check_id2label(id2label: Any) -> dict[int, str]:
 def check_component(name: str, part: Any) -> None:
     """Raises `ValueError` for what can't be that component of a pipeline."""
     kind = SchedulerMixin if name == "scheduler" else torch.nn.Module
-    if not isinstance(part, kind) and not (name == "vae" and part is None):
+    if not isinstance(part, kind) and not (name in OPTIONAL and part is None):
         what = "scheduler" if name == "scheduler" else "model"
         raise ValueError(f"`{name}` is a {type(part).__name__}; it must be a diffusers {what}.")
+
+
+def check_guide(guide: Mapping, transformer: Mapping) -> None:
+    """Raises `ValueError` for the config of a guide that predicts for other latents or classes than a transformer."""
+    for name, default in GUIDE_SHARES.items():
+        guiding, guided = guide.get(name, default), transformer.get(name, default)
+        if guiding != guided:
+            raise ValueError(
+                f"The guide has {name}={guiding!r}, and the transformer {name}={guided!r}; a guide is a weaker model "
+                "of the same latents and classes."
+            )
 
 
 def shown(value: Any) -> str:
@@ -454,13 +470,16 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         recommended_call (`dict`, *optional*):
             Settings for calls that don't give them: `num_inference_steps`, `guidance_scale`, `guidance_channels`,
             `guidance_interval`.
+        guide (`DiTTransformer2DModel`, *optional*):
+            A weaker model of the same latents and classes. Guidance leads away from what it predicts for the same
+            class (autoguidance, https://arxiv.org/abs/2406.02507), and not from the null class.
 
     Raises:
         ValueError: if the components don't fit together; the message names what differs.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
+    model_cpu_offload_seq = "transformer->guide->vae"
+    _optional_components = [*OPTIONAL]
     _callback_tensor_inputs = ["latents", "class_labels"]
 
     def __init__(
@@ -470,9 +489,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         vae: ModelMixin | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
         recommended_call: dict | None = None,
+        guide: ModelMixin | None = None,
     ):
         super().__init__()
-        parts = {"transformer": transformer, "scheduler": scheduler, "vae": vae}
+        parts = {"transformer": transformer, "scheduler": scheduler, "vae": vae, "guide": guide}
         for name, part in parts.items():
             check_component(name, part)
         self.register_modules(**parts)
@@ -489,6 +509,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             json.dumps(dict(recommended_call or {}))
         self.register_to_config(id2label=self.id2label or None, recommended_call=recommended_call)
         self._check_vae()
+        self._check_guide()
         self._current_timestep = None
         try:
             self.resolve_call()
@@ -501,7 +522,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         A pipeline of this class that shares another one's components.
 
         Args:
-            pipeline (`DiffusionPipeline`): With a `transformer`, a `scheduler` and perhaps a `vae`.
+            pipeline (`DiffusionPipeline`): With a `transformer`, a `scheduler`, perhaps a `vae` and a `guide`.
             kwargs: Components and arguments of the constructor that replace the pipeline's; `dtype` casts the weights.
 
         Returns:
@@ -548,7 +569,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     def _occupied(self):
         """As `exclusive`, and refused in the middle of a call, whose state in scheduler and caches would be lost."""
         with self.exclusive():
-            parts = {id(part): part for part in (self, self.transformer, self.scheduler)}
+            parts = {id(part) for part in (self, *self._predictors, self.scheduler)}
             if not _IN_CALL.isdisjoint(parts):
                 raise ValueError(
                     "The pipeline, or one that shares its transformer or scheduler, is in the middle of a call: a "
@@ -561,7 +582,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 _IN_CALL.difference_update(parts)
 
     def __setattr__(self, name, value):
-        if name in ("transformer", "scheduler", "vae") and name in vars(self):
+        if name in ("transformer", "scheduler", *OPTIONAL) and name in vars(self):
             check_component(name, value)
             with _held(lambda: [self]):
                 super().__setattr__(name, value)
@@ -581,8 +602,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)  # may be a path of this machine
         index["_class_name"] = [Path(__file__).stem, type(self).__name__]
-        for name in ("scheduler", "transformer"):
-            auto_map = json.loads(getattr(self, name).to_json_string()).get("auto_map")
+        if self.guide is None:
+            del index["guide"]
+        for name in ("scheduler", "guide", "transformer"):
+            part = getattr(self, name)
+            auto_map = None if part is None else json.loads(part.to_json_string()).get("auto_map")
             if auto_map is not None:
                 index |= {name: auto_map["AutoModel"].split("."), "auto_map": auto_map}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -599,6 +623,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     def is_flow_matching(self) -> bool:
         """Whether the model was trained with flow matching, by the scheduler that the pipeline was built with."""
         return self._trained_prediction == "velocity"
+
+    @property
+    def _predictors(self):
+        """The models that a call evaluates."""
+        return [self.transformer] if self.guide is None else [self.transformer, self.guide]
 
     @property
     def vae_scale_factor(self) -> int:
@@ -688,17 +717,18 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 not given.
 
         Returns:
-            `dict`: all four: those given, else those of `recommended_call`, else 50 steps at scale 4, or 1 for a model
-            without a null class or with guidance in its weights.
+            `dict`: all four: those given, else those of `recommended_call`, else 50 steps at scale 4, or 1.5 with a
+            guide, or 1 for a model without a null class or with guidance in its weights.
 
         Raises:
             ValueError: if a setting is unknown or out of range.
         """
         if unknown := sorted(given.keys() - CALL_DEFAULTS.keys()):
             raise ValueError(f"{unknown[0]!r} is no setting of a call; there are {', '.join(CALL_DEFAULTS)}.")
-        takes_guidance = self._has_null_class and not self._guidance_in_weights
-        defaults = CALL_DEFAULTS if takes_guidance else CALL_DEFAULTS | {"guidance_scale": 1.0}
-        settings = defaults | (self.config.get("recommended_call") or {})
+        scale = CALL_DEFAULTS["guidance_scale"] if self.guide is None else AUTOGUIDANCE_SCALE
+        takes_guidance = (self._has_null_class or self.guide is not None) and not self._guidance_in_weights
+        settings = CALL_DEFAULTS | {"guidance_scale": scale if takes_guidance else 1.0}
+        settings |= self.config.get("recommended_call") or {}
         settings |= {name: value for name, value in given.items() if value is not None}
         if isinstance(settings["guidance_interval"], list):  # as JSON has it
             settings["guidance_interval"] = tuple(settings["guidance_interval"])
@@ -708,8 +738,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         return settings
 
     def check_components(self) -> None:
-        """Raises `ValueError` if the scheduler or the VAE does not fit the transformer, as a call does."""
+        """Raises `ValueError` if scheduler, VAE or guide do not fit the transformer, as a call does."""
         self._check_vae()
+        self._check_guide()
         self._check_scheduler(None, None, 0.0)
 
     def resolve_class_labels(self, class_labels) -> list[int]:
@@ -781,7 +812,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 f"`guidance_scale` is {shown(guidance_scale)}; it must be a number from 0 to {MAX_GUIDANCE_SCALE} (0 "
                 "ignores the class, 1 is no guidance)."
             )
-        if guidance_scale != 1 and not self._has_null_class:
+        if guidance_scale != 1 and not self._has_null_class and self.guide is None:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but the model was built with `class_dropout_prob=0` and has "
                 "no null class to guide away from; pass `guidance_scale=1`."
@@ -946,6 +977,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 allowed += ", above 0" if name in ("scaling_factor", "latents_std") else ""
                 raise ValueError(f"The VAE's config has {name}={str(value)[:100]}; it must be {allowed}.")
 
+    def _check_guide(self):
+        """Refuses a guide that predicts something else than the transformer."""
+        if self.guide is not None:
+            check_guide(self.guide.config, self.transformer.config)
+
     def _check_generator(self, generator, count):
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators were given for {count} images; pass one per image.")
@@ -963,8 +999,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             )
         config = self.transformer.config
         factor = self.vae_scale_factor
+        patch_size = math.lcm(*(model.config.patch_size for model in self._predictors))
         sizes = {"height": height, "width": width}
-        multiple = factor * config.patch_size
+        multiple = factor * patch_size
         for argument, pixels in sizes.items():
             sizes[argument] = None if pixels is None else self._check_count(argument, pixels, MAX_PIXELS, multiple)
         if latents is not None and height is None and width is None and latents.ndim == 4:
@@ -978,10 +1015,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 f"`class_labels`, `num_images_per_label`, `height` and `width` ask for latents of {shape}; one call "
                 f"makes at most {MAX_LATENT_VALUES:,} values."
             )
-        if any(side % config.patch_size for side in sides):
-            raise ValueError(
-                f"`latents` of {sides[0]}×{sides[1]} are not divisible by patches of {config.patch_size}."
-            )
+        if any(side % patch_size for side in sides):
+            raise ValueError(f"`latents` of {sides[0]}×{sides[1]} are not divisible by patches of {patch_size}.")
         if latents is not None:
             self._check_finite("given latents", latents, "They must be finite numbers.")
         return shape
@@ -1021,8 +1056,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             if hides_variance:
                 scheduler.register_to_config(variance_type=variance_type)
             self._current_timestep = self._trajectory_thread = None
-            if hasattr(self.transformer, "_reset_stateful_cache"):
-                self.transformer._reset_stateful_cache()
+            for model in self._predictors:
+                if hasattr(model, "_reset_stateful_cache"):
+                    model._reset_stateful_cache()
             self.maybe_free_model_hooks()
 
     def _set_timesteps(self, num_inference_steps, timesteps, sigmas, device):
@@ -1058,9 +1094,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def _position(self, index, schedule):
-        """Where the trajectory is, for caches of blocks; before diffusers 0.41 they don't ask."""
-        if "kwargs" not in inspect.signature(self.transformer.cache_context).parameters:
-            return {}
+        """Where the trajectory is, for caches of blocks."""
         position = {"timestep": schedule[index], "step_index": index, "num_inference_steps": len(schedule)}
         has_sigmas = hasattr(self.scheduler, "sigmas")
         return position | {"sigma": float(self.scheduler.sigmas[index])} if has_sigmas else position
@@ -1080,29 +1114,32 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _predict(self, model_input, timestep, class_labels, guidance_channels, guided, position=None, r_timestep=None):
         """One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32."""
-        channels = model_input.shape[1]
-        model_input = model_input.to(self.transformer.dtype)
-        if guided:
+        channels, times = model_input.shape[1], {"timestep": timestep, "r_timestep": r_timestep}
+        if guided and self.guide is None:
             # Unconditional first: the order diffusers' caches expect.
             null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
-            model_input = torch.cat([model_input, model_input])
-            class_labels = torch.cat([null_labels, class_labels])
-        times = {} if r_timestep is None else {"r_timestep": r_timestep.expand(len(model_input))}
-        with self.transformer.cache_context("guided" if guided else "conditional", **(position or {})):
-            output = self.transformer(
-                hidden_states=model_input,
-                timestep=timestep.expand(len(model_input)),
-                class_labels=class_labels,
-                return_dict=False,
-                **times,
-            )[0].float()
+            model_input, labels = torch.cat([model_input, model_input]), torch.cat([null_labels, class_labels])
+            weak, output = self._evaluate(self.transformer, model_input, labels, times, "guided", position).chunk(2)
+        else:
+            output = self._evaluate(self.transformer, model_input, class_labels, times, "conditional", position)
+            weak = self._evaluate(self.guide, model_input, class_labels, times, "guide", position) if guided else None
         if guided:
-            unconditional, conditional = output.chunk(2)
             count = guidance_channels or channels
-            direction = conditional[:, :count] - unconditional[:, :count]
-            mean = unconditional[:, :count] + self._guidance_scale * direction
-            output = torch.cat([mean, conditional[:, count:]], dim=1)  # the rest, variance too, is conditional
+            mean = weak[:, :count] + self._guidance_scale * (output[:, :count] - weak[:, :count])
+            output = torch.cat([mean, output[:, count:]], dim=1)  # the rest, variance too, is conditional
         return output if takes_variance(self.scheduler) else output[:, :channels]
+
+    @staticmethod
+    def _evaluate(model, model_input, class_labels, times, context, position):
+        """What a model predicts, float32."""
+        times = {name: time.expand(len(model_input)) for name, time in times.items() if time is not None}
+        if "kwargs" not in inspect.signature(model.cache_context).parameters:
+            position = None  # before diffusers 0.41 caches don't ask
+        with model.cache_context(context, **(position or {})):
+            output = model(
+                hidden_states=model_input.to(model.dtype), class_labels=class_labels, return_dict=False, **times
+            )
+        return output[0].float()
 
     @torch.no_grad()
     def decode_latents(
@@ -1207,8 +1244,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             class_labels (`int`, `str`, None, `list` of these, or `torch.Tensor` of shape `(B,)`):
                 Class ids or names (see `labels`); None is the null class.
             guidance_scale (`float`, *optional*):
-                Classifier-free guidance, at most 1000: 0 ignores the class, 1 is no guidance. The pipeline's
-                recommended one if not given (see `resolve_call`), as the next three.
+                Classifier-free guidance, or away from the guide if there is one, at most 1000: 0 is what it leads
+                away from, without a class or the guide's, 1 is no guidance. The pipeline's recommended one if not
+                given (see `resolve_call`), as the next three.
             guidance_channels (`int`, *optional*):
                 How many of the first channels are guided. The paper's results guide 3 of 4.
             guidance_interval (`tuple[float, float]`, *optional*):
@@ -1261,10 +1299,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         guidance_channels, guidance_interval = settings["guidance_channels"], settings["guidance_interval"]
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._check_generator(generator, len(class_ids) * count)
-        if self.transformer.training and self._has_null_class:
-            raise ValueError("The transformer is in training mode and drops labels; call `pipe.transformer.eval()`.")
+        for name, model in zip(("transformer", "guide"), self._predictors, strict=False):
+            if model.training and model.config.class_dropout_prob > 0:
+                raise ValueError(f"The {name} is in training mode and drops labels; call `pipe.{name}.eval()`.")
         self._check_output(output_type)
         self._check_vae()
+        self._check_guide()
         self._check_scheduler(timesteps, sigmas, eta)
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         shape = self._check_size(height, width, latents, len(class_ids) * count)

@@ -85,6 +85,7 @@ class Family:
         latents_statistics (`Callable`, *optional*):
             Mean and standard deviation of the latents, per channel, from the `training_only` weights of a checkpoint.
         recommended_call (`dict`): Sampling settings of the published results, as the pipeline's `recommended_call`.
+        autoguidance_scale (`float`, *optional*): Of the published results with a guide.
         published_license (`str`, *optional*): Licence of the code base's own 1000-class weights.
         reading_note (`str`, *optional*): What a user should know about a model that was read.
         writing_note (`str`, *optional*): What a user should know about a checkpoint that was written.
@@ -123,6 +124,7 @@ class Family:
     scaling_factor: float | None = None
     latents_statistics: Callable[[dict[str, torch.Tensor]], tuple[list[float], list[float]]] | None = None
     recommended_call: dict = field(default_factory=dict)
+    autoguidance_scale: float | None = None
     published_license: str | None = None
     reading_note: str | None = None
     writing_note: str | None = None
