@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, load_golden, tiny_transformer
+from conftest import FIXTURES, ROOT, load_golden, tiny_transformer, tiny_two_streams
+from diffusers.hooks import FirstBlockCacheConfig
 from safetensors import safe_open
 from testing_utils.scripts import run_forked
 
@@ -273,3 +274,66 @@ def test_a_guide_takes_the_place_of_the_null_class():
         pipe(1, output_type="latent")
     with pytest.raises(ValueError, match="`guide` is a int"):
         pipe.guide = 5
+
+
+SHARED = [
+    *(("ddt_lightning", f"sample_{name}") for name in ("refresh2_10", "refresh4_10", "sharing8_2")),
+    ("ddt_ema_only", "sample_refresh2_10"),
+]
+
+
+@pytest.mark.parametrize(("name", "sample"), SHARED)
+def test_steps_share_an_encoder_state_as_the_original(name, sample):
+    golden, settings = load_golden(f"{name}.io"), recorded_settings(name, sample)
+    times = torch.linspace(0, 1 - settings["last_step"], settings["num_steps"]).tolist()
+    pipe, encoded = build(name), []
+    pipe.transformer.patch_embed.register_forward_hook(lambda *args: encoded.append(1))
+    rate, steps = settings["state_refresh_rate"], settings["num_steps"]
+    output = pipe(
+        golden["sample_y"],
+        latents=golden["sample_noise"],
+        num_inference_steps=steps,
+        guidance_scale=settings["guidance"],
+        guidance_interval=guided_part(times, settings.get("guidance_interval_min", 0.0), 1.0),
+        encoder_refresh_steps=rate,
+        output_type="latent",
+    ).images
+    assert relative_error(output, golden[sample]) < 1e-4
+    assert len(encoded) == -(-steps // rate)
+
+
+def test_an_encoder_state_is_not_shared_across_other_labels():
+    """A callback that changes the labels, or drops an image, gets a state of its own."""
+    pipe = DiTClassCondPipeline(tiny_two_streams("ddt"), make_scheduler("flow_euler"))
+
+    def drop(pipe, step, timestep, tensors):
+        return {name: tensor[:1] for name, tensor in tensors.items()} if step == 0 else None
+
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    call = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
+    names = ["latents", "class_labels"]
+    dropped = pipe(
+        [1, 2],
+        latents=noise,
+        encoder_refresh_steps=2,
+        callback_on_step_end=drop,
+        callback_on_step_end_tensor_inputs=names,
+        **call,
+    ).images
+    torch.testing.assert_close(dropped, pipe(1, latents=noise[:1], **call).images, rtol=0, atol=1e-5)
+
+
+def test_encoder_states_are_shared_where_there_are_some():
+    pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"))
+    with pytest.raises(ValueError, match="is 2, but DiTTransformer2DModel has no encoder; leave it at 1"):
+        pipe(1, encoder_refresh_steps=2, output_type="latent")
+    pipe = DiTClassCondPipeline(tiny_two_streams("ddt"), make_scheduler("flow_euler"))
+    with pytest.raises(ValueError, match="`encoder_refresh_steps` is 0"):
+        pipe(1, encoder_refresh_steps=0, output_type="latent")
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(ValueError, match="a cache of blocks is enabled"):
+        pipe(1, encoder_refresh_steps=2, output_type="latent")
+    pipe.transformer.disable_cache()
+    pipe.guide = tiny_two_streams("ddt")
+    with pytest.raises(ValueError, match="has a guide"):
+        pipe(1, encoder_refresh_steps=2, output_type="latent")

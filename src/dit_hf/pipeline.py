@@ -93,6 +93,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             callback_on_step_end: Callable[..., Any] | None = None,
             callback_on_step_end_tensor_inputs: list[str] = ["latents"],
             return_dict: Literal[True] = True,
+            encoder_refresh_steps: int = 1,
         ) -> ImagePipelineOutput: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

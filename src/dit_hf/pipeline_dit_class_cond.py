@@ -982,6 +982,19 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if self.guide is not None:
             check_guide(self.guide.config, self.transformer.config)
 
+    def _check_encoder_refresh(self, steps):
+        """The number of steps of one encoder state; refused where there is none, or another reuse beside it."""
+        steps = self._check_count("encoder_refresh_steps", steps, MAX_STEPS)
+        reasons = {
+            f"{type(self.transformer).__name__} has no encoder": "num_encoder_layers" not in self.transformer.config,
+            "the pipeline has a guide, which is weaker by itself": self.guide is not None,
+            "a cache of blocks is enabled": getattr(self.transformer, "is_cache_enabled", False),
+        }
+        if steps > 1 and any(reasons.values()):
+            reason = next(reason for reason, holds in reasons.items() if holds)
+            raise ValueError(f"`encoder_refresh_steps` is {steps}, but {reason}; leave it at 1.")
+        return steps
+
     def _check_generator(self, generator, count):
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators were given for {count} images; pass one per image.")
@@ -1112,17 +1125,32 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             return torch.zeros_like(schedule)
         return torch.cat([schedule[1:], schedule.new_zeros(1)]) if _takes_interval(self.scheduler) else None
 
-    def _predict(self, model_input, timestep, class_labels, guidance_channels, guided, position=None, r_timestep=None):
-        """One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32."""
+    def _predict(
+        self,
+        model_input,
+        timestep,
+        class_labels,
+        guidance_channels,
+        guided,
+        position=None,
+        r_timestep=None,
+        both=False,
+        shared=None,
+    ):
+        """
+        One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32; of both
+        halves where a later step needs the state of both.
+        """
         channels, times = model_input.shape[1], {"timestep": timestep, "r_timestep": r_timestep}
-        if guided and self.guide is None:
+        if (guided or both) and self.guide is None:
             # Unconditional first: the order diffusers' caches expect.
             null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
-            model_input, labels = torch.cat([model_input, model_input]), torch.cat([null_labels, class_labels])
-            weak, output = self._evaluate(self.transformer, model_input, labels, times, "guided", position).chunk(2)
+            inputs = torch.cat([model_input, model_input]), torch.cat([null_labels, class_labels])
+            weak, output = self._evaluate(self.transformer, *inputs, times, "guided", position, shared).chunk(2)
         else:
-            output = self._evaluate(self.transformer, model_input, class_labels, times, "conditional", position)
-            weak = self._evaluate(self.guide, model_input, class_labels, times, "guide", position) if guided else None
+            inputs = model_input, class_labels
+            output = self._evaluate(self.transformer, *inputs, times, "conditional", position, shared)
+            weak = self._evaluate(self.guide, *inputs, times, "guide", position) if guided else None
         if guided:
             count = guidance_channels or channels
             mean = weak[:, :count] + self._guidance_scale * (output[:, :count] - weak[:, :count])
@@ -1130,15 +1158,16 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         return output if takes_variance(self.scheduler) else output[:, :channels]
 
     @staticmethod
-    def _evaluate(model, model_input, class_labels, times, context, position):
-        """What a model predicts, float32."""
+    def _evaluate(model, model_input, class_labels, times, context, position, shared=None):
+        """What a model predicts, float32; its encoder's state is taken from `shared` if it is there, or put there."""
         times = {name: time.expand(len(model_input)) for name, time in times.items() if time is not None}
         if "kwargs" not in inspect.signature(model.cache_context).parameters:
             position = None  # before diffusers 0.41 caches don't ask
         with model.cache_context(context, **(position or {})):
-            output = model(
-                hidden_states=model_input.to(model.dtype), class_labels=class_labels, return_dict=False, **times
-            )
+            inputs = {"hidden_states": model_input.to(model.dtype), "class_labels": class_labels}
+            output = model(**inputs, return_dict=False, **times, **(shared or {}))
+        if shared is not None:
+            shared["encoder_state"] = output[1]
         return output[0].float()
 
     @torch.no_grad()
@@ -1235,6 +1264,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         return_dict: bool = True,
+        encoder_refresh_steps: int = 1,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generates images of the given classes. Calls from several threads wait for each other; a callback must not call
@@ -1267,6 +1297,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 `f(pipe, step, timestep, tensors) -> tensors`, called after each step; None changes nothing.
             callback_on_step_end_tensor_inputs (`list[str]`): Which of `latents`, `class_labels` it gets.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput`.
+            encoder_refresh_steps (`int`, defaults to 1):
+                For models with an encoder (DDT): it runs once in this many evaluations of the model, and those between
+                take the state of the last one, which saves the larger part of their time.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: `images`.
@@ -1307,6 +1340,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._check_guide()
         self._check_scheduler(timesteps, sigmas, eta)
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        encoder_refresh_steps = self._check_encoder_refresh(encoder_refresh_steps)
         shape = self._check_size(height, width, latents, len(class_ids) * count)
         class_ids = [label for label in class_ids for _ in range(count)]
         self._guidance_scale = float(settings["guidance_scale"])
@@ -1330,14 +1364,22 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
         # 3. Denoise
         overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
+        shared: dict | None = {} if encoder_refresh_steps > 1 else None
         with self._trajectory():
             with self.progress_bar(total=len(schedule)) as progress_bar:
                 for index, timestep in enumerate(schedule):
                     if self._interrupt:
                         break
                     self._current_timestep = timestep
+                    # Steps of one encoder state are guided or not, and the state is of both halves if any of them is.
+                    first = index - index % encoder_refresh_steps
+                    if shared is not None and first == index:
+                        shared.clear()
                     scales = self.do_classifier_free_guidance
-                    guided = scales and guidance_interval[0] <= index / len(schedule) < guidance_interval[1]
+                    guided, *others = (
+                        scales and guidance_interval[0] <= step / len(schedule) < guidance_interval[1]
+                        for step in (index, *range(first, first + encoder_refresh_steps))
+                    )
                     model_input = latents
                     if hasattr(self.scheduler, "scale_model_input"):
                         model_input = self.scheduler.scale_model_input(latents, timestep)
@@ -1345,6 +1387,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                         "class_labels": class_labels,
                         "guidance_channels": guidance_channels,
                         "guided": guided,
+                        "both": any(others),
+                        "shared": shared,
                     }
                     position = self._position(index, model_schedule)
                     times = {"timestep": model_schedule[index], "r_timestep": interval_ends[index]}
@@ -1357,6 +1401,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                         changed = callback_on_step_end(self, index, timestep, tensors) or {}
                         latents = changed.get("latents", latents)
                         class_labels = changed.get("class_labels", class_labels)
+                        if shared is not None and class_labels is not available["class_labels"]:
+                            shared.clear()
                         if len(latents) != len(overflows):  # the callback alone knows which of them are left
                             overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
                     progress_bar.update()
