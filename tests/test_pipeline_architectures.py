@@ -7,13 +7,16 @@ import sys
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, load_golden, tiny_transformer, tiny_two_streams
+from diffusers import AutoencoderRAE
 from diffusers.hooks import FirstBlockCacheConfig
 from safetensors import safe_open
+from safetensors.torch import save_file
 from testing_utils.scripts import run_forked
 
 from dit_hf import DDTTransformer2DModel, DiTClassCondPipeline, make_scheduler
 from dit_hf.checkpoints.parsing import parse_checkpoint
 from dit_hf.conversion import build_pipeline
+from dit_hf.data.autoencoders import encode_posterior, load_autoencoder, vae_statistics
 
 
 # Fixture -> what its weights don't tell.
@@ -337,3 +340,112 @@ def test_encoder_states_are_shared_where_there_are_some():
     pipe.guide = tiny_two_streams("ddt")
     with pytest.raises(ValueError, match="has a guide"):
         pipe(1, encoder_refresh_steps=2, output_type="latent")
+
+
+def rae_autoencoder(**overrides):
+    """RAE's recorded decoder and statistics, with a random encoder."""
+    weights = load_golden("rae_autoencoder")
+    with safe_open(FIXTURES / "rae_autoencoder.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    torch.manual_seed(0)
+    statistics = {name: weights[f"_{name}"] for name in ("latents_mean", "latents_std")}
+    vae = AutoencoderRAE(**(config | statistics | overrides))
+    vae.load_state_dict(weights, strict=False)
+    return vae.eval()
+
+
+@pytest.fixture(scope="module")
+def rae_pipeline():
+    pipe = build("rae_dh", 6.9282)
+    pipe.vae = rae_autoencoder()
+    return pipe
+
+
+@pytest.mark.parametrize("name", ["ode_11", "ode_ag_11", "ode_cfg_interval_11"])
+def test_rae_decodes_as_the_original(name, rae_pipeline):
+    images = rae_pipeline.decode_latents(load_golden("rae_dh.io")[f"{name}_sample"], "pt")
+    expected = load_golden("rae_autoencoder")[f"original_dh_{name}_pixels"].clamp(0, 1)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+
+
+def test_rae_decodes_in_the_pipeline(rae_pipeline, tmp_path, caplog):
+    assert rae_pipeline.vae_scale_factor == 2
+    call = {"num_inference_steps": 2, "output_type": "pt"}
+    images = rae_pipeline([1, 2], generator=torch.Generator().manual_seed(0), **call).images
+    assert images.shape == (2, 3, 8, 8) and images.std() > 0.1
+    rae_pipeline.save_pretrained(tmp_path / "pipe")
+    assert json.loads((tmp_path / "pipe" / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderRAE"]
+    caplog.clear()
+    again = DiTClassCondPipeline.from_pretrained(tmp_path / "pipe")
+    assert "corrected to 4×4" in caplog.text
+    assert torch.equal(again([1, 2], generator=torch.Generator().manual_seed(0), **call).images, images)
+    for refused in (
+        lambda: rae_pipeline(1, height=16, width=16, num_inference_steps=1),
+        lambda: rae_pipeline.decode_latents(torch.zeros(1, 64, 4, 8)),
+    ):
+        with pytest.raises(ValueError, match="AutoencoderRAE's 4×4; it has no other size"):
+            refused()
+    with pytest.raises(ValueError, match="The VAE has 64 latent channels and the transformer 8"):
+        DiTClassCondPipeline(build("rae_dh_qknorm").transformer, make_scheduler("flow_rae"), rae_pipeline.vae)
+
+
+def test_rae_encodes_as_the_original():
+    """Pixels from 0 to 1, one epsilon: `(tokens − mean) / sqrt(variance + 1e-5)`, which is the recorded deviation."""
+    vae, pixels = rae_autoencoder(), torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    latents, deviation = encode_posterior(vae, 2 * pixels - 1)
+    with torch.no_grad():
+        tokens = vae.encoder((pixels - vae.encoder_mean) / vae.encoder_std).last_hidden_state[:, 5:]
+    expected = (tokens.transpose(1, 2).unflatten(2, (4, 4)) - vae._latents_mean) / vae._latents_std
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+    assert not deviation.any() and vae_statistics(vae) == ([0.0], [1.0])
+
+
+# The names of an encoder's weights in transformers 5 -> before.
+ATTENTION = {f"attention.{name[0]}_proj": f"attention.attention.{name}" for name in ("query", "key", "value")}
+OLD_NAMES = {
+    "dinov2": ATTENTION | {"attention.o_proj": "attention.output.dense"},
+    "mae": ATTENTION
+    | {"attention.o_proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    | {"encoder.layers.": "encoder.encoder.layer."},
+}
+
+
+@pytest.mark.parametrize("encoder", OLD_NAMES)
+def test_encoders_of_earlier_transformers_are_read(encoder, rae_pipeline, tmp_path):
+    rae_pipeline.save_pretrained(tmp_path)
+    vae = rae_autoencoder(encoder_type=encoder)
+    vae.save_pretrained(tmp_path / "vae")
+    file, weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors", {}
+    for key, weight in vae.state_dict().items():
+        for new, old in OLD_NAMES[encoder].items() if key.startswith("encoder.") else ():
+            key = key.replace(new, old)
+        weights[key] = weight
+    assert weights.keys() != vae.state_dict().keys()
+    save_file(weights, file)
+    for read in (load_autoencoder(tmp_path / "vae"), DiTClassCondPipeline.from_pretrained(tmp_path).vae):
+        state = read.state_dict()
+        assert all(torch.equal(state[key], weight) for key, weight in vae.state_dict().items())
+    del weights["encoder.embeddings.cls_token"]
+    save_file(weights, file)
+    for load in (lambda: load_autoencoder(tmp_path / "vae"), lambda: DiTClassCondPipeline.from_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="'encoder.embeddings.cls_token'"):
+            load()
+
+
+def test_an_encoder_that_cant_be_built_is_named(tmp_path):
+    vae = rae_autoencoder()
+    vae.register_to_config(encoder_type="nothing")
+    vae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} can't be loaded as AutoencoderRAE: Unknown encoder_type"):
+        load_autoencoder(tmp_path)
+
+
+def test_a_guide_that_is_set_later_is_saved(tmp_path):
+    pipe = DiTClassCondPipeline(tiny_transformer(num_layers=1), make_scheduler("ddim"))
+    pipe.guide = tiny_transformer(1, num_layers=1)
+    pipe.save_pretrained(tmp_path / "with")
+    again = DiTClassCondPipeline.from_pretrained(tmp_path / "with")
+    assert again.guide.config.num_layers == 1
+    again.guide = None
+    again.save_pretrained(tmp_path / "without")
+    assert DiTClassCondPipeline.from_pretrained(tmp_path / "without").guide is None

@@ -140,7 +140,9 @@ def check_vae(name: str, in_channels: int) -> None:
         file = download_from_hub(name, "config.json")
     else:
         raise ValueError(f"--vae {name} must be the folder or the Hub id of an autoencoder, or an original's file.")
-    check_channels(name, read_json(file).get("latent_channels", in_channels), in_channels)
+    config = read_json(file)
+    channels = config.get("encoder_hidden_size" if "encoder_input_size" in config else "latent_channels", in_channels)
+    check_channels(name, channels, in_channels)
 
 
 def check_channels(name: str, channels: int, in_channels: int) -> None:

@@ -45,6 +45,16 @@ MAX_COMPONENTS = 1000
 # In a configuration, what can't be an argument of a class.
 RESERVED = ("self", "dtype")
 VARIANT = re.compile(r"\w[\w.-]*")
+# In RAE's encoders of transformers before 5, which diffusers does not read, in the order of their replacement.
+OLD_ENCODER_NAMES = {
+    ".attention.attention.query.": ".attention.q_proj.",
+    ".attention.attention.key.": ".attention.k_proj.",
+    ".attention.attention.value.": ".attention.v_proj.",
+    ".attention.output.dense.": ".attention.o_proj.",
+    "encoder.encoder.layer.": "encoder.layers.",
+    ".intermediate.dense.": ".mlp.fc1.",
+    ".output.dense.": ".mlp.fc2.",
+}
 # Attention in the autoencoders of diffusers before 0.16, which it still reads.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -249,8 +259,7 @@ def check_weights(folder: Path, model: torch.nn.Module, variant: str | None = No
         if listed is not None and (stray := sorted(listed ^ header.keys())):
             raise ValueError(f"{file}: {stray[0]!r} is only in it, or only in the weight_map of its index.")
         for key, (shape, dtype) in header.items():
-            for old, new in OLD_NAMES.items():
-                key = key if key in expected else key.replace(old, new)
+            key = present_name(key, expected, OLD_ENCODER_NAMES | OLD_NAMES)
             found.add(key)
             if key not in expected:
                 if all_known:
@@ -264,6 +273,25 @@ def check_weights(folder: Path, model: torch.nn.Module, variant: str | None = No
                 raise ValueError(f"{file}: {key!r} has shape {shape}; the config needs {wanted}.")
     if missing := sorted(expected.keys() - found):
         raise ValueError(f"{next(iter(chosen))}: {missing[0]!r} is missing, as are {len(missing) - 1} other weights.")
+
+
+def present_name(key: str, expected: Collection[str], old_names: Mapping[str, str]) -> str:
+    """The name that a weight of an earlier version has now: parts are replaced until it is expected."""
+    for old, new in old_names.items():
+        key = key if key in expected else key.replace(old, new)
+    return key
+
+
+def rename_encoder(model: torch.nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Gives the weights of an `AutoencoderRAE` the names that its encoder has in this transformers."""
+    expected = model.state_dict()
+    for key in list(state_dict):
+        state_dict[present_name(key, expected, OLD_ENCODER_NAMES)] = state_dict.pop(key)
+
+
+if hasattr(diffusers, "AutoencoderRAE"):
+    # It leaves the encoder random, with a warning only; it calls this before it compares names.
+    diffusers.AutoencoderRAE._fix_state_dict_keys_on_load = rename_encoder
 
 
 def check_num_layers(path: Path, config: Mapping, variant: str | None = None) -> None:

@@ -36,6 +36,7 @@ if tuple(map(int, diffusers.__version__.split(".")[:2])) < tuple(map(int, MIN_DI
 
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import (
@@ -96,6 +97,8 @@ MAX_GUIDANCE_SCALE = 1000
 MAX_LORA_ALPHA = 2**20
 MAX_PIXELS = 2**16
 MAX_LATENT_VALUES = 2**30
+# What diffusers' `AutoencoderRAE` adds to the deviations of latents, which contain RAE's own epsilon.
+RAE_EPSILON = 1e-5
 # Of `FlowMapEulerDiscreteScheduler.index_for_timestep`.
 TIMESTEP_TOLERANCE = 1e-3
 
@@ -203,8 +206,37 @@ def _takes_interval(scheduler):
     return "r_timestep" in inspect.signature(scheduler.step).parameters
 
 
+def is_rae(vae: ModelMixin) -> bool:
+    """Whether an autoencoder is an `AutoencoderRAE`: pixels in [0, 1], latents of one size that it normalises."""
+    return "encoder_input_size" in vae.config
+
+
+def rae_scale(vae: ModelMixin) -> torch.Tensor:
+    """RAE's own deviations of latents over those of `AutoencoderRAE`, which have an epsilon twice; `(C, h, w)`."""
+    std = vae._latents_std.float()
+    return std / (std + RAE_EPSILON)
+
+
+def correct_rae(vae: ModelMixin) -> None:
+    """Gives an `AutoencoderRAE` RAE's own positions: diffusers stretches them to those of 16×16 patches."""
+    grid, table = math.isqrt(vae.num_patches), vae.decoder.decoder_pos_embed
+    positions = get_2d_sincos_pos_embed(
+        table.shape[-1], grid, cls_token=True, extra_tokens=1, base_size=grid, output_type="pt"
+    ).to(table)
+    if table.device.type != "meta" and not torch.equal(table[0], positions):
+        logger.warning(f"AutoencoderRAE has positions of 16×16 patches; they are corrected to {grid}×{grid}, its own.")
+        vae.decoder.decoder_pos_embed = positions[None]
+
+
+def latent_channels(vae: ModelMixin) -> int | None:
+    """Channels of a VAE's latents, as its config states them."""
+    return vae.config.get("encoder_hidden_size" if is_rae(vae) else "latent_channels")
+
+
 def spatial_factor(vae: ModelMixin) -> int:
     """Pixels per latent value along one side of a VAE; `ValueError` if neither it nor its config states them."""
+    if is_rae(vae):
+        return vae.config["patch_size"]
     if isinstance(ratio := getattr(vae, "spatial_compression_ratio", None), int):
         return ratio
     channels = vae.config.get("block_out_channels")
@@ -496,6 +528,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         for name, part in parts.items():
             check_component(name, part)
         self.register_modules(**parts)
+        if vae is not None and is_rae(vae):
+            correct_rae(vae)
         self._check_diffusion()
         self._trained_prediction = self._scheduler_prediction()
         self._trained_alphas = getattr(scheduler, "alphas_cumprod", None)
@@ -584,8 +618,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     def __setattr__(self, name, value):
         if name in ("transformer", "scheduler", *OPTIONAL) and name in vars(self):
             check_component(name, value)
+            if name == "vae" and value is not None and is_rae(value):
+                correct_rae(value)
             with _held(lambda: [self]):
-                super().__setattr__(name, value)
+                if vars(self)[name] is None:
+                    del vars(self)[name]
+                    self.register_modules(**{name: value})  # or it would be missing where the pipeline is saved
+                else:
+                    super().__setattr__(name, value)
         else:
             super().__setattr__(name, value)
 
@@ -961,13 +1001,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _check_vae(self):
         """Refuses a VAE whose latents are not the transformer's."""
-        channels = None if self.vae is None else self.vae.config.get("latent_channels")
+        channels = None if self.vae is None else latent_channels(self.vae)
         if channels is not None and channels != self.transformer.config.in_channels:
             raise ValueError(
                 f"The VAE has {channels} latent channels and the transformer {self.transformer.config.in_channels}; "
                 "they don't belong together."
             )
-        for name in () if self.vae is None else ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        if self.vae is None or is_rae(self.vae):
+            return
+        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
             value, per_channel = self.vae.config.get(name), name.startswith("latents_")
             values = value if isinstance(value, (list, tuple)) else [value]
             fits = isinstance(value, (list, tuple)) == per_channel and all(map(is_finite, values))
@@ -1021,6 +1063,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             sizes = dict(zip(sizes, (side * factor for side in latents.shape[-2:]), strict=True))
         sides = [(pixels or config.sample_size * factor) // factor for pixels in sizes.values()]
         shape = (batch_size, config.in_channels, *sides)
+        self._check_grid(*sides)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}; these arguments need {shape}.")
         if math.prod(shape) > MAX_LATENT_VALUES:
@@ -1033,6 +1076,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if latents is not None:
             self._check_finite("given latents", latents, "They must be finite numbers.")
         return shape
+
+    def _check_grid(self, height, width):
+        """Refuses latents of another size than the one of an `AutoencoderRAE`."""
+        grid = math.isqrt(self.vae.num_patches) if self.vae is not None and is_rae(self.vae) else None
+        if grid is not None and (height, width) != (grid, grid):
+            raise ValueError(
+                f"The latents are {height}×{width}, and the AutoencoderRAE's {grid}×{grid}; it has no other size."
+            )
 
     def _check_output(self, output_type):
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -1202,21 +1253,13 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             given = tuple(latents.shape) if is_tensor else type(latents).__name__
             raise ValueError(f"`latents` is {given}; it must be a dense tensor (batch, {channels}, height, width).")
         self._check_vae()
+        self._check_grid(*latents.shape[-2:])
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._check_generator(generator, len(latents))
         self._check_finite("given latents", latents, "They must be finite numbers.")
         if self.vae is None:
             return self.image_processor.postprocess(latents, output_type=output_type)
-        config = self.vae.config
-        latents = latents.to(getattr(self, "_execution_device", self.device)).float() / (
-            config.get("scaling_factor") or 1.0
-        )
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = (
-                latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
-            )
-            latents = latents * std + mean
-        latents = latents + (config.get("shift_factor") or 0.0)
+        latents = self._denormalize(latents.to(getattr(self, "_execution_device", self.device)).float())
         generators = [each for each in (generator if isinstance(generator, list) else [generator]) if each is not None]
         states = [each.get_state() for each in generators]
         dtype = self.vae.dtype
@@ -1233,10 +1276,25 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._check_finite("decoded images", images)
         return self.image_processor.postprocess(images, output_type=output_type)
 
+    def _denormalize(self, latents):
+        """Latents as the VAE decodes them; an `AutoencoderRAE` does the most by itself."""
+        if is_rae(self.vae):
+            return latents * rae_scale(self.vae).to(latents.device)
+        config = self.vae.config
+        latents = latents / (config.get("scaling_factor") or 1.0)
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            mean, std = (
+                latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
+            )
+            latents = latents * std + mean
+        return latents + (config.get("shift_factor") or 0.0)
+
     def _decode(self, latents, generator):
+        """Pixels in [-1, 1]."""
         takes_generator = "generator" in inspect.signature(self.vae.decode).parameters
         options = {"generator": generator} if takes_generator else {}
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0].float()
+        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0].float()
+        return 2 * pixels - 1 if is_rae(self.vae) else pixels
 
     def _check_finite(self, what, values, hint=OVERFLOW_HINT, overflows=False):
         bad = ~torch.isfinite(values).flatten(1).all(dim=1) | overflows

@@ -127,6 +127,13 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         sigma = (timestep.to(sample) / self.config.num_train_timesteps).view(-1, *[1] * (sample.ndim - 1))
         return (1 - sigma) * sample + sigma * noise
 
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        """As every `ConfigMixin`'s; `auto_map`, which tells diffusers where the code is, is no option."""
+        if isinstance(config, dict):
+            config = {name: value for name, value in config.items() if name != "auto_map"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     def to_json_string(self):
         """The configuration, with `auto_map` for `trust_remote_code=True`."""
         config = json.loads(super().to_json_string())

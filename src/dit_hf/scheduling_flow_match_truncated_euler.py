@@ -134,6 +134,14 @@ class FlowMatchTruncatedEulerScheduler(SchedulerMixin, ConfigMixin):
         sigma = (timestep.to(sample) / self.config.num_train_timesteps).view(-1, *[1] * (sample.ndim - 1))
         return (1 - sigma) * sample + sigma * noise
 
+    # Copied from dit_hf.scheduling_flow_match_sde.FlowMatchSDEScheduler.from_config
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        """As every `ConfigMixin`'s; `auto_map`, which tells diffusers where the code is, is no option."""
+        if isinstance(config, dict):
+            config = {name: value for name, value in config.items() if name != "auto_map"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     # Copied from dit_hf.scheduling_flow_match_sde.FlowMatchSDEScheduler.to_json_string
     def to_json_string(self):
         """The configuration, with `auto_map` for `trust_remote_code=True`."""
