@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "dit_hf"
 LAYERS = (
     ("_version", "files", "command_line", "seeds", "dtypes", "bundled"),
     ("transformer_dit", "transformer_jit", "transformer_ddt", "presets", "complexity"),
-    ("scheduling_flow_match_sde",),
+    ("scheduling_flow_match_sde", "scheduling_flow_match_truncated_euler"),
     ("pipeline_dit_class_cond", "schedulers", "mixing", "modulation_table", "model_folders"),
     ("hub", "data", "checkpoints"),
     ("models", "pipeline", "optimization", "conversion"),
@@ -28,7 +28,8 @@ LAYERS = (
 ORDER = [name for layer in LAYERS for name in layer]
 SELF_CONTAINED = (
     *("transformer_dit.py", "transformer_jit.py", "transformer_ddt.py"),
-    *("scheduling_flow_match_sde.py", "pipeline_dit_class_cond.py"),
+    *("scheduling_flow_match_sde.py", "scheduling_flow_match_truncated_euler.py"),
+    "pipeline_dit_class_cond.py",
 )
 
 TIMED_IMPORT = """

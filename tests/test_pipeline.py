@@ -316,7 +316,7 @@ def test_model_offload(conditioning, tolerance):
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(1, num_inference_steps=2, generator=seeded(0), output_type="pt").images
     assert pipe.freed == 1
-    assert pipe.model_cpu_offload_seq == "transformer->vae"
+    assert pipe.model_cpu_offload_seq == "transformer->guide->vae"
     pipe.enable_model_cpu_offload(device="cpu")
     assert [hook.model for hook in pipe._all_hooks] == [pipe.transformer, pipe.vae]
     images = pipe(1, num_inference_steps=2, generator=seeded(0), output_type="pt").images

@@ -127,10 +127,8 @@ def test_a_folder_in_the_place_of_a_file_is_noticed_before_anything_moves(tmp_pa
     folder = tmp_path / "saved"
     (folder / "b").mkdir(parents=True)
     (folder / "a").write_text("old")
-    with (
-        pytest.raises(OSError, match="b is a folder; what was there before is unchanged"),
-        writing_folder(folder) as new,
-    ):
+    error = pytest.raises(OSError, match="b is a folder; what was there before is unchanged")
+    with error, writing_folder(folder) as new:
         new.mkdir()
         (new / "a").write_text("new")
         (new / "b").write_text("new")
@@ -157,12 +155,10 @@ def test_a_signal_waits_until_all_files_have_moved(tmp_path, monkeypatch):
 def test_files_of_the_package_that_are_not_written_again_go(tmp_path):
     folder = tmp_path / "saved"
     (folder / "transformer").mkdir(parents=True)
-    for name in ("transformer/projectors.safetensors", "transformer/notes.txt", "diffusion_pytorch_model.bin"):
+    for name in ("transformer/projectors.safetensors", "transformer/notes.txt"):
         (folder / name).write_text("old")
     with writing_folder(folder, ("transformer/projectors.safetensors", "scheduling_*.py")) as new:
         new.mkdir()
-        (new / "diffusion_pytorch_model.safetensors").write_text("new")
+        (new / "model_index.json").write_text("new")
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    # diffusers loads `.safetensors` where there are both.
-    both = {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"}
-    assert left == both | {"transformer/notes.txt"}
+    assert left == {"model_index.json", "transformer/notes.txt"}

@@ -244,6 +244,8 @@ CASES = {
     "flow_euler_ancestral": (LTXEulerAncestralRFScheduler(), "flow", 200),
     "flow_map": (make_scheduler("flow_map"), "flow", 200),
     "flow_sde": (make_scheduler("flow_sde", last_step_size=1e-3), "flow", 200),
+    "flow_ddt": (make_scheduler("flow_ddt"), "flow", 200),
+    "flow_rae": (make_scheduler("flow_rae"), "flow", 200),
 }
 LEFT_OUT = {
     "DPMSolverSDEScheduler": "needs torchsde, which is not installed",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .pipeline import DiTClassCondPipeline
     from .schedulers import make_scheduler
     from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+    from .scheduling_flow_match_truncated_euler import FlowMatchTruncatedEulerScheduler
 
 # Public name -> its module, imported when the name is used first.
 _MODULES = {
@@ -25,6 +26,7 @@ _MODULES = {
     "DiTClassCondPipeline": ".pipeline",
     "DiTTransformer2DModel": ".models",
     "FlowMatchSDEScheduler": ".scheduling_flow_match_sde",
+    "FlowMatchTruncatedEulerScheduler": ".scheduling_flow_match_truncated_euler",
     "JiTTransformer2DModel": ".models",
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
@@ -41,6 +43,7 @@ __all__ = [
     "DiTClassCondPipeline",
     "DiTTransformer2DModel",
     "FlowMatchSDEScheduler",
+    "FlowMatchTruncatedEulerScheduler",
     "JiTTransformer2DModel",
     "ModelMixin",
     "SchedulerMixin",

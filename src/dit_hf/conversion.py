@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
 from .bundled import bundled_names, resolve_pipeline, resolve_vae
@@ -15,7 +17,7 @@ from .data.autoencoders import check_autoencoder, load_autoencoder
 from .files import read_json
 from .models import MODELS, DiTTransformer2DModel, PackagedModel
 from .pipeline import DiTClassCondPipeline
-from .schedulers import make_scheduler
+from .schedulers import make_scheduler, trained_options
 
 
 logger = logging.get_logger(__name__)
@@ -27,6 +29,8 @@ def build_pipeline(
     dtype: torch.dtype | None = None,
     vae: str | AutoencoderKL | None = None,
     id2label: dict[int, str] | None = None,
+    shift: float | None = None,
+    guide: ModelMixin | None = None,
 ) -> DiTClassCondPipeline:
     """
     A checkpoint's model with its family's sampler and published sampling settings.
@@ -37,6 +41,8 @@ def build_pipeline(
         dtype (`torch.dtype`, *optional*): Of the model's weights, float32 if not given.
         vae (`str` or `AutoencoderKL`, *optional*): Folder or Hub id of an autoencoder, or the autoencoder itself.
         id2label (`dict[int, str]`, *optional*): Class names.
+        shift (`float`, *optional*): Of the sigmas of a flow; the family's if not given.
+        guide (`ModelMixin`, *optional*): A weaker model to guide away from.
 
     Returns:
         `DiTClassCondPipeline`
@@ -44,19 +50,52 @@ def build_pipeline(
     Raises:
         ValueError: if the checkpoint is damaged, or `vae` is no autoencoder of images.
     """
+    scheduler = make_sampler(checkpoint, path, shift)
     transformer = build_model(MODELS[checkpoint.family.model], checkpoint, path, dtype)
-    fixed_variance = checkpoint.family.scheduler == "ddpm" and not transformer.config.get("learn_sigma")
-    options = {"variance_type": "fixed_large"} if fixed_variance else {}
-    scheduler = make_scheduler(checkpoint.family.scheduler, **options)
     call = dict(checkpoint.family.recommended_call)
-    if transformer.config.class_dropout_prob == 0:  # no null class, no guidance
+    if transformer.config.class_dropout_prob == 0 or guide is not None:  # no guidance away from the null class
         call = {name: value for name, value in call.items() if not name.startswith("guidance")}
+    if guide is not None and checkpoint.family.autoguidance_scale is not None:
+        call["guidance_scale"] = checkpoint.family.autoguidance_scale
     if call.get("guidance_channels", 0) > transformer.config.in_channels:
         del call["guidance_channels"]
     if isinstance(vae, str):
         vae = load_autoencoder(vae)
         match_latents(vae, checkpoint)
-    return DiTClassCondPipeline(transformer, scheduler, vae, id2label, call)
+    return DiTClassCondPipeline(transformer, scheduler, vae, id2label, call, guide)
+
+
+def make_sampler(checkpoint: Checkpoint, path: str | Path, shift: float | None = None) -> SchedulerMixin:
+    """
+    The sampler of a checkpoint's family.
+
+    Args:
+        checkpoint (`Checkpoint`): Of the transformer.
+        path (`str` or `Path`): Of the checkpoint; named in the log.
+        shift (`float`, *optional*): Of the sigmas of a flow; the family's if not given.
+
+    Returns:
+        `SchedulerMixin`
+
+    Raises:
+        ValueError: if a shift is given for a model that is none of flow matching.
+    """
+    family = checkpoint.family
+    if not family.scheduler.startswith("flow_"):
+        if shift is not None:
+            raise ValueError(f"--shift is for models of flow matching, and {path} is {family.name}'s; omit it.")
+        fixed_variance = family.scheduler == "ddpm" and not checkpoint.config.get("learn_sigma")
+        return make_scheduler(family.scheduler, **({"variance_type": "fixed_large"} if fixed_variance else {}))
+    if shift is None and family.shift is not None:
+        shift = family.shift(checkpoint.config)
+        if shift < 1:
+            logger.warning(
+                f"Checkpoint {path}: the shift by the size of its latents is {shift:.4g}, and {family.name}'s code "
+                "takes none below 1. Pass shift (`--shift`), the one that it was trained with."
+            )
+    return make_scheduler(
+        family.scheduler, **({} if shift is None else trained_options(family.scheduler, {"shift": shift}))
+    )
 
 
 def match_latents(vae, checkpoint: Checkpoint) -> None:
@@ -101,7 +140,9 @@ def check_vae(name: str, in_channels: int) -> None:
         file = download_from_hub(name, "config.json")
     else:
         raise ValueError(f"--vae {name} must be the folder or the Hub id of an autoencoder, or an original's file.")
-    check_channels(name, read_json(file).get("latent_channels", in_channels), in_channels)
+    config = read_json(file)
+    channels = config.get("encoder_hidden_size" if "encoder_input_size" in config else "latent_channels", in_channels)
+    check_channels(name, channels, in_channels)
 
 
 def check_channels(name: str, channels: int, in_channels: int) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import Any
 from zipfile import is_zipfile
 
@@ -18,9 +19,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import safe_open
 
 from .files import check_file, read_json, reading
-from .pipeline_dit_class_cond import check_id2label, check_train_timesteps, shown
+from .pipeline_dit_class_cond import OPTIONAL, check_id2label, check_train_timesteps, shown
 from .schedulers import try_scheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .scheduling_flow_match_truncated_euler import FlowMatchTruncatedEulerScheduler
 from .transformer_dit import MAX_PARAMETERS, SIZES
 
 
@@ -28,7 +30,10 @@ MODEL_CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 LIBRARIES = ("diffusers", "dit_hf")
 # Schedulers of this package, whose code a folder carries as well.
-OWN_SCHEDULERS = {"scheduling_flow_match_sde": FlowMatchSDEScheduler}
+OWN_SCHEDULERS = {
+    "scheduling_flow_match_sde": FlowMatchSDEScheduler,
+    "scheduling_flow_match_truncated_euler": FlowMatchTruncatedEulerScheduler,
+}
 WEIGHTS = "diffusion_pytorch_model"
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -40,20 +45,31 @@ MAX_COMPONENTS = 1000
 # In a configuration, what can't be an argument of a class.
 RESERVED = ("self",)
 VARIANT = re.compile(r"\w[\w.-]*")
+# In RAE's encoders of transformers before 5, which diffusers does not read, in the order of their replacement.
+OLD_ENCODER_NAMES = {
+    ".attention.attention.query.": ".attention.q_proj.",
+    ".attention.attention.key.": ".attention.k_proj.",
+    ".attention.attention.value.": ".attention.v_proj.",
+    ".attention.output.dense.": ".attention.o_proj.",
+    "encoder.encoder.layer.": "encoder.layers.",
+    ".intermediate.dense.": ".mlp.fc1.",
+    ".output.dense.": ".mlp.fc2.",
+}
 # Attention in the autoencoders of diffusers before 0.16, which it still reads.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def read_index(path: str | Path, transformers: Sequence[str] = ()) -> dict[str, Any]:
+def read_index(path: str | Path, transformers: Mapping[str, Sequence[str]] = MappingProxyType({})) -> dict[str, Any]:
     """
     Reads a `model_index.json`.
 
     Args:
         path (`str` or `Path`): The file.
-        transformers (`Sequence[str]`): Names of classes that its transformer may have; any if not given.
+        transformers (`Mapping[str, Sequence[str]]`):
+            Names of classes that its transformer and its guide may have; any if not given.
 
     Returns:
-        `dict`: whose `transformer` and `scheduler`, and `vae` if there is one, are a library and a class.
+        `dict`: whose `transformer` and `scheduler`, and `vae` and `guide` if there are any, are a library and a class.
 
     Raises:
         ValueError: naming the file and the key that holds something else.
@@ -61,16 +77,16 @@ def read_index(path: str | Path, transformers: Sequence[str] = ()) -> dict[str, 
     index = read_config(path)
     if len(index) > MAX_COMPONENTS:
         raise ValueError(f"{path} has {len(index):,} entries; at most {MAX_COMPONENTS} are read.")
-    for name in ("transformer", "scheduler", "vae"):
-        entry = index.get(name, [None, None] if name == "vae" else None)
+    for name in ("transformer", "scheduler", *OPTIONAL):
+        entry = index.get(name, [None, None] if name in OPTIONAL else None)
         pair = entry if isinstance(entry, list) and len(entry) == 2 else []
-        none = name == "vae" and pair == [None, None]
+        none = name in OPTIONAL and pair == [None, None]
         if not none and not (pair and all(isinstance(word, str) and word.isidentifier() for word in pair)):
             raise ValueError(f'{path} has {name}: {entry!r}; it must be a library and a class, ["diffusers", "…"].')
-        if name == "transformer" and transformers and pair[1] not in transformers:
+        if name in transformers and not none and pair[1] not in transformers[name]:
             raise ValueError(
-                f"{path}: its transformer is a {pair[1]}, not a {transformers[0]}. To use one of your own, load it "
-                "and pass it as `transformer=`."
+                f"{path}: its {name} is a {pair[1]}, not a {transformers[name][0]}. To use one of your own, load it "
+                f"and pass it as `{name}=`."
             )
     if index["scheduler"][0] in OWN_SCHEDULERS:
         index["scheduler"] = ["dit_hf", index["scheduler"][1]]
@@ -133,7 +149,7 @@ def check_pipeline_folder(
     trust_remote_code: bool = False,
 ) -> None:
     """
-    Checks the scheduler and the autoencoder of a pipeline; the transformer is checked where it is loaded.
+    Checks the scheduler and the autoencoder of a pipeline; transformer and guide are checked where they are loaded.
 
     Args:
         folder (`str` or `Path`): The folder of the pipeline.
@@ -244,8 +260,7 @@ def check_weights(folder: Path, model: torch.nn.Module, variant: str | None = No
         if listed is not None and (stray := sorted(listed ^ header.keys())):
             raise ValueError(f"{file}: {stray[0]!r} is only in it, or only in the weight_map of its index.")
         for key, (shape, dtype) in header.items():
-            for old, new in OLD_NAMES.items():
-                key = key if key in expected else key.replace(old, new)
+            key = present_name(key, expected, OLD_ENCODER_NAMES | OLD_NAMES)
             found.add(key)
             if key not in expected:
                 if all_known:
@@ -259,6 +274,25 @@ def check_weights(folder: Path, model: torch.nn.Module, variant: str | None = No
                 raise ValueError(f"{file}: {key!r} has shape {shape}; the config needs {wanted}.")
     if missing := sorted(expected.keys() - found):
         raise ValueError(f"{next(iter(chosen))}: {missing[0]!r} is missing, as are {len(missing) - 1} other weights.")
+
+
+def present_name(key: str, expected: Collection[str], old_names: Mapping[str, str]) -> str:
+    """The name that a weight of an earlier version has now: parts are replaced until it is expected."""
+    for old, new in old_names.items():
+        key = key if key in expected else key.replace(old, new)
+    return key
+
+
+def rename_encoder(model: torch.nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Gives the weights of an `AutoencoderRAE` the names that its encoder has in this transformers."""
+    expected = model.state_dict()
+    for key in list(state_dict):
+        state_dict[present_name(key, expected, OLD_ENCODER_NAMES)] = state_dict.pop(key)
+
+
+if hasattr(diffusers, "AutoencoderRAE"):
+    # It leaves the encoder random, with a warning only; it calls this before it compares names.
+    diffusers.AutoencoderRAE._fix_state_dict_keys_on_load = rename_encoder
 
 
 def check_num_layers(path: Path, config: Mapping, variant: str | None = None) -> None:

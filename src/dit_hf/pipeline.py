@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 # Then saved folders name the library `dit_hf`, and a repository that does so is not taken for a mistake.
 LOADABLE_CLASSES.setdefault("dit_hf", LOADABLE_CLASSES["diffusers"])
 
+COMPONENTS = ("transformer", "scheduler", *pipeline_dit_class_cond.OPTIONAL)
 # Components given to the `from_pretrained` under way, for which diffusers would look up the class in the index.
 _GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given components", default=())
 
@@ -55,11 +56,12 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         vae: ModelMixin | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
         recommended_call: dict[str, Any] | None = None,
+        guide: ModelMixin | None = None,
     ):
         if isinstance(transformer, StockDiTTransformer2DModel):
             transformer = diffusers_dit.correct_stock_model(DiTTransformer2DModel, transformer)
             logger.warning(f"{diffusers_dit.CORRECTED[0].upper()}{diffusers_dit.CORRECTED[1:]}.")
-        super().__init__(transformer, scheduler, vae, id2label, recommended_call)
+        super().__init__(transformer, scheduler, vae, id2label, recommended_call, guide)
 
     if TYPE_CHECKING:
 
@@ -91,6 +93,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             callback_on_step_end: Callable[..., Any] | None = None,
             callback_on_step_end_tensor_inputs: list[str] = ["latents"],
             return_dict: Literal[True] = True,
+            encoder_refresh_steps: int = 1,
         ) -> ImagePipelineOutput: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -135,7 +138,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         kwargs = parse_dtype(kwargs)
         model_folders.check_options(**kwargs)
         pipeline_dit_class_cond.check_id2label(kwargs.get("id2label"))
-        for name in ("transformer", "scheduler", "vae"):
+        for name in COMPONENTS:
             if kwargs.get(name) is not None:
                 pipeline_dit_class_cond.check_component(name, kwargs[name])
         folder = resolve_pipeline(pretrained_model_name_or_path)
@@ -152,7 +155,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
                 kwargs["scheduler"] = scheduler
         if Path(folder).is_dir():
             cls._check_folder(folder, kwargs)
-        token = _GIVEN.set(tuple(name for name in ("scheduler", "vae") if kwargs.get(name) is not None))
+        token = _GIVEN.set(tuple(name for name in COMPONENTS[1:] if kwargs.get(name) is not None))
         try:
             with hub.connected():
                 pipe = super().from_pretrained(folder, **kwargs)
@@ -175,11 +178,12 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         it.
         """
         config = model_folders.read_index(json_file)
-        name = config["transformer"][1]
-        transformer = name if name in MODELS else DiTTransformer2DModel.__name__
-        config |= {"_class_name": cls.__name__, "transformer": ["dit_hf", transformer]}
-        kinds = {"scheduler": ["diffusers", "SchedulerMixin"], "vae": ["diffusers", "ModelMixin"]}
-        config |= {name: kinds[name] for name in _GIVEN.get()}
+        config["_class_name"] = cls.__name__
+        for part in ("transformer", "guide"):
+            if (name := config.get(part, [None, None])[1]) is not None:
+                config[part] = ["dit_hf", name if name in MODELS else DiTTransformer2DModel.__name__]
+        for part in _GIVEN.get():
+            config[part] = ["diffusers", "SchedulerMixin" if part == "scheduler" else "ModelMixin"]
         config.pop("auto_map", None)
         return config
 
@@ -193,7 +197,8 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
     @classmethod
     def _check_folder(cls, folder, options):
         """Checks the components that are loaded from a folder, with the options of `from_pretrained`."""
-        transformers = () if "transformer" in options else (*diffusers_dit.CLASS_NAMES, *MODELS)
+        known = {"transformer": (*diffusers_dit.CLASS_NAMES, *MODELS), "guide": tuple(MODELS)}
+        transformers = {name: classes for name, classes in known.items() if name not in options}
         index = model_folders.read_index(Path(folder, cls.config_name), transformers)
         trusts = bool(options.get("trust_remote_code"))
         model_folders.check_pipeline_folder(folder, index, options, options.get("variant"), trusts)
@@ -241,8 +246,9 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         hub.check_save_directory(folder)
         with writing_folder(folder, (f"transformer/{TRAINING_ONLY_FILE}", "scheduler/scheduling_*.py")) as partial:
             super().save_pretrained(partial, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack)
-            (partial / "transformer" / "README.md").unlink(missing_ok=True)  # a component needs no card of its own
-            hub.carry_over(self, partial, f"transformer/{TRAINING_ONLY_FILE}")
+            for name in ("transformer",) if self.guide is None else ("transformer", "guide"):
+                (partial / name / "README.md").unlink(missing_ok=True)  # a component needs no card of its own
+                hub.carry_over(self, partial, f"{name}/{TRAINING_ONLY_FILE}")
             hub.write_card(self, partial, facts=card, place=folder)
         if push_to_hub:
             hub.publish_folder(folder, model=self, card=card, **kwargs)

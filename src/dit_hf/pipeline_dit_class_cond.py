@@ -36,6 +36,7 @@ if tuple(map(int, diffusers.__version__.split(".")[:2])) < tuple(map(int, MIN_DI
 
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import (
@@ -69,6 +70,8 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
+# Components that a pipeline may lack.
+OPTIONAL = ("vae", "guide")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 LEARNED_VARIANCE = ("learned", "learned_range")
 # Settings of a call that neither the caller nor `recommended_call` gives.
@@ -78,6 +81,9 @@ CALL_DEFAULTS = {
     "guidance_channels": None,
     "guidance_interval": (0.0, 1.0),
 }
+AUTOGUIDANCE_SCALE = 1.5
+# Options that a guide has as the transformer, with their defaults where not every model has them.
+GUIDE_SHARES = {"in_channels": None, "num_classes": None, "noise_scale": 1.0, "interval_embedding": False}
 
 OVERFLOW_HINT = (
     "Try float32 or bfloat16 weights, another scheduler or fewer steps than the training's timesteps, and a smaller "
@@ -91,6 +97,8 @@ MAX_GUIDANCE_SCALE = 1000
 MAX_LORA_ALPHA = 2**20
 MAX_PIXELS = 2**16
 MAX_LATENT_VALUES = 2**30
+# What diffusers' `AutoencoderRAE` adds to the deviations of latents, which contain RAE's own epsilon.
+RAE_EPSILON = 1e-5
 # Of `FlowMapEulerDiscreteScheduler.index_for_timestep`.
 TIMESTEP_TOLERANCE = 1e-3
 
@@ -198,8 +206,37 @@ def _takes_interval(scheduler):
     return "r_timestep" in inspect.signature(scheduler.step).parameters
 
 
+def is_rae(vae: ModelMixin) -> bool:
+    """Whether an autoencoder is an `AutoencoderRAE`: pixels in [0, 1], latents of one size that it normalises."""
+    return "encoder_input_size" in vae.config
+
+
+def rae_scale(vae: ModelMixin) -> torch.Tensor:
+    """RAE's own deviations of latents over those of `AutoencoderRAE`, which have an epsilon twice; `(C, h, w)`."""
+    std = vae._latents_std.float()
+    return std / (std + RAE_EPSILON)
+
+
+def correct_rae(vae: ModelMixin) -> None:
+    """Gives an `AutoencoderRAE` RAE's own positions: diffusers stretches them to those of 16×16 patches."""
+    grid, table = math.isqrt(vae.num_patches), vae.decoder.decoder_pos_embed
+    positions = get_2d_sincos_pos_embed(
+        table.shape[-1], grid, cls_token=True, extra_tokens=1, base_size=grid, output_type="pt"
+    ).to(table)
+    if table.device.type != "meta" and not torch.equal(table[0], positions):
+        logger.warning(f"AutoencoderRAE has positions of 16×16 patches; they are corrected to {grid}×{grid}, its own.")
+        vae.decoder.decoder_pos_embed = positions[None]
+
+
+def latent_channels(vae: ModelMixin) -> int | None:
+    """Channels of a VAE's latents, as its config states them."""
+    return vae.config.get("encoder_hidden_size" if is_rae(vae) else "latent_channels")
+
+
 def spatial_factor(vae: ModelMixin) -> int:
     """Pixels per latent value along one side of a VAE; `ValueError` if neither it nor its config states them."""
+    if is_rae(vae):
+        return vae.config["patch_size"]
     if isinstance(ratio := getattr(vae, "spatial_compression_ratio", None), int):
         return ratio
     channels = vae.config.get("block_out_channels")
@@ -273,7 +310,7 @@ def check_id2label(id2label: Any) -> dict[int, str]:
 def check_component(name: str, part: Any) -> None:
     """Raises `ValueError` for what can't be that component of a pipeline."""
     kind = SchedulerMixin if name == "scheduler" else torch.nn.Module
-    if not isinstance(part, kind) and not (name == "vae" and part is None):
+    if not isinstance(part, kind) and not (name in OPTIONAL and part is None):
         what = "scheduler" if name == "scheduler" else "model"
         raise ValueError(f"`{name}` is a {type(part).__name__}; it must be a diffusers {what}.")
 
@@ -284,6 +321,17 @@ def check_changed(tensors: Any) -> None:
         raise ValueError(
             f"`callback_on_step_end` returned {shown(tensors)}; it must be None or a dictionary of tensors."
         )
+
+
+def check_guide(guide: Mapping, transformer: Mapping) -> None:
+    """Raises `ValueError` for the config of a guide that predicts for other latents or classes than a transformer."""
+    for name, default in GUIDE_SHARES.items():
+        guiding, guided = guide.get(name, default), transformer.get(name, default)
+        if guiding != guided:
+            raise ValueError(
+                f"The guide has {name}={guiding!r}, and the transformer {name}={guided!r}; a guide is a weaker model "
+                "of the same latents and classes."
+            )
 
 
 def shown(value: Any) -> str:
@@ -462,13 +510,16 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         recommended_call (`dict`, *optional*):
             Settings for calls that don't give them: `num_inference_steps`, `guidance_scale`, `guidance_channels`,
             `guidance_interval`.
+        guide (`DiTTransformer2DModel`, *optional*):
+            A weaker model of the same latents and classes. Guidance leads away from what it predicts for the same
+            class (autoguidance, https://arxiv.org/abs/2406.02507), and not from the null class.
 
     Raises:
         ValueError: if the components don't fit together; the message names what differs.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
+    model_cpu_offload_seq = "transformer->guide->vae"
+    _optional_components = [*OPTIONAL]
     _callback_tensor_inputs = ["latents", "class_labels"]
 
     def __init__(
@@ -478,12 +529,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         vae: ModelMixin | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
         recommended_call: dict | None = None,
+        guide: ModelMixin | None = None,
     ):
         super().__init__()
-        parts = {"transformer": transformer, "scheduler": scheduler, "vae": vae}
+        parts = {"transformer": transformer, "scheduler": scheduler, "vae": vae, "guide": guide}
         for name, part in parts.items():
             check_component(name, part)
         self.register_modules(**parts)
+        if vae is not None and is_rae(vae):
+            correct_rae(vae)
         self._check_diffusion()
         self._trained_prediction = self._scheduler_prediction()
         self._trained_alphas = getattr(scheduler, "alphas_cumprod", None)
@@ -497,6 +551,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             json.dumps(dict(recommended_call or {}))
         self.register_to_config(id2label=self.id2label or None, recommended_call=recommended_call)
         self._check_vae()
+        self._check_guide()
         self._current_timestep = None
         try:
             self.resolve_call()
@@ -509,7 +564,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         A pipeline of this class that shares another one's components.
 
         Args:
-            pipeline (`DiffusionPipeline`): With a `transformer`, a `scheduler` and perhaps a `vae`.
+            pipeline (`DiffusionPipeline`): With a `transformer`, a `scheduler`, perhaps a `vae` and a `guide`.
             kwargs: Components and arguments of the constructor that replace the pipeline's; `dtype` casts the weights.
 
         Returns:
@@ -556,7 +611,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     def _occupied(self):
         """As `exclusive`, and refused in the middle of a call, whose state in scheduler and caches would be lost."""
         with self.exclusive():
-            parts = {id(part): part for part in (self, self.transformer, self.scheduler)}
+            parts = {id(part) for part in (self, *self._predictors, self.scheduler)}
             if not _IN_CALL.isdisjoint(parts):
                 raise ValueError(
                     "The pipeline, or one that shares its transformer or scheduler, is in the middle of a call: a "
@@ -569,11 +624,17 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 _IN_CALL.difference_update(parts)
 
     def __setattr__(self, name, value):
-        if name in ("transformer", "scheduler", "vae") and name in vars(self):
+        if name in ("transformer", "scheduler", *OPTIONAL) and name in vars(self):
             if value is not None:  # to free its memory; a call asks for what it needs
                 check_component(name, value)
+            if name == "vae" and value is not None and is_rae(value):
+                correct_rae(value)
             with _held(lambda: [self]):
-                super().__setattr__(name, value)
+                if vars(self)[name] is None:
+                    del vars(self)[name]
+                    self.register_modules(**{name: value})  # or it would be missing where the pipeline is saved
+                else:
+                    super().__setattr__(name, value)
         else:
             super().__setattr__(name, value)
 
@@ -590,8 +651,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)  # may be a path of this machine
         index["_class_name"] = [Path(__file__).stem, type(self).__name__]
-        for name in ("scheduler", "transformer"):
-            auto_map = json.loads(getattr(self, name).to_json_string()).get("auto_map")
+        if self.guide is None:
+            del index["guide"]
+        for name in ("scheduler", "guide", "transformer"):
+            part = getattr(self, name)
+            auto_map = None if part is None else json.loads(part.to_json_string()).get("auto_map")
             if auto_map is not None:
                 index |= {name: auto_map["AutoModel"].split("."), "auto_map": auto_map}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -608,6 +672,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     def is_flow_matching(self) -> bool:
         """Whether the model was trained with flow matching, by the scheduler that the pipeline was built with."""
         return self._trained_prediction == "velocity"
+
+    @property
+    def _predictors(self):
+        """The models that a call evaluates."""
+        return [self.transformer] if self.guide is None else [self.transformer, self.guide]
 
     @property
     def vae_scale_factor(self) -> int:
@@ -697,17 +766,18 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 not given.
 
         Returns:
-            `dict`: all four: those given, else those of `recommended_call`, else 50 steps at scale 4, or 1 for a model
-            without a null class or with guidance in its weights.
+            `dict`: all four: those given, else those of `recommended_call`, else 50 steps at scale 4, or 1.5 with a
+            guide, or 1 for a model without a null class or with guidance in its weights.
 
         Raises:
             ValueError: if a setting is unknown or out of range.
         """
         if unknown := sorted(given.keys() - CALL_DEFAULTS.keys()):
             raise ValueError(f"{unknown[0]!r} is no setting of a call; there are {', '.join(CALL_DEFAULTS)}.")
-        takes_guidance = self._has_null_class and not self._guidance_in_weights
-        defaults = CALL_DEFAULTS if takes_guidance else CALL_DEFAULTS | {"guidance_scale": 1.0}
-        settings = defaults | (self.config.get("recommended_call") or {})
+        scale = CALL_DEFAULTS["guidance_scale"] if self.guide is None else AUTOGUIDANCE_SCALE
+        takes_guidance = (self._has_null_class or self.guide is not None) and not self._guidance_in_weights
+        settings = CALL_DEFAULTS | {"guidance_scale": scale if takes_guidance else 1.0}
+        settings |= self.config.get("recommended_call") or {}
         settings |= {name: value for name, value in given.items() if value is not None}
         if isinstance(settings["guidance_interval"], list):  # as JSON has it
             settings["guidance_interval"] = tuple(settings["guidance_interval"])
@@ -717,8 +787,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         return settings
 
     def check_components(self) -> None:
-        """Raises `ValueError` if the scheduler or the VAE does not fit the transformer, as a call does."""
+        """Raises `ValueError` if scheduler, VAE or guide do not fit the transformer, as a call does."""
         self._check_vae()
+        self._check_guide()
         self._check_scheduler(None, None, 0.0)
 
     def resolve_class_labels(self, class_labels) -> list[int]:
@@ -790,7 +861,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 f"`guidance_scale` is {shown(guidance_scale)}; it must be a number from 0 to {MAX_GUIDANCE_SCALE} (0 "
                 "ignores the class, 1 is no guidance)."
             )
-        if guidance_scale != 1 and not self._has_null_class:
+        if guidance_scale != 1 and not self._has_null_class and self.guide is None:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but the model was built with `class_dropout_prob=0` and has "
                 "no null class to guide away from; pass `guidance_scale=1`."
@@ -939,13 +1010,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _check_vae(self):
         """Refuses a VAE whose latents are not the transformer's."""
-        channels = None if self.vae is None else self.vae.config.get("latent_channels")
+        channels = None if self.vae is None else latent_channels(self.vae)
         if channels is not None and channels != self.transformer.config.in_channels:
             raise ValueError(
                 f"The VAE has {channels} latent channels and the transformer {self.transformer.config.in_channels}; "
                 "they don't belong together."
             )
-        for name in () if self.vae is None else ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        if self.vae is None or is_rae(self.vae):
+            return
+        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
             value, per_channel = self.vae.config.get(name), name.startswith("latents_")
             values = value if isinstance(value, (list, tuple)) else [value]
             fits = isinstance(value, (list, tuple)) == per_channel and all(map(is_finite, values))
@@ -954,6 +1027,24 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 allowed = f"{channels or ''} finite numbers" if per_channel else "a finite number"
                 allowed += ", above 0" if name in ("scaling_factor", "latents_std") else ""
                 raise ValueError(f"The VAE's config has {name}={str(value)[:100]}; it must be {allowed}.")
+
+    def _check_guide(self):
+        """Refuses a guide that predicts something else than the transformer."""
+        if self.guide is not None:
+            check_guide(self.guide.config, self.transformer.config)
+
+    def _check_encoder_refresh(self, steps):
+        """The number of steps of one encoder state; refused where there is none, or another reuse beside it."""
+        steps = self._check_count("encoder_refresh_steps", steps, MAX_STEPS)
+        reasons = {
+            f"{type(self.transformer).__name__} has no encoder": "num_encoder_layers" not in self.transformer.config,
+            "the pipeline has a guide, which is weaker by itself": self.guide is not None,
+            "a cache of blocks is enabled": getattr(self.transformer, "is_cache_enabled", False),
+        }
+        if steps > 1 and any(reasons.values()):
+            reason = next(reason for reason, holds in reasons.items() if holds)
+            raise ValueError(f"`encoder_refresh_steps` is {steps}, but {reason}; leave it at 1.")
+        return steps
 
     def _check_generator(self, generator, count):
         if isinstance(generator, list) and len(generator) != count:
@@ -972,14 +1063,16 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             )
         config = self.transformer.config
         factor = self.vae_scale_factor
+        patch_size = math.lcm(*(model.config.patch_size for model in self._predictors))
         sizes = {"height": height, "width": width}
-        multiple = factor * config.patch_size
+        multiple = factor * patch_size
         for argument, pixels in sizes.items():
             sizes[argument] = None if pixels is None else self._check_count(argument, pixels, MAX_PIXELS, multiple)
         if latents is not None and height is None and width is None and latents.ndim == 4:
             sizes = dict(zip(sizes, (side * factor for side in latents.shape[-2:]), strict=True))
         sides = [(pixels or config.sample_size * factor) // factor for pixels in sizes.values()]
         shape = (batch_size, config.in_channels, *sides)
+        self._check_grid(*sides)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}; these arguments need {shape}.")
         if math.prod(shape) > MAX_LATENT_VALUES:
@@ -987,13 +1080,19 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 f"`class_labels`, `num_images_per_label`, `height` and `width` ask for latents of {shape}; one call "
                 f"makes at most {MAX_LATENT_VALUES:,} values."
             )
-        if any(side % config.patch_size for side in sides):
-            raise ValueError(
-                f"`latents` of {sides[0]}×{sides[1]} are not divisible by patches of {config.patch_size}."
-            )
+        if any(side % patch_size for side in sides):
+            raise ValueError(f"`latents` of {sides[0]}×{sides[1]} are not divisible by patches of {patch_size}.")
         if latents is not None:
             self._check_finite("given latents", latents, "They must be finite numbers.")
         return shape
+
+    def _check_grid(self, height, width):
+        """Refuses latents of another size than the one of an `AutoencoderRAE`."""
+        grid = math.isqrt(self.vae.num_patches) if self.vae is not None and is_rae(self.vae) else None
+        if grid is not None and (height, width) != (grid, grid):
+            raise ValueError(
+                f"The latents are {height}×{width}, and the AutoencoderRAE's {grid}×{grid}; it has no other size."
+            )
 
     def _check_output(self, output_type):
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -1030,8 +1129,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             if hides_variance:
                 scheduler.register_to_config(variance_type=variance_type)
             self._current_timestep = self._trajectory_thread = None
-            if hasattr(self.transformer, "_reset_stateful_cache"):
-                self.transformer._reset_stateful_cache()
+            for model in self._predictors:
+                if hasattr(model, "_reset_stateful_cache"):
+                    model._reset_stateful_cache()
             self.maybe_free_model_hooks()
 
     def _set_timesteps(self, num_inference_steps, timesteps, sigmas, device):
@@ -1067,9 +1167,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def _position(self, index, schedule):
-        """Where the trajectory is, for caches of blocks; before diffusers 0.41 they don't ask."""
-        if "kwargs" not in inspect.signature(self.transformer.cache_context).parameters:
-            return {}
+        """Where the trajectory is, for caches of blocks."""
         position = {"timestep": schedule[index], "step_index": index, "num_inference_steps": len(schedule)}
         has_sigmas = hasattr(self.scheduler, "sigmas")
         return position | {"sigma": float(self.scheduler.sigmas[index])} if has_sigmas else position
@@ -1087,31 +1185,50 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             return torch.zeros_like(schedule)
         return torch.cat([schedule[1:], schedule.new_zeros(1)]) if _takes_interval(self.scheduler) else None
 
-    def _predict(self, model_input, timestep, class_labels, guidance_channels, guided, position=None, r_timestep=None):
-        """One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32."""
-        channels = model_input.shape[1]
-        model_input = model_input.to(self.transformer.dtype)
-        if guided:
+    def _predict(
+        self,
+        model_input,
+        timestep,
+        class_labels,
+        guidance_channels,
+        guided,
+        position=None,
+        r_timestep=None,
+        both=False,
+        shared=None,
+    ):
+        """
+        One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32; of both
+        halves where a later step needs the state of both.
+        """
+        channels, times = model_input.shape[1], {"timestep": timestep, "r_timestep": r_timestep}
+        if (guided or both) and self.guide is None:
             # Unconditional first: the order diffusers' caches expect.
             null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
-            model_input = torch.cat([model_input, model_input])
-            class_labels = torch.cat([null_labels, class_labels])
-        times = {} if r_timestep is None else {"r_timestep": r_timestep.expand(len(model_input))}
-        with self.transformer.cache_context("guided" if guided else "conditional", **(position or {})):
-            output = self.transformer(
-                hidden_states=model_input,
-                timestep=timestep.expand(len(model_input)),
-                class_labels=class_labels,
-                return_dict=False,
-                **times,
-            )[0].float()
+            inputs = torch.cat([model_input, model_input]), torch.cat([null_labels, class_labels])
+            weak, output = self._evaluate(self.transformer, *inputs, times, "guided", position, shared).chunk(2)
+        else:
+            inputs = model_input, class_labels
+            output = self._evaluate(self.transformer, *inputs, times, "conditional", position, shared)
+            weak = self._evaluate(self.guide, *inputs, times, "guide", position) if guided else None
         if guided:
-            unconditional, conditional = output.chunk(2)
             count = guidance_channels or channels
-            direction = conditional[:, :count] - unconditional[:, :count]
-            mean = unconditional[:, :count] + self._guidance_scale * direction
-            output = torch.cat([mean, conditional[:, count:]], dim=1)  # the rest, variance too, is conditional
+            mean = weak[:, :count] + self._guidance_scale * (output[:, :count] - weak[:, :count])
+            output = torch.cat([mean, output[:, count:]], dim=1)  # the rest, variance too, is conditional
         return output if takes_variance(self.scheduler) else output[:, :channels]
+
+    @staticmethod
+    def _evaluate(model, model_input, class_labels, times, context, position, shared=None):
+        """What a model predicts, float32; its encoder's state is taken from `shared` if it is there, or put there."""
+        times = {name: time.expand(len(model_input)) for name, time in times.items() if time is not None}
+        if "kwargs" not in inspect.signature(model.cache_context).parameters:
+            position = None  # before diffusers 0.41 caches don't ask
+        with model.cache_context(context, **(position or {})):
+            inputs = {"hidden_states": model_input.to(model.dtype), "class_labels": class_labels}
+            output = model(**inputs, return_dict=False, **times, **(shared or {}))
+        if shared is not None:
+            shared["encoder_state"] = output[1]
+        return output[0].float()
 
     @torch.no_grad()
     def decode_latents(
@@ -1145,21 +1262,13 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             given = tuple(latents.shape) if is_tensor else type(latents).__name__
             raise ValueError(f"`latents` is {given}; it must be a dense tensor (batch, {channels}, height, width).")
         self._check_vae()
+        self._check_grid(*latents.shape[-2:])
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._check_generator(generator, len(latents))
         self._check_finite("given latents", latents, "They must be finite numbers.")
         if self.vae is None:
             return self.image_processor.postprocess(latents, output_type=output_type)
-        config = self.vae.config
-        latents = latents.to(getattr(self, "_execution_device", self.device)).float() / (
-            config.get("scaling_factor") or 1.0
-        )
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = (
-                latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
-            )
-            latents = latents * std + mean
-        latents = latents + (config.get("shift_factor") or 0.0)
+        latents = self._denormalize(latents.to(getattr(self, "_execution_device", self.device)).float())
         generators = [each for each in (generator if isinstance(generator, list) else [generator]) if each is not None]
         states = [each.get_state() for each in generators]
         dtype = self.vae.dtype
@@ -1176,10 +1285,25 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._check_finite("decoded images", images)
         return self.image_processor.postprocess(images, output_type=output_type)
 
+    def _denormalize(self, latents):
+        """Latents as the VAE decodes them; an `AutoencoderRAE` does the most by itself."""
+        if is_rae(self.vae):
+            return latents * rae_scale(self.vae).to(latents.device)
+        config = self.vae.config
+        latents = latents / (config.get("scaling_factor") or 1.0)
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            mean, std = (
+                latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
+            )
+            latents = latents * std + mean
+        return latents + (config.get("shift_factor") or 0.0)
+
     def _decode(self, latents, generator):
+        """Pixels in [-1, 1]."""
         takes_generator = "generator" in inspect.signature(self.vae.decode).parameters
         options = {"generator": generator} if takes_generator else {}
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0].float()
+        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0].float()
+        return 2 * pixels - 1 if is_rae(self.vae) else pixels
 
     def _check_finite(self, what, values, hint=OVERFLOW_HINT, overflows=False):
         bad = ~torch.isfinite(values).flatten(1).all(dim=1) | overflows
@@ -1207,6 +1331,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         return_dict: bool = True,
+        encoder_refresh_steps: int = 1,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generates images of the given classes. Calls from several threads wait for each other; a callback must not call
@@ -1216,8 +1341,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             class_labels (`int`, `str`, None, `list` of these, or `torch.Tensor` of shape `(B,)`):
                 Class ids or names (see `labels`); None is the null class.
             guidance_scale (`float`, *optional*):
-                Classifier-free guidance, at most 1000: 0 ignores the class, 1 is no guidance. The pipeline's
-                recommended one if not given (see `resolve_call`), as the next three.
+                Classifier-free guidance, or away from the guide if there is one, at most 1000: 0 is what it leads
+                away from, without a class or the guide's, 1 is no guidance. The pipeline's recommended one if not
+                given (see `resolve_call`), as the next three.
             guidance_channels (`int`, *optional*):
                 How many of the first channels are guided. The paper's results guide 3 of 4.
             guidance_interval (`tuple[float, float]`, *optional*):
@@ -1238,6 +1364,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 `f(pipe, step, timestep, tensors) -> tensors`, called after each step; None changes nothing.
             callback_on_step_end_tensor_inputs (`list[str]`): Which of `latents`, `class_labels` it gets.
             return_dict (`bool`, defaults to `True`): Whether to return an `ImagePipelineOutput`.
+            encoder_refresh_steps (`int`, defaults to 1):
+                For models with an encoder (DDT): it runs once in this many evaluations of the model, and those between
+                take the state of the last one, which saves the larger part of their time.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: `images`.
@@ -1270,12 +1399,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         guidance_channels, guidance_interval = settings["guidance_channels"], settings["guidance_interval"]
         generator = list(generator) if isinstance(generator, tuple) else generator
         self._check_generator(generator, len(class_ids) * count)
-        if self.transformer.training and self._has_null_class:
-            raise ValueError("The transformer is in training mode and drops labels; call `pipe.transformer.eval()`.")
+        for name, model in zip(("transformer", "guide"), self._predictors, strict=False):
+            if model.training and model.config.class_dropout_prob > 0:
+                raise ValueError(f"The {name} is in training mode and drops labels; call `pipe.{name}.eval()`.")
         self._check_output(output_type)
         self._check_vae()
+        self._check_guide()
         self._check_scheduler(timesteps, sigmas, eta)
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        encoder_refresh_steps = self._check_encoder_refresh(encoder_refresh_steps)
         shape = self._check_size(height, width, latents, len(class_ids) * count)
         class_ids = [label for label in class_ids for _ in range(count)]
         self._guidance_scale = float(settings["guidance_scale"])
@@ -1299,14 +1431,22 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
         # 3. Denoise
         overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
+        shared: dict | None = {} if encoder_refresh_steps > 1 else None
         with self._trajectory():
             with self.progress_bar(total=len(schedule)) as progress_bar:
                 for index, timestep in enumerate(schedule):
                     if self._interrupt:
                         break
                     self._current_timestep = timestep
+                    # Steps of one encoder state are guided or not, and the state is of both halves if any of them is.
+                    first = index - index % encoder_refresh_steps
+                    if shared is not None and first == index:
+                        shared.clear()
                     scales = self.do_classifier_free_guidance
-                    guided = scales and guidance_interval[0] <= index / len(schedule) < guidance_interval[1]
+                    guided, *others = (
+                        scales and guidance_interval[0] <= step / len(schedule) < guidance_interval[1]
+                        for step in (index, *range(first, first + encoder_refresh_steps))
+                    )
                     model_input = latents
                     if hasattr(self.scheduler, "scale_model_input"):
                         model_input = self.scheduler.scale_model_input(latents, timestep)
@@ -1314,6 +1454,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                         "class_labels": class_labels,
                         "guidance_channels": guidance_channels,
                         "guided": guided,
+                        "both": any(others),
+                        "shared": shared,
                     }
                     position = self._position(index, model_schedule)
                     times = {"timestep": model_schedule[index], "r_timestep": interval_ends[index]}
@@ -1327,6 +1469,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                         check_changed(changed)
                         latents = changed.get("latents", latents)
                         class_labels = changed.get("class_labels", class_labels)
+                        if shared is not None and class_labels is not available["class_labels"]:
+                            shared.clear()
                         if len(latents) != len(overflows):  # the callback alone knows which of them are left
                             overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
                     progress_bar.update()

@@ -25,6 +25,7 @@ except ImportError:  # before diffusers 0.39
 
 from .pipeline_dit_class_cond import check_train_timesteps, errors_of_values, shown, takes_variance, trained_prediction
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .scheduling_flow_match_truncated_euler import FlowMatchTruncatedEulerScheduler
 
 
 __all__ = ["RECIPES", "SchedulerRecipe", "make_scheduler", "trained_options", "trained_prediction"]
@@ -52,6 +53,8 @@ SchedulerRecipe = Literal[
     "flow_map",
     "flow_lcm",
     "flow_sde",
+    "flow_ddt",
+    "flow_rae",
 ]
 RECIPES: dict[SchedulerRecipe, tuple[type[SchedulerMixin] | None, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, TRAINING_DIFFUSION | DDPM),
@@ -72,6 +75,8 @@ RECIPES: dict[SchedulerRecipe, tuple[type[SchedulerMixin] | None, dict[str, Any]
     "flow_map": (FlowMapEulerDiscreteScheduler, {}),
     "flow_lcm": (FlowMatchLCMScheduler, {}),
     "flow_sde": (FlowMatchSDEScheduler, {}),
+    "flow_ddt": (FlowMatchTruncatedEulerScheduler, {"last_sigma": 0.04, "ends_at_data": True}),
+    "flow_rae": (FlowMatchTruncatedEulerScheduler, {"last_sigma": 0.001, "ends_at_data": False}),
 }
 
 
@@ -85,7 +90,10 @@ def make_scheduler(name: SchedulerRecipe, **overrides: Any) -> SchedulerMixin:
             step counts that divide 1000); `"dpm++"`, `"dpm++_singlestep"` and `"unipc"` are fast solvers of the same
             diffusion; `"flow_euler"`, `"flow_heun"`, `"flow_dpm++"` and `"flow_unipc"` sample flow-matching models. In
             the pipeline the first two run N equal steps from sigma 1; the last two start at diffusers' 0.999 for them.
-            `"flow_sde"` takes the stochastic steps that SiT, REPA and REPA-E publish their results with.
+            `"flow_heun"` is JiT's sampler, too.
+            `"flow_sde"` takes the stochastic steps that SiT, REPA and REPA-E publish their results with. `"flow_ddt"`
+            takes DDT's Euler steps, the last of which is longer, and `"flow_rae"` RAE's, which end before the data:
+            both with a `shift`, which RAE chooses by the size of the latents.
             `"flow_map"` and `"flow_lcm"` are for models of few steps, which predict the mean velocity over an
             interval: the first goes from each timestep to the next (MeanFlow), the second to the data and back by
             fresh noise (SoFlow, consistency models).

@@ -167,8 +167,9 @@ DDT = TwoStreamFamily(
     needs_training_only=False,
     wrapper="state_dict",
     writes_tables=False,
-    scheduler="flow_euler",
-    recommended_call={"num_inference_steps": 250, "guidance_scale": 2.0, "guidance_interval": (0.3, 1.0)},
+    scheduler="flow_ddt",
+    # Guidance for times above 0.3, which are the steps from the 79th of 250 on.
+    recommended_call={"num_inference_steps": 250, "guidance_scale": 2.0, "guidance_interval": (78 / 250, 1.0)},
     prefixes={"ema": "ema_denoiser.", "model": "denoiser."},
     layouts=ddt_layouts,
     reference_forward=ddt_reference_forward,

@@ -80,11 +80,13 @@ class Family:
         save_folder (`Callable`, *optional*): Writes a folder from the model's config, the original weights and a path.
         reference_forward (`Callable`): The forward pass of the original weights, see [`reference_forward`].
         scheduler (`str`): The recipe of its sampler.
+        shift (`Callable`, *optional*): The shift of its sampler, by the model's config; 1 if not given.
         scaling_factor (`float`, *optional*): Of the latents, where its code does not take the autoencoder's own.
         latents_statistics (`Callable`, *optional*):
             Mean and standard deviation of the latents, per channel, from the `training_only` weights of a checkpoint
             and the number of channels.
         recommended_call (`dict`): Sampling settings of the published results, as the pipeline's `recommended_call`.
+        autoguidance_scale (`float`, *optional*): Of the published results with a guide.
         published_license (`str`, *optional*): Licence of the code base's own 1000-class weights.
         reading_note (`str`, *optional*): What a user should know about a model that was read.
         writing_note (`str`, *optional*): What a user should know about a checkpoint that was written.
@@ -119,9 +121,11 @@ class Family:
     save_folder: Callable[[Mapping, dict[str, torch.Tensor], Path], None] | None = None
     reference_forward: Callable[..., torch.Tensor] = reference_forward
     scheduler: SchedulerRecipe = "ddpm"
+    shift: Callable[[Mapping], float] | None = None
     scaling_factor: float | None = None
     latents_statistics: Callable[[dict[str, torch.Tensor], int], tuple[list[float], list[float]]] | None = None
     recommended_call: dict = field(default_factory=dict)
+    autoguidance_scale: float | None = None
     published_license: str | None = None
     reading_note: str | None = None
     writing_note: str | None = None

@@ -53,6 +53,8 @@ OPTIONS: dict[str, tuple] = {
     "bias": (True,),
     "modulation_activation": (True,),
 }
+# Values of latents that need no shift.
+SHIFT_BASE = 4096
 AXES = {
     "s_embedder.proj.weight": 4,
     "x_embedder.proj.weight": 4,
@@ -116,6 +118,11 @@ def infer(family, original, hints, path):
     return config, original, family.to_ours(original, config)
 
 
+def latents_shift(config: Mapping) -> float:
+    """The shift of training and sampling, by the size of a model's latents; its code has none below 1."""
+    return math.sqrt(config["in_channels"] * config["sample_size"] ** 2 / SHIFT_BASE)
+
+
 def _count_encoder_blocks(original):
     """The blocks of the first width, which only tells where the decoder has another."""
     num_layers = count_blocks(original)
@@ -142,8 +149,10 @@ RAE = TwoStreamFamily(
     computed_tables=two_stream_tables,
     marks=("enc_feat_rope.",),
     wrapper="ema",
-    scheduler="flow_euler",
+    scheduler="flow_rae",
+    shift=latents_shift,
     recommended_call={"num_inference_steps": 49, "guidance_scale": 1.0},
+    autoguidance_scale=1.42,  # at 256 pixels; 1.5 at 512
     reference_forward=rae_reference_forward,
 )
 
@@ -158,5 +167,7 @@ RAE_LIGHTNINGDIT = replace(
     can_lack_marks=False,
     data_at_one=False,
     wrapper="ema",
+    scheduler=RAE.scheduler,
+    shift=RAE.shift,
     recommended_call=RAE.recommended_call,
 )

@@ -16,12 +16,17 @@ from safetensors.torch import save_file
 
 from ..checkpoints.autoencoder import Autoencoder, build_autoencoder
 from ..checkpoints.latents_stats import read_latents_stats
+from ..checkpoints.links import download, is_link
+from ..checkpoints.loading import build_model
+from ..checkpoints.parsing import parse_checkpoint
 from ..checkpoints.saving import TRAINING_ONLY_FILE
 from ..checkpoints.sizes import IMAGENET_CLASSES
 from ..command_line import ArgumentParser, real, run
-from ..conversion import build_pipeline, check_vae, is_original_vae, load_original_vae
+from ..conversion import build_pipeline, check_vae, is_original_vae, load_original_vae, load_transformer
 from ..files import NO_CONTENT, check_writable, first_line, is_occupied, read_json, writing_folder
 from ..hub import CardFacts, publish_folder, write_card
+from ..models import MODELS
+from ..pipeline_dit_class_cond import check_guide
 from ..transformer_dit import SIZES
 from .verify import DTYPES, add_checkpoint_arguments, read, verify, verify_autoencoder
 
@@ -62,19 +67,41 @@ def card_facts(checkpoint, args):
     return CardFacts(license=args.license or published_license, limits=limits)
 
 
-def save_whole(pipe, checkpoint, args):
-    """Writes to the side, verifies and renames, so that the folder is complete, right, or absent."""
+def read_guide(checkpoint, args):
+    """The model of --guide, and its checkpoint if it is no converted one."""
+    if args.guide is None:
+        return None, None
+    try:
+        if Path(args.guide).is_dir():
+            guide, source = load_transformer(args.guide, DTYPES[args.dtype])[0], None
+        else:
+            path = download(args.guide) if is_link(args.guide) else args.guide
+            source = parse_checkpoint(path, family=args.family, weights=args.weights)
+            guide = build_model(MODELS[source.family.model], source, path, DTYPES[args.dtype])
+        check_guide(guide.config, checkpoint.config)
+    except ValueError as error:
+        raise ValueError(f"--guide: {error}") from None
+    return guide, source
+
+
+def save_whole(pipe, checkpoints, args):
+    """
+    Writes to the side, verifies and renames, so that the folder is complete, right, or absent. The checkpoints are
+    those of the components, by name.
+    """
+    checkpoint = checkpoints["transformer"]
     output_dir = Path(os.path.realpath(args.output_dir))
     occupied = is_occupied(output_dir)
     with writing_folder(output_dir) as partial:
         pipe.save_pretrained(partial)
         write_card(pipe, partial, output_dir.name, card_facts(checkpoint, args))
-        if checkpoint.training_only:
-            save_file(checkpoint.training_only, partial / "transformer" / TRAINING_ONLY_FILE)
-        pipe.transformer.to("meta")  # its weights are on the disk now
+        for name, source in checkpoints.items():
+            if source.training_only:
+                save_file(source.training_only, partial / name / TRAINING_ONLY_FILE)
+            pipe.components[name].to("meta")  # its weights are on the disk now
         try:
-            if not args.skip_verification:
-                verify(checkpoint, partial, args.dtype, label=output_dir)
+            for name, source in () if args.skip_verification else checkpoints.items():
+                verify(source, partial / name, args.dtype, label=output_dir / name if name == "guide" else output_dir)
             if occupied:
                 check_same(partial, output_dir)
                 (partial / "README.md").unlink()  # the one that is there may have been edited
@@ -131,7 +158,7 @@ def find_vae(checkpoint, args):
 
 def convert_autoencoder(autoencoder, args):
     """Writes the folder of an `AutoencoderKL`, whole, verified, or not at all."""
-    for flag in ("vae", "id2label", "license", "push_to_hub"):
+    for flag in ("vae", "id2label", "guide", "shift", "license", "push_to_hub"):
         if getattr(args, flag):
             raise ValueError(f"--{flag} is for pipelines, and {args.checkpoint_path} is an autoencoder; omit it.")
     vae = build_autoencoder(autoencoder, args.checkpoint_path, read_statistics(args), DTYPES[args.dtype])
@@ -162,7 +189,15 @@ def parse_args():
         default=1.0,
         help="What LightningDiT's configuration multiplies normalised latents by.",
     )
+    parser.add_argument(
+        "--guide",
+        help="A weaker model for autoguidance: another checkpoint of the same latents and classes, or the folder of a "
+        "converted one.",
+    )
     parser.add_argument("--id2label", type=Path, help="JSON list of class names, or object of id to name.")
+    parser.add_argument(
+        "--shift", type=real(above=0), help="Of a flow-matching sampler; RAE's follows from the latents if not given."
+    )
     parser.add_argument("--dry_run", action="store_true", help="Say what the file holds and write nothing.")
     parser.add_argument("--skip_verification", action="store_true", help="Do not compare what was written.")
     parser.add_argument("--license", help="The Hub's identifier; cc-by-nc-4.0 for what looks like Meta's weights.")
@@ -196,10 +231,12 @@ def main():
     if not vae and in_channels != 3:
         print("The pipeline has no VAE, so it generates latents (`output_type='latent'`); pass --vae for images.")
     check_names(id2label, checkpoint.config["num_classes"])
+    guide, guide_checkpoint = read_guide(checkpoint, args)
     if args.dry_run:
         return
-    pipe = build_pipeline(checkpoint, args.checkpoint_path, DTYPES[args.dtype], vae, id2label)
-    save_whole(pipe, checkpoint, args)
+    pipe = build_pipeline(checkpoint, args.checkpoint_path, DTYPES[args.dtype], vae, id2label, args.shift, guide)
+    sources = {"transformer": checkpoint} | ({} if guide_checkpoint is None else {"guide": guide_checkpoint})
+    save_whole(pipe, sources, args)
     print(f"Pipeline: {args.output_dir}")
     if args.push_to_hub:
         repo_id = args.hub_model_id or args.output_dir.resolve().name

@@ -9,10 +9,12 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL
 
+from .. import model_folders  # noqa: F401  reads the old names of weights
 from ..bundled import resolve_vae
 from ..dtypes import DTYPE_ARGUMENT
 from ..hub import check_available
-from ..pipeline_dit_class_cond import spatial_factor
+from ..pipeline_dit_class_cond import correct_rae, errors_of_values, is_rae, rae_scale, spatial_factor
+from ..pipeline_dit_class_cond import latent_channels as stated_channels
 
 
 __all__ = [
@@ -50,11 +52,20 @@ def load_autoencoder(
     model_class = getattr(diffusers, name, None)
     if model_class is None or not hasattr(model_class, "encode"):
         raise ValueError(f"{source} holds {name}; pass an autoencoder of diffusers, such as AutoencoderKL.")
-    vae = model_class.from_pretrained(source, subfolder=subfolder, **{DTYPE_ARGUMENT: dtype})
+    options = {DTYPE_ARGUMENT: dtype, "output_loading_info": True}
+    with errors_of_values(f"{source} can't be loaded as {name}"):
+        vae, loaded = model_class.from_pretrained(source, subfolder=subfolder, **options)
     try:
         check_autoencoder(vae)
+        if missing := sorted(loaded["missing_keys"]):
+            raise ValueError(
+                f"its weights have no {missing[0]!r}, nor {len(missing) - 1} others of {name}; save it again with the "
+                "diffusers and transformers that are installed."
+            )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    if is_rae(vae):
+        correct_rae(vae)
     return vae.eval().requires_grad_(False)
 
 
@@ -92,7 +103,7 @@ def latent_channels(vae) -> int:
     Raises:
         ValueError: if its config does not state it.
     """
-    if not isinstance(channels := vae.config.get("latent_channels"), int):
+    if not isinstance(channels := stated_channels(vae), int):
         raise ValueError(f"The config of {type(vae).__name__} has no latent_channels; it is not supported.")
     return channels
 
@@ -109,7 +120,7 @@ def vae_statistics(vae) -> tuple[list[float], list[float]]:
     """
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or std is None:
+    if mean is None or std is None or is_rae(vae):  # RAE's latents are normalised already
         mean, std = [0.0], [1.0]
     shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
     return [value + shift for value in mean], [value / scale for value in std]
@@ -128,6 +139,9 @@ def encode_posterior(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         `tuple[torch.Tensor, torch.Tensor]`: both `(N, C, h, w)`. The standard deviation of a deterministic encoder
         is 0.
     """
+    if is_rae(vae):
+        latents = vae.encode((pixels + 1) / 2).latent / rae_scale(vae).to(pixels)
+        return latents, torch.zeros_like(latents)
     output = vae.encode(pixels)
     if "latent_dist" in output:
         return output.latent_dist.mean, output.latent_dist.std

@@ -21,7 +21,7 @@ from .model_card import CardFacts, build_card, join_cards, read_card, source_rep
 
 logger = logging.get_logger(__name__)
 
-COMPONENTS = ("transformer", "scheduler", "vae")
+COMPONENTS = ("transformer", "scheduler", "vae", "guide")
 # What is saved: the card, configurations, weights, and this package's code.
 SAVED = re.compile(
     r"model_index\.json"
