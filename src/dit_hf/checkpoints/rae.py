@@ -52,6 +52,7 @@ OPTIONS: dict[str, tuple] = {
     "ff": ("swiglu", "gelu"),
     "bias": (True,),
     "modulation_activation": (True,),
+    "has_null_class": (True,),
 }
 AXES = {
     "s_embedder.proj.weight": 4,
