@@ -26,7 +26,8 @@ def read(name, weights="auto"):
     """Family, original weights, and the config read off them."""
     content = torch.load(FIXTURES / f"{name}.pt", weights_only=True)
     if name in DDT_FILES:
-        original = ddt.DDT.select(content["state_dict"], weights)
+        original, _ = ddt.DDT.select(content["state_dict"], weights)
+        original = {key: value for key, value in original.items() if not key.startswith(ddt.DDT.training_only)}
         return ddt.DDT, original, ddt.infer_config(original, num_encoder_blocks=ALL[name])
     original = content.get("ema", content)
     return rae.RAE, original, rae.infer_config(original, num_encoder_blocks=ALL[name])
@@ -325,8 +326,9 @@ def test_compiled_and_raw_weights_of_ddt_are_told_apart():
     state_dict = torch.load(FIXTURES / "ddt_lightning.pt", weights_only=True)["state_dict"]
     compiled = {key.replace("denoiser.", "denoiser._orig_mod.", 1): value for key, value in state_dict.items()}
     for weights in ("auto", "ema", "model"):
-        expected = ddt.DDT.select(state_dict, weights)
-        actual = ddt.DDT.select(compiled, weights)
+        expected, began = ddt.DDT.select(state_dict, weights)
+        actual, _ = ddt.DDT.select(compiled, weights)
+        assert began == {"model": "denoiser"}.get(weights, "ema_denoiser")
         assert actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in expected)
     only_average = torch.load(FIXTURES / "ddt_ema_only.pt", weights_only=True)["state_dict"]
     with pytest.raises(ValueError, match="no 'model' weights; pass weights='ema'"):
