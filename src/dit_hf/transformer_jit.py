@@ -406,7 +406,6 @@ def check_config(config: Mapping) -> None:
         )
 
 
-# Copied from dit_hf.transformer_dit.is_real
 def is_real(value: Any) -> bool:
     """Whether a value is a finite number, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
