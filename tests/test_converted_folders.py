@@ -155,7 +155,9 @@ def test_single_files_load_as_they_convert(folders):
         given = model_class.from_single_file(file, **flags).state_dict()
         converted = DiTClassCondPipeline.from_pretrained(folders[name]).transformer.state_dict()
         assert all(torch.equal(given[key], converted[key]) for key in given | converted)
-    with pytest.raises(ValueError, match=r"holds a JiTTransformer2DModel \(jit\), not a DiT.*`JiTTransformer2DModel\.from"):
+    with pytest.raises(
+        ValueError, match=r"holds a JiTTransformer2DModel \(jit\), not a DiT.*`JiTTransformer2DModel\.from"
+    ):
         DiTTransformer2DModel.from_single_file(FIXTURES / "jit_b16_train.pt")
 
 

@@ -242,9 +242,7 @@ def image_resolution(
     return size * spatial_factor(vae)
 
 
-def new_transformer(
-    preset: str | None, config_file: str | Path | None = None, **config: Any
-) -> PackagedModel:
+def new_transformer(preset: str | None, config_file: str | Path | None = None, **config: Any) -> PackagedModel:
     """
     A transformer with random weights, by a preset or by a file.
 
