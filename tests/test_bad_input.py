@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_transformer, tiny_vae
+from conftest import FIXTURES, tiny_transformer, tiny_vae
 from diffusers.utils.logging import disable_progress_bar
 from huggingface_hub import constants
 from PIL import Image
@@ -77,6 +77,8 @@ def files(tmp_path_factory):
     diffusion = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddpm"))
     diffusion.save_pretrained(folder / "diffusion")
     save_original(diffusion.transformer, FAMILIES["dit"], folder / "dit.pt", None)
+    for name in ("jit_p4", "ddt_lightning", "ddt_ema_only", "rae_dh", "rae_dh_qknorm", "rae_lightningdit"):
+        shutil.copy(FIXTURES / f"{name}.pt", folder)
     for place in ("folder", *(f"data/{split}/{name}" for split in ("train", "test") for name in ("dark", "light"))):
         (folder / place).mkdir(parents=True)
         for index, image in enumerate(images if place == "folder" else images[:2]):
@@ -276,6 +278,21 @@ TABLE = [
     ),
     *rows("convert", "output_dir", (*OUTPUTS, "folder", "config.json")),
     *rows("convert", "vae", ("nope/nope", "config.json", "pipe/transformer", *NAMES)),
+    *rows("convert", "checkpoint_path", ("jit_p4.pt", "ddt_lightning.pt", "ddt_ema_only.pt", "rae_dh_qknorm.pt")),
+    *rows("convert", "in_context_start", (*WHOLE, "2"), checkpoint_path="jit_p4.pt", noise_scale="1"),
+    *rows("convert", "noise_scale", NUMBERS[:-1], checkpoint_path="jit_p4.pt", in_context_start="1"),
+    *rows("convert", "num_attention_heads", ("3", "8"), checkpoint_path="jit_p4.pt", in_context_start="1"),
+    *rows("convert", "num_encoder_blocks", (*WHOLE, "0", "3"), checkpoint_path="ddt_lightning.pt"),
+    *rows("convert", "num_attention_heads", ("2", "3"), checkpoint_path="rae_dh.pt"),
+    *rows("convert", "no_null_class", (True,), checkpoint_path="rae_dh.pt"),
+    *rows("convert", "family", ("jit", "ddt", "rae", "rae_lightningdit", "nope")),
+    *rows("convert", "family", ("dit", "ddt", "rae"), checkpoint_path="jit_p4.pt"),
+    *rows("convert", "family", ("jit", "rae_lightningdit", "lightningdit"), checkpoint_path="rae_dh.pt"),
+    *rows("convert", "family", ("jit", "lightningdit", "dit"), checkpoint_path="rae_lightningdit.pt"),
+    *rows("convert", "weights", ("model", "nope"), checkpoint_path="jit_p4.pt", in_context_start="1"),
+    *rows("convert", "weights", ("model",), checkpoint_path="ddt_ema_only.pt", num_encoder_blocks="1"),
+    *rows("convert", "weights", ("model",), checkpoint_path="rae_lightningdit.pt"),
+    *(row for name in ("in_context_start", "num_encoder_blocks", "noise_scale") for row in rows("convert", name, "2")),
     *rows("export", "checkpoint_path", (*OUTPUTS, "new.txt", "folder", "bad/pipe.pt", "bad/folder.pt")),
     *rows("latents", "train_data_dir", ("nope", "config.json", "bad/pipe.json", "bad/postscript", *NAMES)),
     *rows("latents", "vae", ("nope/nope", "config.json", "pipe/transformer", *NAMES)),

@@ -15,7 +15,7 @@ from .checkpoints.loading import build_model
 from .checkpoints.parsing import Checkpoint
 from .data.autoencoders import check_autoencoder, load_autoencoder
 from .files import read_json
-from .models import MODELS, DiTTransformer2DModel, PackagedModel
+from .models import MODELS, DiTTransformer2DModel, PackagedModel, find_model_class
 from .pipeline import DiTClassCondPipeline
 from .schedulers import make_scheduler, trained_options
 
@@ -217,8 +217,7 @@ def load_transformer(name: str, dtype: torch.dtype | None = None) -> tuple[Packa
         raise ValueError(f"{name} must be the folder of a pipeline or a transformer, a Hub id, or one of {bundled}.")
     subfolder = "transformer" if is_pipeline else None
     config = DiTTransformer2DModel.load_config(str(folder), subfolder=subfolder)
-    model_class = MODELS.get(config.get("_class_name"), DiTTransformer2DModel)
-    return model_class.from_pretrained(str(folder), subfolder=subfolder, dtype=dtype), is_pipeline
+    return find_model_class(config).from_pretrained(str(folder), subfolder=subfolder, dtype=dtype), is_pipeline
 
 
 def is_hub_id(name: str) -> bool:

@@ -339,3 +339,8 @@ class DDTTransformer2DModel(PackagedModel, transformer_ddt.DDTTransformer2DModel
 MODELS: dict[str, type[PackagedModel]] = {
     model.__name__: model for model in (DiTTransformer2DModel, JiTTransformer2DModel, DDTTransformer2DModel)
 }
+
+
+def find_model_class(config: Mapping[str, Any]) -> type[PackagedModel]:
+    """The class of a model by its configuration; DiT's also for the stock diffusers classes that it reads."""
+    return MODELS.get(str(config.get("_class_name")), DiTTransformer2DModel)

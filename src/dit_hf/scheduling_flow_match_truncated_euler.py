@@ -83,7 +83,7 @@ class FlowMatchTruncatedEulerScheduler(SchedulerMixin, ConfigMixin):
                 `ends_at_data` adds a 0.
         """
         if sigmas is None:
-            points = num_inference_steps + (not self.config.ends_at_data)
+            points = int(num_inference_steps or 0) + (not self.config.ends_at_data)
             line = torch.linspace(1.0, self.config.last_sigma, points, dtype=torch.float64)
         else:
             line = torch.tensor(sigmas, dtype=torch.float64)

@@ -749,7 +749,8 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             )
         if force_drop_ids is not None and self.config.class_dropout_prob == 0:
             raise ValueError("`force_drop_ids` needs a null class, and a model with `class_dropout_prob=0` has none.")
-        state_shape = (batch_size, height // patch_size * (width // patch_size), self.class_embed.embedding_dim)
+        encoder_dim = self.config.num_attention_heads * self.config.attention_head_dim
+        state_shape = (batch_size, height // patch_size * (width // patch_size), encoder_dim)
         if encoder_state is not None and encoder_state.shape != state_shape:
             raise ValueError(
                 f"`encoder_state` has shape {tuple(encoder_state.shape)}; these latents need {state_shape}: that of "

@@ -841,9 +841,9 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
             attention_kwargs (`dict`, *optional*): `{"scale": s}` scales LoRA adapters.
             return_dict (`bool`, defaults to `True`): Whether to return a `Transformer2DModelOutput`.
             r_timestep (`torch.Tensor` of shape `(B,)`, or a number, *optional*):
-                With `interval_embedding` the timestep at which the interval ends, at most `timestep` (not checked): the
-                output is the mean velocity from `timestep` to there. If not given, it is `timestep`, and the output the
-                velocity at `timestep`.
+                With `interval_embedding` the timestep at which the interval ends, at most `timestep`, which is not
+                checked: the output is the mean velocity from `timestep` to there. If not given, it is `timestep`, and
+                the output the velocity at `timestep`.
 
         Returns:
             `Transformer2DModelOutput` or `tuple`: `sample` of shape `(B, C, H, W)`, with `learn_sigma`

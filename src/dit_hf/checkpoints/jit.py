@@ -71,7 +71,10 @@ def infer_jit_config(weights: Mapping[str, torch.Tensor], hints: Hints, path: st
         raise ValueError(f"its table of positions has {tokens} tokens, which is no square.")
     if dim % head_dim:
         raise ValueError(f"the width {dim} is not divisible by {head_dim} channels per head.")
+    if (heads := hints.heads(1)) not in (None, [dim // head_dim]):
+        raise ValueError(f"it has {dim // head_dim} attention heads, not num_attention_heads={heads[0]}; omit that.")
     arguments, noise_scale = hints.arguments, hints.noise_scale
+    in_context_start = _context_start(arguments) if hints.in_context_start is None else hints.in_context_start
     if noise_scale is None:
         noise_scale = arguments.get("noise_scale")
     if noise_scale is None:
@@ -90,7 +93,7 @@ def infer_jit_config(weights: Mapping[str, torch.Tensor], hints: Hints, path: st
         "mlp_ratio": infer_mlp_ratio(len(weights[f"{BLOCK}ff.gate_proj.weight"]), dim, swiglu=True),
         "bottleneck_dim": bottleneck_dim,
         "in_context_len": weights["context_embed.positions"].shape[1],
-        "in_context_start": _context_start(arguments) if hints.in_context_start is None else hints.in_context_start,
+        "in_context_start": in_context_start,
         "num_classes": len(weights["class_embed.weight"]) - 1,
         "dropout": arguments.get("proj_dropout", 0.0),
         "t_eps": arguments.get("t_eps", 0.05),
@@ -192,7 +195,7 @@ JIT = Family(
     block_layers={
         layer: ours for layer, ours in LIGHTNINGDIT.block_layers.items() if layer not in ("mlp.fc1", "mlp.fc2")
     },
-    options={},
+    options={"has_null_class": (True,)},
     tables={},
     predictions=("velocity",),
     blocks=PREFIX + "blocks",

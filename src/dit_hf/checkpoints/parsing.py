@@ -148,6 +148,7 @@ def parse_checkpoint(
         raise ValueError(f"Checkpoint {path} is in this package's format already; load it with `from_pretrained`.")
     source = choose_family(family, original, arguments, path)
     try:
+        hints.check_fit(source)
         original, prefix = source.select(original, weights)
     except ValueError as error:
         raise ValueError(f"Checkpoint {path}: {error}") from None

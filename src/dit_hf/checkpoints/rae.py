@@ -52,6 +52,7 @@ OPTIONS: dict[str, tuple] = {
     "ff": ("swiglu", "gelu"),
     "bias": (True,),
     "modulation_activation": (True,),
+    "has_null_class": (True,),
 }
 # Values of latents that need no shift.
 SHIFT_BASE = 4096

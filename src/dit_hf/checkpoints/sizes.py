@@ -27,6 +27,12 @@ IMAGENET_CLASSES = 1000
 # Axes of the weights that dimensions are read off, by our keys.
 RANKS = {"pos_embed.proj.weight": 4, "class_embed.weight": 2, "proj_out.weight": 2}
 BLOCK = "transformer_blocks.0."
+# Hint -> the only model that it says something about.
+HINT_MODELS = {
+    "in_context_start": "JiTTransformer2DModel",
+    "noise_scale": "JiTTransformer2DModel",
+    "num_encoder_blocks": "DDTTransformer2DModel",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,14 @@ class Hints:
             raise ValueError(f"`noise_scale` is {self.noise_scale!r}; it must be a number above 0.")
         if self.has_null_class not in (None, True, False):
             raise ValueError(f"`has_null_class` is {self.has_null_class!r}; it must be True, False or None.")
+
+    def check_fit(self, family: "Family") -> None:
+        """`ValueError` naming a hint that says nothing about a family's models, or contradicts them."""
+        for name, model in HINT_MODELS.items():
+            if getattr(self, name) is not None and family.model != model:
+                raise ValueError(f"{family.name} models have no {name} (`--{name}`); omit it.")
+        if self.has_null_class is False and family.options.get("has_null_class") == (True,):
+            raise ValueError(f"{family.name} models have a null class; omit has_null_class (`--no_null_class`).")
 
     def heads(self, streams: int) -> list[int] | None:
         """One number of heads per stream; `ValueError` for another number of numbers."""

@@ -33,7 +33,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--resolution", type=integer(8, 8192), help="Pixels per side; 64, or those of given latents or weights."
     )
-    data.add_argument("--vae", help="Folder or Hub id of an autoencoder; by default the pretrained pipeline's.")
+    data.add_argument(
+        "--vae", help="Folder or Hub id of an autoencoder; by default the pretrained pipeline's. A JiT needs none."
+    )
     data.add_argument(
         "--shard_size",
         type=integer(1, MAX_SHARD_SIZE),

@@ -1,4 +1,4 @@
-"""Trains a class-conditional DiT on the latents of an image dataset, and writes a pipeline folder."""
+"""Trains a class-conditional DiT on the latents, or a JiT on the pixels, of an image dataset; writes a pipeline."""
 
 import json
 import sys
@@ -10,12 +10,13 @@ import torch
 from accelerate.utils import DistributedType, set_seed
 
 from ..command_line import run
-from ..data.autoencoders import latent_channels, vae_statistics
+from ..data.autoencoders import Pixels, latent_channels, vae_statistics
 from ..data.fingerprints import fingerprint_of
 from ..data.latents import EncodedImages, latent_shape, read_index
 from ..data.shards import known_fingerprint
 from ..files import check_apart, check_folder
 from ..hub import BackgroundUploads, publish_folder
+from ..models import DiTTransformer2DModel
 from ..pipeline import DiTClassCondPipeline
 from ..training.alignment import AlignmentHead, check_depth, load_encoder
 from ..training.batches import SeededBatches
@@ -23,18 +24,21 @@ from ..training.checkpointing import check_resumable
 from ..training.config import TrainingConfig
 from ..training.data import checksums, latent_size, open_latents, write_latents
 from ..training.model import (
+    DEFAULT_RESOLUTION,
     check_architecture,
     check_prediction,
     classes_of_adapters,
     image_resolution,
     load_vae,
     new_transformer,
+    preset_resolution,
     pretrained_transformer,
     recommended_call,
     sampling_scheduler,
+    trained_class,
     transformer_config,
 )
-from ..training.objectives import OBJECTIVES
+from ..training.objectives import OBJECTIVES, choose_objective
 from ..training.plan import training_plan
 from ..training.result import check_hub, logged_distance, save_pipeline, training_facts
 from ..training.running import local_share, on_main, only_run, start_accelerator
@@ -71,11 +75,19 @@ class Training:
     def __init__(self, args, config, accelerator):
         self.args, self.config, self.accelerator = args, config, accelerator
         set_seed(args.seed)
-        pretrained, kind = args.pretrained_model_name_or_path, OBJECTIVES[args.objective].kind
+        pretrained = args.pretrained_model_name_or_path
         if pretrained is not None:
             check_architecture(pretrained)
-            check_prediction(pretrained, kind)
-        self.vae = load_vae(args.vae, pretrained).to(accelerator.device)
+        self.model_class = trained_class(args.preset, args.transformer_config, pretrained)
+        args.objective = choose_objective(args.objective, self.model_class.__name__)
+        row = OBJECTIVES[args.objective]
+        if pretrained is not None:
+            check_prediction(pretrained, row.kind)
+        self.vae = load_vae(args.vae, pretrained, self.model_class).to(accelerator.device)
+        if isinstance(self.vae, Pixels):
+            if args.streaming:
+                raise ValueError("--streaming keeps latents, and this model is trained on pixels; omit it.")
+            args.cache_latents = False  # they would take more room than the images
         args.resolution = self.resolution()
         self.data = self.reader = None
         if args.latents_dir is None:
@@ -87,9 +99,9 @@ class Training:
             self.names, self.class_ids = classes_of_adapters(pretrained, self.found)
         self.transformer = self.build_transformer()
         learn_sigma = self.transformer.config.get("learn_sigma", False)
-        self.scheduler = sampling_scheduler(kind, learn_sigma, pretrained)
-        row = OBJECTIVES[args.objective]
-        self.objective = row.build(self.scheduler, **{flag: getattr(args, flag) for flag in row.flags})
+        self.scheduler = sampling_scheduler(row.kind, learn_sigma, pretrained, args.time_shift)
+        flags = {flag: getattr(args, flag) for flag in row.flags}
+        self.objective = row.build(self.scheduler, self.transformer.config, **flags)
 
     def resolution(self):
         """Pixels per side: what the latents or the pretrained weights are of, or else what is asked for."""
@@ -99,7 +111,8 @@ class Training:
             source, size = args.latents_dir, latent_shape(args.latents_dir)[-1]
         elif source is not None:
             size = transformer_config(source).get("sample_size")
-        return image_resolution(args.resolution, self.vae, source, size)
+        default = preset_resolution(args.preset) if isinstance(self.vae, Pixels) else DEFAULT_RESOLUTION
+        return image_resolution(args.resolution, self.vae, source, size, default)
 
     def build_transformer(self):
         """A model for the dataset's classes and the VAE's latents, new or from given weights."""
@@ -111,8 +124,9 @@ class Training:
                 args.pretrained_model_name_or_path, self.names, args.class_dropout_prob, *adapters, **size
             )
         classes = {"num_classes": len(self.names), "class_dropout_prob": args.class_dropout_prob}
-        learn_sigma = OBJECTIVES[args.objective].kind.learn_sigma
-        return new_transformer(args.preset, args.transformer_config, **size, **classes, learn_sigma=learn_sigma)
+        if self.model_class is DiTTransformer2DModel:  # the others predict no variance
+            classes["learn_sigma"] = OBJECTIVES[args.objective].kind.learn_sigma
+        return new_transformer(args.preset, args.transformer_config, **size, **classes)
 
     def read(self):
         """All that the run reads before it writes, and whether it may resume."""
@@ -171,7 +185,8 @@ class Training:
     def pipeline(self, transformer):
         """The pipeline that is sampled during training and saved at its end."""
         call = recommended_call(self.args.pretrained_model_name_or_path, self.args.class_dropout_prob > 0)
-        pipe = DiTClassCondPipeline(transformer, self.scheduler, self.vae, dict(enumerate(self.names)), call)
+        vae = None if isinstance(self.vae, Pixels) else self.vae
+        pipe = DiTClassCondPipeline(transformer, self.scheduler, vae, dict(enumerate(self.names)), call)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 from ..bundled import resolve_pipeline
-from ..command_line import ArgumentParser
-from ..presets import PRESETS
-from ..training.config import COUNT, GUIDANCE, RANGES, SCHEDULES, SNR_GAMMA
+from ..command_line import ArgumentParser, real
+from ..training.config import COUNT, GUIDANCE, POSITIVE, RANGES, SCHEDULES, SNR_GAMMA
 from ..training.guard import POLICIES
+from ..training.model import PRESET_CLASSES
 from ..training.objectives import OBJECTIVES, TIME_SAMPLERS
 from ..training.recipes import RECIPES
 from .latents import add_data_arguments
@@ -43,8 +43,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     for row in OBJECTIVES.values():
         for flag in row.flags:
-            if flag not in OBJECTIVES[args.objective].flags and getattr(args, flag) != parser.get_default(flag):
-                parser.error(f"--{flag} has no effect on {args.objective}")
+            objective = args.objective or "velocity"  # whichever flow matching fits the model
+            if flag not in OBJECTIVES[objective].flags and getattr(args, flag) != parser.get_default(flag):
+                parser.error(f"--{flag} has no effect on {objective}")
     for flag, without_effect, why in IGNORED:
         if getattr(args, flag) != parser.get_default(flag) and without_effect(args):
             parser.error(f"--{flag} has no effect {why}")
@@ -54,8 +55,6 @@ def parse_args() -> argparse.Namespace:
         args.pretrained_model_name_or_path = resolve_pipeline(args.pretrained_model_name_or_path)
     elif args.vae is None and args.latents_dir is not None:
         args.vae = str(args.latents_dir / "vae")
-    elif args.vae is None:
-        parser.error("--vae is missing: a folder or Hub id of the autoencoder, such as the bundled model's vae folder")
     return args
 
 
@@ -74,8 +73,12 @@ def add_model_arguments(parser):
     )
     model = parser.add_argument_group("model")
     size = model.add_mutually_exclusive_group(required=True)
-    size.add_argument("--preset", choices=PRESETS, help="A size of the paper.")
-    size.add_argument("--transformer_config", type=Path, help="JSON with arguments of DiTTransformer2DModel.")
+    size.add_argument("--preset", choices=PRESET_CLASSES, help="A size of a paper.")
+    size.add_argument(
+        "--transformer_config",
+        type=Path,
+        help="JSON with arguments of DiTTransformer2DModel, or of the class that its _class_name names.",
+    )
     size.add_argument(
         "--pretrained_model_name_or_path", help="Pipeline whose weights to start from: folder, Hub id or bundled name."
     )
@@ -94,8 +97,13 @@ def add_training_arguments(parser):
     """Flags of the loss, the batch and the optimizer."""
     train = parser.add_argument_group("training")
     train.add_argument("--recipe", choices=RECIPES, help="A paper's settings; other flags replace single values.")
-    train.add_argument("--objective", choices=OBJECTIVES, default="velocity", help="What is predicted.")
+    train.add_argument(
+        "--objective", choices=OBJECTIVES, help="What is predicted; velocity, for a JiT clamped_velocity by default."
+    )
     train.add_argument("--time_sampling", choices=TIME_SAMPLERS, default="logit_normal", help="Of velocity's sigma.")
+    train.add_argument("--time_mean", type=real(), help="Of its logit; 0, for a JiT 0.8 by default.")
+    train.add_argument("--time_std", type=POSITIVE, help="Of its logit; 1, for a JiT 0.8 by default.")
+    train.add_argument("--time_shift", type=POSITIVE, default=1.0, help="Shift of sigma, in the sampler as well.")
     train.add_argument(
         "--snr_gamma", type=SNR_GAMMA, help="Bound of min-SNR weights for epsilon, at most 1e6; none if not given."
     )

@@ -95,11 +95,9 @@ def read(args: argparse.Namespace) -> Checkpoint | Autoencoder:
         args.checkpoint_path = str(download(args.checkpoint_path))
     content = read_checkpoint(find_file(Path(args.checkpoint_path)))
     if args.family == VAVAE or (args.family == "auto" and holds_autoencoder(content)):
-        for flag in TRANSFORMER_FLAGS:
+        for flag in TRANSFORMER_FLAGS if holds_autoencoder(content) else ():
             if getattr(args, flag) is not None:
-                raise ValueError(
-                    f"--{flag} is for transformers, and {args.checkpoint_path} is an autoencoder; omit it."
-                )
+                raise ValueError(f"--{flag} is for transformers, and the checkpoint is an autoencoder; omit it.")
         return parse_autoencoder(args.checkpoint_path, args.norm_num_groups, content, args.weights)
     return parse_checkpoint(
         args.checkpoint_path,

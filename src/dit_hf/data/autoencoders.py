@@ -18,6 +18,7 @@ from ..pipeline_dit_class_cond import latent_channels as stated_channels
 
 
 __all__ = [
+    "Pixels",
     "check_autoencoder",
     "encode_posterior",
     "latent_channels",
@@ -25,6 +26,28 @@ __all__ = [
     "spatial_factor",
     "vae_statistics",
 ]
+
+
+class Pixels(torch.nn.Module):
+    """Takes the place of an autoencoder for models that work on images in [-1, 1]: these are its latents."""
+
+    spatial_compression_ratio = 1
+    dtype = torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"latent_channels": 3}
+        self.place: torch.Tensor
+        self.register_buffer("place", torch.empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are moved."""
+        return self.place.device
+
+    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The images as they are."""
+        return {"latent": pixels}
 
 
 def load_autoencoder(

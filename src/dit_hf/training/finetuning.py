@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
-from ..models import DiTTransformer2DModel
+from ..models import DiTTransformer2DModel, PackagedModel, find_model_class
 from ..pipeline import DiTClassCondPipeline
 from ..pipeline_dit_class_cond import find_class
 
@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 def load_for_classes(
     pretrained_model_name_or_path: str | Path, names: list[str], class_dropout_prob: float
-) -> DiTTransformer2DModel:
+) -> PackagedModel:
     """
     A pipeline's transformer in float32, its label table remapped to new classes.
 
@@ -29,9 +29,7 @@ def load_for_classes(
         `DiTTransformer2DModel`
     """
     known = class_names(pretrained_model_name_or_path)
-    model = DiTTransformer2DModel.from_pretrained(
-        pretrained_model_name_or_path, subfolder="transformer", dtype=torch.float32
-    )
+    model = load_trainable(pretrained_model_name_or_path)
     mapped = match_names(names, known)
     if mapped != [*range(model.config.num_classes)]:
         logger.warning(
@@ -40,6 +38,13 @@ def load_for_classes(
         )
     remap_classes(model, mapped, class_dropout_prob)
     return model
+
+
+def load_trainable(pretrained_model_name_or_path: str | Path) -> PackagedModel:
+    """A pipeline's transformer in float32, of whichever class it is."""
+    place = {"subfolder": "transformer"}
+    model_class = find_model_class(DiTTransformer2DModel.load_config(pretrained_model_name_or_path, **place))
+    return model_class.from_pretrained(pretrained_model_name_or_path, dtype=torch.float32, **place)
 
 
 def class_names(pretrained_model_name_or_path: str | Path) -> dict[int, str]:
@@ -137,14 +142,15 @@ def parameter_groups(model: DiTTransformer2DModel, learning_rate: float, layer_d
     Returns:
         `list[dict]`: `params` and `lr`, one entry a depth: embedders, blocks, head.
     """
-    depth = len(model.transformer_blocks)
+    starts = {"transformer_blocks": 1, "decoder_blocks": 1 + len(model.transformer_blocks)}
+    depth = len(model.transformer_blocks) + len(getattr(model, "decoder_blocks", ()))
     layers: list[list[torch.nn.Parameter]] = [[] for _ in range(depth + 2)]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part, _, rest = name.partition(".")
-        if part == "transformer_blocks":
-            layers[int(rest.partition(".")[0]) + 1].append(parameter)
+        if part in starts:
+            layers[starts[part] + int(rest.partition(".")[0])].append(parameter)
         else:
             layers[-1 if part in ("norm_out", "proj_out") else 0].append(parameter)
     return [

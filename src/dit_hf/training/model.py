@@ -7,18 +7,54 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 
-from ..data.autoencoders import load_autoencoder, spatial_factor
+from ..data.autoencoders import Pixels, load_autoencoder, spatial_factor
 from ..files import read_json
-from ..models import DiTTransformer2DModel
-from ..presets import PresetName
+from ..models import MODELS, DiTTransformer2DModel, JiTTransformer2DModel, PackagedModel, find_model_class
+from ..presets import preset_config
 from ..schedulers import make_scheduler, trained_options, trained_prediction
-from .finetuning import class_names, freeze, load_for_classes, match_names
+from .finetuning import class_names, freeze, load_for_classes, load_trainable, match_names
 from .objectives import Objective
+
+
+# Pixels per side, where nothing decides.
+DEFAULT_RESOLUTION = 64
+# Name -> the class that has this preset.
+PRESET_CLASSES: dict[str, type[PackagedModel]] = {
+    name: model_class for model_class in MODELS.values() for name in model_class._presets
+}
+
+
+def trained_class(
+    preset: str | None, config_file: str | Path | None, pretrained_model_name_or_path: str | Path | None
+) -> type[PackagedModel]:
+    """
+    The class of the model that is trained.
+
+    Args:
+        preset (`str`, *optional*): A size of a paper.
+        config_file (`str` or `Path`, *optional*): Instead, JSON with a model's arguments; `_class_name` names another
+            class than `DiTTransformer2DModel`.
+        pretrained_model_name_or_path (`str` or `Path`, *optional*): Instead, the pipeline that training starts from.
+
+    Returns:
+        `type`
+
+    Raises:
+        ValueError: if the file names no class of this package.
+    """
+    if preset is not None:
+        return PRESET_CLASSES[preset]
+    if config_file is None:
+        return find_model_class(transformer_config(str(pretrained_model_name_or_path)))
+    name = read_json(config_file).get("_class_name", DiTTransformer2DModel.__name__)
+    if not isinstance(name, str) or name not in MODELS:
+        raise ValueError(f"--transformer_config {config_file}: its _class_name is {name!r}, not {', '.join(MODELS)}.")
+    return MODELS[name]
 
 
 def check_architecture(pretrained_model_name_or_path: str | Path) -> None:
     """
-    Checks that a pipeline holds a DiT, by its configuration alone.
+    Checks that a pipeline holds a model of this package, by its configuration alone.
 
     Args:
         pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id of a pipeline.
@@ -36,7 +72,7 @@ def check_architecture(pretrained_model_name_or_path: str | Path) -> None:
     config = transformer_config(pretrained_model_name_or_path)
     architecture = config.get("_class_name")
     older_stock = architecture == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
-    if architecture != "DiTTransformer2DModel" and not older_stock:
+    if architecture not in MODELS and not older_stock:
         raise ValueError(f"{found} with a {architecture}; training starts from the folder of a class-conditional DiT.")
 
 
@@ -89,7 +125,10 @@ def check_prediction(pretrained_model_name_or_path: str | Path, objective: type[
 
 
 def sampling_scheduler(
-    objective: type[Objective], learn_sigma: bool, pretrained_model_name_or_path: str | Path | None = None
+    objective: type[Objective],
+    learn_sigma: bool,
+    pretrained_model_name_or_path: str | Path | None = None,
+    time_shift: float = 1.0,
 ):
     """
     A scheduler that samples what is trained; the weights of a pipeline keep its diffusion, or the shift of its flow.
@@ -98,11 +137,15 @@ def sampling_scheduler(
         objective (`type[Objective]`): The class of the objective.
         learn_sigma (`bool`): Whether the transformer predicts its variance.
         pretrained_model_name_or_path (`str` or `Path`, *optional*): The pipeline that training starts from.
+        time_shift (`float`, defaults to 1.0): Of the training's times, which a new model is sampled with as well.
 
     Returns:
         `SchedulerMixin`
     """
-    name, options = objective.sampler, {}
+    name = objective.sampler
+    options: dict[str, Any] = {}
+    if time_shift != 1:
+        options["shift"] = time_shift
     if pretrained_model_name_or_path is not None:
         options = trained_options(name, scheduler_config(pretrained_model_name_or_path))
     if name == "ddpm" and not learn_sigma:
@@ -110,16 +153,22 @@ def sampling_scheduler(
     return make_scheduler(name, **options)
 
 
-def load_vae(vae: str | Path | None, pretrained_model_name_or_path: str | Path | None = None):
+def load_vae(
+    vae: str | Path | None,
+    pretrained_model_name_or_path: str | Path | None = None,
+    model_class: type[PackagedModel] = DiTTransformer2DModel,
+):
     """
-    The autoencoder in float32, frozen: the given one, or that of the pipeline.
+    The autoencoder in float32, frozen: the given one, or that of the pipeline. Without one a pipeline of RGB images,
+    or a new `JiTTransformer2DModel`, works on [`Pixels`].
 
     Args:
         vae (`str` or `Path`, *optional*): Folder or Hub id.
         pretrained_model_name_or_path (`str` or `Path`, *optional*): The pipeline that training starts from.
+        model_class (`type`): Of a new model.
 
     Raises:
-        ValueError: if a given one normalises latents in another way than the pipeline's.
+        ValueError: if a given one normalises latents in another way than the pipeline's, or there is none.
     """
     if vae is not None:
         loaded = load_autoencoder(vae)
@@ -127,7 +176,18 @@ def load_vae(vae: str | Path | None, pretrained_model_name_or_path: str | Path |
             _check_statistics(vae, loaded, pretrained_model_name_or_path)
         return loaded
     if pretrained_model_name_or_path is None:
-        raise ValueError("Pass --vae or --pretrained_model_name_or_path.")
+        if model_class is JiTTransformer2DModel:
+            return Pixels()
+        raise ValueError(
+            "--vae is missing: a folder or Hub id of the autoencoder, such as the bundled model's vae folder."
+        )
+    if not any(DiffusionPipeline.load_config(pretrained_model_name_or_path).get("vae") or ()):
+        channels = transformer_config(pretrained_model_name_or_path).get("in_channels")
+        if channels != 3:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no VAE for its latents of {channels} channels; pass --vae."
+            )
+        return Pixels()
     return load_autoencoder(pretrained_model_name_or_path, subfolder="vae")
 
 
@@ -148,8 +208,19 @@ def _check_statistics(name, vae, pretrained_model_name_or_path):
             )
 
 
+def preset_resolution(preset: str | None) -> int:
+    """Pixels per side that a preset on pixels is for."""
+    if preset is None:
+        return DEFAULT_RESOLUTION
+    return preset_config(preset, PRESET_CLASSES[preset]._presets).get("sample_size", DEFAULT_RESOLUTION)
+
+
 def image_resolution(
-    resolution: int | None, vae, source: str | Path | None = None, size: int | None = None, default: int = 64
+    resolution: int | None,
+    vae,
+    source: str | Path | None = None,
+    size: int | None = None,
+    default: int = DEFAULT_RESOLUTION,
 ) -> int:
     """
     Pixels per side of the images.
@@ -174,29 +245,29 @@ def image_resolution(
     return size * spatial_factor(vae)
 
 
-def new_transformer(
-    preset: PresetName | None, config_file: str | Path | None = None, **config: Any
-) -> DiTTransformer2DModel:
+def new_transformer(preset: str | None, config_file: str | Path | None = None, **config: Any) -> PackagedModel:
     """
     A transformer with random weights, by a preset or by a file.
 
     Args:
         preset (`str`, *optional*): A size of the paper.
-        config_file (`str` or `Path`, *optional*): Instead, JSON with arguments of `DiTTransformer2DModel`.
+        config_file (`str` or `Path`, *optional*): Instead, JSON with arguments of [`trained_class`].
         config: Arguments that data, autoencoder and objective decide.
 
     Raises:
         ValueError: if the file is no JSON object, sets one of these, or an argument that does not exist.
     """
+    model_class = trained_class(preset, config_file, None)
     if preset is not None:
-        return DiTTransformer2DModel.from_preset(preset, **config)
+        return model_class.from_preset(preset, **config)
     if config_file is None:
         raise ValueError("Pass --preset or --transformer_config.")
     given = read_json(config_file)
+    given.pop("_class_name", None)
     if clash := sorted(config.keys() & given.keys()):
         raise ValueError(f"--transformer_config sets {', '.join(clash)}, which data, VAE and flags decide here.")
     try:
-        return DiTTransformer2DModel(**(config | given))
+        return model_class(**(config | given))
     except (TypeError, ValueError) as error:
         raise ValueError(f"--transformer_config {config_file}: {error}") from error
 
@@ -209,7 +280,7 @@ def pretrained_transformer(
     lora_alpha: int | None = None,
     frozen: list[str] | None = None,
     **config,
-) -> DiTTransformer2DModel:
+) -> PackagedModel:
     """
     A pipeline's transformer for other classes, or with adapters for its own.
 
@@ -228,8 +299,7 @@ def pretrained_transformer(
     if lora_rank is None:
         model = load_for_classes(pretrained_model_name_or_path, names, class_dropout_prob)
     else:
-        options = {"subfolder": "transformer", "dtype": torch.float32}
-        model = DiTTransformer2DModel.from_pretrained(pretrained_model_name_or_path, **options)
+        model = load_trainable(pretrained_model_name_or_path)
         if class_dropout_prob > 0 and model.config.class_dropout_prob == 0:
             raise ValueError(
                 f"{pretrained_model_name_or_path} has no null class, and adapters can't add one; pass "

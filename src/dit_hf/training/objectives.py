@@ -60,6 +60,32 @@ class LogitNormal:
 
 
 @dataclass(frozen=True)
+class Shifted:
+    """
+    Times moved towards the noise, t to a·t / (1 + (a − 1)·t), as flow-matching schedulers do for `shift=a` (Stable
+    Diffusion 3, https://arxiv.org/abs/2403.03206, eq. 23); RAE's a is the root of a latent's values over 4096.
+    `ValueError` if a is not positive.
+    """
+
+    time_sampler: Callable[[int, torch.Generator], torch.Tensor]
+    shift: float
+
+    def __post_init__(self):
+        POSITIVE.check("shift", self.shift)
+
+    def __call__(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Times of shape `(count,)`."""
+        return self.move(self.time_sampler(count, generator))
+
+    def move(self, time: torch.Tensor) -> torch.Tensor:
+        """Times of any shape, shifted."""
+        return self.shift * time / (1 + (self.shift - 1) * time)
+
+    def __str__(self):
+        return f"{self.time_sampler}, shifted by {self.shift}"
+
+
+@dataclass(frozen=True)
 class MinSNR:
     """
     Weights min(SNR, gamma) / SNR of an epsilon loss (Min-SNR, https://arxiv.org/abs/2303.09556); `ValueError` if gamma
@@ -281,30 +307,97 @@ class EpsilonObjective(Objective):
         return {"objective": self.name, "snr_gamma": gamma, "diffusion": diffusion}
 
 
-TIME_SAMPLERS = {"uniform": Uniform, "logit_normal": LogitNormal}
+TIME_SAMPLERS = ("uniform", "logit_normal")
+
+
+def build_time_sampler(
+    default: LogitNormal, time_sampling: str, time_mean: float | None, time_std: float | None, time_shift: float
+) -> Callable[[int, torch.Generator], torch.Tensor]:
+    """
+    The times that the flags name.
+
+    Args:
+        default (`LogitNormal`): Of the objective, for what is not given.
+        time_sampling (`str`): One of `TIME_SAMPLERS`.
+        time_mean (`float`, *optional*): Of the logit.
+        time_std (`float`, *optional*): Of the logit.
+        time_shift (`float`): 1 for none.
+
+    Returns:
+        `Callable`: from a count and a generator to times.
+
+    Raises:
+        ValueError: if uniform times are given the mean or deviation of a logit.
+    """
+    if time_sampling == "logit_normal":
+        mean, std = (
+            own if given is None else given for given, own in ((time_mean, default.mean), (time_std, default.std))
+        )
+        sampler: Callable[..., torch.Tensor] = LogitNormal(mean, std)
+    elif time_mean is None and time_std is None:
+        sampler = Uniform()
+    else:
+        raise ValueError("--time_mean and --time_std are of --time_sampling logit_normal; omit them.")
+    return sampler if time_shift == 1 else Shifted(sampler, time_shift)
+
+
+def _build_velocity(scheduler, config, cosine_loss, **times):
+    return VelocityObjective(build_time_sampler(VelocityObjective.time_sampler, **times), cosine_loss)
+
+
+def _build_clamped_velocity(scheduler, config, cosine_loss, **times):
+    sampler = build_time_sampler(ClampedVelocityObjective.time_sampler, **times)
+    return ClampedVelocityObjective(sampler, cosine_loss, config["t_eps"], config["noise_scale"])
+
+
+def _build_epsilon(scheduler, config, snr_gamma):
+    return EpsilonObjective(scheduler, None if snr_gamma is None else MinSNR(snr_gamma))
 
 
 @dataclass(frozen=True)
 class ObjectiveRow:
-    """A row of [`OBJECTIVES`]: the class, the flags it takes, and how it is built from a scheduler and these flags."""
+    """
+    A row of [`OBJECTIVES`]: the class, the models that can be trained on it, the flags it takes, and how it is built
+    from a scheduler, the model's config and these flags.
+    """
 
     kind: type[Objective]
+    models: tuple[str, ...]
     flags: tuple[str, ...]
     build: Callable[..., Objective]
 
 
+FLOW_FLAGS = ("time_sampling", "time_mean", "time_std", "time_shift", "cosine_loss")
+# A model's objective, if none is asked for, is the first that it can be trained on.
 OBJECTIVES = {
     "velocity": ObjectiveRow(
-        VelocityObjective,
-        ("time_sampling", "cosine_loss"),
-        lambda scheduler, time_sampling, cosine_loss: VelocityObjective(TIME_SAMPLERS[time_sampling](), cosine_loss),
+        VelocityObjective, ("DiTTransformer2DModel", "DDTTransformer2DModel"), FLOW_FLAGS, _build_velocity
     ),
-    "epsilon": ObjectiveRow(
-        EpsilonObjective,
-        ("snr_gamma",),
-        lambda scheduler, snr_gamma: EpsilonObjective(scheduler, None if snr_gamma is None else MinSNR(snr_gamma)),
+    "clamped_velocity": ObjectiveRow(
+        ClampedVelocityObjective, ("JiTTransformer2DModel",), FLOW_FLAGS, _build_clamped_velocity
     ),
+    "epsilon": ObjectiveRow(EpsilonObjective, ("DiTTransformer2DModel",), ("snr_gamma",), _build_epsilon),
 }
+
+
+def choose_objective(name: str | None, model: str) -> str:
+    """
+    The objective that a model is trained on.
+
+    Args:
+        name (`str`, *optional*): What was asked for, a name of [`OBJECTIVES`].
+        model (`str`): The name of the model's class.
+
+    Returns:
+        `str`: a name of [`OBJECTIVES`].
+
+    Raises:
+        ValueError: if the model can't be trained on it.
+    """
+    fitting = [objective for objective, row in OBJECTIVES.items() if model in row.models]
+    if name is not None and name not in fitting:
+        raise ValueError(f"A {model} is not trained with --objective {name}; pass --objective {' or '.join(fitting)}.")
+    return name or fitting[0]
 
 
 def draw_batch(

@@ -382,7 +382,7 @@ class Trainer:
             weights = self.accelerator.get_state_dict(self.wrapped)
             model = None
             if self.accelerator.is_main_process:
-                model = DiTTransformer2DModel.from_config(self.transformer.config)
+                model = type(self.transformer).from_config(self.transformer.config)
                 model.load_state_dict(weights)
             yield model
 
