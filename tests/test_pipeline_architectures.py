@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, load_golden, tiny_transformer, tiny_two_streams
+from conftest import FIXTURES, ROOT, load_golden, tiny_design, tiny_transformer
 from diffusers import AutoencoderRAE
 from diffusers.hooks import FirstBlockCacheConfig
 from safetensors import safe_open
@@ -307,7 +307,7 @@ def test_steps_share_an_encoder_state_as_the_original(name, sample):
 
 def test_an_encoder_state_is_not_shared_across_other_labels():
     """A callback that changes the labels, or drops an image, gets a state of its own."""
-    pipe = DiTClassCondPipeline(tiny_two_streams("ddt"), make_scheduler("flow_euler"))
+    pipe = DiTClassCondPipeline(tiny_design("ddt"), make_scheduler("flow_euler"))
 
     def drop(pipe, step, timestep, tensors):
         return {name: tensor[:1] for name, tensor in tensors.items()} if step == 0 else None
@@ -330,14 +330,14 @@ def test_encoder_states_are_shared_where_there_are_some():
     pipe = DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"))
     with pytest.raises(ValueError, match="is 2, but DiTTransformer2DModel has no encoder; leave it at 1"):
         pipe(1, encoder_refresh_steps=2, output_type="latent")
-    pipe = DiTClassCondPipeline(tiny_two_streams("ddt"), make_scheduler("flow_euler"))
+    pipe = DiTClassCondPipeline(tiny_design("ddt"), make_scheduler("flow_euler"))
     with pytest.raises(ValueError, match="`encoder_refresh_steps` is 0"):
         pipe(1, encoder_refresh_steps=0, output_type="latent")
     pipe.transformer.enable_cache(FirstBlockCacheConfig())
     with pytest.raises(ValueError, match="a cache of blocks is enabled"):
         pipe(1, encoder_refresh_steps=2, output_type="latent")
     pipe.transformer.disable_cache()
-    pipe.guide = tiny_two_streams("ddt")
+    pipe.guide = tiny_design("ddt")
     with pytest.raises(ValueError, match="has a guide"):
         pipe(1, encoder_refresh_steps=2, output_type="latent")
 

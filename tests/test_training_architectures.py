@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FIXTURES, load_golden, tiny_transformer, tiny_two_streams
+from conftest import FIXTURES, load_golden, tiny_design, tiny_transformer
 from safetensors.torch import load_file
 from testing_utils.training_runs import read_log, refused, run, train_command
 
@@ -174,7 +174,7 @@ def test_every_preset_is_one_of_the_command():
 
 
 def test_layer_decay_reaches_both_streams():
-    model = tiny_two_streams("ddt")
+    model = tiny_design("ddt")
     rates = {id(weight): group["lr"] for group in parameter_groups(model, 1.0, 0.5) for weight in group["params"]}
     blocks = [*model.transformer_blocks, *model.decoder_blocks]
     assert [rates[id(block.modulation.weight)] for block in blocks] == [0.0625, 0.125, 0.25, 0.5]

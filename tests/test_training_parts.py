@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TWO_STREAMS, tiny_design, tiny_inputs, tiny_transformer, tiny_two_streams
+from conftest import ROOT, tiny_design, tiny_inputs, tiny_transformer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from testing_utils.hub_server import HubServer
@@ -182,7 +182,7 @@ def test_a_vision_model_with_buffers_of_its_own_measures_images(tmp_path):
 
 @pytest.mark.parametrize("name", ["adaln_zero", "in_context", "jit", "ddt"])
 def test_alignment_teaches_a_block_the_features(name):
-    transformer = (tiny_two_streams if name in TWO_STREAMS else tiny_design)(name).train()
+    transformer = tiny_design(name).train()
     torch.manual_seed(0)
     head = AlignmentHead(transformer, 1, 6)
     features = torch.randn(3, 6, 4, 4)
