@@ -89,6 +89,7 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
         in_context_start: int | None = None,
         num_encoder_blocks: int | None = None,
         noise_scale: float | None = None,
+        in_channels: int | None = None,
     ) -> Self:
         """
         Loads a checkpoint of an original code base.
@@ -114,6 +115,7 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
             in_context_start (`int`, *optional*): The block before which JiT's context tokens join, if nothing tells.
             num_encoder_blocks (`int`, *optional*): How many of DDT's blocks are the encoder, if nothing tells.
             noise_scale (`float`, *optional*): Of JiT, if nothing tells.
+            in_channels (`int`, *optional*): Of DDT's latents, if they are neither 4 nor 3.
 
         Returns:
             `DiTTransformer2DModel`, `JiTTransformer2DModel` or `DDTTransformer2DModel`: in eval mode.
@@ -130,6 +132,7 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
             "in_context_start": in_context_start,
             "num_encoder_blocks": num_encoder_blocks,
             "noise_scale": noise_scale,
+            "in_channels": in_channels,
         }
         return load_model(cls, pretrained_model_link_or_path, dtype, family=family, weights=weights, **hints)
 

@@ -125,7 +125,8 @@ def infer_config(
 
 def infer(family, original, hints, path):
     """As [`dit_hf.checkpoints.sizes.infer`]."""
-    config = infer_config(original, hints.heads(2), hints.num_encoder_blocks, name=f"Checkpoint {path}")
+    told = (hints.heads(2), hints.num_encoder_blocks, hints.in_channels)
+    config = infer_config(original, *told, name=f"Checkpoint {path}")
     return config, original, family.to_ours(original, config)
 
 

@@ -104,6 +104,7 @@ def parse_checkpoint(
     in_context_start: int | None = None,
     num_encoder_blocks: int | None = None,
     noise_scale: float | None = None,
+    in_channels: int | None = None,
 ) -> Checkpoint:
     """
     Reads a checkpoint and what its weights say about the model; only baked weights are copied.
@@ -125,6 +126,7 @@ def parse_checkpoint(
         in_context_start (`int`, *optional*): The block before which JiT's context tokens join, if nothing tells.
         num_encoder_blocks (`int`, *optional*): How many of DDT's blocks are the encoder, if nothing tells.
         noise_scale (`float`, *optional*): Of JiT, if nothing tells.
+        in_channels (`int`, *optional*): Of DDT's latents, if they are neither 4 nor 3.
 
     Returns:
         `Checkpoint`
@@ -133,7 +135,13 @@ def parse_checkpoint(
         ValueError: if the file is no such checkpoint; the message names the file and the key.
     """
     hints = Hints(
-        num_attention_heads, embedders_of_block, has_null_class, in_context_start, num_encoder_blocks, noise_scale
+        num_attention_heads=num_attention_heads,
+        embedders_of_block=embedders_of_block,
+        has_null_class=has_null_class,
+        in_context_start=in_context_start,
+        num_encoder_blocks=num_encoder_blocks,
+        noise_scale=noise_scale,
+        in_channels=in_channels,
     )
     if family not in ("auto", *FAMILIES):
         raise ValueError(f"`family` is {family!r}; it must be one of auto, {', '.join(FAMILIES)}.")

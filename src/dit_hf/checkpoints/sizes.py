@@ -47,6 +47,7 @@ class Hints:
         in_context_start (`int`, *optional*): The block before which JiT's context tokens join.
         num_encoder_blocks (`int`, *optional*): How many of DDT's blocks, the first ones, are the encoder.
         noise_scale (`float`, *optional*): Of JiT.
+        in_channels (`int`, *optional*): Of DDT's latents, whose patches are vectors in its weights.
         arguments (`dict`): Of the training script; empty if the file has none.
     """
 
@@ -56,12 +57,14 @@ class Hints:
     in_context_start: int | None = None
     num_encoder_blocks: int | None = None
     noise_scale: float | None = None
+    in_channels: int | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         heads = self.num_attention_heads
         counts = [("num_attention_heads", 1, each) for each in (heads if isinstance(heads, list | tuple) else [heads])]
         counts += [("in_context_start", 0, self.in_context_start), ("num_encoder_blocks", 1, self.num_encoder_blocks)]
+        counts += [("in_channels", 1, self.in_channels)]
         for name, smallest, value in counts:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
                 raise ValueError(f"`{name}` is {value!r}; it must be a whole number from {smallest}.")

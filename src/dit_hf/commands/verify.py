@@ -26,7 +26,7 @@ from ..hub import source_file
 
 TRANSFORMER_FLAGS = (
     *("num_attention_heads", "has_null_class", "embedders_of_block"),
-    *("in_context_start", "num_encoder_blocks", "noise_scale"),
+    *("in_context_start", "num_encoder_blocks", "noise_scale", "in_channels"),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,6 +58,9 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--num_encoder_blocks", type=integer(at_least=1), help="Blocks of the encoder of a DDT or DiT-DH, the first."
+    )
+    parser.add_argument(
+        "--in_channels", type=integer(at_least=1), help="Of the latents of a DDT, if they are neither 4 nor 3."
     )
     parser.add_argument("--noise_scale", type=real(above=0), help="Standard deviation of the noise of a JiT.")
     null_class = parser.add_mutually_exclusive_group()
@@ -110,6 +113,7 @@ def read(args: argparse.Namespace) -> Checkpoint | Autoencoder:
         args.in_context_start,
         args.num_encoder_blocks,
         args.noise_scale,
+        args.in_channels,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers.utils import logging
 
 from ..data.autoencoders import Pixels, load_autoencoder, spatial_factor
 from ..files import read_json
@@ -14,6 +15,9 @@ from ..presets import preset_config
 from ..schedulers import make_scheduler, trained_options, trained_prediction
 from .finetuning import class_names, freeze, load_for_classes, load_trainable, match_names
 from .objectives import Objective
+
+
+logger = logging.get_logger(__name__)
 
 
 # Pixels per side, where nothing decides.
@@ -311,6 +315,12 @@ def pretrained_transformer(
                 f"{pretrained_model_name_or_path} has {name}={model.config[name]}, where the data and the VAE need "
                 f"{value}."
             )
+    if model.config.get("guidance_in_weights"):
+        logger.warning(
+            "The guidance that was trained into the weights gets lost in training without it; sample the result with a "
+            "guidance_scale above 1."
+        )
+        model.register_to_config(guidance_in_weights=False)
     if lora_rank is not None:
         from .lora import add_lora  # needs peft
 
