@@ -10,6 +10,7 @@ from diffusers.schedulers import scheduling_flow_match_lcm
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, optimize, restore
 from dit_hf.checkpoints import meanflow
 from dit_hf.checkpoints.parsing import parse_checkpoint
+from dit_hf.training.model import pretrained_transformer
 
 
 # Fixture -> its heads, whether it has a null class, the name of the second time, the recipe of its sampler.
@@ -230,3 +231,9 @@ def test_the_config_of_a_soflow_run_counts(text, message, tmp_path):
     for other in ("name: !ENV ${USER}", "a: [1, 2", "cfg_drop_rate: 0.0"):  # of another program
         (tmp_path / "config.yaml").write_text(other)
         assert parse_checkpoint(file, 2).config["num_classes"] == 4
+
+
+def test_training_without_guidance_takes_it_out_of_the_weights(tmp_path, caplog):
+    DiTClassCondPipeline(load("soflow_p2"), make_scheduler("flow_lcm")).save_pretrained(tmp_path / "soflow")
+    model = pretrained_transformer(tmp_path / "soflow", ["one", "two"], 0.1, in_channels=4)
+    assert not model.config.guidance_in_weights and "sample the result with a guidance_scale above 1" in caplog.text

@@ -317,8 +317,8 @@ def pretrained_transformer(
             )
     if model.config.get("guidance_in_weights"):
         logger.warning(
-            "The guidance that was trained into the weights gets lost in training without it; sample the result with a "
-            "guidance_scale above 1."
+            "The guidance that was trained into the weights gets lost in training without it; sample the result with "
+            "a guidance_scale above 1."
         )
         model.register_to_config(guidance_in_weights=False)
     if lora_rank is not None:
