@@ -2,6 +2,7 @@
 """Private memory of a conversion, verification included, over the size of the checkpoint.
 
     python benchmarks/conversion_memory.py --preset DiT-XL/2
+    python benchmarks/conversion_memory.py --preset JiT-B/16 --family jit
 
 Expected: at most 1.3, beyond what the imports take; a minute and 5 GB of disk for XL/2. Prints JSON. Linux only: the
 figure is the peak of `RssAnon`, sampled every 5 ms.
@@ -19,12 +20,12 @@ import torch
 from diffusers import AutoencoderKL
 from timing import peak_memory
 
-from dit_hf import DiTTransformer2DModel
-from dit_hf.checkpoints import DIT
+from dit_hf.checkpoints import FAMILIES
 from dit_hf.checkpoints.autoencoder import original_autoencoder
 from dit_hf.checkpoints.saving import original_state_dict
 from dit_hf.command_line import run
-from dit_hf.presets import PRESETS
+from dit_hf.models import MODELS
+from dit_hf.presets import DDT_PRESETS, JIT_PRESETS, PRESETS
 
 
 # VA-VAE's autoencoder, f16d32.
@@ -39,7 +40,7 @@ LAYOUT = {
 CONVERT = Path(__file__).parents[1] / "conversion" / "convert_original_to_hf.py"
 
 
-def measure(preset, folder):
+def measure(preset, family, folder):
     """Writes a checkpoint of random weights, converts it, and compares with a process that only imports."""
     file, statistics = folder / "checkpoint.pt", folder / "latents_stats.pt"
     if preset == AUTOENCODER:
@@ -47,10 +48,14 @@ def measure(preset, folder):
         torch.save(original_autoencoder(AutoencoderKL(**LAYOUT)), file)
         torch.save({"mean": torch.zeros(32), "std": torch.ones(32)}, statistics)
     else:
-        flags = ["--family", "dit"]
-        model = DiTTransformer2DModel.from_preset(preset)
+        row = FAMILIES[family]
+        model = MODELS[row.model].from_preset(preset, **row.fixed_options)
         torch.nn.init.normal_(model.proj_out.weight)  # a fresh head is zero, and so are all outputs
-        torch.save(original_state_dict(model, DIT), file)
+        weights = row.file_keys(original_state_dict(model, row))
+        torch.save({row.wrapper: weights} if row.wrapper else weights, file)
+        flags = ["--family", family]
+        if "in_context_start" in model.config:
+            flags += ["--in_context_start", str(model.config.in_context_start)]
     # Otherwise glibc keeps freed tensors for itself, as many as chance has it: the figure varied by 34 MB.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
     baseline = peak_memory([sys.executable, "-c", "import dit_hf.commands.convert, time; time.sleep(0.5)"])
@@ -71,10 +76,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--preset", choices=(*PRESETS, AUTOENCODER), default="DiT-XL/2", help="Size of the model.")
+    presets = (*PRESETS, *JIT_PRESETS, *DDT_PRESETS, AUTOENCODER)
+    parser.add_argument("--preset", choices=presets, default="DiT-XL/2", help="Size of the model.")
+    families = [name for name, family in FAMILIES.items() if not (family.training_only and family.needs_training_only)]
+    parser.add_argument("--family", choices=families, default="dit", help="Code base of the checkpoint.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(args.preset, Path(folder)), indent=2))
+        print(json.dumps(measure(args.preset, args.family, Path(folder)), indent=2))
 
 
 if __name__ == "__main__":
