@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_hf import DiTTransformer2DModel, JiTTransformer2DModel
-from dit_hf.checkpoints.parsing import KNOWN_HEADS
+from dit_hf.checkpoints.sizes import KNOWN_HEADS
 from dit_hf.complexity import count_macs
 from dit_hf.presets import JIT_PRESETS, PRESETS
 
