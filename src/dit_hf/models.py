@@ -19,7 +19,7 @@ from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
 from .files import check_path, reading, writing_folder
-from .presets import DDT_PRESETS, JIT_PRESETS, PRESETS, preset_config
+from .presets import DDT_PRESETS, JIT_PRESETS, PRESETS, DDTPresetName, JiTPresetName, PresetName, preset_config
 
 
 logger = logging.get_logger(__name__)
@@ -263,6 +263,9 @@ class DiTTransformer2DModel(PackagedModel, transformer_dit.DiTTransformer2DModel
 
         def __init__(self, **config: Any) -> None: ...
 
+        @classmethod
+        def from_preset(cls, name: PresetName, **overrides: Any) -> Self: ...
+
         @overload
         def __call__(
             self,
@@ -308,6 +311,9 @@ class JiTTransformer2DModel(PackagedModel, transformer_jit.JiTTransformer2DModel
 
         def __init__(self, **config: Any) -> None: ...
 
+        @classmethod
+        def from_preset(cls, name: JiTPresetName, **overrides: Any) -> Self: ...
+
 
 class DDTTransformer2DModel(PackagedModel, transformer_ddt.DDTTransformer2DModel):
     __doc__ = transformer_ddt.DDTTransformer2DModel.__doc__
@@ -316,6 +322,9 @@ class DDTTransformer2DModel(PackagedModel, transformer_ddt.DDTTransformer2DModel
     if TYPE_CHECKING:
 
         def __init__(self, **config: Any) -> None: ...
+
+        @classmethod
+        def from_preset(cls, name: DDTPresetName, **overrides: Any) -> Self: ...
 
 
 # By their names, as configurations and rows of families have them.

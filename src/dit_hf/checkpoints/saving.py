@@ -65,12 +65,13 @@ def original_state_dict(model, family: Family, training_only: str | Path | None 
     weights = family.to_original(model.state_dict(), model.config)
     if family.writes_tables:
         weights |= original_tables(family, model)
-    is_there = training_only is not None and Path(training_only).is_file()
-    if family.training_only and (is_there or family.needs_training_only):
-        if not is_there:
+    if training_only is not None and not Path(training_only).is_file():
+        training_only = None
+    if family.training_only and (training_only is not None or family.needs_training_only):
+        if training_only is None:
             names = " and ".join(f"{prefix}*" for prefix in family.training_only)
             raise ValueError(
-                f"There is no {training_only or TRAINING_ONLY_FILE} with the {names} weights that "
+                f"There is no {TRAINING_ONLY_FILE} with the {names} weights that "
                 f"{family.name}'s code loads with the model; export it as a family that has none of them."
             )
         with reading(training_only, "a file of weights"):

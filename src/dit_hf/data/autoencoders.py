@@ -35,6 +35,7 @@ class Pixels(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.config = {"latent_channels": 3}
+        self.place: torch.Tensor
         self.register_buffer("place", torch.empty(0), persistent=False)
 
     @property
