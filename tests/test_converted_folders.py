@@ -134,9 +134,6 @@ def wanted(content, weights):
         ("repae", "FlowMatchEulerDiscreteScheduler", {"num_inference_steps": 250, "guidance_scale": 2.5}),
         ("lightningdit", "FlowMatchEulerDiscreteScheduler", {"num_inference_steps": 250}),
         ("jit", "FlowMatchHeunDiscreteScheduler", {"num_inference_steps": 50, "guidance_scale": 3.0}),
-        ("ddt", "FlowMatchEulerDiscreteScheduler", {"num_inference_steps": 250, "guidance_interval": (0.3, 1.0)}),
-        ("rae", "FlowMatchEulerDiscreteScheduler", {"guidance_scale": 1.0}),
-        ("rae_lightningdit", "FlowMatchEulerDiscreteScheduler", {"guidance_scale": 1.0}),
     ],
 )
 def test_a_folder_samples_as_published_by_itself(name, sampler, call, folders):

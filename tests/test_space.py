@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_transformer, tiny_vae
+from conftest import ROOT, tiny_design, tiny_transformer, tiny_two_streams, tiny_vae
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
@@ -257,6 +257,22 @@ def test_the_space_asks_for_the_gradio_that_is_tested():
     asked = re.search(r"sdk_version: (\S+)", (APP.parent / "README.md").read_text())[1]
     assert asked == version("gradio")
     assert f"gradio=={asked}" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", ["jit", "ddt"])
+def test_other_architectures_are_served(name, tmp_path):
+    if name == "jit":
+        transformer, vae = tiny_design("jit", in_channels=3, num_classes=2, noise_scale=2.0), None
+    else:
+        transformer, vae = tiny_two_streams("ddt", num_classes=2), tiny_vae()
+    pipe = DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), vae, {0: "crane", 1: "shark"})
+    pipe.save_pretrained(tmp_path / "m")
+    generator = ImageGenerator(str(tmp_path / "m"))
+    settings = Settings(["crane"], steps=2, mix_with="shark", mix_share=1.0)
+    for sampler in generator.samplers:
+        assert list(generator.generate(replace(settings, sampler=sampler), threading.Event()))[-1].finished
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert {"jit": "[JiT](https://arxiv.org/abs/2511.13720)", "ddt": "2 + 2 blocks of width 48"}[name] in card
 
 
 def test_any_model_is_served(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DESIGNS, tiny_design, tiny_inputs, tiny_transformer, tiny_vae
+from conftest import DESIGNS, tiny_design, tiny_inputs, tiny_transformer, tiny_two_streams, tiny_vae
 from diffusers import FasterCacheConfig, TorchAoConfig
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
@@ -184,6 +184,17 @@ def test_presets_are_undone_to_the_bit(preset):
     for name, parameter in pipe.transformer.named_parameters():
         assert parameter is weights[name][0] and torch.equal(parameter, weights[name][1]), name
     assert torch.equal(draw(pipe), expected)
+
+
+@pytest.mark.parametrize("name", ["jit", "ddt"])
+def test_other_architectures_are_quantized_whole_and_have_no_table(name):
+    model = tiny_design("jit") if name == "jit" else tiny_two_streams(name)
+    pipe = DiTClassCondPipeline(model, make_scheduler("flow_euler"))
+    dit_hf.optimize(pipe)
+    assert not hasattr(pipe.transformer._compiled_call_impl, "embeds_classes_eagerly")
+    dit_hf.restore(pipe)
+    assert pipe.transformer._compiled_call_impl is None
+    assert len(quantize_blocks(model)) == 7 * model.config.num_layers  # attention and SwiGLU of both streams
 
 
 def test_the_decoder_is_compiled_and_restored_too():

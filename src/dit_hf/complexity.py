@@ -68,6 +68,23 @@ def count_macs(config: Mapping, height: int | None = None, width: int | None = N
     return embed + config["num_layers"] * block + head_modulation + tokens * dim * out_dim
 
 
+def describe_blocks(config: Mapping) -> str:
+    """
+    The blocks of a model in words.
+
+    Args:
+        config (`Mapping`): As [`count_macs`] takes it.
+
+    Returns:
+        `str`: such as `"12 blocks of width 384"`, or `"28 + 2 blocks of widths 1152 and 2048"` of two streams.
+    """
+    if "num_encoder_layers" not in config:
+        return f"{config['num_layers']} blocks of width {config['num_attention_heads'] * config['attention_head_dim']}"
+    counts, widths = zip(*((count, heads * head_dim) for count, heads, head_dim in stream_sizes(config)), strict=True)
+    width = f"widths {widths[0]} and {widths[1]}" if widths[0] != widths[1] else f"width {widths[0]}"
+    return f"{counts[0]} + {counts[1]} blocks of {width}"
+
+
 def _jit_macs(config, image_tokens):
     """JiT's: a bottleneck of patches, and context tokens from one block on."""
     dim = config["num_attention_heads"] * config["attention_head_dim"]

@@ -19,15 +19,7 @@ from .checkpoints.loading import load_model
 from .checkpoints.saving import TRAINING_ONLY_FILE
 from .dtypes import DTYPE_ARGUMENT, parse_dtype
 from .files import check_path, reading, writing_folder
-from .presets import (
-    DDT_PRESETS,
-    JIT_PRESETS,
-    PRESETS,
-    DDTPresetName,
-    JiTPresetName,
-    PresetName,
-    preset_config,
-)
+from .presets import DDT_PRESETS, JIT_PRESETS, PRESETS, DDTPresetName, JiTPresetName, PresetName, preset_config
 
 
 logger = logging.get_logger(__name__)

@@ -20,6 +20,10 @@ logger = logging.get_logger(__name__)
 RECOMPILE_LIMIT = 64
 
 
+# Beginnings of the names of what is quantized; two streams have the second.
+BLOCKS = ("transformer_blocks.", "decoder_blocks.")
+
+
 class SpeedPreset(NamedTuple):
     """
     What a preset switches on: the precision of the compiled network and decoder, a solver for few steps, how many, and
@@ -228,14 +232,12 @@ def quantize_blocks(transformer):
 
     layers = {
         name: layer
-        for name, layer in transformer.transformer_blocks.named_modules()
-        if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+        for name, layer in transformer.named_modules()
+        if name.startswith(BLOCKS) and type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
         if "modulation" not in name and "lora_" not in name
     }
     weights = [(layer, layer.weight) for layer in layers.values()]
-    quantize_(
-        transformer.transformer_blocks, Int8DynamicActivationInt8WeightConfig(), lambda layer, name: name in layers
-    )
+    quantize_(transformer, Int8DynamicActivationInt8WeightConfig(), lambda layer, name: name in layers)
     return weights
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
+from ..complexity import describe_blocks
 from . import FAMILIES
 from .family import Family
 from .reading import (
@@ -53,7 +54,6 @@ class Checkpoint:
     def describe(self) -> str:
         """What the weights say about the model, in one line."""
         config = self.config
-        width = config["num_attention_heads"] * config["attention_head_dim"]
         classes = config["num_classes"]
         parameters = sum(weight.numel() for weight in self.weights.values())
         options = [name for name in ("swiglu", "rms_norm", "sincos+rope") if name in config.values()]
@@ -62,7 +62,7 @@ class Checkpoint:
         options += ["no null class"] * (config.get("class_dropout_prob") == 0)
         options += ["guidance in its weights"] * config.get("guidance_in_weights", False)
         return (
-            f"{self.family.name}: {config['num_layers']} blocks of width {width}, patch {config['patch_size']}, "
+            f"{self.family.name}: {describe_blocks(config)}, patch {config['patch_size']}, "
             f"{classes} class{'es' * (classes != 1)}, {parameters / 1e6:.2f} M parameters"
             + "".join(f", {o}" for o in options)
             + (f"; the weights of {self.entry!r}" if self.entry else "")

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from ..complexity import count_macs, describe_blocks
 from ..files import check_file, check_links, first_line, printable, writing
 from ..pipeline_dit_class_cond import shown
 from ..transformer_dit import MIN_DIFFUSERS
@@ -314,12 +315,12 @@ def _describe(model, title, facts, results, region, files):
     transformer = getattr(model, "transformer", model)
     is_pipeline = transformer is not model
     config = transformer.config
-    width = config.num_attention_heads * config.attention_head_dim
     parts = [f"![{PICTURES[SAMPLES]}]({SAMPLES})"] if SAMPLES in files else []
     parts.append(
-        f"A class-conditional Diffusion Transformer ([DiT](https://arxiv.org/abs/2212.09748)) for "
-        f"[diffusers](https://github.com/huggingface/diffusers): {config.num_layers} blocks of width {width}, patch "
-        f"{config.patch_size}, {config.num_classes} classes, {transformer.num_parameters() / 1e6:.1f} M parameters."
+        f"A class-conditional {_architecture(config)} for [diffusers](https://github.com/huggingface/diffusers): "
+        f"{describe_blocks(config)}, patch {config.patch_size}, {config.num_classes} classes, "
+        f"{transformer.num_parameters() / 1e6:.1f} M parameters, {count_macs(config) / 1e9:.3g} G multiply-adds a "
+        "forward pass."
     )
     parts.append(
         "## Use\n\n```python\n" + (_pipeline_code(model, title) if is_pipeline else _model_code(title)) + "\n```"
@@ -360,6 +361,18 @@ def _describe(model, title, facts, results, region, files):
     )
     parts.append(f"## Limits\n\n{limits}")
     return "\n\n".join(parts)
+
+
+def _architecture(config):
+    """What a model is, with the paper."""
+    if "bottleneck_dim" in config:
+        return "pixel-space Transformer that predicts clean images ([JiT](https://arxiv.org/abs/2511.13720))"
+    if "num_encoder_layers" not in config:
+        return "Diffusion Transformer ([DiT](https://arxiv.org/abs/2212.09748))"
+    paper = "[DDT](https://arxiv.org/abs/2504.05741)"
+    if config["time_embedding"] == "fourier":
+        paper = "RAE's [DiT-DH](https://arxiv.org/abs/2510.11690)"
+    return f"Diffusion Transformer of an encoder and a decoder ({paper})"
 
 
 def _pipeline_code(pipe, title):

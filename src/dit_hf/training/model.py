@@ -48,8 +48,10 @@ def trained_class(
     """
     if preset is not None:
         return PRESET_CLASSES[preset]
+    if pretrained_model_name_or_path is not None:
+        return find_model_class(transformer_config(pretrained_model_name_or_path))
     if config_file is None:
-        return find_model_class(transformer_config(str(pretrained_model_name_or_path)))
+        raise ValueError("Pass --preset or --transformer_config.")
     name = read_json(config_file).get("_class_name", DiTTransformer2DModel.__name__)
     if not isinstance(name, str) or name not in MODELS:
         raise ValueError(f"--transformer_config {config_file}: its _class_name is {name!r}, not {', '.join(MODELS)}.")
@@ -147,9 +149,7 @@ def sampling_scheduler(
         `SchedulerMixin`
     """
     name = objective.sampler
-    options: dict[str, Any] = {}
-    if time_shift != 1:
-        options["shift"] = time_shift
+    options: dict[str, Any] = {} if time_shift == 1 else {"shift": time_shift}
     if pretrained_model_name_or_path is not None:
         options = trained_options(name, scheduler_config(pretrained_model_name_or_path))
     if name == "ddpm" and not learn_sigma:
@@ -264,8 +264,6 @@ def new_transformer(preset: str | None, config_file: str | Path | None = None, *
     model_class = trained_class(preset, config_file, None)
     if preset is not None:
         return model_class.from_preset(preset, **config)
-    if config_file is None:
-        raise ValueError("Pass --preset or --transformer_config.")
     given = read_json(config_file)
     given.pop("_class_name", None)
     if clash := sorted(config.keys() & given.keys()):

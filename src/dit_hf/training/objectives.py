@@ -329,6 +329,7 @@ def build_time_sampler(
     Raises:
         ValueError: if uniform times are given the mean or deviation of a logit.
     """
+    sampler: Callable[[int, torch.Generator], torch.Tensor]
     if time_sampling == "logit_normal":
         mean, std = (
             own if given is None else given for given, own in ((time_mean, default.mean), (time_std, default.std))
