@@ -334,7 +334,7 @@ def build_time_sampler(
         mean, std = (
             own if given is None else given for given, own in ((time_mean, default.mean), (time_std, default.std))
         )
-        sampler: Callable[..., torch.Tensor] = LogitNormal(mean, std)
+        sampler = LogitNormal(mean, std)
     elif time_mean is None and time_std is None:
         sampler = Uniform()
     else:
