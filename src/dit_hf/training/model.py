@@ -258,7 +258,7 @@ def new_transformer(preset: str | None, config_file: str | Path | None = None, *
         ValueError: if the file is no JSON object, sets one of these, or an argument that does not exist.
     """
     model_class = trained_class(preset, config_file, None)
-    if preset is not None:
+    if config_file is None:
         return model_class.from_preset(preset, **config)
     given = read_json(config_file)
     given.pop("_class_name", None)
