@@ -262,7 +262,7 @@ def new_transformer(preset: str | None, config_file: str | Path | None = None, *
         ValueError: if the file is no JSON object, sets one of these, or an argument that does not exist.
     """
     model_class = trained_class(preset, config_file, None)
-    if preset is not None:
+    if config_file is None:
         return model_class.from_preset(preset, **config)
     assert config_file is not None  # or there would be no class
     given = read_json(config_file)
