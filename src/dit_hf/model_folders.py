@@ -260,7 +260,7 @@ def check_weights(folder: Path, model: torch.nn.Module, variant: str | None = No
         if listed is not None and (stray := sorted(listed ^ header.keys())):
             raise ValueError(f"{file}: {stray[0]!r} is only in it, or only in the weight_map of its index.")
         for key, (shape, dtype) in header.items():
-            key = present_name(key, expected, OLD_ENCODER_NAMES | OLD_NAMES)
+            key = present_name(key, expected, OLD_NAMES if listed else OLD_ENCODER_NAMES | OLD_NAMES)
             found.add(key)
             if key not in expected:
                 if all_known:
@@ -291,7 +291,7 @@ def rename_encoder(model: torch.nn.Module, state_dict: dict[str, torch.Tensor]) 
 
 
 if hasattr(diffusers, "AutoencoderRAE"):
-    # It leaves the encoder random, with a warning only; it calls this before it compares names.
+    # It would leave the encoder random. It calls this before it compares names, except for sharded weights.
     diffusers.AutoencoderRAE._fix_state_dict_keys_on_load = rename_encoder
 
 

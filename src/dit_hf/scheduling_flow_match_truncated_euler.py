@@ -68,7 +68,7 @@ class FlowMatchTruncatedEulerScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(
         self,
-        num_inference_steps: int | None = None,
+        num_inference_steps: int = 50,
         device: str | torch.device | None = None,
         sigmas: list[float] | None = None,
     ) -> None:
@@ -76,7 +76,7 @@ class FlowMatchTruncatedEulerScheduler(SchedulerMixin, ConfigMixin):
         Makes the schedule.
 
         Args:
-            num_inference_steps (`int`, *optional*): Steps, each with one evaluation of the model.
+            num_inference_steps (`int`, defaults to 50): Steps, each with one evaluation of the model.
             device (`str` or `torch.device`, *optional*): Of the timesteps.
             sigmas (`list[float]`, *optional*):
                 Descending ones in place of equal steps, before the shift; the last is where sampling ends, unless
