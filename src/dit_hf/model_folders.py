@@ -174,6 +174,7 @@ def check_pipeline_folder(
         if name == "scheduler":
             check_scheduler(folder / name / SCHEDULER_CONFIG, found)
         else:
+            accept_old_encoders(found)
             check_autoencoder(folder / name / MODEL_CONFIG, found, variant)
 
 
@@ -290,9 +291,10 @@ def rename_encoder(model: torch.nn.Module, state_dict: dict[str, torch.Tensor]) 
         state_dict[present_name(key, expected, OLD_ENCODER_NAMES)] = state_dict.pop(key)
 
 
-if hasattr(diffusers, "AutoencoderRAE"):
-    # It would leave the encoder random. It calls this before it compares names, except for sharded weights.
-    diffusers.AutoencoderRAE._fix_state_dict_keys_on_load = rename_encoder
+def accept_old_encoders(vae_class: Any) -> None:
+    """Lets an `AutoencoderRAE` load weights that were saved with transformers 4, which would leave its encoder random."""
+    if vae_class.__name__ == "AutoencoderRAE":  # it calls this before it compares names, except for sharded weights
+        vae_class._fix_state_dict_keys_on_load = rename_encoder
 
 
 def check_num_layers(path: Path, config: Mapping, variant: str | None = None) -> None:

@@ -829,7 +829,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _check_label(self, label):
         num_classes = self.transformer.config.num_classes
-        if label is None and not self._has_null_class:
+        if label is None and not all(model.config.class_dropout_prob > 0 for model in self._predictors):
             raise ValueError("`class_labels` holds None, the null class, which this model was trained without.")
         if label is None:
             return num_classes
@@ -910,6 +910,13 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                     f"{name} has {option}=True, which limits samples to the range of pixels, and this model works on "
                     f"latents; set it with {option}=False."
                 )
+        draws = isinstance(self.scheduler, FlowMatchLCMScheduler) or name == "FlowMatchSDEScheduler"
+        noise_scale = self.transformer.config.get("noise_scale", 1.0)
+        if noise_scale != 1 and (draws or config.get("stochastic_sampling")):
+            raise ValueError(
+                f"{name} adds noise of standard deviation 1 between steps, and the model was trained with "
+                f"{noise_scale}; use a sampler without noise, such as 'flow_heun'."
+            )
         if config.get("use_dynamic_shifting"):
             raise ValueError(f"{name} has use_dynamic_shifting=True, which is for text-to-image; set a fixed shift.")
         if takes_variance(self.scheduler) and not self.transformer.config.get("learn_sigma", False):

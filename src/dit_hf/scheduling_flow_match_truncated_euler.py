@@ -52,6 +52,8 @@ class FlowMatchTruncatedEulerScheduler(SchedulerMixin, ConfigMixin):
     ):
         if not 0 < last_sigma < 1:
             raise ValueError(f"`last_sigma` is {last_sigma!r}; it must be a number between 0 and 1.")
+        if not 0 < shift < float("inf"):
+            raise ValueError(f"`shift` is {shift!r}; it must be a finite number above 0.")
         self._step_index: int | None = None
         self.set_timesteps(num_train_timesteps)
 

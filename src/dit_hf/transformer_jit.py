@@ -136,6 +136,18 @@ def sincos_positions(height: int, width: int, dim: int) -> torch.Tensor:
     return table.float().unsqueeze(0)
 
 
+# Copied from dit_hf.transformer_dit.check_tensors
+def check_tensors(optional: bool = False, **tensors: Any) -> None:
+    """Raises `ValueError` for an input that is no dense tensor, by its name."""
+    for name, tensor in tensors.items():
+        if tensor is None and optional:
+            continue
+        dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not dense or tensor.is_nested or tensor.is_quantized:
+            given = "sparse, nested or quantized" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"`{name}` is {given}; it must be a dense torch.Tensor.")
+
+
 class JiTPatchEmbed(nn.Module):
     """
     Cuts images into patches, projects them through a bottleneck and adds positions.
@@ -616,6 +628,8 @@ class JiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
     def _check_inputs(self, hidden_states, timestep, class_labels, force_drop_ids):
         """Refuses what does not fit."""
+        check_tensors(hidden_states=hidden_states, class_labels=class_labels)
+        check_tensors(optional=True, force_drop_ids=force_drop_ids)
         patch_size = self.config.patch_size
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
             raise ValueError(

@@ -74,6 +74,11 @@ def infer_jit_config(weights: Mapping[str, torch.Tensor], hints: Hints, path: st
     if (heads := hints.heads(1)) not in (None, [dim // head_dim]):
         raise ValueError(f"it has {dim // head_dim} attention heads, not num_attention_heads={heads[0]}; omit that.")
     arguments, noise_scale = hints.arguments, hints.noise_scale
+    trained = JIT_PRESETS.get(arguments.get("model")) if isinstance(arguments.get("model"), str) else None
+    facts = {"in_context_start": trained and trained.in_context_start, "noise_scale": arguments.get("noise_scale")}
+    for name, fact in facts.items():
+        if None not in (fact, given := getattr(hints, name)) and fact != given:
+            raise ValueError(f"it was trained with {name}={fact!r}, and {given!r} was given; omit `--{name}`.")
     in_context_start = _context_start(arguments) if hints.in_context_start is None else hints.in_context_start
     if noise_scale is None:
         noise_scale = arguments.get("noise_scale")
@@ -206,6 +211,7 @@ JIT = Family(
     bakes=False,  # the model turns the clean image into a velocity
     marks=(PREFIX + "in_context_posemb",),
     wrapper="model_ema1",
+    other_wrappers=("model", "model_ema2"),
     scheduler="flow_heun",
     # Guidance for times above 0.1, which are the evaluations from the twelfth of 99 on; the scale is B/16's.
     recommended_call={"num_inference_steps": 50, "guidance_scale": 3.0, "guidance_interval": (11 / 99, 1.0)},

@@ -101,26 +101,26 @@ def save_original(model, family: Family, path: str | Path, training_only: str | 
     path = check_new_file(path, family)
     weights = family.file_keys(original_state_dict(model, family, training_only))
     if path.suffix in ENDINGS:
-        save_weights(weights, path, family.wrapper)
+        save_weights(weights, path, tuple(filter(None, (family.wrapper, *family.other_wrappers))))
     elif family.save_folder:
         with writing_folder(path) as partial:
             family.save_folder(model.config, weights, partial)
 
 
-def save_weights(weights: dict[str, torch.Tensor], path: Path, wrapper: str | None = None) -> None:
+def save_weights(weights: dict[str, torch.Tensor], path: Path, wrappers: tuple[str, ...] = ()) -> None:
     """
     Writes a file of weights, whole or not at all.
 
     Args:
         weights (`dict[str, torch.Tensor]`): Any.
         path (`Path`): `.safetensors` or `.pt`.
-        wrapper (`str`, *optional*): Entry of a `.pt` file that holds them.
+        wrappers (`tuple[str, ...]`): Entries of a `.pt` file that hold them.
     """
     with writing(path) as partial:
         if path.suffix == ".safetensors":
             save_file({key: weight.contiguous() for key, weight in weights.items()}, partial)
         else:
-            torch.save({wrapper: weights} if wrapper else weights, partial)
+            torch.save(dict.fromkeys(wrappers, weights) if wrappers else weights, partial)
 
 
 def check_new_file(path: str | Path, family: Family | None = None, endings: tuple[str, ...] = ENDINGS) -> Path:

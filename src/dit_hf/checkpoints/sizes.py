@@ -82,13 +82,15 @@ class Hints:
             raise ValueError(f"{family.name} models have a null class; omit has_null_class (`--no_null_class`).")
 
     def heads(self, streams: int) -> list[int] | None:
-        """One number of heads per stream; `ValueError` for another number of numbers."""
+        """Heads of each stream, of all if one number was given; `ValueError` for another number of numbers."""
         if self.num_attention_heads is None:
             return None
         given = self.num_attention_heads
         heads = [given] if isinstance(given, int) else list(given)
+        heads = heads * streams if len(heads) == 1 else heads
         if len(heads) != streams:
-            raise ValueError(f"num_attention_heads (`--num_attention_heads`) needs {streams} for this model.")
+            needed = "ENCODER DECODER" if streams == 2 else "one"
+            raise ValueError(f"num_attention_heads (`--num_attention_heads`) has {len(heads)} numbers, not {needed}.")
         return heads
 
 

@@ -78,9 +78,16 @@ def read_guide(checkpoint, args):
             path = download(args.guide) if is_link(args.guide) else args.guide
             source = parse_checkpoint(path, family=args.family, weights=args.weights)
             guide = build_model(MODELS[source.family.model], source, path, DTYPES[args.dtype])
+            if source.family.predictions != checkpoint.family.predictions:
+                raise ValueError(f"it is read as {source.family.name}, whose output is another than the model's.")
         check_guide(guide.config, checkpoint.config)
     except ValueError as error:
-        raise ValueError(f"--guide: {error}") from None
+        hint = (
+            ""
+            if Path(args.guide).is_dir()
+            else " Flags are the model's; a guide that needs its own is converted first."
+        )
+        raise ValueError(f"--guide: {error}{hint}") from None
     return guide, source
 
 

@@ -9,6 +9,7 @@ from ..command_line import ArgumentParser, integer, real, run
 from ..data.latents import verify_latents
 from ..data.shards import INDEX, MAX_SHARD_SIZE, shard_facts
 from ..files import check_apart, check_writable, writing_folder
+from ..pipeline_dit_class_cond import is_rae
 from ..training.alignment import load_encoder
 from ..training.data import ImageData, latent_size, write_latents
 from ..training.model import image_resolution, load_vae
@@ -95,7 +96,8 @@ def main() -> None:
         if accelerator.is_main_process:
             index = verify_latents(args.output_dir)
             statistics = {name: index[name] for name in ("latents_mean", "latents_std")}
-            vae.register_to_config(**statistics, scaling_factor=1.0, shift_factor=None)
+            if not is_rae(vae):  # which normalises its latents itself
+                vae.register_to_config(**statistics, scaling_factor=1.0, shift_factor=None)
             with writing_folder(args.output_dir / "vae") as partial:  # from which it may have been read
                 vae.save_pretrained(partial)
             print(f"{index['count']} images, {len(index['shards'])} shards, verified: {args.output_dir}")

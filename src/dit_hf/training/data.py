@@ -3,6 +3,7 @@
 Shapes: `N` images, `H W` pixels.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ..data.images import label_names, load_image_dataset
 from ..data.latents import DECODER, SHARD_SIZE, CachedLatents, cache_latents, check_images, index_latents
 from ..data.reader import ImageReader
 from ..data.shards import check_cache, known_fingerprint, record_dates
+from ..pipeline_dit_class_cond import is_rae
 from .running import on_main
 
 
@@ -96,6 +98,8 @@ def latent_size(vae, resolution: int) -> int:
     factor = spatial_factor(vae)
     if resolution < factor or resolution % factor:
         raise ValueError(f"--resolution {resolution} is not divisible by {factor}, the VAE's factor.")
+    if is_rae(vae) and resolution != (only := factor * math.isqrt(vae.num_patches)):
+        raise ValueError(f"--resolution is {resolution}; this AutoencoderRAE has latents of one size, pass {only}.")
     return resolution // factor
 
 
@@ -188,7 +192,7 @@ def open_latents(
         raise ValueError(
             f"{folder} holds latents {latents.shape}; the VAE makes {(channels, size, size)} of the images."
         )
-    if keep_statistics:
+    if keep_statistics or is_rae(vae):
         latents.statistics = vae_statistics(vae)
         return latents
     mean, std = latents.statistics

@@ -105,7 +105,9 @@ def recommended_call(pretrained_model_name_or_path: str | Path | None, guided: b
     """
     if pretrained_model_name_or_path is None:
         return None
-    call = DiffusionPipeline.load_config(pretrained_model_name_or_path).get("recommended_call") or {}
+    index = DiffusionPipeline.load_config(pretrained_model_name_or_path)
+    call = index.get("recommended_call") or {}
+    guided = guided and (index.get("guide") or [None])[0] is None  # the scale of a guide is no other's
     return {name: value for name, value in call.items() if guided or not name.startswith("guidance")} or None
 
 
@@ -143,7 +145,7 @@ def sampling_scheduler(
         objective (`type[Objective]`): The class of the objective.
         learn_sigma (`bool`): Whether the transformer predicts its variance.
         pretrained_model_name_or_path (`str` or `Path`, *optional*): The pipeline that training starts from.
-        time_shift (`float`, defaults to 1.0): Of the training's times, which a new model is sampled with as well.
+        time_shift (`float`, defaults to 1.0): Of the training's times, which samples have as well; 1 keeps a pipeline's own.
 
     Returns:
         `SchedulerMixin`
@@ -151,7 +153,7 @@ def sampling_scheduler(
     name = objective.sampler
     options: dict[str, Any] = {} if time_shift == 1 else {"shift": time_shift}
     if pretrained_model_name_or_path is not None:
-        options = trained_options(name, scheduler_config(pretrained_model_name_or_path))
+        options = trained_options(name, scheduler_config(pretrained_model_name_or_path)) | options
     if name == "ddpm" and not learn_sigma:
         options["variance_type"] = "fixed_large"
     return make_scheduler(name, **options)
