@@ -11,6 +11,7 @@ from dit_hf import JiTTransformer2DModel
 from dit_hf.checkpoints.jit import JIT, infer_jit_config, jit_reference_forward
 from dit_hf.checkpoints.loading import build_model
 from dit_hf.checkpoints.parsing import parse_checkpoint
+from dit_hf.checkpoints.saving import save_original
 from dit_hf.checkpoints.sizes import Hints
 from dit_hf.presets import JIT_PRESETS
 from dit_hf.training.objectives import ClampedVelocityObjective, LogitNormal
@@ -330,3 +331,18 @@ def test_wrong_inputs_are_named(change, message):
 def test_weights_are_counted_as_they_are():
     model = tiny_design("jit", num_layers=3)
     assert count_weights(model.config) == sum(weight.numel() for weight in model.parameters() if weight.ndim > 1)
+
+
+def test_a_flag_that_contradicts_the_files_own_arguments_is_refused():
+    for told in ({"in_context_start": 3}, {"noise_scale": 2.0}):
+        (name, value), *_ = told.items()
+        with pytest.raises(ValueError, match=f"it was trained with {name}=.*, and {value} was given"):
+            read_original("jit_b16_train", **told)
+    assert read_original("jit_b16_train", in_context_start=4).config["in_context_start"] == 4
+
+
+def test_an_export_has_the_three_entries_that_its_code_reads(tmp_path):
+    save_original(load_original("jit_p4"), JIT, tmp_path / "back.pt")
+    content = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert content.keys() == {"model_ema1", "model", "model_ema2"}
+    assert (tmp_path / "back.pt").stat().st_size < 1.1 * 4 * sum(w.numel() for w in content["model"].values()) + 50_000

@@ -449,3 +449,20 @@ def test_a_guide_that_is_set_later_is_saved(tmp_path):
     again.guide = None
     again.save_pretrained(tmp_path / "without")
     assert DiTClassCondPipeline.from_pretrained(tmp_path / "without").guide is None
+
+
+def test_samplers_that_add_noise_know_one_scale_of_it():
+    pipe = DiTClassCondPipeline(tiny_design("jit", noise_scale=2.0), make_scheduler("flow_sde"))
+    for name in ("flow_sde", "flow_lcm"):
+        pipe.scheduler = make_scheduler(name)
+        with pytest.raises(ValueError, match="was trained with 2.0; use a sampler without noise"):
+            pipe(0, output_type="latent")
+    pipe.scheduler = make_scheduler("flow_heun")
+    assert pipe(0, output_type="latent", num_inference_steps=2).images.isfinite().all()
+
+
+def test_the_null_class_needs_one_in_the_guide():
+    parts = [tiny_design("ddt", class_dropout_prob=dropout) for dropout in (0.1, 0.0)]
+    pipe = DiTClassCondPipeline(parts[0], make_scheduler("flow_euler"), guide=parts[1])
+    with pytest.raises(ValueError, match="null class"):
+        pipe(None, output_type="latent", num_inference_steps=1)

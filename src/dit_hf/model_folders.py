@@ -292,7 +292,7 @@ def rename_encoder(model: torch.nn.Module, state_dict: dict[str, torch.Tensor]) 
 
 
 def accept_old_encoders(vae_class: Any) -> None:
-    """Lets an `AutoencoderRAE` load weights that were saved with transformers 4, which would leave its encoder random."""
+    """Lets an `AutoencoderRAE` load weights saved with transformers 4, which would leave its encoder random."""
     if vae_class.__name__ == "AutoencoderRAE":  # it calls this before it compares names, except for sharded weights
         vae_class._fix_state_dict_keys_on_load = rename_encoder
 

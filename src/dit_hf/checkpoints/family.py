@@ -72,7 +72,7 @@ class Family:
             Prefixes of keys that the model does not compute with; they are kept in a file of their own.
         needs_training_only (`bool`): Whether its code loads no checkpoint without them.
         wrapper (`str`, *optional*): Entry of a `.pt` file that its code takes the weights from.
-        other_wrappers (`tuple[str, ...]`): Entries that its code reads as well, which are written with the same weights.
+        other_wrappers (`tuple[str, ...]`): Entries that its code reads as well; they get the same weights.
         writes_tables (`bool`): Whether its checkpoints hold `tables`, or only older ones did.
         read_config (`Callable`, *optional*): The model's options in a file beside a checkpoint, by the latter's path.
         read_arguments (`Callable`, *optional*): Training arguments in such a file, where the checkpoint has none.

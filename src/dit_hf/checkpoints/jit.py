@@ -6,6 +6,7 @@ Shapes: `B` batch, `C` channels, `N` image tokens, `L` context tokens, `D` width
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +75,9 @@ def infer_jit_config(weights: Mapping[str, torch.Tensor], hints: Hints, path: st
     if (heads := hints.heads(1)) not in (None, [dim // head_dim]):
         raise ValueError(f"it has {dim // head_dim} attention heads, not num_attention_heads={heads[0]}; omit that.")
     arguments, noise_scale = hints.arguments, hints.noise_scale
-    trained = JIT_PRESETS.get(arguments.get("model")) if isinstance(arguments.get("model"), str) else None
-    facts = {"in_context_start": trained and trained.in_context_start, "noise_scale": arguments.get("noise_scale")}
+    starts: dict[Any, int] = {name: preset.in_context_start for name, preset in JIT_PRESETS.items()}
+    size = arguments.get("model") if isinstance(arguments.get("model"), str) else None
+    facts = {"in_context_start": starts.get(size), "noise_scale": arguments.get("noise_scale")}
     for name, fact in facts.items():
         if None not in (fact, given := getattr(hints, name)) and fact != given:
             raise ValueError(f"it was trained with {name}={fact!r}, and {given!r} was given; omit `--{name}`.")

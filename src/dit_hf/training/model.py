@@ -145,7 +145,7 @@ def sampling_scheduler(
         objective (`type[Objective]`): The class of the objective.
         learn_sigma (`bool`): Whether the transformer predicts its variance.
         pretrained_model_name_or_path (`str` or `Path`, *optional*): The pipeline that training starts from.
-        time_shift (`float`, defaults to 1.0): Of the training's times, which samples have as well; 1 keeps a pipeline's own.
+        time_shift (`float`, defaults to 1.0): Of training's times and of samples; 1 keeps a pipeline's.
 
     Returns:
         `SchedulerMixin`
