@@ -80,8 +80,10 @@ def test_bad_input_ends_with_one_line(error, code, capsys):
 def test_a_signal_ends_with_one_line_and_the_shells_exit_code(number, main, tmp_path):
     """Nothing is left half-written, and no library that is imported can catch it."""
     (tmp_path / "library.py").write_text(f"import signal\ntry: signal.raise_signal({int(number)})\nexcept: pass\n")
+    default = "default_int_handler" if number == signal.SIGINT else "SIG_DFL"  # a shell's background jobs ignore some
     script = f"""
 import signal
+signal.signal({int(number)}, signal.{default})
 from dit_hf.command_line import run
 from dit_hf.files import writing
 def write():

@@ -138,7 +138,7 @@ def test_a_folder_in_the_place_of_a_file_is_noticed_before_anything_moves(tmp_pa
 def test_a_signal_waits_until_all_files_have_moved(tmp_path, monkeypatch):
     folder = tmp_path / "saved"
     folder.mkdir()
-    replace = os.replace
+    replace, before = os.replace, signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(source, target):
         replace(source, target)
@@ -149,6 +149,7 @@ def test_a_signal_waits_until_all_files_have_moved(tmp_path, monkeypatch):
         new.mkdir()
         for name in ("a", "b", "config.json"):
             (new / name).write_text("new")
+    signal.signal(signal.SIGINT, before)
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "config.json"]
 
 

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_design, tiny_transformer, tiny_two_streams, tiny_vae
+from conftest import ROOT, tiny_design, tiny_transformer, tiny_vae
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
@@ -264,7 +264,7 @@ def test_other_architectures_are_served(name, tmp_path):
     if name == "jit":
         transformer, vae = tiny_design("jit", in_channels=3, num_classes=2, noise_scale=2.0), None
     else:
-        transformer, vae = tiny_two_streams("ddt", num_classes=2), tiny_vae()
+        transformer, vae = tiny_design("ddt", num_classes=2), tiny_vae()
     pipe = DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), vae, {0: "crane", 1: "shark"})
     pipe.save_pretrained(tmp_path / "m")
     generator = ImageGenerator(str(tmp_path / "m"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DESIGNS, tiny_design, tiny_inputs, tiny_transformer, tiny_two_streams, tiny_vae
+from conftest import DESIGNS, tiny_design, tiny_inputs, tiny_transformer, tiny_vae
 from diffusers import FasterCacheConfig, TorchAoConfig
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
@@ -188,7 +188,7 @@ def test_presets_are_undone_to_the_bit(preset):
 
 @pytest.mark.parametrize("name", ["jit", "ddt"])
 def test_other_architectures_are_quantized_whole_and_have_no_table(name):
-    model = tiny_design("jit") if name == "jit" else tiny_two_streams(name)
+    model = tiny_design(name)
     pipe = DiTClassCondPipeline(model, make_scheduler("flow_euler"))
     dit_hf.optimize(pipe)
     assert not hasattr(pipe.transformer._compiled_call_impl, "embeds_classes_eagerly")

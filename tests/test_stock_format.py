@@ -197,7 +197,7 @@ def test_export_to_the_stock_format(tmp_path):
 
 def test_the_stock_format_has_a_null_class(tmp_path):
     stock_model().save_pretrained(tmp_path / "stock")
-    with pytest.raises(ValueError, match="has_null_class=False, where True is needed"):
+    with pytest.raises(ValueError, match="diffusers models have a null class; omit has_null_class"):
         parse_checkpoint(tmp_path / "stock", has_null_class=False)
 
 

@@ -43,7 +43,7 @@ MAX_LAYERS = 64
 MAX_ENTRIES = 2**17
 MAX_COMPONENTS = 1000
 # In a configuration, what can't be an argument of a class.
-RESERVED = ("self",)
+RESERVED = ("self", "dtype")
 VARIANT = re.compile(r"\w[\w.-]*")
 # In RAE's encoders of transformers before 5, which diffusers does not read, in the order of their replacement.
 OLD_ENCODER_NAMES = {
@@ -118,7 +118,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
         value = config.get(name, [])
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise ValueError(f"{path} has {name}: {value!r}; it must be a list of names.")
-    config.pop("dtype", None)  # transformers writes it, and no class of diffusers takes it
     for name in RESERVED:
         if name in config:
             raise ValueError(f"{path} has {name}: {shown(config[name])}, which is no option; remove it.")
