@@ -80,7 +80,7 @@ def infer_jit_config(weights: Mapping[str, torch.Tensor], hints: Hints, path: st
     facts = {"in_context_start": starts.get(size), "noise_scale": arguments.get("noise_scale")}
     for name, fact in facts.items():
         if None not in (fact, given := getattr(hints, name)) and fact != given:
-            raise ValueError(f"it was trained with {name}={fact!r}, and {given!r} was given; omit `--{name}`.")
+            logger.warning(f"Checkpoint {path}: it was trained with {name}={fact!r}; {given!r}, as given, is taken.")
     in_context_start = _context_start(arguments) if hints.in_context_start is None else hints.in_context_start
     if noise_scale is None:
         noise_scale = arguments.get("noise_scale")
