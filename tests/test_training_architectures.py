@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import FIXTURES, load_golden, tiny_design, tiny_transformer
 from safetensors.torch import load_file
+from test_pipeline_architectures import rae_autoencoder
 from testing_utils.training_runs import read_log, refused, run, train_command
 
 from dit_hf import DDTTransformer2DModel, DiTClassCondPipeline, JiTTransformer2DModel, make_scheduler
@@ -179,3 +180,16 @@ def test_layer_decay_reaches_both_streams():
     blocks = [*model.transformer_blocks, *model.decoder_blocks]
     assert [rates[id(block.modulation.weight)] for block in blocks] == [0.0625, 0.125, 0.25, 0.5]
     assert rates[id(model.proj_out.weight)] == 1.0 and rates[id(model.class_embed.weight)] == 0.03125
+
+
+def test_an_autoencoder_that_normalises_itself_keeps_its_statistics(workspace, configs, tmp_path, monkeypatch, capsys):
+    """Cached latents of an `AutoencoderRAE` are trained on and decoded as they are."""
+    rae_autoencoder().save_pretrained(tmp_path / "rae")
+    (configs / "ddt.json").write_text(json.dumps(DDT | {"patch_size": 1}))
+    flags = {"vae": tmp_path / "rae", "transformer_config": configs / "ddt.json", "max_train_steps": 2}
+    error = refused(train_command(workspace, tmp_path / "run", **flags), monkeypatch, capsys)
+    assert "has latents of one size, pass 8" in error
+    run(train_command(workspace, tmp_path / "run", **flags, resolution=8))
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert torch.equal(pipe.vae._latents_mean, load_golden("rae_autoencoder")["_latents_mean"])
+    assert pipe("light", num_inference_steps=1).images[0].size == (8, 8)
