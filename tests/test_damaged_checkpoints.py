@@ -152,7 +152,7 @@ def test_what_is_no_file_is_not_opened(kind, tmp_path):
         ({"patch_size": 0}, "`patch_size` is 0"),
         ({"mlp_ratio": float("nan")}, "`mlp_ratio` is nan"),
         ({"mlp_ratio": 1e300}, "mlp_ratio"),
-        ({"mlp_ratio": 10**400}, "mlp_ratio|too large a number"),
+        ({"mlp_ratio": 10**400}, "mlp_ratio"),
         ([1], "config.json must hold an object; it holds a list"),
     ],
 )

@@ -408,7 +408,7 @@ def test_shards_that_hold_something_else(workspace, tmp_path, change, message):
         ({"latents_std": [1.0, 1.0, 0.0, 1.0]}, "'latents_std'"),
         ({"latents_mean": [float("nan")] * 4}, "'latents_mean'"),
         ({"latents_mean": [0.0]}, "different lengths"),
-        ({"latents_mean": [10**400] * 4}, "too large a number"),
+        ({"latents_mean": [10**400] * 4}, "'latents_mean' is too large a number"),
         ({"latents_mean": [True] * 4}, "'latents_mean'"),
     ],
 )

@@ -188,7 +188,7 @@ def test_an_altered_file_is_refused_by_name(file, good, tmp_path):
             else:
                 DiTClassCondPipeline.from_pretrained(folder)
         for word in (str(folder), *words):
-            assert word in str(error.value) or "too large a number" in str(error.value), (change, str(error.value))
+            assert word in str(error.value), (change, str(error.value))
 
 
 def test_what_looks_odd_and_loads(folder):

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 
 # The largest JSON file that is read: an index or a recipe of a million classes has a fifth of it.
 MAX_JSON_BYTES = 256 * 2**20
+# Of a whole number in JSON; a float has 309.
+MAX_DIGITS = 400
 # The layout of the Hub's cache, whose snapshots are links to the blobs beside them.
 HUB_SNAPSHOT = re.compile(r"^(?P<repo>.*/(?:models|datasets|spaces)--[^/]+)/snapshots/[^/]+(?:/|$)")
 # Nobody else gives a file such a name, so what a killed process left of ours can be removed.
@@ -154,13 +156,28 @@ def load_json(text: str | bytes) -> Any:
     Raises:
         ValueError: if it is no JSON.
     """
-    return json.loads(text, parse_int=_whole_number)
+    value = json.loads(text, parse_int=_whole_number, object_pairs_hook=_object)
+    _check_sizes("a value", value)
+    return value
 
 
 def _whole_number(digits):
-    if (value := int(digits)).bit_length() > 1023:
-        raise ValueError(f"{digits[:20]}… is too large a number")
-    return value
+    return int(digits) if len(digits) < MAX_DIGITS else 10**MAX_DIGITS  # Python refuses to read some thousands of them
+
+
+def _object(pairs):
+    for name, value in pairs:
+        _check_sizes(repr(name), value)
+    return dict(pairs)
+
+
+def _check_sizes(name, value):
+    """Raises `ValueError` for a whole number that no float holds, also in lists; objects there are checked already."""
+    if isinstance(value, list):
+        for each in value:
+            _check_sizes(name, each)
+    elif isinstance(value, int) and value.bit_length() > 1023:
+        raise ValueError(f"{name} is too large a number")
 
 
 def read_json(path: str | Path, expected: type | tuple[type, ...] = dict) -> Any:

@@ -16,7 +16,7 @@ from ..presets import JIT_PRESETS
 from .dit import DIT
 from .family import Family
 from .lightningdit import LIGHTNINGDIT
-from .reference import _block, _embed_time, _linear, _norm
+from .reference import block_forward, embed_time, linear_forward, norm_forward
 from .sizes import Hints, count_blocks, infer_mlp_ratio
 
 
@@ -159,7 +159,7 @@ def jit_reference_forward(
     tokens = tokens.flatten(2).transpose(1, 2) + weights["pos_embed"].float()  # (B, N, D)
 
     label = weights["y_embedder.embedding_table.weight"][labels].float()[:, None]
-    condition = F.silu(_embed_time(weights, "t_embedder", time)[:, None] + label)
+    condition = F.silu(embed_time(weights, "t_embedder", time)[:, None] + label)
     context = weights["in_context_posemb"].float() + label  # (B, L, D)
 
     angles = _angles(rows, columns, len(weights["blocks.0.attn.q_norm.weight"]))
@@ -168,11 +168,11 @@ def jit_reference_forward(
             tokens = torch.cat([context, tokens], dim=1)
             angles = F.pad(angles, (0, 0, context.shape[1], 0))  # context tokens are not turned
         tables = {"feat_rope.freqs_cos": angles.cos(), "feat_rope.freqs_sin": angles.sin()}
-        tokens = _block(weights | tables, f"blocks.{index}", heads, tokens, condition)
+        tokens = block_forward(weights | tables, f"blocks.{index}", heads, tokens, condition)
     tokens = tokens[:, -rows * columns :]
-    shift, scale = _linear(weights, "final_layer.adaLN_modulation.1", condition).chunk(2, dim=-1)
-    tokens = _norm(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
-    output = _linear(weights, "final_layer.linear", tokens)
+    shift, scale = linear_forward(weights, "final_layer.adaLN_modulation.1", condition).chunk(2, dim=-1)
+    tokens = norm_forward(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
+    output = linear_forward(weights, "final_layer.linear", tokens)
     output = output.reshape(len(output), rows, columns, patch_size, patch_size, -1)
     return torch.einsum("bhwpqc->bchpwq", output).reshape(images.shape)
 

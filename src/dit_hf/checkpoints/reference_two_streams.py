@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from .reference import _block, _embed_time, _linear, _norm
+from .reference import block_forward, embed_time, linear_forward, norm_forward
 
 
 def ddt_reference_forward(
@@ -37,7 +37,7 @@ def ddt_reference_forward(
         state = ddt_reference_state(weights, config, latents, time, labels)
     side = config["patch_size"]
     blocks = range(config["num_encoder_layers"], config["num_layers"])
-    tokens = _linear(weights, "x_embedder.proj", F.unfold(latents, side, stride=side).transpose(1, 2))
+    tokens = linear_forward(weights, "x_embedder.proj", F.unfold(latents, side, stride=side).transpose(1, 2))
     tokens = _ddt_blocks(weights, config, latents, blocks, tokens, state)
     output = _head(_with_common_names(weights), tokens, state)
     return F.fold(output.transpose(1, 2), latents.shape[-2:], side, stride=side)
@@ -60,9 +60,9 @@ def ddt_reference_state(
         `torch.Tensor` of shape `(B, N, D)`
     """
     side = config["patch_size"]
-    embedded_time = _embed_time(weights, "t_embedder", time, period=10)[:, None]
+    embedded_time = embed_time(weights, "t_embedder", time, period=10)[:, None]
     label = weights["y_embedder.embedding_table.weight"][labels].float()[:, None]
-    tokens = _linear(weights, "s_embedder.proj", F.unfold(latents, side, stride=side).transpose(1, 2))
+    tokens = linear_forward(weights, "s_embedder.proj", F.unfold(latents, side, stride=side).transpose(1, 2))
     blocks = range(config["num_encoder_layers"])
     return F.silu(embedded_time + _ddt_blocks(weights, config, latents, blocks, tokens, F.silu(embedded_time + label)))
 
@@ -82,7 +82,7 @@ def _ddt_blocks(weights, config, latents, blocks, tokens, condition):
         gate, value, down = (block.pop(f"{name}mlp.{layer}.weight") for layer in ("w1", "w3", "w2"))
         block |= {f"{name}mlp.w12.weight": torch.cat([gate, value]), f"{name}mlp.w3.weight": down}
         block = _with_common_names(block) | tables
-        tokens = _block(block, f"blocks.{index}", config["num_attention_heads"], tokens, condition)
+        tokens = block_forward(block, f"blocks.{index}", config["num_attention_heads"], tokens, condition)
     return tokens
 
 
@@ -111,7 +111,7 @@ def rae_reference_forward(
     Returns:
         `torch.Tensor` of shape `(B, C, H, W)`: the velocity noise − data.
     """
-    embedded_time = _embed_time(weights, "t_embedder", time)[:, None]
+    embedded_time = embed_time(weights, "t_embedder", time)[:, None]
     label = weights["y_embedder.embedding_table.weight"][labels].float()[:, None]
     tokens = _embed_pixels(weights, "s_embedder.proj", latents)
     if "pos_embed" in weights:
@@ -120,15 +120,16 @@ def rae_reference_forward(
     heads = config["num_attention_heads"]
     encoder = weights | _stream_tables(weights, "enc")
     for index in range(config["num_encoder_layers"]):
-        tokens = _block(encoder, f"blocks.{index}", heads, tokens, condition)
+        tokens = block_forward(encoder, f"blocks.{index}", heads, tokens, condition)
     condition = F.silu(embedded_time + tokens)
     if "s_projector.weight" in weights:
-        condition = _linear(weights, "s_projector", condition)
+        condition = linear_forward(weights, "s_projector", condition)
     condition = F.silu(condition)
     tokens = _embed_pixels(weights, "x_embedder.proj", latents)
     decoder = weights | _stream_tables(weights, "dec")
+    decoder_heads = config["decoder_num_attention_heads"] or heads
     for index in range(config["num_encoder_layers"], config["num_layers"]):
-        tokens = _block(decoder, f"blocks.{index}", config["decoder_num_attention_heads"] or heads, tokens, condition)
+        tokens = block_forward(decoder, f"blocks.{index}", decoder_heads, tokens, condition)
     return _head(weights, tokens, condition).transpose(1, 2).reshape(latents.shape)
 
 
@@ -143,6 +144,6 @@ def _stream_tables(weights, stream):
 
 
 def _head(weights, tokens, condition):
-    shift, scale = _linear(weights, "final_layer.adaLN_modulation.1", condition).chunk(2, dim=-1)
-    tokens = _norm(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
-    return _linear(weights, "final_layer.linear", tokens)
+    shift, scale = linear_forward(weights, "final_layer.adaLN_modulation.1", condition).chunk(2, dim=-1)
+    tokens = norm_forward(weights, "final_layer.norm_final", tokens) * (1 + scale) + shift
+    return linear_forward(weights, "final_layer.linear", tokens)

@@ -22,7 +22,7 @@ TIMEOUT = 10
 LINK = re.compile(
     r"\b(?P<scheme>[a-z][a-z0-9+.-]*://)(?:[^\s/?#\"']*@)?(?P<place>[^\s?#\"']*)(?:[?#][^\s\"']*)?", re.I
 )
-TOKEN = re.compile(r"(\bhf_)(?:[A-Za-z0-9]{30,}|(?:oauth|jwt)_[\w.-]{30,})|(\bBearer[ \t]+)[\w.~+/=-]{20,}")
+TOKEN = re.compile(r"(\bhf_)(?:[A-Za-z0-9]{30,}|(?:oauth|jwt)_[\w.-]{30,})|(\bBearer[ \t]+)(?:(?=\S*\d)\S+|\S{20,})")
 
 
 @contextmanager
