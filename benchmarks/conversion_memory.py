@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from timing import peak_memory
 
 from dit_hf.checkpoints import FAMILIES
-from dit_hf.checkpoints.autoencoder import original_autoencoder
+from dit_hf.checkpoints.autoencoders import original_autoencoder
 from dit_hf.checkpoints.saving import original_state_dict
 from dit_hf.command_line import run
 from dit_hf.models import MODELS

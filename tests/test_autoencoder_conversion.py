@@ -13,15 +13,17 @@ from diffusers import AutoencoderKL
 from testing_utils.scripts import run_forked
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
-from dit_hf.checkpoints.autoencoder import (
+from dit_hf.checkpoints.autoencoders import (
+    AutoencoderHints,
     build_autoencoder,
-    infer_config,
     original_autoencoder,
-    original_shape,
     parse_autoencoder,
-    table_of,
 )
-from dit_hf.checkpoints.autoencoder_parity import measure_autoencoder_parity, reference_decode, reference_encode
+from dit_hf.checkpoints.autoencoders.family import original_keys
+from dit_hf.checkpoints.autoencoders.kl import VAVAE as FAMILY
+from dit_hf.checkpoints.autoencoders.kl import infer_config
+from dit_hf.checkpoints.autoencoders.parity import measure_autoencoder_parity
+from dit_hf.checkpoints.autoencoders.reference import reference_decode, reference_encode
 from dit_hf.checkpoints.latents_stats import FORMS, original_latents_stats, read_latents_stats
 from dit_hf.command_line import run
 from dit_hf.commands import convert, export, verify
@@ -39,7 +41,7 @@ VAVAE = {
 
 
 def parse(name):
-    return parse_autoencoder(FIXTURES / f"{name}.pt", VAES[name][0])
+    return parse_autoencoder(FIXTURES / f"{name}.pt", AutoencoderHints(VAES[name][0]))
 
 
 def load(name, latent_multiplier=1.0):
@@ -127,7 +129,7 @@ def test_statistics_come_back_to_the_bit(name):
 
 def test_both_forms_of_the_statistics_say_the_same(tmp_path):
     vae = load("vavae")
-    for form in FORMS:
+    for form in FAMILY.stats_forms:
         torch.save(original_latents_stats(vae, form), tmp_path / "stats.pt")
         mean, std = read_latents_stats(tmp_path / "stats.pt")
         assert mean == vae.config.latents_mean
@@ -164,7 +166,7 @@ def random_vae(block_out_channels, down="", up="", **options):
 def test_any_layout_is_read_off_the_keys(layout, tmp_path):
     vae = random_vae(**LAYOUTS[layout])
     torch.save(original_autoencoder(vae), tmp_path / "vae.pt")
-    autoencoder = parse_autoencoder(tmp_path / "vae.pt", 4)
+    autoencoder = parse_autoencoder(tmp_path / "vae.pt", AutoencoderHints(4))
     channels = vae.config.latent_channels
     read = build_autoencoder(autoencoder, tmp_path, ([0.0] * channels, [1.0] * channels))
     parity = measure_autoencoder_parity(autoencoder, read)
@@ -189,7 +191,7 @@ def test_weights_are_found_in_their_containers(kind, tmp_path):
     weights = original_weights()
     extras = {"loss.steps": torch.tensor(3), "foundation_model.model.cls_token": torch.full((1,), torch.nan)}
     torch.save(CONTAINERS[kind](weights | extras), tmp_path / "vae.pt")
-    read = parse_autoencoder(tmp_path / "vae.pt", 2).original
+    read = parse_autoencoder(tmp_path / "vae.pt", AutoencoderHints(2)).original
     assert read.keys() == weights.keys()
     assert all(torch.equal(read[key], weights[key]) for key in weights)
 
@@ -212,7 +214,8 @@ def test_the_published_layout_is_read_off_its_keys():
     with init_empty_weights():
         vae = AutoencoderKL(**config)
     weights = vae.state_dict()
-    assert {key: list(original_shape(ours, weights[ours].shape)) for key, ours in table_of(vae).items()} == keys
+    table = original_keys(FAMILY, vae)
+    assert {key: list(FAMILY.original_shape(ours, weights[ours].shape)) for key, ours in table.items()} == keys
     assert vae.num_parameters() == 69_836_067
     assert config["block_out_channels"] == (128, 128, 256, 256, 512)
     assert (config["layers_per_block"], config["latent_channels"]) == (2, 32)
@@ -247,13 +250,13 @@ def test_a_file_becomes_a_folder_and_goes_back(family, dtype, tmp_path, monkeypa
     run_main(verify, monkeypatch, **VAVAE | {"latents_stats": None}, model_path=out, dtype=dtype)
     if dtype != "float32":
         return
-    for form, names in FORMS.items():
+    for form in FAMILY.stats_forms:
         back, stats = tmp_path / f"{form}.pt", tmp_path / f"{form}-stats.pt"
         run_main(export, monkeypatch, model_path=out, family=form, checkpoint_path=back, latents_stats=stats)
         written, expected = torch.load(back, weights_only=True), parse("vavae").original
         assert written.keys() == expected.keys()
         assert all(torch.equal(written[key], expected[key]) for key in expected)
-        assert torch.load(stats, weights_only=True).keys() == set(names)
+        assert torch.load(stats, weights_only=True).keys() == {FORMS[form].mean, FORMS[form].spread}
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -361,7 +364,10 @@ FLAGS = {
         VAVAE | {"latent_multiplier": 0},
         "argument --latent_multiplier: '0' is not a finite number above 0",
     ),
-    "pipeline without": (SIT | {"vae": FIXTURES / "vavae.pt"}, "vavae.pt is an original autoencoder, whose file has"),
+    "pipeline without": (
+        SIT | {"vae": FIXTURES / "vavae.pt", "norm_num_groups": 3},
+        "vavae.pt is an original autoencoder, whose file has",
+    ),
     "no VAE": (SIT | {"latents_stats": VAVAE["latents_stats"]}, "--latents_stats is for an original autoencoder"),
     "no file of a VAE": (SIT | {"vae": "nope.pt", "latents_stats": "nope"}, "--vae nope.pt must be the folder or the"),
     "a folder's statistics": (SIT | {"vae": "emoji64", "latents_stats": "nope"}, "--latents_stats is for an original"),
@@ -397,8 +403,11 @@ def folders(tmp_path_factory):
 
 
 EXPORTS = {
-    "vae": ({"family": "dit"}, "is an autoencoder; pass --family vavae or repae"),
-    "transformer": ({}, "must be the folder of an AutoencoderKL, such as the folder vae of a pipeline"),
+    "vae": ({"family": "dit"}, "is an AutoencoderKL; pass --family vavae or repae"),
+    "transformer": (
+        {},
+        "must be the folder of an AutoencoderKL or AutoencoderRAE, such as the folder vae",
+    ),
     "nope": ({}, "must be the folder of an AutoencoderKL"),
     "plain": ({}, "has mid_block_add_attention=False"),
     "flux": ({}, "has use_quant_conv=False"),

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel
 from dit_hf.checkpoints import FAMILIES
-from dit_hf.checkpoints.autoencoder import parse_autoencoder
+from dit_hf.checkpoints.autoencoders import parse_autoencoder
 from dit_hf.checkpoints.latents_stats import read_latents_stats
 from dit_hf.checkpoints.reading import read_checkpoint
 from dit_hf.checkpoints.saving import save_original

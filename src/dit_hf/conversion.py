@@ -9,8 +9,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
 from .bundled import bundled_names, resolve_pipeline, resolve_vae
-from .checkpoints.autoencoder import NORM_NUM_GROUPS, build_autoencoder, parse_autoencoder
-from .checkpoints.links import download, download_from_hub, is_link
+from .checkpoints.autoencoders import Autoencoder, build_autoencoder
+from .checkpoints.links import download_from_hub, is_link
 from .checkpoints.loading import build_model
 from .checkpoints.parsing import Checkpoint
 from .data.autoencoders import check_autoencoder, load_autoencoder
@@ -159,32 +159,32 @@ def is_original_vae(name: str) -> bool:
     return is_link(name) or Path(resolve_vae(name)).is_file()
 
 
-def load_original_vae(
+def build_original_vae(
+    autoencoder: Autoencoder,
     name: str,
     in_channels: int,
-    statistics: tuple[list[float], list[float]],
-    norm_num_groups: int = NORM_NUM_GROUPS,
-) -> AutoencoderKL:
+    statistics: tuple[list, list],
+    encoder: str | None = None,
+) -> ModelMixin:
     """
     The autoencoder of a model, from the file that its own code saves.
 
     Args:
-        name (`str`): A file, or the link to one.
+        autoencoder (`Autoencoder`): From [`dit_hf.checkpoints.autoencoders.parse_autoencoder`].
+        name (`str`): Of the file; named in errors.
         in_channels (`int`): Channels of the model's latents.
-        statistics (`tuple[list[float], list[float]]`): Mean and standard deviation of the latents, per channel.
-        norm_num_groups (`int`, defaults to 32): Groups of the group norms, which leave no trace in the weights.
+        statistics (`tuple[list, list]`): Mean and standard deviation of the latents.
+        encoder (`str`, *optional*): Folder or Hub id of the encoder of RAE, which its file has not.
 
     Returns:
-        `AutoencoderKL`
+        `AutoencoderKL` or `AutoencoderRAE`
 
     Raises:
-        ValueError: if the file is no such autoencoder, or its latents have another number of channels.
-        OSError: if a link can't be downloaded.
+        ValueError: if its latents have another number of channels, or the statistics or the encoder do not fit.
+        OSError: if the encoder can't be downloaded.
     """
-    path = download(name) if is_link(name) else name
-    autoencoder = parse_autoencoder(path, norm_num_groups)
-    check_channels(name, autoencoder.config["latent_channels"], in_channels)
-    vae = build_autoencoder(autoencoder, path, statistics)
+    check_channels(name, autoencoder.latent_channels, in_channels)
+    vae = build_autoencoder(autoencoder, name, statistics, encoder=encoder)
     check_autoencoder(vae)
     return vae
 

@@ -217,15 +217,20 @@ def rae_scale(vae: ModelMixin) -> torch.Tensor:
     return std / (std + RAE_EPSILON)
 
 
+def rae_positions(width: int, tokens: int) -> torch.Tensor:
+    """RAE's own positions of a decoder; `(1, 1 + tokens, width)`, the first of which is zero."""
+    grid = math.isqrt(tokens)
+    options = {"cls_token": True, "extra_tokens": 1, "base_size": grid, "output_type": "pt"}
+    return get_2d_sincos_pos_embed(width, grid, **options)[None].float()
+
+
 def correct_rae(vae: ModelMixin) -> None:
     """Gives an `AutoencoderRAE` RAE's own positions: diffusers stretches them to those of 16×16 patches."""
     grid, table = math.isqrt(vae.num_patches), vae.decoder.decoder_pos_embed
-    positions = get_2d_sincos_pos_embed(
-        table.shape[-1], grid, cls_token=True, extra_tokens=1, base_size=grid, output_type="pt"
-    ).to(table)
-    if table.device.type != "meta" and not torch.equal(table[0], positions):
+    positions = rae_positions(table.shape[-1], vae.num_patches).to(table)
+    if table.device.type != "meta" and not torch.equal(table, positions):
         logger.warning(f"AutoencoderRAE has positions of 16×16 patches; they are corrected to {grid}×{grid}, its own.")
-        vae.decoder.decoder_pos_embed = positions[None]
+        vae.decoder.decoder_pos_embed = positions
 
 
 def latent_channels(vae: ModelMixin) -> int | None:

@@ -1,8 +1,10 @@
 """Statistics of an autoencoder's latents, in the files that are published beside it.
 
-Shapes: `C` latent channels.
+Shapes: `C` latent channels, `h w` latent size.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,67 +13,109 @@ from ..command_line import real
 from .reading import find_problem, read_checkpoint
 
 
-# Entries of the file, by the code base that writes it: the mean, and the standard deviation or 1 / it.
-FORMS = {"vavae": ("mean", "std"), "repae": ("latents_bias", "latents_scale")}
-INVERSE = "latents_scale"
+# What RAE's code adds to the variance.
+EPSILON = 1e-5
 
 
-def read_latents_stats(path: str | Path, latent_multiplier: float = 1.0) -> tuple[list[float], list[float]]:
+@dataclass(frozen=True)
+class Form:
     """
-    Reads a `latents_stats.pt`, of VA-VAE (`mean`, `std`) or of REPA-E (`latents_bias`, `latents_scale` = 1 / std).
+    How a code base stores statistics.
 
     Args:
-        path (`str` or `Path`): The file; its tensors have shape `(1, C, 1, 1)` or `(C,)`.
+        mean (`str`): The entry of the mean.
+        spread (`str`): The entry of what tells the standard deviation.
+        to_std (`Callable`): The standard deviation by this entry.
+        from_std (`Callable`): The reverse.
+        per_position (`bool`): Whether each position of the latents has its own, shape `(C, h, w)`.
+    """
+
+    mean: str
+    spread: str
+    to_std: Callable[[torch.Tensor], torch.Tensor]
+    from_std: Callable[[torch.Tensor], torch.Tensor]
+    per_position: bool = False
+
+
+FORMS = {
+    "vavae": Form("mean", "std", lambda std: std, lambda std: std),
+    "repae": Form("latents_bias", "latents_scale", lambda scale: 1 / scale, lambda std: 1 / std),
+    "rae": Form("mean", "var", lambda var: (var + EPSILON).sqrt(), lambda std: std**2 - EPSILON, per_position=True),
+}
+
+
+def read_latents_stats(
+    path: str | Path, latent_multiplier: float = 1.0, forms: Sequence[str] = ("vavae", "repae")
+) -> tuple[list, list]:
+    """
+    Reads a `latents_stats.pt` of VA-VAE (`mean`, `std`) or REPA-E (`latents_bias`, `latents_scale` = 1 / std), or a
+    `stat.pt` of RAE (`mean`, `var`).
+
+    Args:
+        path (`str` or `Path`): The file; its tensors have shape `(1, C, 1, 1)` or `(C,)`, those of RAE `(C, h, w)`.
         latent_multiplier (`float`, defaults to 1.0):
             What LightningDiT multiplies normalised latents by; its configuration has it.
+        forms (`Sequence[str]`, defaults to `("vavae", "repae")`): Names of `FORMS` that are looked for.
 
     Returns:
-        `tuple[list[float], list[float]]`: `latents_mean` and `latents_std` of an `AutoencoderKL`'s config.
+        `tuple[list, list]`: `latents_mean` and `latents_std` of an autoencoder's config, a value per channel, or
+        nested lists of shape `(C, h, w)`.
 
     Raises:
         ValueError: if the file holds something else; the message names the file and the entry.
     """
     content = read_checkpoint(path)
-    form = next((names for names in FORMS.values() if set(names) <= content.keys()), None)
+    known = [FORMS[name] for name in forms]
+    form = next((form for form in known if {form.mean, form.spread} <= content.keys()), None)
     if form is None:
-        known = " or ".join(" and ".join(map(repr, names)) for names in FORMS.values())
+        needed = " or ".join(f"{form.mean!r} and {form.spread!r}" for form in known)
         held = ", ".join(sorted(map(str, content)))
-        raise ValueError(f"{path} holds no statistics of latents: {known} are needed, and it has {held[:200]}.")
-    mean, std = (_read_values(content[name], name, path) for name in form)
-    if len(mean) != len(std):
-        raise ValueError(f"{path}: {form[0]!r} is of {len(mean)} channels and {form[1]!r} of {len(std)}.")
-    std = (1 / std if form[1] == INVERSE else std) / real(above=0).check("latent_multiplier", latent_multiplier)
+        raise ValueError(f"{path} holds no statistics of latents: {needed} are needed, and it has {held[:200]}.")
+    mean, spread = (_read_values(content[name], name, path, form.per_position) for name in (form.mean, form.spread))
+    if len(mean) != len(spread):
+        raise ValueError(f"{path}: {form.mean!r} is of {len(mean)} channels and {form.spread!r} of {len(spread)}.")
+    if mean.shape != spread.shape:
+        shapes = f"{tuple(mean.shape)} and {tuple(spread.shape)}"
+        raise ValueError(f"{path}: {form.mean!r} and {form.spread!r} have shapes {shapes}, where one is needed.")
+    std = form.to_std(spread) / real(above=0).check("latent_multiplier", latent_multiplier)
     if not ((std.float() > 0) & std.float().isfinite()).all():
-        raise ValueError(f"{path}: {form[1]!r} must give a finite standard deviation above 0 in every channel.")
+        raise ValueError(f"{path}: {form.spread!r} must give a finite standard deviation above 0 in every channel.")
     return mean.tolist(), std.tolist()
 
 
-def _read_values(value, name, path):
-    """A tensor of one value per channel, in float64, so that what is computed from it comes back to the bit."""
+def _read_values(value, name, path, per_position):
+    """A tensor in float64, so that what is computed from it comes back to the bit."""
     if problem := find_problem(name, value):
         raise ValueError(f"{path}: {name!r} {problem}.")
-    if value.numel() == 0 or value.shape not in ((value.numel(),), (1, value.numel(), 1, 1)):
-        raise ValueError(f"{path}: {name!r} has shape {tuple(value.shape)}, where (1, C, 1, 1) or (C,) is needed.")
-    if not value.isfinite().all():
+    shape = tuple(value.shape)
+    if per_position and len(shape) == 3 and value.numel():
+        values = value
+    elif not per_position and value.numel() and shape in ((value.numel(),), (1, value.numel(), 1, 1)):
+        values = value.flatten()
+    else:
+        needed = "(C, h, w)" if per_position else "(1, C, 1, 1) or (C,)"
+        raise ValueError(f"{path}: {name!r} has shape {shape}, where {needed} is needed.")
+    if not values.isfinite().all():
         raise ValueError(f"{path}: {name!r} holds NaN or infinity.")
-    return value.flatten().double()
+    return values.double()
 
 
 def original_latents_stats(vae, form: str) -> dict[str, torch.Tensor]:
     """
-    The content of a `latents_stats.pt` with the statistics of an autoencoder's config.
+    The content of a file with the statistics of an autoencoder's config.
 
     Args:
-        vae (`AutoencoderKL`): With `latents_mean` and `latents_std`.
+        vae (`AutoencoderKL` or `AutoencoderRAE`): With `latents_mean` and `latents_std`.
         form (`str`): A name of `FORMS`: whose code will load the file.
 
     Returns:
-        `dict[str, torch.Tensor]`: of shape `(1, C, 1, 1)`. A latent multiplier is in the standard deviation.
+        `dict[str, torch.Tensor]`: of shape `(1, C, 1, 1)`, those of RAE `(C, h, w)`. A latent multiplier is in the
+        standard deviation.
 
     Raises:
         ValueError: if the config has none, or normalises latents otherwise.
     """
-    config = vae.config
+    config, stored = vae.config, FORMS[form]
     if config.get("latents_mean") is None or config.get("latents_std") is None:
         raise ValueError("The autoencoder's config has no latents_mean and latents_std; omit `--latents_stats`.")
     if config.get("scaling_factor") != 1 or config.get("shift_factor"):
@@ -80,5 +124,8 @@ def original_latents_stats(vae, form: str) -> dict[str, torch.Tensor]:
             f"{config.get('shift_factor')!r} besides latents_std; the original's code knows neither."
         )
     mean, std = (torch.tensor(config[name], dtype=torch.float64) for name in ("latents_mean", "latents_std"))
-    values = (mean, 1 / std if FORMS[form][1] == INVERSE else std)
-    return {name: value.float().view(1, -1, 1, 1) for name, value in zip(FORMS[form], values, strict=True)}
+    values = {stored.mean: mean, stored.spread: stored.from_std(std)}
+    return {
+        name: value.float() if stored.per_position else value.float().view(1, -1, 1, 1)
+        for name, value in values.items()
+    }

@@ -116,7 +116,7 @@ def check_strictly(checkpoint: Checkpoint, model, path: str | Path) -> None:
     shapes = {key: tuple(weight.shape) for key, weight in needed.items()}
     check_keys(original, shapes, path, optional=source.tables)
     for key, expected in original_tables(source, model).items():
-        if key in original and not _is_close(original[key], expected):
+        if key in original and not is_close(original[key], expected):
             raise ValueError(f"Checkpoint {path}: {key!r} is not the table that {source.name} computes.")
 
 
@@ -153,7 +153,8 @@ def check_keys(
             )
 
 
-def _is_close(given, expected):
+def is_close(given: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a table of a file is the computed one, but for the rounding of its type."""
     tolerance = 1e-5 if given.dtype == torch.float32 else 1e-2
     return given.shape == expected.shape and torch.allclose(given.float(), expected, rtol=0, atol=tolerance)
 

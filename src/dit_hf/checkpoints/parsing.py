@@ -11,9 +11,9 @@ from ..complexity import describe_blocks
 from . import FAMILIES
 from .family import Family
 from .reading import (
+    find_autoencoder,
     find_entry,
     find_file,
-    holds_autoencoder,
     read_checkpoint,
     select_weights,
     training_arguments,
@@ -147,8 +147,8 @@ def parse_checkpoint(
         raise ValueError(f"`family` is {family!r}; it must be one of auto, {', '.join(FAMILIES)}.")
     path = find_file(Path(path))
     content = read_checkpoint(path) if content is None else content
-    if holds_autoencoder(content):
-        raise ValueError(f"Checkpoint {path} is an autoencoder, no transformer; `--family vavae` converts it.")
+    if autoencoder := find_autoencoder(content):
+        raise ValueError(f"Checkpoint {path} is an autoencoder, no transformer; `--family {autoencoder}` converts it.")
     entry = find_entry(content, weights, path)
     original = select_weights(content, entry, path)
     arguments = training_arguments(content)

@@ -16,8 +16,11 @@ from ..files import check_file, first_line
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # Entries that training scripts keep their weights under, by what `weights` asks for.
 ENTRIES = {"ema": ("ema", "model_ema", "ema_model", "model_ema1"), "model": ("model", "module", "state_dict")}
-# Keys of the autoencoders of latent diffusion, and of nothing else.
-AUTOENCODER_MARKS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
+# Family of autoencoders -> keys that all of its files have, and no others.
+AUTOENCODER_MARKS = {
+    "vavae": {"encoder.conv_in.weight", "decoder.conv_in.weight"},
+    "rae": {"decoder_embed.weight", "decoder_pos_embed"},
+}
 # The pickle of a zip archive has names, shapes and plain values; the tensors are beside it.
 MAX_PICKLE_BYTES = 32 * 2**20
 ENCRYPTED = 1
@@ -215,19 +218,19 @@ def select_weights(
     return unwrapped
 
 
-def holds_autoencoder(content: dict) -> bool:
+def find_autoencoder(content: dict) -> str | None:
     """
-    Whether a file's weights are an autoencoder's, by their keys.
+    The family of autoencoders that a file's weights are of, by their keys.
 
     Args:
         content (`dict`): From [`read_checkpoint`].
 
     Returns:
-        `bool`
+        `str`: a name of [`dit_hf.checkpoints.autoencoders.AUTOENCODERS`]; None if they are no autoencoder's.
     """
     entries = [content, *(content.get(name) for names in ENTRIES.values() for name in names)]
     keys = [{WRAPPERS.sub("", str(key)) for key in entry} for entry in entries if isinstance(entry, dict)]
-    return any(names.issuperset(AUTOENCODER_MARKS) for names in keys)
+    return next((name for name, marks in AUTOENCODER_MARKS.items() if any(marks <= names for names in keys)), None)
 
 
 def find_problem(key: str, value) -> str | None:

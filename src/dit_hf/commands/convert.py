@@ -4,7 +4,7 @@
         --id2label imagenet.json
 
 Expected: the time it takes to read and write the weights, and six forward passes. Every dimension is read off the
-weights. An original autoencoder (`--family vavae`) becomes the folder of an `AutoencoderKL`.
+weights. An original autoencoder becomes the folder of an `AutoencoderKL` or `AutoencoderRAE`.
 """
 
 import filecmp
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ..checkpoints.autoencoder import Autoencoder, build_autoencoder
+from ..checkpoints.autoencoders import Autoencoder, build_autoencoder, parse_autoencoder
 from ..checkpoints.latents_stats import read_latents_stats
 from ..checkpoints.links import download, is_link
 from ..checkpoints.loading import build_model
@@ -22,13 +22,13 @@ from ..checkpoints.parsing import parse_checkpoint
 from ..checkpoints.saving import TRAINING_ONLY_FILE
 from ..checkpoints.sizes import IMAGENET_CLASSES
 from ..command_line import ArgumentParser, real, run
-from ..conversion import build_pipeline, check_vae, is_original_vae, load_original_vae, load_transformer
+from ..conversion import build_original_vae, build_pipeline, check_vae, is_original_vae, load_transformer
 from ..files import NO_CONTENT, check_writable, first_line, is_occupied, read_json, writing_folder
 from ..hub import CardFacts, publish_folder, write_card
 from ..models import MODELS
 from ..pipeline_dit_class_cond import check_guide
 from ..transformer_dit import SIZES
-from .verify import DTYPES, add_checkpoint_arguments, read, verify, verify_autoencoder
+from .verify import DTYPES, add_checkpoint_arguments, autoencoder_hints, read, verify, verify_autoencoder
 
 
 def read_id2label(path):
@@ -134,16 +134,17 @@ def check_same(new, old):
         )
 
 
-def read_statistics(args):
+def read_statistics(autoencoder, args):
     """The statistics of an original autoencoder's latents, which its file has not."""
+    name, forms = args.vae or args.checkpoint_path, autoencoder.family.stats_forms
     if args.latents_stats is None:
         raise ValueError(
-            f"{args.vae or args.checkpoint_path} is an original autoencoder, whose file has no statistics of its "
-            "latents; pass --latents_stats FILE, the latents_stats.pt published with it (for a Stable Diffusion VAE "
-            "pass --vae with its diffusers folder or Hub id instead)."
+            f"{name} is an original autoencoder, whose file has no statistics of its latents; pass --latents_stats "
+            "FILE, the one published with it (for a Stable Diffusion VAE pass --vae with its diffusers folder or Hub "
+            "id instead)."
         )
     try:
-        return read_latents_stats(args.latents_stats, args.latent_multiplier)
+        return read_latents_stats(args.latents_stats, args.latent_multiplier, forms)
     except ValueError as error:
         raise ValueError(f"--latents_stats: {error}") from None
 
@@ -154,21 +155,26 @@ def find_vae(checkpoint, args):
     if args.latent_multiplier != 1 and not args.latents_stats:
         raise ValueError("--latent_multiplier goes with --latents_stats; pass both, or omit it.")
     if args.vae and is_original_vae(args.vae):
+        path = download(args.vae) if is_link(args.vae) else args.vae
+        autoencoder = parse_autoencoder(path, autoencoder_hints(args))
         own = None if args.latents_stats else checkpoint.latents_statistics
-        return load_original_vae(args.vae, in_channels, own or read_statistics(args), args.norm_num_groups)
+        statistics = own or read_statistics(autoencoder, args)
+        return build_original_vae(autoencoder, args.vae, in_channels, statistics, args.encoder)
     if args.vae:
         check_vae(args.vae, in_channels)
-    if args.latents_stats:
-        raise ValueError("--latents_stats is for an original autoencoder; pass its file as --vae, or omit the flag.")
+    for flag in ("latents_stats", "encoder"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag} is for an original autoencoder; pass its file as --vae, or omit the flag.")
     return args.vae
 
 
 def convert_autoencoder(autoencoder, args):
-    """Writes the folder of an `AutoencoderKL`, whole, verified, or not at all."""
+    """Writes the folder of a model of diffusers, whole, verified, or not at all."""
     for flag in ("vae", "id2label", "guide", "shift", "license", "push_to_hub"):
         if getattr(args, flag):
             raise ValueError(f"--{flag} is for pipelines, and {args.checkpoint_path} is an autoencoder; omit it.")
-    vae = build_autoencoder(autoencoder, args.checkpoint_path, read_statistics(args), DTYPES[args.dtype])
+    statistics, dtype = read_statistics(autoencoder, args), DTYPES[args.dtype]
+    vae = build_autoencoder(autoencoder, args.checkpoint_path, statistics, dtype, args.encoder)
     if args.dry_run:
         return
     with writing_folder(args.output_dir) as partial:
@@ -188,8 +194,11 @@ def parse_args():
     parser.add_argument("--output_dir", type=Path, required=True, help="New folder for the pipeline.")
     parser.add_argument("--vae", help="Folder, Hub id or original file of an autoencoder to put into the pipeline.")
     parser.add_argument(
-        "--latents_stats", type=Path, help="Statistics of an original autoencoder's latents (latents_stats.pt)."
+        "--latents_stats",
+        type=Path,
+        help="Statistics of an original autoencoder's latents (latents_stats.pt, stat.pt).",
     )
+    parser.add_argument("--encoder", help="Folder or Hub id of the encoder of an original RAE, whose file has none.")
     parser.add_argument(
         "--latent_multiplier",
         type=real(above=0),

@@ -8,11 +8,11 @@ folder for diffusers' own `DiTTransformer2DModel`.
 
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import DDPMScheduler
 
 from ..bundled import resolve_pipeline
 from ..checkpoints import FAMILIES, Family
-from ..checkpoints.autoencoder import original_autoencoder
+from ..checkpoints.autoencoders import AUTOENCODERS, AutoencoderFamily, original_autoencoder
 from ..checkpoints.latents_stats import FORMS, original_latents_stats
 from ..checkpoints.saving import TRAINING_ONLY_FILE, check_new_file, save_original, save_weights
 from ..command_line import ArgumentParser, run
@@ -62,25 +62,28 @@ def check_prediction(name: str, family: Family, timestep_scale: float | None) ->
         raise ValueError(f"{name} predicts {prediction}, and {family.name}'s code would take it for {expected}.")
 
 
-def is_autoencoder(name: str) -> bool:
-    """Whether a name is the folder of an autoencoder."""
+def find_autoencoder_family(name: str) -> AutoencoderFamily | None:
+    """The family of the autoencoder in a folder; None if it holds something else."""
     file = Path(name, "config.json")
-    return file.is_file() and read_json(file).get("_class_name") == AutoencoderKL.__name__
+    class_name = read_json(file).get("_class_name") if file.is_file() else None
+    return next((family for family in AUTOENCODERS.values() if family.model.__name__ == class_name), None)
 
 
 def export_autoencoder(args):
     """Writes an autoencoder's weights and, if asked for, the statistics of its latents."""
     name = args.pretrained_model_name_or_path
-    if args.family not in FORMS:
-        raise ValueError(f"{name} is an autoencoder; pass --family {' or '.join(FORMS)}.")
-    if not is_autoencoder(name):
-        raise ValueError(f"{name} must be the folder of an AutoencoderKL, such as the folder vae of a pipeline.")
+    family = find_autoencoder_family(name)
+    if family is None:
+        classes = " or ".join(family.model.__name__ for family in AUTOENCODERS.values())
+        raise ValueError(f"{name} must be the folder of an {classes}, such as the folder vae of a pipeline.")
+    if args.family not in family.stats_forms:
+        raise ValueError(f"{name} is an {family.model.__name__}; pass --family {' or '.join(family.stats_forms)}.")
     check_new_file(args.checkpoint_path)
     if args.latents_stats:
         check_new_file(args.latents_stats, endings=(".pt",))
         if args.latents_stats.resolve() == args.checkpoint_path.resolve():
             raise ValueError(f"--latents_stats and --checkpoint_path are both {args.checkpoint_path}.")
-    check_autoencoder(Path(name, "config.json"), AutoencoderKL)
+    check_autoencoder(Path(name, "config.json"), family.model)
     vae = load_autoencoder(name)
     weights = original_autoencoder(vae)
     statistics = original_latents_stats(vae, args.family) if args.latents_stats else None
@@ -94,7 +97,7 @@ def export_autoencoder(args):
 def main():
     args = parse_args()
     name = args.pretrained_model_name_or_path
-    if args.family not in FAMILIES or is_autoencoder(name):
+    if args.family not in FAMILIES or find_autoencoder_family(name):
         export_autoencoder(args)
         return
     if args.latents_stats:

@@ -11,12 +11,18 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import FAMILIES
-from ..checkpoints.autoencoder import NORM_NUM_GROUPS, VAVAE, Autoencoder, parse_autoencoder
-from ..checkpoints.autoencoder_parity import measure_autoencoder_parity
+from ..checkpoints.autoencoders import (
+    AUTOENCODERS,
+    NORM_NUM_GROUPS,
+    Autoencoder,
+    AutoencoderHints,
+    parse_autoencoder,
+)
+from ..checkpoints.autoencoders.parity import measure_autoencoder_parity
 from ..checkpoints.links import download, is_link
 from ..checkpoints.parity import Parity, measure_parity
 from ..checkpoints.parsing import Checkpoint, parse_checkpoint
-from ..checkpoints.reading import find_file, holds_autoencoder, read_checkpoint
+from ..checkpoints.reading import find_autoencoder, find_file, read_checkpoint
 from ..checkpoints.saving import TRAINING_ONLY_FILE
 from ..command_line import ArgumentParser, integer, real, run
 from ..conversion import load_transformer
@@ -39,7 +45,10 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         help="A .pt, .bin or .safetensors file, the folder of a diffusers DiT, or the link to a file.",
     )
     parser.add_argument(
-        "--family", choices=("auto", *FAMILIES, VAVAE), default="auto", help="Code base it comes from."
+        "--family",
+        choices=tuple(dict.fromkeys(("auto", *FAMILIES, *AUTOENCODERS))),
+        default="auto",
+        help="Code base it comes from.",
     )
     parser.add_argument(
         "--weights",
@@ -89,6 +98,11 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         default=NORM_NUM_GROUPS,
         help="Groups of the group norms of an original autoencoder.",
     )
+    parser.add_argument(
+        "--decoder_num_attention_heads",
+        type=integer(at_least=1),
+        help="Of the decoder of an original RAE, if its width is none of the published ones.",
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Of the converted weights.")
 
 
@@ -97,11 +111,13 @@ def read(args: argparse.Namespace) -> Checkpoint | Autoencoder:
     if is_link(args.checkpoint_path):
         args.checkpoint_path = str(download(args.checkpoint_path))
     content = read_checkpoint(find_file(Path(args.checkpoint_path)))
-    if args.family == VAVAE or (args.family == "auto" and holds_autoencoder(content)):
-        for flag in TRANSFORMER_FLAGS if holds_autoencoder(content) else ():
+    held = find_autoencoder(content)
+    is_named = args.family in AUTOENCODERS.keys() - FAMILIES.keys()
+    if is_named or (held and args.family in ("auto", held)):
+        for flag in TRANSFORMER_FLAGS if held else ():
             if getattr(args, flag) is not None:
                 raise ValueError(f"--{flag} is for transformers, and the checkpoint is an autoencoder; omit it.")
-        return parse_autoencoder(args.checkpoint_path, args.norm_num_groups, content, args.weights)
+        return parse_autoencoder(args.checkpoint_path, autoencoder_hints(args), content, args.weights, args.family)
     return parse_checkpoint(
         args.checkpoint_path,
         args.num_attention_heads,
@@ -115,6 +131,11 @@ def read(args: argparse.Namespace) -> Checkpoint | Autoencoder:
         args.noise_scale,
         args.in_channels,
     )
+
+
+def autoencoder_hints(args: argparse.Namespace) -> AutoencoderHints:
+    """What these arguments say of an original autoencoder."""
+    return AutoencoderHints(args.norm_num_groups, args.decoder_num_attention_heads)
 
 
 def verify(checkpoint: Checkpoint, name: str | Path, dtype: str, label: str | Path | None = None) -> None:

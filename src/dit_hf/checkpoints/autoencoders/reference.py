@@ -1,6 +1,4 @@
-"""Whether a converted autoencoder computes what its checkpoint computes, by an independent forward pass.
-
-Written from the layout of latent diffusion's autoencoder, straight and slow.
+"""What the original code of an autoencoder computes, written from its layout, straight and slow.
 
 Shapes: `B` batch, `C` channels, `H W` pixels, `h w` latent size, `Z` latent channels.
 """
@@ -9,52 +7,6 @@ from itertools import count, takewhile
 
 import torch
 import torch.nn.functional as F
-
-from ..seeds import seeded_generator
-from .autoencoder import Autoencoder, original_autoencoder
-from .parity import Parity, compare_weights, largest, output_distance
-
-
-def measure_autoencoder_parity(autoencoder: Autoencoder, vae, seed: int = 0) -> Parity:
-    """
-    Encodes and decodes seeded inputs with the checkpoint's own weights beside the model.
-
-    Args:
-        autoencoder (`Autoencoder`): From [`dit_hf.checkpoints.autoencoder.parse_autoencoder`].
-        vae (`AutoencoderKL`): What it became.
-        seed (`int`, defaults to 0): Of the inputs.
-
-    Returns:
-        `Parity`
-
-    Raises:
-        ValueError: if the two are of different models.
-    """
-    for name, value in autoencoder.config.items():
-        given = tuple(vae.config[name]) if isinstance(value, tuple) else vae.config[name]
-        if given != value:
-            raise ValueError(
-                f"The checkpoint has {name}={value!r} and the autoencoder {given!r}: they are not the same."
-            )
-    generator, channels = seeded_generator(seed, 0), autoencoder.config["latent_channels"]
-    size = 2 ** len(autoencoder.config["block_out_channels"])
-    images = torch.rand(1, autoencoder.config["in_channels"], size, size, generator=generator) * 2 - 1
-    latents = torch.randn(1, channels, 2, 2, generator=generator)
-    groups, back = autoencoder.config["norm_num_groups"], original_autoencoder(vae)
-    with torch.no_grad():
-        moments = vae.encode(images.to(vae.dtype)).latent_dist.parameters.float()
-        decoded = vae.decode(latents.to(vae.dtype)).sample.float()
-        forward, forward_back = (
-            largest(
-                (
-                    output_distance(moments, reference_encode(weights, groups, images)),
-                    output_distance(decoded, reference_decode(weights, groups, latents)),
-                )
-            )
-            for weights in (autoencoder.original, back)
-        )
-    compared = compare_weights(autoencoder.original, back, autoencoder.original)
-    return Parity(forward, forward_back, **compared, dtype=vae.dtype)
 
 
 def reference_encode(weights: dict[str, torch.Tensor], groups: int, images: torch.Tensor) -> torch.Tensor:
@@ -150,3 +102,52 @@ def _attention(weights, name, groups, states):
     scores = (query.transpose(1, 2) @ key) * query.shape[1] ** -0.5
     mixed = value @ scores.softmax(dim=-1).transpose(1, 2)
     return states + _convolve(weights, f"{name}.proj_out", mixed.view_as(states))
+
+
+def reference_decode_tokens(
+    weights: dict[str, torch.Tensor], heads: int, latents: torch.Tensor, patch_size: int
+) -> torch.Tensor:
+    """
+    What the decoder of RAE computes.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): With the original's keys.
+        heads (`int`): Of its attention.
+        latents (`torch.Tensor` of shape `(B, Z, h, w)`): As the encoder gives them, not normalised.
+        patch_size (`int`): Pixels of an image per token, along each side.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3, H, W)`: normalised as the encoder's images are.
+    """
+    batch, _, height, width = latents.shape
+    tokens = _linear(weights, "decoder_embed", latents.flatten(2).transpose(1, 2))
+    first = weights["trainable_cls_token"].float().expand(batch, -1, -1)
+    states = torch.cat([first, tokens], dim=1) + weights["decoder_pos_embed"].float()
+    for index in _indices(weights, "decoder_layers.{}.layernorm_before.weight"):
+        states = _token_block(weights, f"decoder_layers.{index}", heads, states)
+    states = _linear(weights, "decoder_pred", _layer_norm(weights, "decoder_norm", states))[:, 1:]
+    patches = states.view(batch, height, width, patch_size, patch_size, 3)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, height * patch_size, width * patch_size)
+
+
+def _linear(weights, name, states):
+    return F.linear(states, weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float())
+
+
+def _layer_norm(weights, name, states):
+    scale, shift = (weights[f"{name}.{kind}"].float() for kind in ("weight", "bias"))
+    return F.layer_norm(states, scale.shape, scale, shift, 1e-12)
+
+
+def _token_block(weights, name, heads, states):
+    inner = _layer_norm(weights, f"{name}.layernorm_before", states)
+    query, key, value = (
+        _linear(weights, f"{name}.attention.attention.{kind}", inner).unflatten(2, (heads, -1)).transpose(1, 2)
+        for kind in ("query", "key", "value")
+    )  # (B, heads, tokens, width of a head)
+    scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
+    mixed = (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
+    states = states + _linear(weights, f"{name}.attention.output.dense", mixed)
+    inner = _layer_norm(weights, f"{name}.layernorm_after", states)
+    inner = F.gelu(_linear(weights, f"{name}.intermediate.dense", inner))
+    return states + _linear(weights, f"{name}.output.dense", inner)
