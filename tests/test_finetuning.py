@@ -13,6 +13,8 @@ from testing_utils.training_runs import read_log, run, train_command
 from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
 from dit_hf.schedulers import RECIPES, trained_prediction
 from dit_hf.training.finetuning import freeze, match_names, parameter_groups, remap_classes
+from dit_hf.training.model import sampling_scheduler, training_scheduler
+from dit_hf.training.objectives import VelocityObjective
 
 
 def test_training_starts_from_given_weights(workspace, tmp_path):
@@ -67,7 +69,7 @@ def test_the_scheduler_tells_what_is_predicted():
 @pytest.mark.parametrize(
     ("learn_sigma", "scheduler", "objective"),
     [
-        (True, make_scheduler("flow_dpm++", flow_shift=3.0), "velocity"),
+        (True, make_scheduler("flow_rae", shift=3.0), "velocity"),
         (False, make_scheduler("ddim", beta_schedule="squaredcos_cap_v2"), "epsilon"),
     ],
 )
@@ -80,8 +82,11 @@ def test_head_and_schedule_stay_as_they_are(workspace, tmp_path, learn_sigma, sc
     run(train_command(workspace, tmp_path / "run", **start, objective=objective, max_train_steps=2))
     trained = DiTClassCondPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert trained.transformer.config.learn_sigma == learn_sigma
-    kept = {"velocity": ("shift", 3.0), "epsilon": ("beta_schedule", "squaredcos_cap_v2")}[objective]
-    assert trained.scheduler.config[kept[0]] == kept[1]
+    assert type(trained.scheduler) is type(scheduler)
+    configs = [
+        {key: value for key, value in each.config.items() if key[0] != "_"} for each in (trained.scheduler, scheduler)
+    ]
+    assert configs[0] == configs[1]
     rows = [
         model.proj_out.weight.unflatten(0, (4, -1)) for model in (given, trained.transformer)
     ]  # 2x2 values a patch
@@ -94,6 +99,17 @@ def test_head_and_schedule_stay_as_they_are(workspace, tmp_path, learn_sigma, sc
         pipe.save_pretrained(tmp_path / "pretrained")
         run(train_command(workspace, tmp_path / "linear", **start, objective=objective, max_train_steps=1))
         assert read_log(tmp_path / "linear")[0]["loss"] != read_log(tmp_path / "run")[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option"), [("flow_rae", "shift"), ("flow_heun", "shift"), ("flow_dpm++", "flow_shift")]
+)
+def test_a_shift_changes_nothing_else_of_a_scheduler(recipe, option, tmp_path):
+    DiTClassCondPipeline(tiny_transformer(), make_scheduler(recipe, **{option: 3.0})).save_pretrained(tmp_path)
+    trained = training_scheduler(VelocityObjective, False, tmp_path)
+    for shift, expected in ((1.0, 3.0), (2.0, 2.0)):
+        scheduler = sampling_scheduler(trained, tmp_path, shift)
+        assert type(scheduler) is RECIPES[recipe][0] and scheduler.config[option] == expected
 
 
 def test_adapters_are_trained_saved_and_loaded(workspace, tmp_path):

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from testing_utils.scripts import run_forked
 
 from dit_hf import DDTTransformer2DModel, DiTClassCondPipeline, make_scheduler
+from dit_hf.checkpoints import FAMILIES
 from dit_hf.checkpoints.parsing import parse_checkpoint
 from dit_hf.conversion import build_pipeline
 from dit_hf.data.autoencoders import encode_posterior, load_autoencoder, vae_statistics
+from dit_hf.presets import DDT_PRESETS, JIT_PRESETS, preset_config
 
 
 # Fixture -> what its weights don't tell.
@@ -340,6 +342,21 @@ def test_encoder_states_are_shared_where_there_are_some():
     pipe.guide = tiny_design("ddt")
     with pytest.raises(ValueError, match="has a guide"):
         pipe(1, encoder_refresh_steps=2, output_type="latent")
+
+
+def test_published_scales_follow_the_size():
+    """As the authors give them: JiT's by size, DDT's and RAE's at 256 and 512 pixels."""
+    jit = {name: FAMILIES["jit"].published_call(preset_config(name, JIT_PRESETS)) for name in JIT_PRESETS}
+    assert [call["guidance_scale"] for call in jit.values()] == [3.0, 2.4, 2.2, 3.0, 2.5, 2.3]
+    assert all(call["guidance_interval"] == (11 / 99, 1.0) for call in jit.values())
+    ddt, rae = (preset_config(name, DDT_PRESETS) for name in ("DDT-XL/2", "RAE-DiT-DH-XL"))
+    for size, scale, guided in ((1, 2.0, 1.42), (2, 3.0, 1.5)):
+        sizes = [config | {"sample_size": size * config["sample_size"]} for config in (ddt, rae)]
+        assert FAMILIES["ddt"].published_call(sizes[0])["guidance_scale"] == scale
+        assert FAMILIES["rae"].published_call(sizes[1])["guidance_scale"] == 1.0
+        assert FAMILIES["rae"].published_call(sizes[1], has_guide=True)["guidance_scale"] == guided
+    without = FAMILIES["ddt"].published_call(ddt | {"class_dropout_prob": 0.0})
+    assert without == {"num_inference_steps": 250}
 
 
 def rae_autoencoder(**overrides):

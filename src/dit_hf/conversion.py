@@ -52,13 +52,7 @@ def build_pipeline(
     """
     scheduler = make_sampler(checkpoint, path, shift)
     transformer = build_model(MODELS[checkpoint.family.model], checkpoint, path, dtype)
-    call = dict(checkpoint.family.recommended_call)
-    if transformer.config.class_dropout_prob == 0 or guide is not None:  # no guidance away from the null class
-        call = {name: value for name, value in call.items() if not name.startswith("guidance")}
-    if guide is not None and checkpoint.family.autoguidance_scale is not None:
-        call["guidance_scale"] = checkpoint.family.autoguidance_scale
-    if call.get("guidance_channels", 0) > transformer.config.in_channels:
-        del call["guidance_channels"]
+    call = checkpoint.family.published_call(transformer.config, guide is not None)
     if isinstance(vae, str):
         vae = load_autoencoder(vae)
         match_latents(vae, checkpoint)

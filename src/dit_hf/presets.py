@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 
 # What a row says beside the constructor's arguments.
-REPORTED = ("parameters_m", "gflops", "fid_400k", "fid_600_epochs", "fid")
+REPORTED = ("parameters_m", "gflops", "fid_400k", "fid_600_epochs", "fid", "guidance_scale")
 
 
 class Preset(NamedTuple):
@@ -52,7 +52,7 @@ PRESETS: dict[PresetName, Preset] = {
 class JiTPreset(NamedTuple):
     """
     One of JiT's sizes, for 256×256 or 512×512 (JiT table 6). Parameters include the frozen position table; FID-50K is
-    after 600 epochs, with guidance, against the authors' own reference statistics.
+    after 600 epochs, with guidance of this scale, against the authors' own reference statistics.
     """
 
     num_layers: int
@@ -66,19 +66,20 @@ class JiTPreset(NamedTuple):
     noise_scale: float
     parameters_m: float
     fid_600_epochs: float
+    guidance_scale: float
 
 
 JiTPresetName = Literal["JiT-B/16", "JiT-L/16", "JiT-H/16", "JiT-B/32", "JiT-L/32", "JiT-H/32"]
 
 # fmt: off
 JIT_PRESETS: dict[JiTPresetName, JiTPreset] = {
-    #                       layers heads head_dim patch sample bottleneck context dropout noise params   FID
-    "JiT-B/16": JiTPreset(      12,   12,      64,   16,   256,       128,      4,    0.0,  1.0, 131.3, 3.66),
-    "JiT-L/16": JiTPreset(      24,   16,      64,   16,   256,       128,      8,    0.0,  1.0, 459.1, 2.36),
-    "JiT-H/16": JiTPreset(      32,   16,      80,   16,   256,       256,     10,    0.2,  1.0, 952.8, 1.86),
-    "JiT-B/32": JiTPreset(      12,   12,      64,   32,   512,       128,      4,    0.0,  2.0, 133.4, 4.02),
-    "JiT-L/32": JiTPreset(      24,   16,      64,   32,   512,       128,      8,    0.0,  2.0, 461.8, 2.53),
-    "JiT-H/32": JiTPreset(      32,   16,      80,   32,   512,       256,     10,    0.2,  2.0, 956.4, 1.94),
+    #                       layers heads head_dim patch sample bottleneck context dropout noise params   FID scale
+    "JiT-B/16": JiTPreset(      12,   12,      64,   16,   256,       128,      4,    0.0,  1.0, 131.3, 3.66,  3.0),
+    "JiT-L/16": JiTPreset(      24,   16,      64,   16,   256,       128,      8,    0.0,  1.0, 459.1, 2.36,  2.4),
+    "JiT-H/16": JiTPreset(      32,   16,      80,   16,   256,       256,     10,    0.2,  1.0, 952.8, 1.86,  2.2),
+    "JiT-B/32": JiTPreset(      12,   12,      64,   32,   512,       128,      4,    0.0,  2.0, 133.4, 4.02,  3.0),
+    "JiT-L/32": JiTPreset(      24,   16,      64,   32,   512,       128,      8,    0.0,  2.0, 461.8, 2.53,  2.5),
+    "JiT-H/32": JiTPreset(      32,   16,      80,   32,   512,       256,     10,    0.2,  2.0, 956.4, 1.94,  2.3),
 }
 # fmt: on
 

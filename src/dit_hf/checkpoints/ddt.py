@@ -171,6 +171,7 @@ DDT = TwoStreamFamily(
     scheduler="flow_ddt",
     # Guidance for times above 0.3, which are the steps from the 79th of 250 on.
     recommended_call={"num_inference_steps": 250, "guidance_scale": 2.0, "guidance_interval": (78 / 250, 1.0)},
+    guidance_scale=lambda config: 3.0 if config["sample_size"] >= 64 else 2.0,  # 512 pixels, 256
     prefixes={"ema": "ema_denoiser.", "model": "denoiser."},
     layouts=ddt_layouts,
     reference_forward=ddt_reference_forward,

@@ -87,7 +87,8 @@ class Family:
             Mean and standard deviation of the latents, per channel, from the `training_only` weights of a checkpoint
             and the number of channels.
         recommended_call (`dict`): Sampling settings of the published results, as the pipeline's `recommended_call`.
-        autoguidance_scale (`float`, *optional*): Of the published results with a guide.
+        guidance_scale (`Callable`, *optional*): That of the published results, by the model's config.
+        autoguidance_scale (`Callable`, *optional*): The same with a guide.
         published_license (`str`, *optional*): Licence of the code base's own 1000-class weights.
         reading_note (`str`, *optional*): What a user should know about a model that was read.
         writing_note (`str`, *optional*): What a user should know about a checkpoint that was written.
@@ -127,7 +128,8 @@ class Family:
     scaling_factor: float | None = None
     latents_statistics: Callable[[dict[str, torch.Tensor], int], tuple[list[float], list[float]]] | None = None
     recommended_call: dict = field(default_factory=dict)
-    autoguidance_scale: float | None = None
+    guidance_scale: Callable[[Mapping], float] | None = None
+    autoguidance_scale: Callable[[Mapping], float] | None = None
     published_license: str | None = None
     reading_note: str | None = None
     writing_note: str | None = None
@@ -136,6 +138,26 @@ class Family:
     def flow_matching(self) -> bool:
         """Whether the models are trained with time in [0, 1] to predict a velocity."""
         return self.predictions == ("velocity",)
+
+    def published_call(self, config: Mapping, has_guide: bool = False) -> dict:
+        """
+        Sampling settings of the published results.
+
+        Args:
+            config (`Mapping`): Of the model.
+            has_guide (`bool`, defaults to `False`): Whether a weaker model guides it.
+
+        Returns:
+            `dict`: as the pipeline's `recommended_call`.
+        """
+        call, scale = dict(self.recommended_call), self.autoguidance_scale if has_guide else self.guidance_scale
+        if config.get("class_dropout_prob") == 0 or has_guide:  # no guidance away from the null class
+            call = {name: value for name, value in call.items() if not name.startswith("guidance")}
+        if scale and (has_guide or "guidance_scale" in call):
+            call["guidance_scale"] = scale(config)
+        if "guidance_channels" in call and call["guidance_channels"] > config["in_channels"]:
+            del call["guidance_channels"]
+        return call
 
     def key_table(self, config: Mapping) -> dict[str, tuple[str, ...]]:
         """

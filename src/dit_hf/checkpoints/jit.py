@@ -196,6 +196,13 @@ def jit_reference_velocity(weights, config, images, time, labels):
     return (image - images) / (1 - time).clamp(min=config["t_eps"]).view(-1, 1, 1, 1)
 
 
+def published_scale(config):
+    """The guidance scale of the published results; that of B for a size that was never published."""
+    sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "sample_size")
+    fits = (preset for preset in JIT_PRESETS.values() if all(getattr(preset, name) == config[name] for name in sizes))
+    return next((preset.guidance_scale for preset in fits), JIT_PRESETS["JiT-B/16"].guidance_scale)
+
+
 JIT = Family(
     "jit",
     keys={PREFIX + key: ours for key, ours in KEYS.items()},
@@ -215,6 +222,7 @@ JIT = Family(
     wrapper="model_ema1",
     other_wrappers=("model", "model_ema2"),
     scheduler="flow_heun",
-    # Guidance for times above 0.1, which are the evaluations from the twelfth of 99 on; the scale is B/16's.
+    # Guidance for times above 0.1, which are the evaluations from the twelfth of 99 on.
     recommended_call={"num_inference_steps": 50, "guidance_scale": 3.0, "guidance_interval": (11 / 99, 1.0)},
+    guidance_scale=published_scale,
 )

@@ -153,7 +153,7 @@ RAE = TwoStreamFamily(
     scheduler="flow_rae",
     shift=latents_shift,
     recommended_call={"num_inference_steps": 49, "guidance_scale": 1.0},
-    autoguidance_scale=1.42,  # at 256 pixels; 1.5 at 512
+    autoguidance_scale=lambda config: 1.5 if config["sample_size"] >= 32 else 1.42,  # 512 pixels, 256
     reference_forward=rae_reference_forward,
 )
 

@@ -36,6 +36,7 @@ from ..training.model import (
     recommended_call,
     sampling_scheduler,
     trained_class,
+    training_scheduler,
     transformer_config,
 )
 from ..training.objectives import OBJECTIVES, choose_objective
@@ -99,9 +100,10 @@ class Training:
             self.names, self.class_ids = classes_of_adapters(pretrained, self.found)
         self.transformer = self.build_transformer()
         learn_sigma = self.transformer.config.get("learn_sigma", False)
-        self.scheduler = sampling_scheduler(row.kind, learn_sigma, pretrained, args.time_shift)
+        trained = training_scheduler(row.kind, learn_sigma, pretrained)
+        self.scheduler = sampling_scheduler(trained, pretrained, args.time_shift)
         flags = {flag: getattr(args, flag) for flag in row.flags}
-        self.objective = row.build(self.scheduler, self.transformer.config, **flags)
+        self.objective = row.build(trained, self.transformer.config, **flags)
 
     def resolution(self):
         """Pixels per side: what the latents or the pretrained weights are of, or else what is asked for."""

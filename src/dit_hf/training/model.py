@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
 from ..data.autoencoders import Pixels, load_autoencoder, spatial_factor
 from ..files import read_json
+from ..model_folders import find_class
 from ..models import MODELS, DiTTransformer2DModel, JiTTransformer2DModel, PackagedModel, find_model_class
 from ..presets import preset_config
 from ..schedulers import make_scheduler, trained_options, trained_prediction
@@ -132,31 +134,52 @@ def check_prediction(pretrained_model_name_or_path: str | Path, objective: type[
         )
 
 
-def sampling_scheduler(
-    objective: type[Objective],
-    learn_sigma: bool,
-    pretrained_model_name_or_path: str | Path | None = None,
-    time_shift: float = 1.0,
-):
+def training_scheduler(
+    objective: type[Objective], learn_sigma: bool, pretrained_model_name_or_path: str | Path | None = None
+) -> SchedulerMixin:
     """
-    A scheduler that samples what is trained; the weights of a pipeline keep its diffusion, or the shift of its flow.
+    The diffusion that is trained; the weights of a pipeline keep theirs.
 
     Args:
         objective (`type[Objective]`): The class of the objective.
         learn_sigma (`bool`): Whether the transformer predicts its variance.
         pretrained_model_name_or_path (`str` or `Path`, *optional*): The pipeline that training starts from.
-        time_shift (`float`, defaults to 1.0): Of training's times and of samples; 1 keeps a pipeline's.
 
     Returns:
         `SchedulerMixin`
     """
     name = objective.sampler
-    options: dict[str, Any] = {} if time_shift == 1 else {"shift": time_shift}
+    options: dict[str, Any] = {}
     if pretrained_model_name_or_path is not None:
-        options = trained_options(name, scheduler_config(pretrained_model_name_or_path)) | options
+        options = trained_options(name, scheduler_config(pretrained_model_name_or_path))
     if name == "ddpm" and not learn_sigma:
         options["variance_type"] = "fixed_large"
     return make_scheduler(name, **options)
+
+
+def sampling_scheduler(
+    trained: SchedulerMixin, pretrained_model_name_or_path: str | Path | None, time_shift: float = 1.0
+) -> SchedulerMixin:
+    """
+    A scheduler that samples what is trained: a pipeline's own, of whichever class, or that of the training.
+
+    Args:
+        trained (`SchedulerMixin`): From [`training_scheduler`].
+        pretrained_model_name_or_path (`str` or `Path`, *optional*): The pipeline that training starts from.
+        time_shift (`float`, defaults to 1.0): Of the times of training and sampling; 1 keeps that of a pipeline.
+
+    Returns:
+        `SchedulerMixin`
+    """
+    scheduler_class: Any = type(trained)
+    config = dict(trained.config)
+    if pretrained_model_name_or_path is not None:
+        own = scheduler_config(pretrained_model_name_or_path)
+        found = find_class({"scheduler": ["diffusers", own["_class_name"]]}, "scheduler")
+        if found is not None:  # a class of another package is replaced by the recipe
+            scheduler_class, config = found, own
+    shift = {} if time_shift == 1 else {"flow_shift" if "flow_shift" in config else "shift": time_shift}
+    return scheduler_class.from_config(config, **shift)
 
 
 def load_vae(
