@@ -30,19 +30,33 @@ def check_exportable(model, family: Family) -> None:
         ValueError: naming the option that does not fit, and the families that do.
     """
     if type(model).__name__ != family.model:
-        fitting = [other.name for other in FAMILIES.values() if other.model == type(model).__name__]
-        raise ValueError(
-            f"The model can't be written as {family.name}: it is a {type(model).__name__}; families that fit: "
-            f"{', '.join(fitting)}."
-        )
-    if mismatch := family.find_mismatch(model.config):
-        fitting = [
-            other.name
-            for other in FAMILIES.values()
-            if other.model == family.model and not other.find_mismatch(model.config)
-        ]
-        advice = f"families that fit: {', '.join(fitting)}" if fitting else "no other family fits either"
-        raise ValueError(f"The model can't be written as {family.name}: it has {mismatch}; {advice}.")
+        mismatch = f"is a {type(model).__name__}"
+    elif option := family.find_mismatch(model.config):
+        mismatch = f"has {option}"
+    else:
+        return
+    raise ValueError(f"The model can't be written as {family.name}: it {mismatch}; {fitting_families(model)}.")
+
+
+def fitting_families(model, prediction: str | None = None) -> str:
+    """
+    The families whose code can build a model, as the end of an error.
+
+    Args:
+        model (`DiTTransformer2DModel`): To be written.
+        prediction (`str`, *optional*): What it predicts; any if not given.
+
+    Returns:
+        `str`
+    """
+    fitting = [
+        family.name
+        for family in FAMILIES.values()
+        if family.model == type(model).__name__
+        and not family.find_mismatch(model.config)
+        and prediction in (None, *family.predictions)
+    ]
+    return f"families that fit: {', '.join(fitting)}" if fitting else "no other family fits either"
 
 
 def original_state_dict(model, family: Family, training_only: str | Path | None = None) -> dict[str, torch.Tensor]:

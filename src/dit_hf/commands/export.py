@@ -14,13 +14,20 @@ from ..bundled import resolve_pipeline
 from ..checkpoints import FAMILIES, Family
 from ..checkpoints.autoencoders import AUTOENCODERS, AutoencoderFamily, original_autoencoder
 from ..checkpoints.latents_stats import FORMS, original_latents_stats
-from ..checkpoints.saving import TRAINING_ONLY_FILE, check_new_file, save_original, save_weights
+from ..checkpoints.saving import (
+    TRAINING_ONLY_FILE,
+    check_new_file,
+    fitting_families,
+    save_original,
+    save_weights,
+)
 from ..command_line import ArgumentParser, run
 from ..conversion import load_transformer
 from ..data.autoencoders import load_autoencoder
 from ..files import read_json
 from ..hub import source_file
 from ..model_folders import check_autoencoder
+from ..models import PackagedModel
 from ..schedulers import trained_prediction
 
 
@@ -45,21 +52,24 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_prediction(name: str, family: Family, timestep_scale: float | None) -> None:
+def check_prediction(name: str, family: Family, model: PackagedModel) -> None:
     """That a pipeline's scheduler is for what the family's models are trained for."""
     try:
         config = DDPMScheduler.load_config(resolve_pipeline(name), subfolder="scheduler")  # whichever it is
     except OSError:  # a pipeline without a scheduler
         return
     prediction = trained_prediction(config)
-    if prediction == "velocity" and timestep_scale == 1:
+    if prediction == "velocity" and model.config.get("timestep_scale") == 1:
         raise ValueError(
             f"{name} is a flow-matching model with timestep_scale=1, as `dit-hf train` makes them; no original code "
             "base computes those."
         )
     if prediction not in family.predictions:
         expected = " or ".join(family.predictions)
-        raise ValueError(f"{name} predicts {prediction}, and {family.name}'s code would take it for {expected}.")
+        raise ValueError(
+            f"{name} predicts {prediction}, and {family.name}'s code would take it for {expected}; "
+            f"{fitting_families(model, prediction)}."
+        )
 
 
 def find_autoencoder_family(name: str) -> AutoencoderFamily | None:
@@ -106,7 +116,7 @@ def main():
     check_new_file(args.checkpoint_path, family)
     model, is_pipeline = load_transformer(name)
     if is_pipeline:
-        check_prediction(name, family, model.config.get("timestep_scale"))
+        check_prediction(name, family, model)
     training_only = source_file(model, f"transformer/{TRAINING_ONLY_FILE}" if is_pipeline else TRAINING_ONLY_FILE)
     save_original(model, family, args.checkpoint_path, training_only)
     if family.writing_note:
