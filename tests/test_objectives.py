@@ -28,7 +28,8 @@ def shown(objective):
     transformer, seen = tiny_transformer(learn_sigma=objective.learn_sigma), []
     transformer.register_forward_hook(lambda module, inputs, output: seen.append((*inputs, output[0])))
     latents, generator = CachedLatents(FIXTURES / "emoji_latents"), seeded_generator(0)
-    batch = draw_batch(latents, objective, torch.tensor([0, 50, 99]), generator, slice(0, 3), 0.0, 0.0)
+    places = (torch.tensor([0, 50, 99]), generator, lambda place: generator, slice(0, 3))
+    batch = draw_batch(latents, objective, *places, 0.0, 0.0)
     batch = {name: part[..., :8, :8] if part.ndim == 4 else part for name, part in batch.items()}
     with torch.no_grad():
         loss = objective.loss(transformer, batch)

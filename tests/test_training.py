@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -82,11 +83,12 @@ def test_labels_are_dropped_as_drawn():
     latents, objective = CachedLatents(FIXTURES / "emoji_latents"), VelocityObjective()
     for step in range(60):
         indices, generator = torch.tensor([0, 1]), seeded_generator(0, step)
-        batch = draw_batch(latents, objective, indices, generator, slice(0, 2), 0.5, 0.3)
+        sources = partial(seeded_generator, 0, step)
+        batch = draw_batch(latents, objective, indices, generator, sources, slice(0, 2), 0.5, 0.3)
         objective.loss(transformer, batch)
         assert torch.equal(seen[-1], torch.where(batch["drop"], 10, batch["label"]))
     assert 0.2 < (torch.cat(seen) == 10).float().mean() < 0.4
-    batch = draw_batch(latents, objective, indices, generator, slice(0, 2), 0.5, 0.0)
+    batch = draw_batch(latents, objective, indices, generator, sources, slice(0, 2), 0.5, 0.0)
     objective.loss(transformer, batch)
     assert torch.equal(seen[-1], batch["label"])  # the model does not draw by itself either
 

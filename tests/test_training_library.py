@@ -107,11 +107,16 @@ def test_the_average_has_the_decay_it_is_given():
         weight.data.fill_(value)
         constant.step([weight])
         warmed.step([weight])
-        assert constant.cur_decay_value == 0.9
+    constant.step([weight], taken=torch.tensor(0.0))  # a step that was not taken
     count = len(values)
+    assert constant.optimization_step == warmed.optimization_step == count
     closed = 0.9**count * 4.0 + sum(0.1 * 0.9 ** (count - 1 - index) * value for index, value in enumerate(values))
     torch.testing.assert_close(constant.shadow_params[0], torch.tensor([closed]))
-    assert warmed.cur_decay_value == pytest.approx(1 - count**-0.75)
+    average = 4.0
+    for index, value in enumerate(values):
+        decay = min(0.9, 1 - (1 + index) ** -0.75)
+        average = decay * average + (1 - decay) * value
+    torch.testing.assert_close(warmed.shadow_params[0], torch.tensor([average]))
 
 
 def test_a_decay_too_slow_for_the_run_is_named(tmp_path, caplog):

@@ -194,7 +194,8 @@ def test_a_state_replaces_no_method(run, tmp_path):
 
 
 def test_a_rewind_opens_no_code(tmp_path):
-    config = TrainingConfig(tmp_path / "run", 4, max_train_steps=6, checkpointing_steps=2, on_spike="rewind")
+    steps = {"max_train_steps": 6, "checkpointing_steps": 2, "dataloader_num_workers": 0}  # drawn when they are due
+    config = TrainingConfig(tmp_path / "run", 4, **steps, on_spike="rewind")
     model = tiny_transformer(sample_size=16, learn_sigma=False)
     trainer = Trainer(config, model, CachedLatents(FIXTURES / "emoji_latents"), VelocityObjective())
     draw = trainer.draw
@@ -202,7 +203,8 @@ def test_a_rewind_opens_no_code(tmp_path):
     def plant(step):
         if step == 3:
             torch.save(Code(tmp_path / "marker"), tmp_path / "run" / "checkpoint-2" / "custom_checkpoint_0.pkl")
-            trainer.guard.recent.extend([0.0] * 200)  # whatever the next loss, it is a spike
+            # Whatever the next loss, it is a spike.
+            trainer.guard.load_state_dict(trainer.guard.state_dict() | {"recent": [0.0] * 200})
         return draw(step)
 
     trainer.draw = plant

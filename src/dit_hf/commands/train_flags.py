@@ -194,6 +194,16 @@ def add_output_arguments(parser):
     output.add_argument(
         "--validation_steps", type=RANGES["validation_steps"], default=500, help="Steps between sample grids."
     )
+    output.add_argument(
+        "--logging_steps",
+        type=RANGES["logging_steps"],
+        help="Steps between writes of the log, which wait for the device; 1 on a CPU, 50 on a GPU if not given.",
+    )
+    output.add_argument(
+        "--dataloader_num_workers",
+        type=RANGES["dataloader_num_workers"],
+        help="Threads that make batches ahead; 1 on a CPU, 4 on a GPU if not given.",
+    )
     output.add_argument("--validation_classes", type=COUNT, default=10, help="Rows of a sample grid.")
     output.add_argument("--validation_images_per_class", type=COUNT, default=8, help="Columns of a sample grid.")
     output.add_argument("--validation_inference_steps", type=COUNT, default=25, help="Sampler steps of a grid.")

@@ -8,7 +8,6 @@ writes it under a temporary name and renames it. Finished shards are kept; what 
 
 import json
 import random
-from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -341,20 +340,21 @@ class CachedLatents:
         self.cache_dir, self.index = cache_dir, read_index(cache_dir)
         check_shards(cache_dir, self.index)
         check_checksums(cache_dir, self.index, rank, count)
-        self._shards, self._starts, labels, start = [], [], [], 0
+        self._shards, starts, labels, start = [], [], [], 0
         for shard in self.index["shards"]:
             file = safe_open(Path(cache_dir) / shard["file"], "pt")
             if shard["count"]:
-                names = file.keys()
-                self._shards.append({name: file.get_slice(name) for name in names})
-                self._starts.append(start)
+                # Views of the mapped file: nothing is read yet.
+                self._shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                starts.append(start)
             labels.append(file.get_tensor("label"))
             start += shard["count"]
+        self._starts = torch.tensor(starts)
         self.labels = torch.cat(labels)
         self.statistics = self.index["latents_mean"], self.index["latents_std"]
-        first = self._shards[0]
-        self.shape = tuple(first["mean"].get_shape()[1:])
-        self.feature_dim = first["features"].get_shape()[1] if "features" in first else None
+        self._row_shapes = {name: tensor.shape[1:] for name, tensor in self._shards[0].items()}
+        self.shape = tuple(self._row_shapes["mean"])
+        self.feature_dim = self._row_shapes["features"][0] if "features" in self._row_shapes else None
 
     def read(self, indices: torch.Tensor, flipped: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -368,19 +368,26 @@ class CachedLatents:
             `dict[str, torch.Tensor]`: `mean` and `std` of shape `(B, C, h, w)`, `label` `(B,)`, and `features`
             `(B, F, h, w)` if the cache has them.
         """
-        rows = []
-        for index, flip in zip(indices.tolist(), flipped.tolist(), strict=True):
-            number = bisect_right(self._starts, index) - 1
-            shard, row = self._shards[number], index - self._starts[number]
-            suffix = "_flipped" if flip else ""
-            names = ("mean", "std") if self.feature_dim is None else ("mean", "std", "features")
-            rows.append({name: shard[name + suffix][row : row + 1].float() for name in names})
-            if not all(tensor.isfinite().all() for tensor in rows[-1].values()) or rows[-1]["std"].min() < 0:
-                raise ValueError(
-                    f"{self.cache_dir}: sample {index} is not finite, or its deviation is below 0; encode the images "
-                    "again."
-                )
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} | {"label": self.labels[indices]}
+        names = ("mean", "std") if self.feature_dim is None else ("mean", "std", "features")
+        read = {name: torch.empty(len(indices), *self._row_shapes[name]) for name in names}
+        numbers = torch.bucketize(indices, self._starts, right=True) - 1
+        # A shard at a time, and of it each view at a time: one copy from the file for many samples.
+        for number in numbers.unique().tolist():
+            for is_flipped, suffix in ((False, ""), (True, "_flipped")):
+                places = ((numbers == number) & (flipped == is_flipped)).nonzero()[:, 0]
+                rows = indices[places] - self._starts[number]
+                for name in names if len(places) else ():
+                    read[name][places] = self._shards[number][name + suffix][rows].float()
+        valid = (read["std"] >= 0).flatten(1).all(dim=1)
+        for values in read.values():
+            valid &= values.isfinite().flatten(1).all(dim=1)
+        if not valid.all():
+            index = indices[~valid][0].item()
+            raise ValueError(
+                f"{self.cache_dir}: sample {index} is not finite, or its deviation is below 0; encode the images "
+                "again."
+            )
+        return read | {"label": self.labels[indices]}
 
 
 class EncodedImages:

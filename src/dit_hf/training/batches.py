@@ -1,5 +1,7 @@
 """Batches and random draws that depend on (seed, step) alone, whatever the number of processes."""
 
+from threading import Lock
+
 import torch
 
 from ..seeds import seeded_generator
@@ -28,8 +30,9 @@ class SeededBatches:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.steps_per_epoch = num_samples // batch_size
         self._weights = None if labels is None else 1 / labels.bincount()[labels].double()
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
+        # Batches are made ahead by several threads, some of which may be in the next epoch.
+        self._orders: dict[int, torch.Tensor] = {}
+        self._lock = Lock()
 
     def indices(self, step: int) -> torch.Tensor:
         """
@@ -42,9 +45,12 @@ class SeededBatches:
             `torch.Tensor` of shape `(batch_size,)`, int64.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._draw_order(seeded_generator(self.seed, epoch, 1))
-        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        with self._lock:
+            if epoch not in self._orders:
+                self._orders = {key: order for key, order in self._orders.items() if abs(key - epoch) == 1}
+                self._orders[epoch] = self._draw_order(seeded_generator(self.seed, epoch, 1))
+            order = self._orders[epoch]
+        return order[position * self.batch_size : (position + 1) * self.batch_size]
 
     def _draw_order(self, generator):
         if self._weights is None:
@@ -53,7 +59,8 @@ class SeededBatches:
 
     def generator(self, step: int) -> torch.Generator:
         """
-        A CPU generator for the draws of one step: draw for the whole batch, then take this process's slice.
+        A CPU generator for those draws of one step that are a number per sample: draw for the whole batch, then take
+        this process's slice.
 
         Args:
             step (`int`): Counted from 0.
@@ -62,3 +69,16 @@ class SeededBatches:
             `torch.Generator`
         """
         return seeded_generator(self.seed, step, 0)
+
+    def sample_generator(self, step: int, place: int) -> torch.Generator:
+        """
+        A CPU generator for the noise of one sample of a step, so that a process draws that of its own samples alone.
+
+        Args:
+            step (`int`): Counted from 0.
+            place (`int`): Of the sample in the whole batch, from 0.
+
+        Returns:
+            `torch.Generator`
+        """
+        return seeded_generator(self.seed, step, 2, place)

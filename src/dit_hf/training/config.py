@@ -24,6 +24,8 @@ WEIGHT = real(at_least=0, at_most=1000)
 # Beyond them single precision overflows, or nothing is learnt.
 SNR_GAMMA = real(at_least=1e-6, at_most=1e6)
 GUIDANCE = real(at_least=0, at_most=MAX_GUIDANCE_SCALE)
+# What may be None.
+OPTIONAL = ("checkpoints_total_limit", "logging_steps", "dataloader_num_workers")
 RANGES = {
     "total_batch_size": COUNT,
     "gradient_accumulation_steps": COUNT,
@@ -41,6 +43,8 @@ RANGES = {
     "checkpointing_steps": COUNT,
     "checkpoints_total_limit": COUNT,
     "validation_steps": COUNT,
+    "logging_steps": COUNT,
+    "dataloader_num_workers": integer(at_least=0, at_most=64),
     "seed": integer(at_least=0, at_most=MAX_SEED),
 }
 
@@ -86,6 +90,11 @@ class TrainingConfig:
             `"latest"` resumes from the newest checkpoint, if there is one; a checkpoint's folder or name resumes from
             that one; `"never"` refuses a folder that holds checkpoints.
         validation_steps (`int`, defaults to 500): Steps between calls of the validation.
+        logging_steps (`int`, *optional*):
+            Steps between writes of the log, for which the host waits for the device; 1 on a CPU, 50 on a GPU if not
+            given. The log has a line for every step all the same.
+        dataloader_num_workers (`int`, *optional*):
+            Threads that make batches ahead, 1 on a CPU, 4 on a GPU if not given; with 0 the loop makes them itself.
         seed (`int`, defaults to 0): Of the order of samples and of all draws.
 
     Raises:
@@ -117,6 +126,8 @@ class TrainingConfig:
     checkpoints_total_limit: int | None = _may_change(2)
     resume_from_checkpoint: str | Path = _may_change("latest")
     validation_steps: int = _may_change(500)
+    logging_steps: int | None = _may_change(None)
+    dataloader_num_workers: int | None = _may_change(None)
     seed: int = 0
 
     def __post_init__(self):
@@ -127,7 +138,7 @@ class TrainingConfig:
                 raise ValueError(f"`{entry.name}` is {getattr(self, entry.name)!r}; it must be True or False.")
         for name, range_ in RANGES.items():
             value = getattr(self, name)
-            if not (value is None and name == "checkpoints_total_limit"):
+            if not (value is None and name in OPTIONAL):
                 object.__setattr__(self, name, range_.check(name, value))  # it is frozen
         if self.on_spike not in POLICIES:
             raise ValueError(f"`on_spike` is {self.on_spike!r}; it must be one of {', '.join(POLICIES)}.")

@@ -19,7 +19,19 @@ from ..files import check_file, reading, writing
 
 # Relative standard deviations of the two profiles that are kept.
 KEPT = (0.05, 0.10)
+# Values of the tensors that are averaged at once: their differences take memory.
+GROUP_VALUES = 2**26
 SNAPSHOT = re.compile(r"ema-([1-9]\d{0,14})-(0\.05|0\.10)\.safetensors")
+
+
+def _local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _one(weights):
+    """1.0 on their device, in double precision where it has that."""
+    device = weights[0].device
+    return torch.ones((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 def _full(tensor):
@@ -32,6 +44,29 @@ def _sharded_like(tensor, like):
     if isinstance(like, DTensor) and not isinstance(tensor, DTensor):
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor.to(like.device)
+
+
+@torch.no_grad()
+def move_averages(averages: list[torch.Tensor], weights: Iterable[torch.Tensor], share: torch.Tensor) -> None:
+    """
+    Moves averages towards weights, average − share · (average − weight), some large groups of tensors at a time.
+
+    Args:
+        averages (`list[torch.Tensor]`): Changed in place.
+        weights (`Iterable[torch.Tensor]`): Of the same shapes.
+        share (`torch.Tensor` of shape `()`): On their device.
+    """
+    pairs = [(_local(average), _local(weight)) for average, weight in zip(averages, weights, strict=True)]
+    group: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for pair in (*pairs, None):
+        if group and (pair is None or sum(each.numel() for each, _ in group) + pair[0].numel() > GROUP_VALUES):
+            moved, towards = map(list, zip(*group, strict=True))
+            differences = torch._foreach_sub(moved, towards)
+            torch._foreach_mul_(differences, share.to(moved[0].dtype))
+            torch._foreach_sub_(moved, differences)
+            group = []
+        if pair is not None:
+            group.append(pair)
 
 
 class WeightAverage(EMAModel):
@@ -47,9 +82,32 @@ class WeightAverage(EMAModel):
 
     shadow_params: list[torch.Tensor]
 
-    def get_decay(self, optimization_step: int) -> float:
-        """The decay of a step; `EMAModel` alone would raise it slowly even without `use_ema_warmup`."""
-        return super().get_decay(optimization_step) if self.use_ema_warmup else self.decay
+    @property
+    def optimization_step(self) -> int:
+        """Steps that count; they are counted on the device, as it knows first whether a step was taken."""
+        return int(self._steps)
+
+    @optimization_step.setter
+    def optimization_step(self, count: int) -> None:
+        self._steps = torch.tensor(count)
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[torch.nn.Parameter], taken: torch.Tensor | None = None) -> None:
+        """
+        Updates the average with the weights after an optimizer step.
+
+        Args:
+            parameters (`Iterable[torch.nn.Parameter]`): The weights.
+            taken (`torch.Tensor` of shape `()`, *optional*):
+                1.0 if the step was taken, 0.0 to leave all as it is; in double precision where the device has it.
+        """
+        taken = _one(self.shadow_params) if taken is None else taken
+        self._steps = self._steps.to(taken.device) + taken.long()
+        share = torch.full_like(taken, 1 - self.decay)
+        if self.use_ema_warmup:
+            passed = (self._steps - self.update_after_step - 1).clamp(min=0).to(taken)
+            share = (1 + passed / self.inv_gamma).pow(-self.power).clamp(1 - self.decay, 1 - self.min_decay)
+        move_averages(self.shadow_params, parameters, share * taken)
 
     def state_dict(self) -> dict:
         """As `EMAModel`'s; with sharded weights every process has to call it."""
@@ -98,19 +156,23 @@ class PowerAverages:
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]):
         parameters = list(parameters)
-        self.steps = 0
+        self._steps = torch.tensor(0)
         self.averages = {width: [weight.detach().clone() for weight in parameters] for width in KEPT}
         self._exponents = {width: profile_exponent(width) for width in KEPT}
 
-    @torch.no_grad()
-    def step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Updates the averages with the weights after an optimizer step."""
-        self.steps += 1
+    @property
+    def steps(self) -> int:
+        """Steps that count."""
+        return int(self._steps)
+
+    def step(self, parameters: Iterable[torch.nn.Parameter], taken: torch.Tensor | None = None) -> None:
+        """Updates the averages with the weights after an optimizer step; `taken` as for [`WeightAverage`]."""
+        taken = _one(self.averages[KEPT[0]]) if taken is None else taken
+        self._steps = self._steps.to(taken.device) + taken.long()
         parameters = list(parameters)
         for width, averages in self.averages.items():
-            keep = (1 - 1 / self.steps) ** (self._exponents[width] + 1)
-            for average, weight in zip(averages, parameters, strict=True):
-                average.lerp_(weight.detach(), 1 - keep)
+            keep = (1 - 1 / self._steps.clamp(min=1).to(taken)) ** (self._exponents[width] + 1)
+            move_averages(averages, parameters, (1 - keep) * taken)
 
     def save_snapshot(self, folder: str | Path, names: list[str], is_main_process: bool = True) -> None:
         """
@@ -149,7 +211,7 @@ class PowerAverages:
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` returned; version 0.2 had numbers for the widths."""
-        self.steps = state["steps"]
+        self._steps = torch.tensor(state["steps"])
         for width, averages in self.averages.items():
             saved = state["averages"].get(f"{width:.2f}") or state["averages"][width]
             self.averages[width] = [_sharded_like(new, old) for new, old in zip(saved, averages, strict=True)]

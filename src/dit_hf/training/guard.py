@@ -2,9 +2,9 @@
 
 import math
 import statistics
-from collections import deque
 from collections.abc import Sequence
 
+import torch
 from diffusers.utils import logging
 
 
@@ -30,42 +30,88 @@ class TrainingStopped(ValueError):
 class LossGuard:
     """
     Judges every step by its global loss and gradient norm; goes into checkpoints, so that a resumed run judges alike.
+    The verdict is computed on the device, where the optimizer needs it; the host may read it some steps later.
 
     Args:
         policy (`str`, defaults to `"skip"`):
             What a finite spike leads to: `"skip"` skips the step, `"rewind"` returns to the last checkpoint and
             continues with other batches, `"stop"` ends the run. A step that is not finite is always skipped.
         max_in_a_row (`int`, defaults to 10): More bad steps than this one after the other end the run.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where losses are; it needs double precision.
 
     Raises:
         ValueError: if the policy is unknown, or the number below 1.
     """
 
-    def __init__(self, policy: str = "skip", max_in_a_row: int = 10):
+    def __init__(self, policy: str = "skip", max_in_a_row: int = 10, device: torch.device | str = "cpu"):
         if max_in_a_row < 1:
             raise ValueError(f"`max_in_a_row` is {max_in_a_row}; it must be at least 1.")
         if policy not in POLICIES:
             raise ValueError(f"The policy is {policy!r}; it must be one of {', '.join(POLICIES)}.")
-        self.policy, self.max_in_a_row = policy, max_in_a_row
-        self.recent: deque[float] = deque(maxlen=WINDOW)
-        self.in_a_row = self.skipped = self.draw_offset = 0
+        self.policy, self.max_in_a_row, self.device = policy, max_in_a_row, device
+        self.draw_offset = 0
         self.rewound_to, self.rewinds = -1, 0
+        self._set([], in_a_row=0, skipped=0)
+
+    def _set(self, recent, in_a_row, skipped):
+        """The state on the device: the recent losses, the newest last, how many they are, and two counts of steps."""
+        padded = [0.0] * (WINDOW - len(recent)) + recent
+        self._recent = torch.tensor(padded, dtype=torch.float64, device=self.device)
+        self._counts = torch.tensor([len(recent), in_a_row, skipped], device=self.device)
+
+    @property
+    def recent(self) -> list[float]:
+        """Losses of the last steps that were taken, at most 200."""
+        return self._recent.tolist()[WINDOW - int(self._counts[0]) :]
+
+    @property
+    def in_a_row(self) -> int:
+        """Bad steps since the last good one."""
+        return int(self._counts[1])
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not taken."""
+        return int(self._counts[2])
+
+    def _bound(self):
+        known = torch.arange(WINDOW, 0, -1, device=self.device) <= self._counts[0]
+        mean = (self._recent * known).sum() / self._counts[0]
+        variance = ((self._recent - mean).square() * known).sum() / (self._counts[0] - 1)
+        return torch.where(self._counts[0] < MIN_HISTORY, math.inf, mean + SPIKE_DEVIATIONS * variance.sqrt())
 
     @property
     def bound(self) -> float:
         """The loss beyond which a step is a spike; infinite until there is a history."""
-        if len(self.recent) < MIN_HISTORY:
-            return math.inf
-        return statistics.fmean(self.recent) + SPIKE_DEVIATIONS * statistics.stdev(self.recent)
+        return float(self._bound())
 
-    def judge(self, step: int, loss: float, gradient_norm: float) -> str:
+    def measure(self, loss: torch.Tensor, gradient_norm: torch.Tensor) -> torch.Tensor:
         """
-        The verdict on a step.
+        Judges a step without waiting for the device.
+
+        Args:
+            loss (`torch.Tensor` of shape `()`): Mean over all processes.
+            gradient_norm (`torch.Tensor` of shape `()`): Before clipping.
+
+        Returns:
+            `torch.Tensor` of shape `(5,)`, float64: loss, gradient norm, the bound, bad steps in a row, and 1 if this
+            step is bad, else 0. [`verdict`] takes it.
+        """
+        loss, gradient_norm, bound = loss.double(), gradient_norm.double(), self._bound()
+        good = loss.isfinite() & gradient_norm.isfinite() & (loss <= bound)
+        known, in_a_row, skipped = self._counts
+        self._recent = torch.where(good, torch.cat([self._recent[1:], loss[None]]), self._recent)
+        in_a_row = torch.where(good, 0, in_a_row + 1)
+        self._counts = torch.stack([(known + good).clamp(max=WINDOW), in_a_row, skipped + ~good])
+        return torch.stack([loss, gradient_norm, bound, in_a_row, ~good])
+
+    def verdict(self, step: int, measured: Sequence[float]) -> str:
+        """
+        What follows from a step.
 
         Args:
             step (`int`): Counted from 1.
-            loss (`float`): Mean over all processes.
-            gradient_norm (`float`): Before clipping.
+            measured (`Sequence[float]`): From [`measure`], on the host.
 
         Returns:
             `str`: `"step"`, `"skip"` or `"rewind"`.
@@ -73,17 +119,14 @@ class LossGuard:
         Raises:
             TrainingStopped: with a diagnosis, if the policy says so or bad steps do not end.
         """
-        finite = math.isfinite(loss) and math.isfinite(gradient_norm)
-        if finite and loss <= self.bound:
-            self.recent.append(loss)
-            self.in_a_row = 0
+        loss, gradient_norm, bound, in_a_row, bad = measured
+        if not bad:
             return "step"
-        what = f"loss {loss:.4g} above {self.bound:.4g}" if finite else f"loss {loss}, gradient norm {gradient_norm}"
-        self.skipped += 1
-        self.in_a_row += 1
-        if self.in_a_row > self.max_in_a_row:
+        finite = math.isfinite(loss) and math.isfinite(gradient_norm)
+        what = f"loss {loss:.4g} above {bound:.4g}" if finite else f"loss {loss}, gradient norm {gradient_norm}"
+        if in_a_row > self.max_in_a_row:
             raise TrainingStopped(
-                f"{self.in_a_row} bad steps in a row, the last at step {step}: {what}. Common causes: a learning rate "
+                f"{int(in_a_row)} bad steps in a row, the last at step {step}: {what}. Common causes: a learning rate "
                 "that is too high, fp16 where bf16 is needed, latents that are not normalised, a damaged image."
             )
         if finite and self.policy == "stop":
@@ -109,17 +152,19 @@ class LossGuard:
                 "other batches; a lower learning rate or longer warm-up may help."
             )
         self.draw_offset = before.draw_offset + from_step - to_step
-        self.skipped, self.in_a_row = before.skipped, before.in_a_row
+        self._counts = torch.stack([self._counts[0], *before._counts[1:]])
 
     def state_dict(self) -> dict:
         """Everything a resumed run needs."""
-        return {name: getattr(self, name) for name in COUNTS} | {"recent": list(self.recent)}
+        return {name: getattr(self, name) for name in COUNTS} | {"recent": self.recent}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` returned."""
-        self.recent = deque(map(float, state["recent"]), maxlen=WINDOW)
-        for name in COUNTS:
-            setattr(self, name, state.get(name, getattr(self, name)))  # an older checkpoint has fewer
+        """Restores what `state_dict` returned; an older checkpoint has fewer counts."""
+        counts = {name: state.get(name, getattr(self, name)) for name in COUNTS}
+        recent = [float(loss) for loss in state["recent"]][-WINDOW:]
+        self._set(recent, counts.pop("in_a_row"), counts.pop("skipped"))
+        for name, value in counts.items():
+            setattr(self, name, value)
 
 
 def check_losses(losses: Sequence[float], must_fall: bool = False) -> None:

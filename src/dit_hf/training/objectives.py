@@ -406,19 +406,21 @@ def draw_batch(
     objective: Objective,
     indices: torch.Tensor,
     generator: torch.Generator,
+    sample_generator: Callable[[int], torch.Generator],
     process_slice: slice,
     flip_probability: float,
     class_dropout_prob: float,
 ) -> dict[str, torch.Tensor]:
     """
-    One process's slice of one step's batch. Random choices are drawn for the whole batch and then sliced, so that they
-    do not depend on the number of processes.
+    One process's slice of one step's batch. It does not depend on the number of processes: a sample's mirroring, time
+    and dropped label are drawn for the whole batch and then sliced, its noise has a generator of its own.
 
     Args:
         latents (`CachedLatents` or `EncodedImages`): Where posteriors come from.
         objective (`Objective`): Draws the times.
         indices (`torch.Tensor` of shape `(batch,)`, int64): The step's samples, of all processes.
         generator (`torch.Generator`): The step's, on the CPU.
+        sample_generator (`Callable`): The CPU generator of a sample's noise, by its place in the step's batch.
         process_slice (`slice`): The process's B samples.
         flip_probability (`float`): Fraction of mirrored images.
         class_dropout_prob (`float`): Fraction of samples whose label is dropped.
@@ -434,6 +436,13 @@ def draw_batch(
     read = latents.read(indices[process_slice], flipped[process_slice])
     mean = normalise_latents(read.pop("mean"), *latents.statistics)
     std = normalise_latents(read.pop("std"), [0.0], latents.statistics[1])
-    draws = torch.randn((2, count, *mean.shape[1:]), generator=generator)[:, process_slice]
-    batch = {"x_start": mean + std * draws[0], "noise": draws[1]}
+    noise, draws = torch.empty_like(mean), torch.empty_like(mean)
+    for row, place in enumerate(range(*process_slice.indices(count))):
+        source = sample_generator(place)
+        torch.randn(noise[row].shape, generator=source, out=noise[row])
+        if std[row].any():  # a deterministic autoencoder has nothing to draw
+            torch.randn(draws[row].shape, generator=source, out=draws[row])
+        else:
+            draws[row] = 0
+    batch = {"x_start": mean + std * draws, "noise": noise}
     return read | batch | {"time": time[process_slice], "drop": dropped[process_slice]}

@@ -150,9 +150,15 @@ def load_states(folder: str | Path, states: Mapping[str, Any]) -> None:
                 plain[name] = load_data(source, map_location="cpu")
     for name, stateful in states.items():
         try:
-            stateful.load_state_dict(_with_tensors(_own(plain[name], vars(stateful)), tensors))
+            stateful.load_state_dict(_with_tensors(_own(plain[name], _attributes(stateful)), tensors))
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise ValueError(f"{sources[name]} does not hold the state {name!r} of this run: {error!r}") from error
+
+
+def _attributes(stateful):
+    """Those of an object, and its properties."""
+    properties = [name for name, value in vars(type(stateful)).items() if isinstance(value, property)]
+    return vars(stateful) | {name: getattr(stateful, name) for name in properties}
 
 
 def _own(state, own):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from .ema import PowerAverages, WeightAverage
 from .finetuning import parameter_groups
 from .guard import LossGuard, TrainingStopped, check_losses
 from .objectives import Objective, draw_batch
+from .prefetch import Prefetcher
 from .records import (
     append_record,
     begin,
@@ -58,6 +60,10 @@ LOG_FILE = "train_log.jsonl"
 RESULTS = (LOG_FILE, "samples", "ema/ema-*.safetensors", "pipeline", "pytorch_lora_weights.safetensors")
 # More of the initial weights than this in the final average deserve a warning.
 MAX_INITIAL_WEIGHT = 0.05
+
+
+# Ways to run in which each process has whole weights.
+UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class Trainer:
@@ -130,6 +136,9 @@ class Trainer:
         self._prepare(transformer, alignment)
         self.metrics: dict[str, float] = {}
         self.stopped_by = 0
+        # Steps whose losses are on the device yet, and when the run started.
+        self._unread: list[tuple[int, torch.Tensor, torch.Tensor, dict[str, float]]] = []
+        self._started = time.time()
 
     def _prepare(self, transformer, alignment):
         """Wraps what is trained with accelerate, and collects all state for the checkpoints."""
@@ -145,7 +154,16 @@ class Trainer:
         if self.alignment is not None:
             self.alignment = accelerator.prepare(self.alignment)
         self.transformer = accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)
-        self.guard = LossGuard(config.on_spike)
+        is_gpu = accelerator.device.type not in ("cpu", "mps")  # MPS has no double precision
+        self.guard = LossGuard(config.on_spike, device=accelerator.device if is_gpu else "cpu")
+        self.logging_steps = config.logging_steps or (50 if is_gpu else 1)
+        self.num_workers = config.dataloader_num_workers
+        if self.num_workers is None:
+            self.num_workers = 4 if is_gpu else 1
+        # torch's fused AdamW takes no step where its `found_inf` is 1, without telling the host.
+        self.skips_by_itself = (
+            accelerator.distributed_type in UNSHARDED and accelerator.scaler is None and not config.use_8bit_adam
+        )
         average = {"decay": config.ema_decay, "use_ema_warmup": config.ema_warmup, "power": 0.75}
         self.ema = WeightAverage(self.trainable(), **average)
         self.profiles = PowerAverages(self.trainable()) if config.ema_profiles else None
@@ -168,7 +186,10 @@ class Trainer:
         draw = step + self.guard.draw_offset
         indices, generator = self.batches.indices(draw), self.batches.generator(draw)
         probabilities = (self.config.flip_probability, self.config.class_dropout_prob)
-        batch = draw_batch(self.latents, self.objective, indices, generator, self.process_slice, *probabilities)
+        sources = partial(self.batches.sample_generator, draw)
+        batch = draw_batch(
+            self.latents, self.objective, indices, generator, sources, self.process_slice, *probabilities
+        )
         if not self.has_null_class:
             del batch["drop"]
         if self.class_ids is not None:
@@ -195,37 +216,57 @@ class Trainer:
             TrainingStopped:
                 if the loss does not recover, see [`LossGuard`], has doubled, or the weights are not finite.
         """
-        main = self.accelerator.is_main_process
-        with only_run(self.output_dir) if main else nullcontext(), StopRequest() as stop:
+        config, main = self.config, self.accelerator.is_main_process
+        pinned = self.accelerator.device.type == "cuda"
+        batches = Prefetcher(self.draw, self.num_workers, config.max_train_steps, pinned)
+        with only_run(self.output_dir) if main else nullcontext(), StopRequest() as stop, batches:
             step = self._start()
-            progress = tqdm(total=self.config.max_train_steps, initial=step, mininterval=10, disable=not main)
-            started = time.time()
-            while step < self.config.max_train_steps and not self.stopped_by:
-                record = self._step(step)
-                step = record["step"]
-                if record.pop("rewound", False):
-                    continue
+            progress = tqdm(total=config.max_train_steps, initial=step, mininterval=10, disable=not main)
+            self._started = time.time()
+            while step < config.max_train_steps and not self.stopped_by:
+                self._step(step, batches.take(step))
+                step += 1
                 progress.update()
-                finished = step == self.config.max_train_steps
-                record["seconds"] = round(time.time() - started, 2)
-                # Every process has to leave at the same step.
-                signals = torch.tensor([stop.signal], device=self.accelerator.device)
-                self.stopped_by = 0 if finished else int(self.accelerator.gather(signals).max())
-                validated = validate is not None and (step % self.config.validation_steps == 0 or finished)
-                saved = step % self.config.checkpointing_steps == 0 or finished or self.stopped_by
-                if validated or saved:
-                    self._check_weights(step)
-                if saved and self.profiles is not None:
-                    record["snapshot"] = self.profiles.steps
-                if validated:
-                    record |= self._validate(validate, step, record)
-                    self.accelerator.print(json.dumps(record))
-                self._log(record)
-                if saved:
-                    self._save(step)
-            if step == self.config.max_train_steps and not self.stopped_by:
+                finished = step == config.max_train_steps
+                validated = validate is not None and (step % config.validation_steps == 0 or finished)
+                saved = step % config.checkpointing_steps == 0 or finished
+                if not (validated or saved or self._is_logged(step, stop)):
+                    continue
+                records, rewound = self._read_steps()
+                if rewound is not None:
+                    step = rewound
+                    batches.clear()
+                    continue
+                self.stopped_by = 0 if finished else self._agree_on_stop(stop)
+                self._end_step(step, records, validate if validated else None, saved or bool(self.stopped_by))
+            if step == config.max_train_steps and not self.stopped_by:
                 self._check_result(step, must_fall)
         return step
+
+    def _is_logged(self, step, stop):
+        """Whether the host waits for the device after this step; alone, a process ends on a signal at once."""
+        return step % self.logging_steps == 0 or (stop.signal and self.accelerator.num_processes == 1)
+
+    def _agree_on_stop(self, stop):
+        """The signal that has come to any process, as every process has to leave at the same step."""
+        signals = torch.tensor([stop.signal], device=self.accelerator.device)
+        return int(self.accelerator.gather(signals).max())
+
+    def _end_step(self, step, records, validate, saved):
+        """The log of the steps since the last call, and after the newest of them a validation and a checkpoint."""
+        record = records[-1]
+        if validate is not None or saved:
+            self._check_weights(step)
+        if saved and self.profiles is not None:
+            record["snapshot"] = self.profiles.steps
+        for earlier in records[:-1]:
+            self._log(earlier)
+        if validate is not None:
+            record |= self._validate(validate, step, record)
+            self.accelerator.print(json.dumps(record))
+        self._log(record)
+        if saved:
+            self._save(step)
 
     def _validate(self, validate, step, record):
         """Metrics of the averaged weights; if they can't be had, the steps are saved all the same."""
@@ -282,35 +323,53 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return step
 
-    def _step(self, step):
-        """One optimizer step, or what the guard does in its place; returns the record for the log."""
-        accelerator = self.accelerator
-        losses = self.backward(self.draw(step))
+    def _step(self, step, batch):
+        """One optimizer step, unless the guard finds it bad; nothing here waits for the device that need not."""
+        losses = self.backward(batch)
         modules = (self.wrapped, *(() if self.alignment is None else (self.alignment,)))
         parameters = [parameter for module in modules for parameter in module.parameters()]
-        gradient_norm = float(accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
-        verdict = self.guard.judge(step + 1, losses["loss"], gradient_norm)
-        skipped = {}
-        if verdict == "step":
+        gradient_norm = torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
+        gradient_norm = gradient_norm.full_tensor() if isinstance(gradient_norm, DTensor) else gradient_norm
+        measured = self.guard.measure(losses[0], gradient_norm)
+        taken = 1 - measured[-1]
+        if self.skips_by_itself:
+            self.optimizer.optimizer.found_inf = measured[-1].float()
             self.optimizer.step()
-            self.ema.step(self.trainable())
-            if self.profiles is not None:
-                self.profiles.step(self.trainable())
-        else:
-            samples = self.batches.indices(step + self.guard.draw_offset).tolist()
-            accelerator.print(f"{verdict} at step {step + 1}: {losses}, samples {samples}")
-            skipped = {"skipped": True, "samples": samples}
-            if accelerator.scaler is not None:
-                self._close_scaled_step(gradient_norm)
-        if verdict == "rewind" and list_checkpoints(self.output_dir):
-            return {"step": self._rewind(step + 1), "rewound": True}
+        elif taken:
+            self.optimizer.step()
+        elif self.accelerator.scaler is not None:
+            self._close_scaled_step(float(gradient_norm))
+        for average in filter(None, (self.ema, self.profiles)):
+            average.step(self.trainable(), taken.to(self.accelerator.device))
         self.schedule.step()
         self.optimizer.zero_grad()
-        return (
-            {"step": step + 1} | losses | {"grad_norm": gradient_norm, "lr": self.schedule.get_last_lr()[-1]} | skipped
-        )
+        facts = {"lr": self.schedule.get_last_lr()[-1], "seconds": round(time.time() - self._started, 2)}
+        self._unread.append((step + 1, losses, measured, facts))
 
-    def backward(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    def _read_steps(self):
+        """
+        Waits for the device, and judges the steps since the last call; returns their records, and the step to go on
+        from where the guard has rewound.
+        """
+        steps, losses, measured, facts = zip(*self._unread, strict=True)
+        self._unread = []
+        losses, measured = (torch.stack(rows).tolist() for rows in (losses, measured))
+        records = []
+        for step, (loss, alignment), row, others in zip(steps, losses, measured, facts, strict=True):
+            record = {"step": step, "loss": loss} | ({} if self.alignment is None else {"alignment": alignment})
+            verdict = self.guard.verdict(step, row)
+            if verdict != "step":
+                samples = self.batches.indices(step - 1 + self.guard.draw_offset).tolist()
+                self.accelerator.print(f"{verdict} at step {step}: {record}, samples {samples}")
+                others = others | {"skipped": True, "samples": samples}
+            if verdict == "rewind" and list_checkpoints(self.output_dir):
+                for record in records:
+                    self._log(record)
+                return records, self._rewind(step)
+            records.append(record | {"grad_norm": row[1]} | others)
+        return records, None
+
+    def backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """
         Gradients of the mean loss, in micro-batches.
 
@@ -318,13 +377,16 @@ class Trainer:
             batch (`dict[str, torch.Tensor]`): This process's samples, from `draw`.
 
         Returns:
-            `dict[str, float]`: the mean over all processes of `loss` and, with an alignment head, of `alignment`.
+            `torch.Tensor` of shape `(2,)`: the mean over all processes of the loss and of the alignment.
         """
         accelerator, count = self.accelerator, len(batch["label"])
         micro = count // self.config.gradient_accumulation_steps
         totals = torch.zeros(2, device=accelerator.device)
         for start in range(0, count, micro):
-            part = {name: values[start : start + micro].to(accelerator.device) for name, values in batch.items()}
+            part = {
+                name: values[start : start + micro].to(accelerator.device, non_blocking=True)
+                for name, values in batch.items()
+            }
             with nullcontext() if start + micro == count else accelerator.no_sync(self.wrapped):
                 loss = self.objective.loss(self.wrapped, part).sum() / count
                 totals[0] += loss.detach()
@@ -333,8 +395,7 @@ class Trainer:
                     totals[1] += alignment.detach()
                     loss = loss + self.config.proj_coeff * alignment
                 accelerator.backward(loss)
-        loss, alignment = accelerator.reduce(totals, "mean").tolist()
-        return {"loss": loss} | ({} if self.alignment is None else {"alignment": alignment})
+        return accelerator.reduce(totals, "mean")
 
     def _close_scaled_step(self, gradient_norm):
         """fp16: a skipped step has to be ended all the same; one that overflowed lowers the loss's scale."""
