@@ -13,7 +13,7 @@ from testing_utils.training_runs import read_log, run, train_command
 from dit_hf import DiTClassCondPipeline, make_scheduler, mix_classes
 from dit_hf.schedulers import RECIPES, trained_prediction
 from dit_hf.training.finetuning import freeze, match_names, parameter_groups, remap_classes
-from dit_hf.training.model import sampling_scheduler, training_scheduler
+from dit_hf.training.model import recommended_call, sampling_scheduler, training_scheduler
 from dit_hf.training.objectives import VelocityObjective
 
 
@@ -110,6 +110,22 @@ def test_a_shift_changes_nothing_else_of_a_scheduler(recipe, option, tmp_path):
     for shift, expected in ((1.0, 3.0), (2.0, 2.0)):
         scheduler = sampling_scheduler(trained, tmp_path, shift)
         assert type(scheduler) is RECIPES[recipe][0] and scheduler.config[option] == expected
+
+
+def test_samplers_of_few_steps_are_not_kept(tmp_path, caplog):
+    """No objective trains what they sample yet."""
+    call = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    model = tiny_transformer(interval_embedding=True)
+    DiTClassCondPipeline(model, make_scheduler("flow_map"), recommended_call=call).save_pretrained(tmp_path)
+    trained = training_scheduler(VelocityObjective, False, tmp_path)
+    assert type(sampling_scheduler(trained, tmp_path)) is RECIPES["flow_euler"][0]
+    assert "FlowMapEulerDiscreteScheduler is for models of few steps" in caplog.text
+    assert recommended_call(tmp_path, True) == {"guidance_scale": 1.0}
+    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    config |= {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 10**9}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="num_train_timesteps"):
+        sampling_scheduler(trained, tmp_path)
 
 
 def test_adapters_are_trained_saved_and_loaded(workspace, tmp_path):

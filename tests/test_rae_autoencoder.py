@@ -1,20 +1,25 @@
 """Stage 1 of RAE from its own files: the images that its code decodes, and back to the same files."""
 
+import json
 import re
 
 import pytest
 import torch
 from conftest import FIXTURES, load_golden
 from diffusers import AutoencoderRAE
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_autoencoder_conversion import refused, run_main
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ViTConfig
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from dit_hf import DiTClassCondPipeline
 from dit_hf.checkpoints.autoencoders import AutoencoderHints, original_autoencoder, parse_autoencoder
+from dit_hf.checkpoints.autoencoders.encoder import FILES
 from dit_hf.checkpoints.autoencoders.rae import RAE_DECODER
+from dit_hf.checkpoints.parsing import parse_checkpoint
 from dit_hf.commands import convert, export, verify
+from dit_hf.conversion import build_pipeline
 from dit_hf.data.autoencoders import encode_posterior, load_autoencoder
+from dit_hf.pipeline_dit_class_cond import rae_positions
 
 
 STATS = FIXTURES / "rae_stat.pt"
@@ -133,7 +138,12 @@ CHANGES = {
     "no block": ({"decoder_layers.0.intermediate.dense.weight": None}, "'decoder_layers.0.intermediate.dense.weight'"),
     "gap": ({"decoder_layers.7.output.dense.bias": torch.ones(48)}, "'decoder_layers.7.output.dense.bias' is unknown"),
     "shape": ({"decoder_norm.bias": torch.ones(3)}, r"'decoder_norm.bias' has shape \(3,\), where \(48,\)"),
-    "axes": ({"decoder_embed.weight": torch.ones(48)}, "where 2 axes are needed"),
+    "axes": ({"decoder_embed.weight": torch.ones(48)}, "where 2 axes with values are needed"),
+    "width": (
+        {"decoder_embed.weight": torch.ones(46, 64)},
+        "width is 46; the table of positions takes multiples of 4",
+    ),
+    "pixels": ({"decoder_pred.weight": torch.ones(13, 48)}, "gives 13 values a token, which are no square of RGB"),
     "tokens": ({"decoder_pos_embed": torch.ones(1, 16, 48)}, "is of 15 tokens, which is no square"),
     "table": ({"decoder_pos_embed": torch.ones(1, 17, 48)}, "is not the table that rae computes"),
     "channels": ({"decoder_embed.weight": torch.ones(48, 60)}, "60 channels; AutoencoderRAE takes multiples of 64"),
@@ -176,6 +186,91 @@ ENCODERS = {
     "gated": ({"use_swiglu_ffn": True}, "has use_swiglu_ffn=True, and AutoencoderRAE builds False only"),
     "size": ({"image_size": 224}, r"'embeddings.position_embeddings' has shape"),
 }
+DAMAGES = {
+    "weights": (lambda folder: (folder / FILES[1]).write_bytes(b"\0" * 100), "model.safetensors"),
+    "no weights": (lambda folder: (folder / FILES[1]).unlink(), "has no model.safetensors"),
+    "missing": (
+        lambda folder: spoil(folder, "embeddings.cls_token", None),
+        "the key 'embeddings.cls_token' is missing",
+    ),
+    "NaN": (lambda folder: spoil(folder, "embeddings.cls_token", torch.nan), "'embeddings.cls_token' are NaN"),
+    **{
+        f"{key} {value}": (lambda folder, key=key, value=value: edit(folder, key, value), message)
+        for key, value, message in (
+            ("model_type", "vit", "is of type 'vit'; a DINOv2 with registers is needed"),
+            ("num_hidden_layers", 30000, "num_hidden_layers"),
+            ("num_attention_heads", 0, "num_attention_heads of"),
+            ("patch_size", [14, 14], "patch_size of"),
+            ("hidden_size", "64", "hidden_size of"),
+            ("hidden_size", 72, "takes multiples of 64"),
+            ("hidden_act", "nothing", "has hidden_act='nothing'"),
+        )
+    },
+}
+
+
+def spoil(folder, key, value):
+    weights = load_file(folder / FILES[1])
+    weights[key] = None if value is None else torch.full_like(weights[key], value)
+    save_file({name: weight for name, weight in weights.items() if weight is not None}, folder / FILES[1])
+
+
+def edit(folder, key, value):
+    config = json.loads((folder / FILES[0]).read_text())
+    (folder / FILES[0]).write_text(json.dumps(config | {key: value}))
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_encoders_are_one_line(kind, flags, tmp_path, monkeypatch, capsys):
+    damage, message = DAMAGES[kind]
+    damage(save_encoder(tmp_path / "encoder"))
+    given = flags | {"encoder": tmp_path / "encoder", "output_dir": tmp_path / "out"}
+    line = refused(convert, monkeypatch, capsys, tmp_path, **given)
+    assert message in line and "--encoder" in line, line
+
+
+def test_no_code_of_an_encoder_runs(flags, tmp_path, monkeypatch, capsys):
+    encoder = save_encoder(tmp_path / "encoder")
+    (encoder / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    edit(encoder, "auto_map", {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"})
+    edit(encoder, "attn_implementation", "user/kernel")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    run_main(convert, monkeypatch, **flags | {"encoder": encoder}, output_dir=tmp_path / "out")
+    edit(encoder, "model_type", "evil")
+    before = {**flags, "encoder": encoder, "output_dir": tmp_path / "other"}
+    assert "is of type 'evil'" in refused(convert, monkeypatch, capsys, tmp_path, **before)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_decoder_of_another_size_is_refused(flags, tmp_path, monkeypatch, capsys):
+    decoder = torch.load(FIXTURES / "rae_decoder.pt", weights_only=True) | {"decoder_pos_embed": rae_positions(48, 4)}
+    torch.save({"model": {}, "ema": {f"decoder.{key}": weight for key, weight in decoder.items()}}, tmp_path / "2.pt")
+    torch.save({"mean": torch.zeros(64, 1, 1), "var": torch.ones(64, 1, 1)}, tmp_path / "stat.pt")
+    given = flags | {"latents_stats": tmp_path / "stat.pt"}
+    run_main(convert, monkeypatch, **given | {"checkpoint_path": tmp_path / "2.pt"}, output_dir=tmp_path / "vae")
+    for vae in (tmp_path / "2.pt", tmp_path / "vae"):
+        others = given if vae.suffix else {}
+        line = refused(
+            convert, monkeypatch, capsys, tmp_path, **others | DIT_DH | {"vae": vae}, output_dir=tmp_path / "out"
+        )
+        assert "has latents of 2×2, and the checkpoint's model takes those of 4×4" in line
+    transformer = parse_checkpoint(DIT_DH["checkpoint_path"])
+    with pytest.raises(ValueError, match="The VAE has latents of 2×2 and the transformer of 4×4"):
+        build_pipeline(transformer, "x", vae=load_autoencoder(tmp_path / "vae"), shift=1.0)
+
+
+def test_what_the_original_can_not_have_is_not_exported(flags, tmp_path, monkeypatch, capsys):
+    run_main(convert, monkeypatch, **flags, output_dir=tmp_path / "vae")
+    given = {"model_path": tmp_path / "vae", "family": "rae", "checkpoint_path": tmp_path / "new.pt"}
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    for key, value, message in (
+        ("reshape_to_2d", False, "it has reshape_to_2d=False"),
+        ("scaling_factor", 2.0, "it has scaling_factor=2.0"),
+        ("latents_std", [[[2.0] * 4] * 4] * 64, "another latents_std than its weights"),
+    ):
+        (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {key: value}))
+        line = refused(export, monkeypatch, capsys, tmp_path, **given, latents_stats=tmp_path / "stat.pt")
+        assert message in line
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -187,8 +282,10 @@ def test_encoders_that_do_not_fit_are_one_line(kind, flags, tmp_path, monkeypatc
 
 
 FLAGS = {
+    "multiplier": ({"latent_multiplier": 0.5}, "--latent_multiplier is LightningDiT's"),
+    "no folder": ({"encoder": FIXTURES / "vavae.pt"}, "vavae.pt must be the folder or the Hub id of an encoder"),
     "no encoder": ({"encoder": None}, "has a decoder and no encoder; pass encoder .*--encoder.*facebook/dinov2"),
-    "no such encoder": ({"encoder": "nowhere/nothing"}, "There is no folder 'nowhere/nothing'"),
+    "no such encoder": ({"encoder": "nowhere/nothing"}, "--encoder|nowhere/nothing"),
     "heads": ({"decoder_num_attention_heads": None}, "the heads of a decoder of width 48 are unknown"),
     "other heads": ({"decoder_num_attention_heads": 5}, "its width 48 is not divisible by 5 attention heads"),
     "no statistics": ({"latents_stats": None}, "has no statistics of its latents; pass --latents_stats FILE"),
@@ -197,8 +294,12 @@ FLAGS = {
     "model's flag": ({"num_attention_heads": 3}, "--num_attention_heads is for transformers"),
     "VAE's encoder": (
         {"checkpoint_path": FIXTURES / "vavae.pt", "latents_stats": FIXTURES / "vavae-latents-stats.pt"}
-        | {"norm_num_groups": 3},
+        | {"norm_num_groups": 3, "decoder_num_attention_heads": None},
         "has its encoder in its file; omit encoder",
+    ),
+    "VAE's heads": (
+        {"checkpoint_path": FIXTURES / "vavae.pt", "encoder": None, "norm_num_groups": 3},
+        "vavae.pt is no decoder of RAE; omit decoder_num_attention_heads",
     ),
     "no VAE": (DIT_DH | {"vae": None, "latents_stats": None}, "--encoder is for an original autoencoder"),
 }
@@ -209,13 +310,6 @@ def test_flags_that_do_not_fit_are_one_line(kind, flags, tmp_path, monkeypatch, 
     changes, message = FLAGS[kind]
     line = refused(convert, monkeypatch, capsys, tmp_path, **flags | changes, output_dir=tmp_path / "out")
     assert re.search(message, line), line
-
-
-def test_another_model_is_no_encoder(flags, tmp_path, monkeypatch, capsys):
-    ViTConfig().save_pretrained(tmp_path / "vit")
-    given = flags | {"encoder": tmp_path / "vit", "output_dir": tmp_path / "out"}
-    line = refused(convert, monkeypatch, capsys, tmp_path, **given)
-    assert "is of type vit; DINOv2 with registers is needed" in line
 
 
 def test_other_weights_and_classes_are_noticed(flags, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Pipelines from checkpoints, and the transformers that checkpoints are written from."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from .checkpoints.links import download_from_hub, is_link
 from .checkpoints.loading import build_model
 from .checkpoints.parsing import Checkpoint
 from .data.autoencoders import check_autoencoder, load_autoencoder
-from .files import read_json
+from .files import read_json, reading
 from .models import MODELS, DiTTransformer2DModel, PackagedModel, find_model_class
 from .pipeline import DiTClassCondPipeline
 from .schedulers import make_scheduler, trained_options
@@ -113,16 +114,16 @@ def match_latents(vae, checkpoint: Checkpoint) -> None:
         vae.register_to_config(scaling_factor=family.scaling_factor)
 
 
-def check_vae(name: str, in_channels: int) -> None:
+def check_vae(name: str, model: Mapping) -> None:
     """
     That an autoencoder exists and has the latents of a model; only its configuration is read.
 
     Args:
         name (`str`): Folder or Hub id.
-        in_channels (`int`): Channels of the model's latents.
+        model (`Mapping`): Configuration of the model.
 
     Raises:
-        ValueError: if there is no such autoencoder, or its latents have another number of channels.
+        ValueError: if there is no such autoencoder, or its latents are not the model's.
         OSError: if there is no network.
     """
     name = resolve_vae(name)
@@ -135,16 +136,24 @@ def check_vae(name: str, in_channels: int) -> None:
     else:
         raise ValueError(f"--vae {name} must be the folder or the Hub id of an autoencoder, or an original's file.")
     config = read_json(file)
-    channels = config.get("encoder_hidden_size" if "encoder_input_size" in config else "latent_channels", in_channels)
-    check_channels(name, channels, in_channels)
+    is_rae = "encoder_input_size" in config
+    channels = config.get("encoder_hidden_size" if is_rae else "latent_channels", model["in_channels"])
+    with reading(file, "the config of an autoencoder"):
+        size = config["encoder_input_size"] // config.get("encoder_patch_size", 14) if is_rae else None
+    check_latents(name, channels, size, model)
 
 
-def check_channels(name: str, channels: int, in_channels: int) -> None:
-    """That an autoencoder has the latents of a model; `ValueError` names both numbers."""
-    if channels != in_channels:
+def check_latents(name: str, channels: int, size: int | None, model: Mapping) -> None:
+    """That an autoencoder has the latents of a model; `ValueError` names what differs, channels or the only size."""
+    if channels != model["in_channels"]:
         raise ValueError(
-            f"--vae {name} has latents of {channels} channels, and the checkpoint's model takes {in_channels}; give "
-            "the autoencoder that it was trained with."
+            f"--vae {name} has latents of {channels} channels, and the checkpoint's model takes "
+            f"{model['in_channels']}; give the autoencoder that it was trained with."
+        )
+    if size is not None and size != model["sample_size"]:
+        raise ValueError(
+            f"--vae {name} has latents of {size}×{size}, and the checkpoint's model takes those of "
+            f"{model['sample_size']}×{model['sample_size']}; give the autoencoder that it was trained with."
         )
 
 
@@ -156,7 +165,7 @@ def is_original_vae(name: str) -> bool:
 def build_original_vae(
     autoencoder: Autoencoder,
     name: str,
-    in_channels: int,
+    model: Mapping,
     statistics: tuple[list, list],
     encoder: str | None = None,
 ) -> ModelMixin:
@@ -166,18 +175,18 @@ def build_original_vae(
     Args:
         autoencoder (`Autoencoder`): From [`dit_hf.checkpoints.autoencoders.parse_autoencoder`].
         name (`str`): Of the file; named in errors.
-        in_channels (`int`): Channels of the model's latents.
+        model (`Mapping`): Configuration of the model.
         statistics (`tuple[list, list]`): Mean and standard deviation of the latents.
-        encoder (`str`, *optional*): Folder or Hub id of the encoder of RAE, which its file has not.
+        encoder (`str`, *optional*): Folder or Hub id of the encoder of RAE, which its file lacks.
 
     Returns:
         `AutoencoderKL` or `AutoencoderRAE`
 
     Raises:
-        ValueError: if its latents have another number of channels, or the statistics or the encoder do not fit.
+        ValueError: if its latents are not the model's, or the statistics or the encoder do not fit.
         OSError: if the encoder can't be downloaded.
     """
-    check_channels(name, autoencoder.latent_channels, in_channels)
+    check_latents(name, autoencoder.latent_channels, autoencoder.latent_size, model)
     vae = build_autoencoder(autoencoder, name, statistics, encoder=encoder)
     check_autoencoder(vae)
     return vae

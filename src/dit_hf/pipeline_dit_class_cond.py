@@ -1028,6 +1028,13 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 f"The VAE has {channels} latent channels and the transformer {self.transformer.config.in_channels}; "
                 "they don't belong together."
             )
+        if self.vae is not None and is_rae(self.vae):
+            grid, size = math.isqrt(self.vae.num_patches), self.transformer.config.sample_size
+            if grid != size:
+                raise ValueError(
+                    f"The VAE has latents of {grid}×{grid} and the transformer of {size}×{size}; they don't belong "
+                    "together."
+                )
         if self.vae is None or is_rae(self.vae):
             return
         for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):

@@ -19,8 +19,10 @@ ENTRIES = {"ema": ("ema", "model_ema", "ema_model", "model_ema1"), "model": ("mo
 # Family of autoencoders -> keys that all of its files have, and no others.
 AUTOENCODER_MARKS = {
     "vavae": {"encoder.conv_in.weight", "decoder.conv_in.weight"},
-    "rae": {"decoder_embed.weight", "decoder_pos_embed"},
+    "rae": {"decoder_embed.weight", "decoder_pred.weight"},
 }
+# What the keys of RAE's decoder begin with in a checkpoint of its training.
+AUTOENCODER_PREFIX = "decoder."
 # The pickle of a zip archive has names, shapes and plain values; the tensors are beside it.
 MAX_PICKLE_BYTES = 32 * 2**20
 ENCRYPTED = 1
@@ -230,6 +232,7 @@ def find_autoencoder(content: dict) -> str | None:
     """
     entries = [content, *(content.get(name) for names in ENTRIES.values() for name in names)]
     keys = [{WRAPPERS.sub("", str(key)) for key in entry} for entry in entries if isinstance(entry, dict)]
+    keys += [{key.removeprefix(AUTOENCODER_PREFIX) for key in names} for names in keys]
     return next((name for name, marks in AUTOENCODER_MARKS.items() if any(marks <= names for names in keys)), None)
 
 

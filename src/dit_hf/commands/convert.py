@@ -135,8 +135,10 @@ def check_same(new, old):
 
 
 def read_statistics(autoencoder, args):
-    """The statistics of an original autoencoder's latents, which its file has not."""
+    """The statistics of an original autoencoder's latents, which its file lacks."""
     name, forms = args.vae or args.checkpoint_path, autoencoder.family.stats_forms
+    if args.latent_multiplier != 1 and "vavae" not in forms:
+        raise ValueError(f"--latent_multiplier is LightningDiT's, and {name} is {autoencoder.family.name}'s; omit it.")
     if args.latents_stats is None:
         raise ValueError(
             f"{name} is an original autoencoder, whose file has no statistics of its latents; pass --latents_stats "
@@ -151,7 +153,6 @@ def read_statistics(autoencoder, args):
 
 def find_vae(checkpoint, args):
     """The autoencoder for a model's latents, checked: a name that is loaded later, or an original one, loaded."""
-    in_channels = checkpoint.config["in_channels"]
     if args.latent_multiplier != 1 and not args.latents_stats:
         raise ValueError("--latent_multiplier goes with --latents_stats; pass both, or omit it.")
     if args.vae and is_original_vae(args.vae):
@@ -159,10 +160,10 @@ def find_vae(checkpoint, args):
         autoencoder = parse_autoencoder(path, autoencoder_hints(args))
         own = None if args.latents_stats else checkpoint.latents_statistics
         statistics = own or read_statistics(autoencoder, args)
-        return build_original_vae(autoencoder, args.vae, in_channels, statistics, args.encoder)
+        return build_original_vae(autoencoder, args.vae, checkpoint.config, statistics, args.encoder)
     if args.vae:
-        check_vae(args.vae, in_channels)
-    for flag in ("latents_stats", "encoder"):
+        check_vae(args.vae, checkpoint.config)
+    for flag in ("latents_stats", "encoder", "decoder_num_attention_heads"):
         if getattr(args, flag):
             raise ValueError(f"--{flag} is for an original autoencoder; pass its file as --vae, or omit the flag.")
     return args.vae

@@ -1,6 +1,7 @@
 """The transformer that is trained: new, or a pipeline's, and what its pipeline says of it."""
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from diffusers.utils import logging
 
 from ..data.autoencoders import Pixels, load_autoencoder, spatial_factor
 from ..files import read_json
-from ..model_folders import find_class
+from ..model_folders import check_numbers, find_class
 from ..models import MODELS, DiTTransformer2DModel, JiTTransformer2DModel, PackagedModel, find_model_class
+from ..pipeline_dit_class_cond import check_train_timesteps
 from ..presets import preset_config
 from ..schedulers import make_scheduler, trained_options, trained_prediction
 from .finetuning import class_names, freeze, load_for_classes, load_trainable, match_names
@@ -22,6 +24,7 @@ from .objectives import Objective
 logger = logging.get_logger(__name__)
 
 
+FEW_STEP_SCHEDULERS = ("FlowMapEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 # Pixels per side, where nothing decides.
 DEFAULT_RESOLUTION = 64
 # Name -> the class that has this preset.
@@ -109,6 +112,8 @@ def recommended_call(pretrained_model_name_or_path: str | Path | None, guided: b
         return None
     index = DiffusionPipeline.load_config(pretrained_model_name_or_path)
     call = index.get("recommended_call") or {}
+    if takes_few_steps(scheduler_config(pretrained_model_name_or_path)):
+        call = {name: value for name, value in call.items() if name != "num_inference_steps"}
     guided = guided and (index.get("guide") or [None])[0] is None  # the scale of a guide is no other's
     return {name: value for name, value in call.items() if guided or not name.startswith("guidance")} or None
 
@@ -175,11 +180,23 @@ def sampling_scheduler(
     config = dict(trained.config)
     if pretrained_model_name_or_path is not None:
         own = scheduler_config(pretrained_model_name_or_path)
-        found = find_class({"scheduler": ["diffusers", own["_class_name"]]}, "scheduler")
-        if found is not None:  # a class of another package is replaced by the recipe
+        found = find_class({"scheduler": ["diffusers", own.get("_class_name")]}, "scheduler")
+        if found is None or takes_few_steps(own):
+            reason = "no scheduler of diffusers" if found is None else "for models of few steps"
+            logger.warning(f"{own['_class_name']} is {reason}; samples are made with {scheduler_class.__name__}.")
+        else:
+            check_numbers(own, f"The scheduler of {pretrained_model_name_or_path}")
+            check_train_timesteps(own.get("_class_name"), own)
             scheduler_class, config = found, own
-    shift = {} if time_shift == 1 else {"flow_shift" if "flow_shift" in config else "shift": time_shift}
-    return scheduler_class.from_config(config, **shift)
+    if time_shift == 1:
+        return scheduler_class.from_config(config)
+    options = inspect.signature(scheduler_class.__init__).parameters
+    return scheduler_class.from_config(config, **{"flow_shift" if "flow_shift" in options else "shift": time_shift})
+
+
+def takes_few_steps(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a scheduler, by its configuration, samples flow maps, which no objective trains yet."""
+    return scheduler.get("_class_name") in FEW_STEP_SCHEDULERS
 
 
 def load_vae(

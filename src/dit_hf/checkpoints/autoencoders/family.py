@@ -37,6 +37,7 @@ class AutoencoderFamily(ABC):
         beginnings (`tuple[str, ...]`): Of the keys that inference needs; the others are dropped.
         stats_forms (`tuple[str, ...]`):
             How the statistics of its latents are stored, names of [`dit_hf.checkpoints.latents_stats.FORMS`].
+        prefix (`str`): What the keys begin with in a checkpoint of training.
         written (`tuple[str, ...]`): Beginnings of diffusers' keys that the file holds.
     """
 
@@ -44,6 +45,7 @@ class AutoencoderFamily(ABC):
     model: ClassVar[type]
     beginnings: ClassVar[tuple[str, ...]]
     stats_forms: ClassVar[tuple[str, ...]]
+    prefix: ClassVar[str] = ""
     written: ClassVar[tuple[str, ...]] = ("",)
 
     @abstractmethod
@@ -66,6 +68,10 @@ class AutoencoderFamily(ABC):
     @abstractmethod
     def latent_channels(self, config: Mapping) -> int:
         """Channels of the latents."""
+
+    def latent_size(self, weights: Mapping[str, torch.Tensor]) -> int | None:
+        """The side of the latents, where there is only one."""
+        return None
 
     @abstractmethod
     def describe(self, config: Mapping) -> str:
@@ -101,7 +107,7 @@ class AutoencoderFamily(ABC):
             encoder (`str`, *optional*): Folder or Hub id of the encoder, where the file has none.
 
         Returns:
-            `tuple`: all arguments of `model`, and the weights that the file has not, with diffusers' keys.
+            `tuple`: all arguments of `model`, and the weights that the file lacks, with diffusers' keys.
 
         Raises:
             ValueError: if the statistics or the encoder do not fit.

@@ -113,6 +113,11 @@ class KLFamily(AutoencoderFamily):
         if "encoder.down_blocks.0.resnets.0.conv1.weight" in weights:
             raise ValueError(f"Checkpoint {path} is in diffusers' format already; give the folder that it is in.")
         config, groups = infer_config(weights, path), hints.norm_num_groups
+        if hints.decoder_num_attention_heads is not None:
+            raise ValueError(
+                f"Checkpoint {path} is no decoder of RAE; omit decoder_num_attention_heads "
+                "(`--decoder_num_attention_heads`)."
+            )
         if bad := [width for width in config["block_out_channels"] if groups < 1 or width % groups]:
             raise ValueError(
                 f"Checkpoint {path}: its width {bad[0]} is not divisible by {groups} groups; pass norm_num_groups "

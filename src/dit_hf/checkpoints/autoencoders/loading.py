@@ -39,6 +39,11 @@ class Autoencoder:
         """Channels of its latents."""
         return self.family.latent_channels(self.config)
 
+    @property
+    def latent_size(self) -> int | None:
+        """The side of its latents, where there is only one."""
+        return self.family.latent_size(self.original)
+
     def describe(self) -> str:
         """What the weights say about the model, in one line."""
         parameters = sum(weight.numel() for weight in self.original.values())
@@ -73,12 +78,15 @@ def parse_autoencoder(
     Raises:
         ValueError: if the file is no such autoencoder; the message names the file and the key.
     """
+    if family not in ("auto", *AUTOENCODERS):
+        raise ValueError(f"`family` is {family!r}; it must be one of auto, {', '.join(AUTOENCODERS)}.")
     path = find_file(Path(path))
     content = read_checkpoint(path) if content is None else content
     if isinstance(content.get(ENTRY), dict):
         content = content[ENTRY]
     source = AUTOENCODERS[(find_autoencoder(content) or VAVAE.name) if family == "auto" else family]
     selected = select_weights(content, find_entry(content, weights, path), path, source.beginnings)
+    selected = {key.removeprefix(source.prefix): weight for key, weight in selected.items()}
     config = source.infer(selected, hints, path)
     try:
         with torch.device("meta"):
@@ -113,9 +121,10 @@ def build_autoencoder(
         path (`str` or `Path`): Named in errors.
         statistics (`tuple[list, list]`):
             Mean and standard deviation of its latents from
-            [`dit_hf.checkpoints.latents_stats.read_latents_stats`]: its `latents_mean` and `latents_std`.
+            [`dit_hf.checkpoints.latents_stats.read_latents_stats`]: a value per channel, for RAE nested lists of shape
+            `(C, h, w)`.
         dtype (`torch.dtype`, *optional*): Type of the weights, float32 if not given.
-        encoder (`str`, *optional*): Folder or Hub id of the encoder of RAE, which its file has not.
+        encoder (`str`, *optional*): Folder or Hub id of the encoder of RAE, which its file lacks.
 
     Returns:
         `AutoencoderKL` or `AutoencoderRAE`: in eval mode, frozen.
@@ -159,7 +168,11 @@ def original_autoencoder(vae: Any) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: if the original's code can't build it.
     """
-    family = next(family for family in AUTOENCODERS.values() if family.model.__name__ == type(vae).__name__)
+    found = [family for family in AUTOENCODERS.values() if family.model.__name__ == type(vae).__name__]
+    if not found:
+        known = " or ".join(family.model.__name__ for family in AUTOENCODERS.values())
+        raise ValueError(f"The autoencoder can't be written as an original: it is a {type(vae).__name__}, no {known}.")
+    family = found[0]
     if mismatch := family.find_mismatch(vae.config):
         raise ValueError(f"The autoencoder can't be written as the original: it has {mismatch}.")
     weights, keys = vae.state_dict(), original_keys(family, vae)

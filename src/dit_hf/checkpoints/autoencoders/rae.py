@@ -5,16 +5,13 @@ Both become an `AutoencoderRAE`.
 
 import math
 from itertools import takewhile
-from typing import Any
 
 import torch
 from diffusers import AutoencoderRAE
-from transformers import AutoConfig, Dinov2WithRegistersModel
 
-from ...hub import check_available, connected
 from ...pipeline_dit_class_cond import RAE_EPSILON, rae_positions
-from ..loading import check_keys
-from ..parsing import check_finite
+from ..reading import AUTOENCODER_PREFIX
+from .encoder import PUBLISHED, load_encoder
 from .family import AutoencoderFamily
 from .reference import reference_decode_tokens
 
@@ -30,52 +27,7 @@ BLOCK_LAYERS = {
 POSITIONS = "decoder_pos_embed"
 # Width -> heads of the published decoders ViT-B, L and XL.
 KNOWN_HEADS = {768: 12, 1024: 16, 1152: 16}
-# What an `AutoencoderRAE` is built with, and leaves no trace in the weights of an encoder.
-ENCODER_FACTS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "num_register_tokens", "use_swiglu_ffn")
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DINO = "dinov2_with_registers"
-PUBLISHED_ENCODER = "facebook/dinov2-with-registers-base"
-
-
-def load_encoder(name: str) -> Dinov2WithRegistersModel:
-    """
-    The frozen encoder, of which the last norm has no weights in RAE.
-
-    Args:
-        name (`str`): Folder or Hub id.
-
-    Returns:
-        `Dinov2WithRegistersModel`: in eval mode, in float32.
-
-    Raises:
-        ValueError: if it is another model, or its weights are not whole.
-        OSError: if there is none.
-    """
-    check_available(name, "config.json")
-    with connected():
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != DINO:
-            raise ValueError(f"--encoder {name} is of type {config.model_type}; DINOv2 with registers is needed.")
-        found: Any = Dinov2WithRegistersModel.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    model, loaded = found
-    if missing := sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}):
-        raise ValueError(f"--encoder {name}: its weights lack {missing[0]!r}, and {len(missing) - 1} others.")
-    model.layernorm.weight = model.layernorm.bias = None
-    return model.eval()
-
-
-def check_encoder(model: Dinov2WithRegistersModel, arguments: dict, name: str) -> None:
-    """`ValueError` if an encoder is none that an `AutoencoderRAE` of these arguments builds."""
-    with torch.device("meta"):
-        built = AutoencoderRAE(**arguments).encoder
-    for fact in ENCODER_FACTS:
-        given, needed = getattr(model.config, fact), getattr(built.config, fact)
-        if given != needed:
-            raise ValueError(f"--encoder {name} has {fact}={given!r}, and AutoencoderRAE builds {needed!r} only.")
-    shapes = {key: tuple(weight.shape) for key, weight in built.state_dict().items()}
-    check_keys(model.state_dict(), shapes, name)
 
 
 class RAEDecoderFamily(AutoencoderFamily):
@@ -83,7 +35,8 @@ class RAEDecoderFamily(AutoencoderFamily):
 
     name = "rae"
     model = AutoencoderRAE
-    beginnings = ("decoder_", "trainable_cls_token")
+    beginnings = ("decoder_", "trainable_cls_token", "decoder.")
+    prefix = AUTOENCODER_PREFIX
     stats_forms = ("rae",)
     written = ("decoder.",)
 
@@ -93,15 +46,25 @@ class RAEDecoderFamily(AutoencoderFamily):
                 raise ValueError(f"Checkpoint {path} is no decoder of RAE: the key {key!r} is missing.")
             if weights[key].ndim != rank or 0 in weights[key].shape:
                 given = tuple(weights[key].shape)
-                raise ValueError(f"Checkpoint {path}: {key!r} has shape {given}, where {rank} axes are needed.")
+                raise ValueError(
+                    f"Checkpoint {path}: {key!r} has shape {given}, where {rank} axes with values are needed."
+                )
             return weights[key].shape
 
         width, channels = shape("decoder_embed.weight")
+        if width % 4:
+            raise ValueError(f"Checkpoint {path}: its width is {width}; the table of positions takes multiples of 4.")
         if channels % 64:
             raise ValueError(
                 f"Checkpoint {path}: its latents have {channels} channels; AutoencoderRAE takes multiples of 64."
             )
-        patch_size, tokens = math.isqrt(shape("decoder_pred.weight")[0] // 3), shape(POSITIONS, 3)[1] - 1
+        values, tokens = shape("decoder_pred.weight")[0], shape(POSITIONS, 3)[1] - 1
+        patch_size = math.isqrt(values // 3)
+        if values != 3 * patch_size**2:
+            raise ValueError(
+                f"Checkpoint {path}: 'decoder_pred.weight' gives {values} values a token, which are no square of RGB "
+                "pixels."
+            )
         if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
             raise ValueError(f"Checkpoint {path}: {POSITIONS!r} is of {tokens} tokens, which is no square.")
         heads = hints.decoder_num_attention_heads or KNOWN_HEADS.get(width)
@@ -126,12 +89,15 @@ class RAEDecoderFamily(AutoencoderFamily):
     def latent_channels(self, config):
         return config["encoder_hidden_size"]
 
+    def latent_size(self, weights):
+        return math.isqrt(weights[POSITIONS].shape[1] - 1)
+
     def describe(self, config):
         layers = config["decoder_num_hidden_layers"]
         return f"a decoder of {layers} block{'s' * (layers != 1)} of width {config['decoder_hidden_size']}"
 
     def skeleton(self, config, weights):
-        grid = math.isqrt(weights[POSITIONS].shape[1] - 1)
+        grid = self.latent_size(weights)
         # Only its decoder counts; the encoder is not in the file.
         encoder = {"encoder_num_hidden_layers": 0, "encoder_patch_size": 1, "encoder_input_size": grid}
         return AutoencoderRAE(**config, **encoder)
@@ -154,30 +120,29 @@ class RAEDecoderFamily(AutoencoderFamily):
         if encoder is None:
             raise ValueError(
                 "RAE's file has a decoder and no encoder; pass encoder (`--encoder`), the folder or Hub id of "
-                f"the one that it was trained with, such as {PUBLISHED_ENCODER}."
+                f"the one that it was trained with, such as {PUBLISHED}."
             )
-        grid = math.isqrt(weights[POSITIONS].shape[1] - 1)
+        grid = self.latent_size(weights)
         height, width = len(statistics[0][0]), len(statistics[0][0][0])
         if (height, width) not in ((1, 1), (grid, grid)):
             raise ValueError(
                 f"The latents' statistics are of {height}×{width} positions, and the decoder has {grid}×{grid}."
             )
-        model = load_encoder(encoder)
-        if model.config.hidden_size != config["encoder_hidden_size"]:
+        arguments, loaded = load_encoder(encoder)
+        if (width := arguments["encoder_hidden_size"]) != config["encoder_hidden_size"]:
             raise ValueError(
-                f"The encoder {encoder} has width {model.config.hidden_size}, and the decoder is for one of "
+                f"--encoder: {encoder} has width {width}, and the decoder is for one of "
                 f"{config['encoder_hidden_size']}; give the one that it was trained with."
             )
-        arguments = config | {
-            "encoder_type": "dinov2",
-            "encoder_patch_size": model.config.patch_size,
-            "encoder_num_hidden_layers": model.config.num_hidden_layers,
-            "encoder_input_size": grid * model.config.patch_size,
-        }
-        check_encoder(model, arguments, encoder)
-        check_finite(model.state_dict(), encoder)
-        others = {f"encoder.{key}": weight for key, weight in model.state_dict().items()}
-        return arguments | dict(zip(("latents_mean", "latents_std"), statistics, strict=True)), others
+        arguments |= config | {"encoder_input_size": grid * arguments["encoder_patch_size"]}
+        arguments |= dict(zip(("latents_mean", "latents_std"), statistics, strict=True))
+        return arguments, {f"encoder.{key}": weight for key, weight in loaded.items()}
+
+    def find_mismatch(self, config):
+        for name, needed in (("reshape_to_2d", True), ("num_channels", 3), ("scaling_factor", 1.0)):
+            if config[name] != needed:
+                return f"{name}={config[name]!r}"
+        return None
 
     def buffers(self, vae):
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
@@ -190,7 +155,7 @@ class RAEDecoderFamily(AutoencoderFamily):
         latents = torch.randn(1, self.latent_channels(config), grid, grid, generator=generator)
         decoded = vae.decode(latents.to(vae.dtype)).sample
         raw = latents * (vae._latents_std.float() + RAE_EPSILON) + vae._latents_mean.float()
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+        mean, std = vae.encoder_mean.float(), vae.encoder_std.float()
 
         def reference(weights):
             return [reference_decode_tokens(weights, heads, raw, config["patch_size"]) * std + mean]
