@@ -169,6 +169,18 @@ def add_training_arguments(parser):
         help="Keep what `python -m dit_hf.commands.choose_ema` needs, in OUTPUT_DIR/ema.",
     )
     train.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="accelerate's own if not given.")
+    train.add_argument(
+        "--compile_blocks",
+        action=argparse.BooleanOptionalAction,
+        help="Compile the blocks, in a minute at the start; on a CUDA device if not given.",
+    )
+    train.add_argument(
+        "--allow_tf32",
+        action=argparse.BooleanOptionalAction,
+        help="Let float32 products use TF32; on a CUDA device if not given.",
+    )
+    train.add_argument("--attention_backend", help="A backend of diffusers: native, _native_cudnn, flash ...")
+    train.add_argument("--float8", action="store_true", help="Let the blocks multiply in float8; needs torchao.")
     train.add_argument("--seed", type=RANGES["seed"], default=0, help="Seed of weights, order and draws.")
 
 

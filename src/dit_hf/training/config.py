@@ -96,6 +96,10 @@ class TrainingConfig:
         dataloader_num_workers (`int`, *optional*):
             Threads that make batches ahead, 1 on a CPU, 4 on a GPU if not given; with 0 the loop makes them itself.
         seed (`int`, defaults to 0): Of the order of samples and of all draws.
+        compile_blocks (`bool`, *optional*): Whether to compile the blocks; on a CUDA device if not given.
+        allow_tf32 (`bool`, *optional*): Whether float32 products may use TF32; on a CUDA device if not given.
+        attention_backend (`str`, *optional*): A backend of diffusers, such as `"_native_cudnn"`; torch chooses if not given.
+        float8 (`bool`, defaults to `False`): Whether the blocks multiply in float8, by torchao.
 
     Raises:
         ValueError: if a number is out of range, or a policy unknown.
@@ -129,6 +133,10 @@ class TrainingConfig:
     logging_steps: int | None = _may_change(None)
     dataloader_num_workers: int | None = _may_change(None)
     seed: int = 0
+    compile_blocks: bool | None = _may_change(None)
+    allow_tf32: bool | None = _may_change(None)
+    attention_backend: str | None = _may_change(None)
+    float8: bool = False
 
     def __post_init__(self):
         if "\0" in str(self.output_dir):

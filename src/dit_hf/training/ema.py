@@ -19,8 +19,6 @@ from ..files import check_file, reading, writing
 
 # Relative standard deviations of the two profiles that are kept.
 KEPT = (0.05, 0.10)
-# Values of the tensors that are averaged at once: their differences take memory.
-GROUP_VALUES = 2**26
 SNAPSHOT = re.compile(r"ema-([1-9]\d{0,14})-(0\.05|0\.10)\.safetensors")
 
 
@@ -49,24 +47,15 @@ def _sharded_like(tensor, like):
 @torch.no_grad()
 def move_averages(averages: list[torch.Tensor], weights: Iterable[torch.Tensor], share: torch.Tensor) -> None:
     """
-    Moves averages towards weights, average − share · (average − weight), some large groups of tensors at a time.
+    Moves averages towards weights: average + share · (weight − average), without memory for the differences.
 
     Args:
         averages (`list[torch.Tensor]`): Changed in place.
         weights (`Iterable[torch.Tensor]`): Of the same shapes.
         share (`torch.Tensor` of shape `()`): On their device.
     """
-    pairs = [(_local(average), _local(weight)) for average, weight in zip(averages, weights, strict=True)]
-    group: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for pair in (*pairs, None):
-        if group and (pair is None or sum(each.numel() for each, _ in group) + pair[0].numel() > GROUP_VALUES):
-            moved, towards = map(list, zip(*group, strict=True))
-            differences = torch._foreach_sub(moved, towards)
-            torch._foreach_mul_(differences, share.to(moved[0].dtype))
-            torch._foreach_sub_(moved, differences)
-            group = []
-        if pair is not None:
-            group.append(pair)
+    for average, weight in zip(averages, weights, strict=True):
+        _local(average).lerp_(_local(weight), share.to(average.dtype))
 
 
 class WeightAverage(EMAModel):

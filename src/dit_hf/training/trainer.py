@@ -49,6 +49,7 @@ from .records import (
     truncate_log,
 )
 from .running import StopRequest, on_main, only_run, start_accelerator
+from .speed import speed_up
 from .validation import averaged_weights
 
 
@@ -146,6 +147,7 @@ class Trainer:
         transformer.to(accelerator.device).train()
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        speed_up(transformer, config, accelerator.device)
         self.alignment = None if alignment is None else alignment.to(accelerator.device)
         optimizer = build_optimizer(config, transformer, self.alignment)
         steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}

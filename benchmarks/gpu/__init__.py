@@ -1,0 +1,1 @@
+"""What `benchmarks/gpu.sh` measures: training and sampling on one device, within a time budget."""
