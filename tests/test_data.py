@@ -140,10 +140,32 @@ def test_cache_holds_the_posteriors_whatever_the_number_of_processes(workspace, 
     for row, view in enumerate((images[5].flip(-1), images[19])):
         with torch.no_grad():
             posterior = vae.encode(normalize_pixels(view[None])).latent_dist
-        torch.testing.assert_close(read["mean"][row], posterior.mean[0], rtol=0, atol=1e-5)
-        torch.testing.assert_close(read["std"][row], posterior.std[0], rtol=0, atol=1e-5)
+        # Half precision rounds by 2⁻¹¹ of a value between two powers of 2 at most, by half of it to the nearest.
+        torch.testing.assert_close(read["mean"][row], posterior.mean[0], rtol=2**-11, atol=1e-5)
+        torch.testing.assert_close(read["std"][row], posterior.std[0], rtol=2**-11, atol=1e-5)
     assert read["label"].tolist() == [1, 1]
     assert latents.labels.tolist() == dataset["label"]
+
+
+def test_a_cache_that_was_begun_in_single_precision_goes_on_so(workspace, tmp_path):
+    """As a release before 0.3 wrote them."""
+    cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
+    index = json.loads((tmp_path / "index.json").read_text())
+    for shard in index["shards"]:
+        with safe_open(tmp_path / shard["file"], "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        assert tensors["mean"].dtype == torch.float16
+        save_file(
+            {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()},
+            tmp_path / shard["file"],
+            metadata,
+        )
+    for name in ("index.json", "shard-00003.safetensors"):
+        (tmp_path / name).unlink()
+    cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
+    latents = CachedLatents(tmp_path)
+    assert all(rows.dtypes["mean"] == torch.float32 for rows in latents._rows)
+    assert latents.read(torch.arange(20), torch.zeros(20, dtype=torch.bool))["mean"].isfinite().all()
 
 
 def test_statistics_make_unit_latents(workspace, tmp_path):
@@ -315,7 +337,10 @@ def test_a_verified_cache_is_read_once(workspace, tmp_path, monkeypatch):
     cache(tmp_path, tiny_vae(), load_image_dataset(str(workspace / "data")))
     read = []
     monkeypatch.setattr(shards, "file_checksum", lambda path: read.append(path.name) or file_checksum(path))
-    assert latent_shape(tmp_path) == CachedLatents(tmp_path).shape and len(read) == 5
+    assert latent_shape(tmp_path) == CachedLatents(tmp_path).shape and not read  # as it was just written
+    for path in tmp_path.glob(".verified-*"):
+        path.unlink()
+    assert CachedLatents(tmp_path).shape and len(read) == 5
     CachedLatents(tmp_path)
     CachedLatents(tmp_path, 1, 2)
     assert len(read) == 5
@@ -386,7 +411,7 @@ def test_an_index_that_was_changed_is_refused(workspace, tmp_path):
         (lambda tensors: tensors | {"label": tensors["label"] + 5}, "labels from 5 to 6; there are 2 classes"),
         (lambda tensors: tensors | {"label": tensors["label"][:1]}, "'label' must hold 4 classes"),
         (lambda tensors: tensors | {"label": tensors["label"].float()}, "'label' must hold 4 classes"),
-        (lambda tensors: tensors | {"mean": tensors["mean"][:, :2]}, "' is F32 of shape"),
+        (lambda tensors: tensors | {"mean": tensors["mean"][:, :2]}, "' is F16 of shape"),
         (lambda tensors: {"label": tensors["label"]}, "must hold mean, mean_flipped, std, std_flipped; it holds"),
         (lambda tensors: tensors | {"mean": tensors["mean"].long()}, "'mean' is I64"),
     ],

@@ -355,7 +355,7 @@ def test_a_full_disk_is_one_line(latents, tmp_path):
     for name in ("shard-00003.safetensors", "vae/config.json"):
         (tmp_path / "out" / name).unlink()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
     try:
         code, (line,) = latents("--shard_size", "1", output="out")
     finally:

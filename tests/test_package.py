@@ -47,7 +47,6 @@ from dit_hf import DiTClassCondPipeline
 
 
 NEEDS = {
-    "dit_hf.data.images": ("datasets", "train"),
     "dit_hf.training.lora": ("peft", "train"),
     "dit_hf.space.page": ("gradio", "demo"),
 }
@@ -60,6 +59,12 @@ for module in sys.argv[1:]:
     except ImportError as error:
         print(error)
 from dit_hf import DiTClassCondPipeline
+from dit_hf.data.images import load_image_dataset
+import dit_hf.training.trainer  # works on cached latents without it
+try:
+    load_image_dataset("images", "train")
+except ImportError as error:
+    print(error)
 try:
     DiTClassCondPipeline.from_bundled().load_lora_weights({})
 except ImportError as error:
@@ -75,7 +80,9 @@ def test_a_missing_extra_is_named():
     command = [sys.executable, "-c", WITHOUT, *NEEDS]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert output.pop() == output[-1]
-    assert output.pop() == "LoRA needs peft: pip install 'dit_hf[train]', or peft and transformers."
+    lora = output.pop()
+    assert output.pop() == "dit_hf.data needs datasets: pip install 'dit_hf[train]'."
+    assert lora == "LoRA needs peft: pip install 'dit_hf[train]', or peft and transformers."
     for line, (missing, extra) in zip(output, NEEDS.values(), strict=True):
         assert line.endswith(f"needs {missing}: pip install 'dit_hf[{extra}]'.")
 

@@ -8,8 +8,6 @@ import os
 import zipfile
 from pathlib import Path
 
-import pyarrow.parquet
-
 from ..files import check_file, reading
 from .pixels import MAX_IMAGE_BYTES
 
@@ -89,8 +87,10 @@ def check_arrow(path):
 
 def check_parquet(path):
     """Parquet's own index is at its end; here is checked what it claims."""
+    from pyarrow.parquet import read_metadata  # comes with `datasets`
+
     with reading(path, "Parquet"):
-        metadata = pyarrow.parquet.read_metadata(path)
+        metadata = read_metadata(path)
         groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
         unpacked = sum(group.total_byte_size for group in groups)
     _check_unpacked(path, max(unpacked, metadata.num_rows))

@@ -181,8 +181,9 @@ def _load_library(source, split, streaming, **arguments):
         _check_archives(file for files in arguments["data_files"].values() for file in files)
     elif Path(source).is_dir():
         _check_archives(entry.path for _, _, files in walk(source) for entry in files if is_file(entry))
+    load = datasets.load_dataset  # without the library it says so
     try:
-        dataset = datasets.load_dataset(**arguments, split=split, streaming=streaming)
+        dataset = load(**arguments, split=split, streaming=streaming)
     except Exception as error:
         which = "" if split is None else f"split {split!r} of "
         reason = first_line(error) + (f" ({first_line(error.__cause__)})" if error.__cause__ else "")

@@ -1,5 +1,7 @@
 """Latents of a dataset, encoded once: sharded safetensors with posteriors, those of mirrored images, and statistics.
 
+Means and deviations are in half precision, which rounds a latent by 2⁻¹² of its size at most; statistics are not.
+
 Shapes: `N` images of a shard, `C` latent channels, `h w` latent size, `F` channels of an alignment's features.
 
 A shard holds consecutive images of the dataset, so its content does not depend on the number of processes. One process
@@ -8,6 +10,7 @@ writes it under a temporary name and renames it. Finished shards are kept; what 
 
 import json
 import random
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +30,16 @@ from .shards import (
     FACTS,
     INDEX,
     MAX_SHARD_SIZE,
+    RowReader,
     check_cache,
     check_checksums,
     check_shards,
     file_checksum,
     read_index,
+    record_verified,
     remove_partial_shards,
     shard_digests,
+    shard_dtype,
     shard_facts,
     shard_labels,
     shard_path,
@@ -125,6 +131,7 @@ def cache_latents(
     cache_dir = Path(cache_dir)
     if process_index == 0 and not check_cache(cache_dir, fingerprint, settings):
         (cache_dir / INDEX).unlink(missing_ok=True)  # of the same cache, which is not complete from here on
+    dtype = shard_dtype(shard_path(cache_dir, 0)) or torch.float16  # an older release began with float32
     total = None if isinstance(reader.dataset, datasets.IterableDataset) else len(reader.dataset)
     number, all_skipped = -1, list[str]()
     for number, rows in enumerate(reader.shards(shard_size)):
@@ -136,7 +143,7 @@ def cache_latents(
             if len(shard_labels(path)) + len(facts.get("unreadable", [])) != len(rows):
                 raise ValueError(f"{path} holds another number of images than {len(rows)}; remove it, and re-run.")
             continue
-        tensors, skipped = _encode_shard(vae, reader, rows, number * shard_size, encoder, batch_size)
+        tensors, skipped = _encode_shard(vae, reader, rows, number * shard_size, encoder, batch_size, dtype)
         all_skipped += [message for message, _ in skipped]
         if total is not None and len(all_skipped) > MAX_UNREADABLE * total:
             check_skipped(all_skipped, total - len(all_skipped))
@@ -154,7 +161,7 @@ def cache_latents(
     return number + 1
 
 
-def _encode_shard(vae, reader, rows, first, encoder, batch_size):
+def _encode_shard(vae, reader, rows, first, encoder, batch_size, dtype):
     """The tensors of a shard whose first image is at a position, and its skipped images."""
     parts: list[dict[str, torch.Tensor]] = []
     labels: list[int | None] = []
@@ -174,7 +181,10 @@ def _encode_shard(vae, reader, rows, first, encoder, batch_size):
                 mirrored = encode_images(vae, pixels.flip(-1), encoder)
             except ValueError as error:
                 raise ValueError(f"Images from {position} on: {error}") from error
-            parts.append(part | {f"{name}_flipped": tensor for name, tensor in mirrored.items()})
+            part |= {f"{name}_flipped": tensor for name, tensor in mirrored.items()}
+            parts.append({name: tensor.to(dtype) for name, tensor in part.items()})
+            if not all(tensor.isfinite().all() for tensor in parts[-1].values()):
+                raise ValueError(f"Images from {position} on: the latents are too large for half precision.")
     tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
     tensors |= {"label": torch.tensor(labels, dtype=torch.int64), "source": torch.tensor(digests, dtype=torch.int64)}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, skipped
@@ -274,6 +284,7 @@ def index_latents(
     if settings is not None:
         index["settings"] = summary(settings)
     write_index(cache_dir, index)
+    record_verified(cache_dir, index)
     remove_partial_shards(cache_dir)
     return index
 
@@ -340,21 +351,17 @@ class CachedLatents:
         self.cache_dir, self.index = cache_dir, read_index(cache_dir)
         check_shards(cache_dir, self.index)
         check_checksums(cache_dir, self.index, rank, count)
-        self._shards, starts, labels, start = [], [], [], 0
-        for shard in self.index["shards"]:
-            file = safe_open(Path(cache_dir) / shard["file"], "pt")
-            if shard["count"]:
-                # Views of the mapped file: nothing is read yet.
-                self._shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-                starts.append(start)
-            labels.append(file.get_tensor("label"))
-            start += shard["count"]
+        shards = [shard for shard in self.index["shards"] if shard["count"]]
+        paths = [Path(cache_dir) / shard["file"] for shard in shards]
+        self._rows = [RowReader(path) for path in paths]
+        starts = [0, *accumulate(shard["count"] for shard in shards)][:-1]
+        labels = [shard_labels(path) for path in paths]
         self._starts = torch.tensor(starts)
         self.labels = torch.cat(labels)
         self.statistics = self.index["latents_mean"], self.index["latents_std"]
-        self._row_shapes = {name: tensor.shape[1:] for name, tensor in self._shards[0].items()}
-        self.shape = tuple(self._row_shapes["mean"])
-        self.feature_dim = self._row_shapes["features"][0] if "features" in self._row_shapes else None
+        shapes = self._rows[0].shapes
+        self.shape = shapes["mean"][1:]
+        self.feature_dim = shapes["features"][1] if "features" in shapes else None
 
     def read(self, indices: torch.Tensor, flipped: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -369,15 +376,14 @@ class CachedLatents:
             `(B, F, h, w)` if the cache has them.
         """
         names = ("mean", "std") if self.feature_dim is None else ("mean", "std", "features")
-        read = {name: torch.empty(len(indices), *self._row_shapes[name]) for name in names}
+        shapes, dtype = self._rows[0].shapes, self._rows[0].dtypes
+        read = {name: torch.empty(len(indices), *shapes[name][1:], dtype=dtype[name]) for name in names}
         numbers = torch.bucketize(indices, self._starts, right=True) - 1
-        # A shard at a time, and of it each view at a time: one copy from the file for many samples.
         for number in numbers.unique().tolist():
-            for is_flipped, suffix in ((False, ""), (True, "_flipped")):
-                places = ((numbers == number) & (flipped == is_flipped)).nonzero()[:, 0]
-                rows = indices[places] - self._starts[number]
-                for name in names if len(places) else ():
-                    read[name][places] = self._shards[number][name + suffix][rows].float()
+            places = (numbers == number).nonzero()[:, 0]
+            rows = (indices[places] - self._starts[number]).tolist()
+            self._rows[number].read_into(read, places.tolist(), rows, flipped[places].tolist())
+        read = {name: values.float() for name, values in read.items()}
         valid = (read["std"] >= 0).flatten(1).all(dim=1)
         for values in read.values():
             valid &= values.isfinite().flatten(1).all(dim=1)

@@ -1,9 +1,20 @@
-"""The `datasets` library, or which extra installs it; modules of this package that need it import it from here."""
+"""The `datasets` library, imported when it is used first: cached latents are trained on without it."""
 
-try:
+from typing import TYPE_CHECKING, Any
+
+
+class _Datasets:
+    def __getattr__(self, name: str) -> Any:
+        try:
+            import datasets as library
+        except ModuleNotFoundError as error:
+            raise ImportError(f"dit_hf.data needs {error.name}: pip install 'dit_hf[train]'.") from error
+        return getattr(library, name)
+
+
+if TYPE_CHECKING:
     import datasets
-except ModuleNotFoundError as error:
-    raise ImportError(f"dit_hf.data needs {error.name}: pip install 'dit_hf[train]'.") from error
-
+else:
+    datasets = _Datasets()
 
 __all__ = ["datasets"]

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -22,6 +23,8 @@ INDEX = "index.json"
 FACTS = "dit_hf"
 # Images of a shard at most, whose labels are read at once.
 MAX_SHARD_SIZE = 2**20
+# Types of latents and labels, as safetensors names them.
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 # Shards that a process has verified, with size, date and inode, so that they need not be read again while these stay.
 VERIFIED = ".verified-{}.json"
 
@@ -57,10 +60,67 @@ def shard_digests(path: Path):
         return file.get_tensor("source") if "source" in names else None
 
 
+def shard_dtype(path: Path) -> torch.dtype | None:
+    """The type of the latents of a shard; None without one of ours."""
+    if not shard_facts(path):
+        return None
+    with reading(path, "a shard of latents"), safe_open(path, "pt") as file:
+        names = set(file.keys())
+        return file.get_slice("mean")[:0].dtype if "mean" in names else None
+
+
 def file_checksum(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RowReader:
+    """
+    Single rows of a shard's tensors, each read at once: a map of the file would be read page by page. The file is not
+    kept open, as a process may have few.
+
+    Attributes:
+        shapes (`dict[str, tuple[int, ...]]`): Of each tensor.
+        dtypes (`dict[str, torch.dtype]`): Of each tensor.
+
+    Args:
+        path (`Path`): A shard that [`check_shards`] has accepted.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        self.dtypes = {name: DTYPES[entry["dtype"]] for name, entry in header.items()}
+        self._starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+
+    def read_into(
+        self, read: dict[str, torch.Tensor], places: list[int], rows: list[int], flipped: list[bool]
+    ) -> None:
+        """
+        Reads rows into larger tensors.
+
+        Args:
+            read (`dict[str, torch.Tensor]`): By name, those of mirrored images under the name of the others.
+            places (`list[int]`): Where each row goes.
+            rows (`list[int]`): Which rows.
+            flipped (`list[bool]`): Whether each row is that of the mirrored image.
+
+        Raises:
+            ValueError: if the file is shorter than it was.
+        """
+        buffers = {name: values.view(torch.uint8).flatten(1).numpy() for name, values in read.items()}
+        with open(self.path, "rb", buffering=0) as file:
+            for place, row, flip in zip(places, rows, flipped, strict=True):
+                for name, buffer in buffers.items():
+                    target = memoryview(buffer[place])
+                    file.seek(self._starts[name + "_flipped" * flip] + row * len(target))
+                    if file.readinto(target) != len(target):
+                        raise ValueError(f"{self.path} is shorter than it was; encode the images again.")
 
 
 def read_index(cache_dir: str | Path) -> dict:
@@ -278,14 +338,26 @@ def check_checksums(cache_dir: str | Path, index: dict, rank: int = 0, count: in
     verified = {}
     for entry in tqdm(index["shards"][rank::count], desc="checksums", delay=5, mininterval=5):
         path = cache_dir / entry["file"]
-        status = check_file(path).stat()
-        state = [entry["sha256"], status.st_size, status.st_mtime_ns, status.st_ino]
+        state = _state(path, entry)
         if known.get(path.name) != state and file_checksum(path) != entry["sha256"]:
             raise ValueError(f"{path} is not what was written; delete it and encode the images again.")
         verified[path.name] = state
     if verified != known:
         with suppress(OSError), writing(cache_dir / VERIFIED.format(rank)) as partial:  # it may be read-only
             partial.write_text(json.dumps(known | verified), encoding="utf-8")
+
+
+def record_verified(cache_dir: str | Path, index: dict) -> None:
+    """Notes that the shards are those of an index that has just been made from them, so that they need not be read."""
+    verified = {entry["file"]: _state(Path(cache_dir, entry["file"]), entry) for entry in index["shards"]}
+    with suppress(OSError), writing(Path(cache_dir) / VERIFIED.format(0)) as partial:
+        partial.write_text(json.dumps(verified), encoding="utf-8")
+
+
+def _state(path, entry):
+    """What tells that a file has not changed since its checksum was compared."""
+    status = check_file(path).stat()
+    return [entry["sha256"], status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _read_verified(cache_dir):

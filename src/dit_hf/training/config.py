@@ -98,7 +98,7 @@ class TrainingConfig:
         seed (`int`, defaults to 0): Of the order of samples and of all draws.
         compile_blocks (`bool`, *optional*): Whether to compile the blocks; on a CUDA device if not given.
         allow_tf32 (`bool`, *optional*): Whether float32 products may use TF32; on a CUDA device if not given.
-        attention_backend (`str`, *optional*): A backend of diffusers, such as `"_native_cudnn"`; torch chooses if not given.
+        attention_backend (`str`, *optional*): Of diffusers, such as `"_native_cudnn"`; torch chooses if not given.
         float8 (`bool`, defaults to `False`): Whether the blocks multiply in float8, by torchao.
 
     Raises:
