@@ -144,6 +144,8 @@ class TrainingConfig:
         for entry in fields(self):
             if entry.type in (bool, "bool") and not isinstance(getattr(self, entry.name), bool):
                 raise ValueError(f"`{entry.name}` is {getattr(self, entry.name)!r}; it must be True or False.")
+            if entry.type in (bool | None, "bool | None") and getattr(self, entry.name) not in (True, False, None):
+                raise ValueError(f"`{entry.name}` is {getattr(self, entry.name)!r}; it must be True, False or None.")
         for name, range_ in RANGES.items():
             value = getattr(self, name)
             if not (value is None and name in OPTIONAL):
