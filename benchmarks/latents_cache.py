@@ -14,11 +14,14 @@ from pathlib import Path
 
 import torch
 
+from dit_hf import DiTTransformer2DModel
 from dit_hf.command_line import run
 from dit_hf.data.latents import SHARD_SIZE, CachedLatents
 from dit_hf.data.shards import FACTS, record_verified, shard_path, write_index
 from dit_hf.training.batches import SeededBatches
+from dit_hf.training.config import TrainingConfig
 from dit_hf.training.objectives import VelocityObjective, draw_batch
+from dit_hf.training.trainer import Trainer
 
 
 IMAGENET = 1_281_167
@@ -85,6 +88,13 @@ def main():
         draw(0)
         times = sorted(timed(lambda step=step: draw(step))[1] for step in range(1, 12))
         shares = sorted(timed(lambda step=step: draw(step, slice(0, 32)))[1] for step in range(12, 23))
+        started = time.perf_counter()
+        model = DiTTransformer2DModel.from_preset("DiT-S/8", sample_size=args.size, learn_sigma=False)
+        trainer = Trainer(
+            TrainingConfig(Path(folder) / "run", args.batch), model, CachedLatents(folder), VelocityObjective()
+        )
+        trainer.draw(0)
+        starting = time.perf_counter() - started
     print(
         json.dumps(
             {
@@ -92,6 +102,7 @@ def main():
                 "threads": torch.get_num_threads(),
                 "open_seconds": round(opening, 2),
                 "open_bytes": grown,
+                "start_seconds": round(starting, 2),
                 "order_seconds": round(order, 4),
                 "order_seconds_within_an_epoch": round(same, 6),
                 "batch": args.batch,

@@ -140,7 +140,7 @@ def test_cache_holds_the_posteriors_whatever_the_number_of_processes(workspace, 
     for row, view in enumerate((images[5].flip(-1), images[19])):
         with torch.no_grad():
             posterior = vae.encode(normalize_pixels(view[None])).latent_dist
-        # Half precision rounds by 2⁻¹¹ of a value between two powers of 2 at most, by half of it to the nearest.
+        # Half precision rounds a value by 2⁻¹¹ of its size at most.
         torch.testing.assert_close(read["mean"][row], posterior.mean[0], rtol=2**-11, atol=1e-5)
         torch.testing.assert_close(read["std"][row], posterior.std[0], rtol=2**-11, atol=1e-5)
     assert read["label"].tolist() == [1, 1]

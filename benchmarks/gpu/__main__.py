@@ -59,8 +59,9 @@ def main():
         ("correctness: trajectory", 5, partial(correctness.trajectory, device)),
         ("correctness: training", 40, partial(correctness.training, device)),
         (f"training: {large} 256", 110, partial(train, large, size, choose(128, 2))),
-        ("sampling: batch 64", 100, partial(sample, choose(64, 2), steps)),
-        ("sampling: batch 1", 70, partial(sample, 1, steps)),
+        ("profile", 40, partial(training.profile, large, size, choose(128, 2), device)),
+        ("sampling: batch 64", 60, partial(sample, choose(64, 2), steps)),
+        ("sampling: batch 1", 80, partial(sample, 1, steps)),
         (f"data: {small}", 35, partial(_data, small, size, choose(1024, 4), device, args.quick)),
         (f"training: {large} 256, batch 256", 40, partial(train, large, size, choose(256, 4), beside=False)),
         (f"training: {small} 256", 30, partial(train, small, size, choose(1024, 4), beside=False)),
@@ -73,7 +74,7 @@ def main():
             40,
             partial(train, large, size, choose(256, 2), beside=False, checkpointing=True),
         ),
-        ("sampling: batch 8", 70, partial(sample, choose(8, 2), steps)),
+        ("sampling: batch 8", 45, partial(sample, choose(8, 2), steps)),
         (f"data: {large}", 45, partial(_data, large, size, choose(128, 2), device, args.quick)),
     ]
     for name, expected, cell in cells:

@@ -1,16 +1,17 @@
 """Guided sampling of DiT-XL/2 in 50 steps: stock pipeline, ours, compiled, with CUDA graphs, and the presets."""
 
 import contextlib
-from functools import partial
 
 import torch
 import torch._inductor.config
 from diffusers import AutoencoderKL, DiTPipeline
 from networks import stock_dit
-from timing import clock, compare
+from timing import compare
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, optimize, restore
 from dit_hf.complexity import count_macs
+
+from .training import compile_blocks
 
 
 # A guided step computes two rows an image.
@@ -37,49 +38,80 @@ def pipelines(preset, size, device, dtype):
     return stock, ours
 
 
+class Sampler:
+    """One batch of guided samples, as one of the ways to compute it."""
+
+    def __init__(self, pipe, batch, steps):
+        self.pipe, self.labels = pipe, [number % 1000 for number in range(batch)]
+        self.call = {"num_inference_steps": steps, "guidance_scale": 4.0}
+        self.output_type = "np" if isinstance(pipe, DiTPipeline) else "pt"
+
+    def __call__(self):
+        return self.pipe(self.labels, **self.call, output_type=self.output_type)
+
+
+@contextlib.contextmanager
+def compiled_blocks(pipe):
+    """Blocks compiled one by one, which takes seconds where the whole network takes a minute."""
+    compile_blocks(pipe.transformer)
+    yield
+    for block in pipe.transformer.transformer_blocks:
+        block._compiled_call_impl = None
+
+
+@contextlib.contextmanager
+def fastest(pipe, sampler):
+    """Solver, steps and interval of the preset, without its compilation."""
+    optimize(pipe, "fastest")
+    settings, scheduler = dict(pipe.config.recommended_call), pipe.scheduler
+    restore(pipe)
+    before, call = pipe.scheduler, sampler.call
+    pipe.scheduler, sampler.call = scheduler, call | settings
+    yield
+    pipe.scheduler, sampler.call = before, call
+
+
+@contextlib.contextmanager
+def cuda_graphs(pipe):
+    """The whole network compiled, and its kernels launched as one."""
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        optimize(pipe, "exact")
+        yield
+    restore(pipe)
+
+
 def sampling(preset, size, batch, steps, gemm, device, seconds, dtype=torch.bfloat16) -> dict:
     """Images per second, and the share of the measured product rate, of each way to sample one batch."""
     stock, ours = pipelines(preset, size, device, dtype)
-    labels = [number % 1000 for number in range(batch)]
-    call = {"num_inference_steps": steps, "guidance_scale": 4.0, "generator": None}
+    sampler = Sampler(ours, batch, steps)
+    macs = count_macs(ours.transformer.config)
     rows = {}
 
-    def run(pipe, **others):
-        pipe(labels, **call | others, output_type="np" if pipe is stock else "pt")
-
-    macs = count_macs(ours.transformer.config)
-
-    def record(name, times, taken=steps):
-        rate = batch / times["seconds"]
+    def record(name, times, ratio):
+        rate, taken = batch / times["seconds"], sampler.call["num_inference_steps"]
+        guided = ROWS if "guidance_interval" not in sampler.call else 1.5  # of the steps, half
         rows[name] = {
             "images_per_second": round(rate, 3),
             "seconds": times["seconds"],
-            "share_of_gemm": round(rate * taken * ROWS * 2 * macs / gemm, 4),
-            "ratio": times["ratio"],
+            "share_of_gemm": round(rate * taken * guided * 2 * macs / gemm, 4),
+            "ratio": ratio,
             "first_seconds": round(times["first_seconds"], 1),
         }
 
-    with torch.no_grad():
-        found = compare({"stock": partial(run, stock), "ours": partial(run, ours)}, device, seconds, least=3)
-        for name, times in found.items():
-            record(name, times)
-        baseline = found["stock"]["seconds"]
-        for name, preset_name, graphs in (
-            *(("compiled", "exact", False), ("compiled, CUDA graphs", "exact", True)),
-            *(("fastest", "fastest", False), ("fastest, CUDA graphs", "fastest", True)),
-        ):
-            if graphs and device.type != "cuda":
-                continue
-            patch = torch._inductor.config.patch({"triton.cudagraphs": True}) if graphs else contextlib.nullcontext()
-            with patch:
-                optimize(ours, preset_name)
-                own = {} if preset_name == "exact" else ours.resolve_call()
-                taken = own.get("num_inference_steps", steps)
-                others = {key: own[key] for key in ("num_inference_steps", "guidance_interval") if key in own}
-                first = clock(partial(run, ours, **others), device)
-                again = compare({"ours": partial(run, ours, **others)}, device, seconds, least=3)["ours"]
-            restore(ours)
-            again |= {"ratio": again["seconds"] / baseline, "first_seconds": first}
-            record(name, again, taken)
-            torch.compiler.reset()
+    def measure(name, *ways):
+        with contextlib.ExitStack() as stack:
+            for way in ways:
+                stack.enter_context(way)
+            times = compare({"ours": sampler}, device, seconds, least=3)["ours"]
+            record(name, times, times["seconds"] / baseline)
+        torch.compiler.reset()
+
+    found = compare({"stock": Sampler(stock, batch, steps), "ours": sampler}, device, seconds, least=3)
+    baseline = found["stock"]["seconds"]
+    for name, times in found.items():
+        record(name, times, times["ratio"])
+    measure("compiled blocks", compiled_blocks(ours))
+    measure("compiled blocks, fastest", compiled_blocks(ours), fastest(ours, sampler))
+    if batch == 1 and device.type == "cuda":
+        measure("CUDA graphs, fastest", fastest(ours, sampler), cuda_graphs(ours))
     return {"preset": preset, "batch": batch, "steps": steps, "rows": rows}

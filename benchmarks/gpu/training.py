@@ -56,6 +56,13 @@ def our_step(trainer, batch):
     trainer._unread.clear()
 
 
+def compile_blocks(model):
+    """Blocks compiled one by one, as the trainer compiles them: all are one graph."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.transformer_blocks:
+        block.compile(dynamic=False)
+
+
 class PlainLoop:
     """A step as the original script takes it, in bfloat16: AdamW, an average by parameter, the loss on the host."""
 
@@ -63,7 +70,8 @@ class PlainLoop:
         self.model, self.average = model, deepcopy(model)
         self.fused = fused
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, fused=fused or None)
-        self.call = torch.compile(model, dynamic=False) if compiled else model
+        if compiled:
+            compile_blocks(model)
         self.loss = 0.0
 
     def step(self, batch):
@@ -72,7 +80,7 @@ class PlainLoop:
         noisy = (1 - sigma) * batch["x_start"] + sigma * batch["noise"]
         labels = torch.where(batch["drop"], 1000, batch["label"])
         with torch.autocast(noisy.device.type, torch.bfloat16):
-            output = self.call(noisy, batch["time"] * 1000, class_labels=labels).sample[:, :4]
+            output = self.model(noisy, batch["time"] * 1000, class_labels=labels).sample[:, :4]
         loss = F.mse_loss(output.float(), batch["noise"] - batch["x_start"])
         self.optimizer.zero_grad()
         loss.backward()
@@ -142,6 +150,43 @@ def _throughput(preset, size, batch, gemm, device, seconds, beside, checkpointin
             "peak_bytes": peaks.get(name),
         }
     return {"preset": preset, "latents": size, "batch": batch, "checkpointing": checkpointing, "rows": rows}
+
+
+# Parts of a kernel's name -> what it does.
+KINDS = {
+    "products": ("gemm", "nvjet", "cutlass", "wgmma", "cublas"),
+    "attention": ("flash", "fmha", "attention", "sdpa"),
+    "fused, bound by memory": ("triton",),
+}
+
+
+def profile(preset, size, batch, device) -> dict:
+    """Where the time of three steps goes: seconds of a GPU's kernels by kind, and of the gaps between them."""
+    given = make_batch(batch, size, device, torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        model = DiTTransformer2DModel.from_preset(preset, sample_size=size, num_classes=1000, learn_sigma=False)
+        trainer = build_trainer(model, OneBatch((4, size, size), batch), batch, folder)
+        step = partial(our_step, trainer, given)
+        clock(step, device)
+        whole = clock(lambda: [step() for _ in range(3)], device)
+        with torch.profiler.profile() as profiler:
+            for _ in range(3):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    kinds = dict.fromkeys((*KINDS, "others"), 0.0)
+    kernels = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    for event in kernels:
+        name = event.key.lower()
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "others")
+        kinds[kind] += event.self_device_time_total / 1e6
+    longest = sorted(kernels, key=lambda event: -event.self_device_time_total)[:15]
+    return {
+        "seconds": whole,
+        "kinds": kinds,
+        "gaps": whole - sum(kinds.values()),
+        "longest": {event.key[:80]: round(event.self_device_time_total / 1e6, 5) for event in longest},
+    }
 
 
 def _macs(preset, options):

@@ -1,6 +1,6 @@
 """Latents of a dataset, encoded once: sharded safetensors with posteriors, those of mirrored images, and statistics.
 
-Means and deviations are in half precision, which rounds a latent by 2⁻¹² of its size at most; statistics are not.
+Means and deviations are in half precision, which rounds a value by 2⁻¹¹ of its size at most; statistics are not.
 
 Shapes: `N` images of a shard, `C` latent channels, `h w` latent size, `F` channels of an alignment's features.
 
