@@ -60,7 +60,7 @@ def main():
         ("correctness: training", 40, partial(correctness.training, device)),
         (f"training: {large} 256", 110, partial(train, large, size, choose(128, 2))),
         ("profile", 40, partial(training.profile, large, size, choose(128, 2), device)),
-        ("sampling: batch 64", 60, partial(sample, choose(64, 2), steps)),
+        ("sampling: batch 64", 90, partial(sample, choose(64, 2), steps)),
         ("sampling: batch 1", 80, partial(sample, 1, steps)),
         (f"data: {small}", 35, partial(_data, small, size, choose(1024, 4), device, args.quick)),
         (f"training: {large} 256, batch 256", 40, partial(train, large, size, choose(256, 4), beside=False)),

@@ -26,12 +26,14 @@ def tiny_vae():
 def pipelines(preset, size, device, dtype):
     """The stock pipeline and ours, of random weights, in one precision."""
     torch.manual_seed(0)
-    stock = DiTPipeline(stock_dit(preset, size).eval(), tiny_vae(), make_scheduler("ddim"))
-    model = DiTTransformer2DModel.from_preset(preset, sample_size=size).eval()
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    ours = DiTClassCondPipeline(model, make_scheduler("ddim"), tiny_vae())
+    with device:  # where random weights are drawn at once
+        network, vaes = stock_dit(preset, size).eval(), [tiny_vae(), tiny_vae()]
+        model = DiTTransformer2DModel.from_preset(preset, sample_size=size).eval()
+        for parameter in model.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+    stock = DiTPipeline(network, vaes[0], make_scheduler("ddim"))
+    ours = DiTClassCondPipeline(model, make_scheduler("ddim"), vaes[1])
     for pipe in (stock, ours):
         pipe.to(device, dtype)
         pipe.set_progress_bar_config(disable=True)

@@ -117,7 +117,8 @@ def _throughput(preset, size, batch, gemm, device, seconds, beside, checkpointin
         options = {"sample_size": size, "num_classes": 1000, "learn_sigma": False}
         kinds = (("ours", True), ("ours, eager", False)) if beside else (("ours", True),)
         for name, compiled in kinds:
-            model = DiTTransformer2DModel.from_preset(preset, **options)
+            with device:  # where random weights are drawn at once
+                model = DiTTransformer2DModel.from_preset(preset, **options)
             settings = {"compile_blocks": compiled, "gradient_checkpointing": checkpointing}
             trainer = build_trainer(model, OneBatch((4, size, size), batch), batch, f"{folder}/{name}", **settings)
             candidates[name] = partial(our_step, trainer, given)
@@ -127,7 +128,8 @@ def _throughput(preset, size, batch, gemm, device, seconds, beside, checkpointin
             if beside
             else ()
         ):
-            model = stock_dit(preset, size).train().to(device)
+            with device:
+                model = stock_dit(preset, size).train().to(device)
             candidates[name] = partial(PlainLoop(model, compiled, fused).step, given)
         for name, call in candidates.items():
             clock(call, device)  # with compilation
@@ -164,7 +166,8 @@ def profile(preset, size, batch, device) -> dict:
     """Where the time of three steps goes: seconds of a GPU's kernels by kind, and of the gaps between them."""
     given = make_batch(batch, size, device, torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
-        model = DiTTransformer2DModel.from_preset(preset, sample_size=size, num_classes=1000, learn_sigma=False)
+        with device:
+            model = DiTTransformer2DModel.from_preset(preset, sample_size=size, num_classes=1000, learn_sigma=False)
         trainer = build_trainer(model, OneBatch((4, size, size), batch), batch, folder)
         step = partial(our_step, trainer, given)
         clock(step, device)
@@ -217,7 +220,8 @@ def data_path(preset, size, batch, shards, shard_size, steps, device) -> dict:
         Path(folder, "cache").mkdir()
         write_cache(Path(folder, "cache"), shards, shard_size, size)
         options = {"sample_size": size, "num_classes": 1000, "learn_sigma": False}
-        model = DiTTransformer2DModel.from_preset(preset, **options)
+        with device:
+            model = DiTTransformer2DModel.from_preset(preset, **options)
         trainer = build_trainer(model, CachedLatents(f"{folder}/cache"), batch, f"{folder}/run")
         given = {name: values.to(device) for name, values in trainer.draw(0).items()}
         step = partial(our_step, trainer)
