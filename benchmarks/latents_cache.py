@@ -81,9 +81,7 @@ def main():
         _, same = timed(lambda: batches.indices(1))
 
         def draw(step, part=slice(None)):
-            generator, source = batches.generator(step), lambda place: batches.sample_generator(step, place)
-            parts = (batches.indices(step), generator, source, part)
-            return draw_batch(latents, VelocityObjective(), *parts, 0.5, 0.1)
+            return draw_batch(latents, VelocityObjective(), batches, step, part, 0.5, 0.1)
 
         draw(0)
         times = sorted(timed(lambda step=step: draw(step))[1] for step in range(1, 12))

@@ -13,6 +13,7 @@ from dit_hf import make_scheduler
 from dit_hf.data.autoencoders import vae_statistics
 from dit_hf.data.latents import CachedLatents
 from dit_hf.seeds import seeded_generator
+from dit_hf.training.batches import SeededBatches
 from dit_hf.training.data import open_latents
 from dit_hf.training.ema import WeightAverage
 from dit_hf.training.losses import diffusion_loss, min_snr_weight, velocity_loss
@@ -27,9 +28,8 @@ def shown(objective):
     """A batch, its loss, and what the transformer was called with and gave."""
     transformer, seen = tiny_transformer(learn_sigma=objective.learn_sigma), []
     transformer.register_forward_hook(lambda module, inputs, output: seen.append((*inputs, output[0])))
-    latents, generator = CachedLatents(FIXTURES / "emoji_latents"), seeded_generator(0)
-    places = (torch.tensor([0, 50, 99]), generator, lambda place: generator, slice(0, 3))
-    batch = draw_batch(latents, objective, *places, 0.0, 0.0)
+    latents = CachedLatents(FIXTURES / "emoji_latents")
+    batch = draw_batch(latents, objective, SeededBatches(126, 3), 0, slice(0, 3), 0.0, 0.0)
     batch = {name: part[..., :8, :8] if part.ndim == 4 else part for name, part in batch.items()}
     with torch.no_grad():
         loss = objective.loss(transformer, batch)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -81,14 +80,13 @@ def test_labels_are_dropped_as_drawn():
     transformer, seen = tiny_transformer(learn_sigma=False).train(), []
     transformer.class_embed.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     latents, objective = CachedLatents(FIXTURES / "emoji_latents"), VelocityObjective()
+    batches = SeededBatches(len(latents.labels), 2)
     for step in range(60):
-        indices, generator = torch.tensor([0, 1]), seeded_generator(0, step)
-        sources = partial(seeded_generator, 0, step)
-        batch = draw_batch(latents, objective, indices, generator, sources, slice(0, 2), 0.5, 0.3)
+        batch = draw_batch(latents, objective, batches, step, slice(0, 2), 0.5, 0.3)
         objective.loss(transformer, batch)
         assert torch.equal(seen[-1], torch.where(batch["drop"], 10, batch["label"]))
     assert 0.2 < (torch.cat(seen) == 10).float().mean() < 0.4
-    batch = draw_batch(latents, objective, indices, generator, sources, slice(0, 2), 0.5, 0.0)
+    batch = draw_batch(latents, objective, batches, 60, slice(0, 2), 0.5, 0.0)
     objective.loss(transformer, batch)
     assert torch.equal(seen[-1], batch["label"])  # the model does not draw by itself either
 

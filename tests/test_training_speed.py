@@ -153,8 +153,7 @@ def test_a_share_of_a_batch_is_drawn_alone():
     latents, batches = CachedLatents(LATENTS), SeededBatches(100, 8, seed=3)
 
     def draw(part):
-        sources = (batches.indices(5), batches.generator(5), lambda place: batches.sample_generator(5, place), part)
-        return draw_batch(latents, VelocityObjective(), *sources, 0.5, 0.5)
+        return draw_batch(latents, VelocityObjective(), batches, 5, part, 0.5, 0.5)
 
     whole, share = draw(slice(0, 8)), draw(slice(2, 4))
     for name, values in share.items():

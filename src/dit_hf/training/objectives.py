@@ -17,6 +17,7 @@ from diffusers import SchedulerMixin
 from ..command_line import real
 from ..data.latents import normalise_latents
 from ..schedulers import DIFFUSION, SchedulerRecipe, make_scheduler
+from .batches import SeededBatches
 from .config import POSITIVE, SNR_GAMMA
 from .losses import diffusion_loss, min_snr_weight, velocity_loss
 
@@ -404,9 +405,8 @@ def choose_objective(name: str | None, model: str) -> str:
 def draw_batch(
     latents,
     objective: Objective,
-    indices: torch.Tensor,
-    generator: torch.Generator,
-    sample_generator: Callable[[int], torch.Generator],
+    batches: SeededBatches,
+    step: int,
     process_slice: slice,
     flip_probability: float,
     class_dropout_prob: float,
@@ -418,9 +418,8 @@ def draw_batch(
     Args:
         latents (`CachedLatents` or `EncodedImages`): Where posteriors come from.
         objective (`Objective`): Draws the times.
-        indices (`torch.Tensor` of shape `(batch,)`, int64): The step's samples, of all processes.
-        generator (`torch.Generator`): The step's, on the CPU.
-        sample_generator (`Callable`): The CPU generator of a sample's noise, by its place in the step's batch.
+        batches (`SeededBatches`): The samples of each step, of all processes, and the generators of their draws.
+        step (`int`): Counted from 0.
         process_slice (`slice`): The process's B samples.
         flip_probability (`float`): Fraction of mirrored images.
         class_dropout_prob (`float`): Fraction of samples whose label is dropped.
@@ -429,6 +428,7 @@ def draw_batch(
         `dict[str, torch.Tensor]`: `x_start` and `noise` of shape `(B, C, h, w)`; `time`, `label` and `drop` (bool)
         with first dimension B; `features` if the latents have them.
     """
+    indices, generator = batches.indices(step), batches.generator(step)
     count = len(indices)
     flipped = torch.rand(count, generator=generator) < flip_probability
     dropped = torch.rand(count, generator=generator) < class_dropout_prob
@@ -438,7 +438,7 @@ def draw_batch(
     std = normalise_latents(read.pop("std"), [0.0], latents.statistics[1])
     noise, draws = torch.empty_like(mean), torch.empty_like(mean)
     for row, place in enumerate(range(*process_slice.indices(count))):
-        source = sample_generator(place)
+        source = batches.sample_generator(step, place)
         torch.randn(noise[row].shape, generator=source, out=noise[row])
         if std[row].any():  # a deterministic autoencoder has nothing to draw
             torch.randn(draws[row].shape, generator=source, out=draws[row])

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,12 +185,8 @@ class Trainer:
     def draw(self, step: int) -> dict[str, torch.Tensor]:
         """This process's samples of a step, counted from 0: a function of the seed and the step."""
         draw = step + self.guard.draw_offset
-        indices, generator = self.batches.indices(draw), self.batches.generator(draw)
         probabilities = (self.config.flip_probability, self.config.class_dropout_prob)
-        sources = partial(self.batches.sample_generator, draw)
-        batch = draw_batch(
-            self.latents, self.objective, indices, generator, sources, self.process_slice, *probabilities
-        )
+        batch = draw_batch(self.latents, self.objective, self.batches, draw, self.process_slice, *probabilities)
         if not self.has_null_class:
             del batch["drop"]
         if self.class_ids is not None:
