@@ -14,6 +14,7 @@ from testing_utils.training_runs import read_log, train
 
 from dit_hf.data.latents import CachedLatents
 from dit_hf.training.alignment import AlignmentHead
+from dit_hf.training.batches import check_batch
 from dit_hf.training.checkpointing import checkpoint_to_resume
 from dit_hf.training.config import RANGES, TrainingConfig
 from dit_hf.training.ema import WeightAverage
@@ -21,7 +22,7 @@ from dit_hf.training.guard import TrainingStopped
 from dit_hf.training.objectives import LogitNormal, MinSNR, Objective, VelocityObjective
 from dit_hf.training.records import check_same_settings, record_settings
 from dit_hf.training.running import StopRequest, only_run
-from dit_hf.training.trainer import Trainer, check_batch
+from dit_hf.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from dit_hf import (
 from dit_hf.data.latents import CachedLatents
 from dit_hf.training.config import TrainingConfig
 from dit_hf.training.objectives import VelocityObjective
-from dit_hf.training.trainer import LOG_FILE, Trainer
+from dit_hf.training.settings import LOG_FILE
+from dit_hf.training.trainer import Trainer
 
 
 FIXTURES = Path(__file__).parents[2] / "tests" / "fixtures"

@@ -12,7 +12,7 @@ from ..pipeline import DiTClassCondPipeline
 from ..training.ema import average_after_training
 from ..training.finetuning import frozen_names
 from ..training.records import read_settings, read_snapshots
-from ..training.trainer import LOG_FILE, SETTINGS_FILE
+from ..training.settings import LOG_FILE, SETTINGS_FILE
 
 
 def parse_args() -> argparse.Namespace:

@@ -19,7 +19,7 @@ from ..hub import BackgroundUploads, publish_folder
 from ..models import DiTTransformer2DModel
 from ..pipeline import DiTClassCondPipeline
 from ..training.alignment import AlignmentHead, check_depth, load_encoder
-from ..training.batches import SeededBatches
+from ..training.batches import SeededBatches, check_batch
 from ..training.checkpointing import check_resumable
 from ..training.config import TrainingConfig
 from ..training.data import checksums, latent_size, open_latents, write_latents
@@ -40,10 +40,12 @@ from ..training.model import (
     transformer_config,
 )
 from ..training.objectives import OBJECTIVES, choose_objective
+from ..training.optimizer import build_optimizer
 from ..training.plan import training_plan
 from ..training.result import check_hub, logged_distance, save_pipeline, training_facts
 from ..training.running import local_share, on_main, only_run, start_accelerator
-from ..training.trainer import Trainer, build_optimizer, check_batch, check_resume, run_settings
+from ..training.settings import check_resume, run_settings
+from ..training.trainer import Trainer
 from ..training.validation import Validation, check_sampling
 from .latents import image_data
 from .train_flags import parse_args

@@ -82,3 +82,12 @@ class SeededBatches:
             `torch.Generator`
         """
         return seeded_generator(self.seed, step, 2, place)
+
+
+def check_batch(total_batch_size: int, num_processes: int, gradient_accumulation_steps: int) -> None:
+    """Checks that processes and micro-batches split a batch evenly; `ValueError` if not."""
+    if total_batch_size % (num_processes * gradient_accumulation_steps):
+        raise ValueError(
+            f"--total_batch_size {total_batch_size} can't be split evenly over {num_processes} processes with "
+            f"--gradient_accumulation_steps {gradient_accumulation_steps}."
+        )

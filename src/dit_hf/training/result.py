@@ -16,7 +16,7 @@ from ..hub import CardFacts, write_card
 from ..hub.connection import check_answers, hub_answers, unreachable
 from ..hub.model_card import PIPELINE_TAG
 from .records import read_log
-from .trainer import LOG_FILE
+from .settings import LOG_FILE
 from .validation import DISTANCE, plot_losses
 
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +20,27 @@ from diffusers.utils import logging
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from ..files import check_folder
 from ..models import DiTTransformer2DModel
 from .alignment import AlignmentHead
-from .batches import SeededBatches
-from .checkpointing import (
-    checkpoint_to_resume,
-    list_checkpoints,
-    resume_from,
-    save_checkpoint,
-)
-from .config import DEFAULTS, MAY_CHANGE, TrainingConfig
+from .batches import SeededBatches, check_batch
+from .checkpointing import list_checkpoints, resume_from, save_checkpoint
+from .config import TrainingConfig
 from .ema import PowerAverages, WeightAverage
-from .finetuning import parameter_groups
 from .guard import LossGuard, TrainingStopped, check_losses
 from .objectives import Objective, draw_batch
+from .optimizer import build_optimizer
 from .prefetch import Prefetcher
-from .records import (
-    append_record,
-    begin,
-    check_fresh_start,
-    check_same_settings,
-    check_written_links,
-    read_losses,
-    record_settings,
-    truncate_log,
-)
+from .records import append_record, begin, read_losses, record_settings, truncate_log
 from .running import StopRequest, on_main, only_run, start_accelerator
+from .settings import LOG_FILE, SETTINGS_FILE, check_resume, run_settings
 from .speed import speed_up
 from .validation import averaged_weights
 
 
 logger = logging.get_logger(__name__)
 
-SETTINGS_FILE = "training_config.json"
-LOG_FILE = "train_log.jsonl"
-# What a run writes beside its checkpoints.
-RESULTS = (LOG_FILE, "samples", "ema/ema-*.safetensors", "pipeline", "pytorch_lora_weights.safetensors")
 # More of the initial weights than this in the final average deserve a warning.
 MAX_INITIAL_WEIGHT = 0.05
-
-
 # Ways to run in which each process has whole weights.
 UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -443,80 +422,3 @@ class Trainer:
                 model = type(self.transformer).from_config(self.transformer.config)
                 model.load_state_dict(weights)
             yield model
-
-
-def run_settings(
-    config: TrainingConfig,
-    transformer: DiTTransformer2DModel,
-    objective: Objective,
-    accelerator: Accelerator,
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """
-    What makes a run the run that it is: recorded when it starts, compared when it resumes.
-
-    Args:
-        config (`TrainingConfig`): The settings.
-        transformer (`DiTTransformer2DModel`): Its config counts.
-        objective (`Objective`): Its settings count.
-        accelerator (`accelerate.Accelerator`): Its mixed precision counts.
-        facts (`Mapping`): As for [`Trainer`].
-
-    Returns:
-        `dict[str, Any]`
-    """
-    model = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
-    computed = {"mixed_precision": accelerator.mixed_precision, "transformer": model}
-    return {**facts, **asdict(config), **objective.settings(), **computed}
-
-
-def check_resume(config: TrainingConfig, settings: Mapping[str, Any]) -> Path | None:
-    """
-    Checks that the checkpoint which a run would resume from is one of the same run; its content is checked where it is
-    loaded.
-
-    Args:
-        config (`TrainingConfig`): Names the folder and the checkpoint.
-        settings (`Mapping`): From [`run_settings`].
-
-    Returns:
-        `Path`: the checkpoint, `None` if there is none.
-
-    Raises:
-        ValueError:
-            if there is no such checkpoint, it is of a run with other settings, or there is none but results that would
-            be overwritten.
-    """
-    checkpoint = checkpoint_to_resume(check_folder(config.output_dir), config.resume_from_checkpoint)
-    check_written_links(config.output_dir, (*RESULTS, SETTINGS_FILE))
-    if checkpoint is None:
-        check_fresh_start(config.output_dir, RESULTS, SETTINGS_FILE)
-    else:
-        check_same_settings(checkpoint.parent / SETTINGS_FILE, settings, MAY_CHANGE, DEFAULTS)
-    return checkpoint
-
-
-def check_batch(total_batch_size: int, num_processes: int, gradient_accumulation_steps: int) -> None:
-    """Checks that processes and micro-batches split a batch evenly; `ValueError` if not."""
-    if total_batch_size % (num_processes * gradient_accumulation_steps):
-        raise ValueError(
-            f"--total_batch_size {total_batch_size} can't be split evenly over {num_processes} processes with "
-            f"--gradient_accumulation_steps {gradient_accumulation_steps}."
-        )
-
-
-def build_optimizer(
-    config: TrainingConfig, transformer: DiTTransformer2DModel, alignment: AlignmentHead | None = None
-) -> torch.optim.Optimizer:
-    """AdamW for what is trained, in 8 bits if asked for."""
-    groups = parameter_groups(transformer, config.learning_rate, config.layer_decay)
-    if alignment is not None:
-        groups.append({"params": list(alignment.parameters()), "lr": config.learning_rate})
-    options: dict[str, Any] = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
-    if not config.use_8bit_adam:
-        return torch.optim.AdamW(groups, fused=True, **options)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ValueError("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`.") from None
-    return AdamW8bit(groups, **options)
