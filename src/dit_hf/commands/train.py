@@ -45,6 +45,7 @@ from ..training.plan import training_plan
 from ..training.result import check_hub, logged_distance, save_pipeline, training_facts
 from ..training.running import local_share, on_main, only_run, start_accelerator
 from ..training.settings import check_resume, run_settings
+from ..training.speed import check_speed
 from ..training.trainer import Trainer
 from ..training.validation import Validation, check_sampling
 from .latents import image_data
@@ -151,6 +152,7 @@ class Training:
             SeededBatches(len(self.latents.labels), args.total_batch_size)
         elif not args.cache_latents:
             self.latents = EncodedImages(self.vae, self.reader, self.encoder)
+        check_speed(self.transformer, self.config, accelerator.device)
         if args.proj_coeff:
             check_depth(self.transformer, args.alignment_depth)
         self.facts = {name: getattr(args, name) for name in COMPARED}

@@ -31,6 +31,7 @@ from .shards import (
     INDEX,
     MAX_SHARD_SIZE,
     RowReader,
+    begun_dtype,
     check_cache,
     check_checksums,
     check_shards,
@@ -39,7 +40,6 @@ from .shards import (
     record_verified,
     remove_partial_shards,
     shard_digests,
-    shard_dtype,
     shard_facts,
     shard_labels,
     shard_path,
@@ -131,7 +131,7 @@ def cache_latents(
     cache_dir = Path(cache_dir)
     if process_index == 0 and not check_cache(cache_dir, fingerprint, settings):
         (cache_dir / INDEX).unlink(missing_ok=True)  # of the same cache, which is not complete from here on
-    dtype = shard_dtype(shard_path(cache_dir, 0)) or torch.float16  # an older release began with float32
+    dtype = begun_dtype(cache_dir, fingerprint) or torch.float16
     total = None if isinstance(reader.dataset, datasets.IterableDataset) else len(reader.dataset)
     number, all_skipped = -1, list[str]()
     for number, rows in enumerate(reader.shards(shard_size)):
@@ -182,7 +182,7 @@ def _encode_shard(vae, reader, rows, first, encoder, batch_size, dtype):
             except ValueError as error:
                 raise ValueError(f"Images from {position} on: {error}") from error
             part |= {f"{name}_flipped": tensor for name, tensor in mirrored.items()}
-            parts.append({name: tensor.to(dtype) for name, tensor in part.items()})
+            parts.append({name: tensor if "features" in name else tensor.to(dtype) for name, tensor in part.items()})
             if not all(tensor.isfinite().all() for tensor in parts[-1].values()):
                 raise ValueError(f"Images from {position} on: the latents are too large for half precision.")
     tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 class _Datasets:
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of introspection
+            raise AttributeError(name)
         try:
             import datasets as library
         except ModuleNotFoundError as error:

@@ -6,6 +6,7 @@ A shard's metadata carry the fingerprint of its cache, the index its checksum. A
 import hashlib
 import json
 import math
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,12 @@ def shard_digests(path: Path):
         return file.get_tensor("source") if "source" in names else None
 
 
-def shard_dtype(path: Path) -> torch.dtype | None:
-    """The type of the latents of a shard; None without one of ours."""
-    if not shard_facts(path):
-        return None
-    with reading(path, "a shard of latents"), safe_open(path, "pt") as file:
-        names = set(file.keys())
-        return file.get_slice("mean")[:0].dtype if "mean" in names else None
+def begun_dtype(cache_dir: str | Path, fingerprint: str) -> torch.dtype | None:
+    """The type of the latents of a cache that was begun, single precision in older releases; None if it was not."""
+    for path in sorted(Path(cache_dir).glob("shard-*.safetensors")):
+        if shard_facts(path).get("fingerprint") == fingerprint and "mean" in (rows := RowReader(path)).dtypes:
+            return rows.dtypes["mean"]
+    return None
 
 
 def file_checksum(path: Path) -> str:
@@ -93,6 +93,7 @@ class RowReader:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
+            self._state = self._state_of(file)
         header.pop("__metadata__", None)
         self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         self.dtypes = {name: DTYPES[entry["dtype"]] for name, entry in header.items()}
@@ -111,16 +112,23 @@ class RowReader:
             flipped (`list[bool]`): Whether each row is that of the mirrored image.
 
         Raises:
-            ValueError: if the file is shorter than it was.
+            ValueError: if the file has changed.
         """
         buffers = {name: values.view(torch.uint8).flatten(1).numpy() for name, values in read.items()}
         with open(self.path, "rb", buffering=0) as file:
+            if self._state_of(file) != self._state:
+                raise ValueError(f"{self.path} has changed since it was opened; encode the images again.")
             for place, row, flip in zip(places, rows, flipped, strict=True):
                 for name, buffer in buffers.items():
                     target = memoryview(buffer[place])
                     file.seek(self._starts[name + "_flipped" * flip] + row * len(target))
                     if file.readinto(target) != len(target):
-                        raise ValueError(f"{self.path} is shorter than it was; encode the images again.")
+                        raise ValueError(f"{self.path} is cut; encode the images again.")
+
+    @staticmethod
+    def _state_of(file):
+        status = os.fstat(file.fileno())
+        return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def read_index(cache_dir: str | Path) -> dict:

@@ -34,6 +34,12 @@ class SeededBatches:
         self._orders: dict[int, torch.Tensor] = {}
         self._lock = Lock()
 
+    def __getstate__(self):
+        return {**vars(self), "_lock": None, "_orders": {}}
+
+    def __setstate__(self, state):
+        vars(self).update(state, _lock=Lock())
+
     def indices(self, step: int) -> torch.Tensor:
         """
         The samples of one step; an epoch's incomplete last batch is dropped.

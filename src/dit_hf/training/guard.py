@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from diffusers.utils import logging
@@ -94,16 +95,17 @@ class LossGuard:
             gradient_norm (`torch.Tensor` of shape `()`): Before clipping.
 
         Returns:
-            `torch.Tensor` of shape `(5,)`, float64: loss, gradient norm, the bound, bad steps in a row, and 1 if this
-            step is bad, else 0. [`verdict`] takes it.
+            `torch.Tensor` of shape `(6,)`, float64: loss, gradient norm, the bound, bad steps in a row, skipped steps,
+            and 1 if this step is bad, else 0. [`verdict`] and [`as_of`] take it.
         """
-        loss, gradient_norm, bound = loss.double(), gradient_norm.double(), self._bound()
+        loss, gradient_norm = (value.to(self.device).double() for value in (loss, gradient_norm))
+        bound = self._bound()
         good = loss.isfinite() & gradient_norm.isfinite() & (loss <= bound)
         known, in_a_row, skipped = self._counts
         self._recent = torch.where(good, torch.cat([self._recent[1:], loss[None]]), self._recent)
-        in_a_row = torch.where(good, 0, in_a_row + 1)
-        self._counts = torch.stack([(known + good).clamp(max=WINDOW), in_a_row, skipped + ~good])
-        return torch.stack([loss, gradient_norm, bound, in_a_row, ~good])
+        in_a_row, skipped = torch.where(good, 0, in_a_row + 1), skipped + ~good
+        self._counts = torch.stack([(known + good).clamp(max=WINDOW), in_a_row, skipped])
+        return torch.stack([loss, gradient_norm, bound, in_a_row, skipped, ~good])
 
     def verdict(self, step: int, measured: Sequence[float]) -> str:
         """
@@ -119,7 +121,7 @@ class LossGuard:
         Raises:
             TrainingStopped: with a diagnosis, if the policy says so or bad steps do not end.
         """
-        loss, gradient_norm, bound, in_a_row, bad = measured
+        loss, gradient_norm, bound, in_a_row, _, bad = measured
         if not bad:
             return "step"
         finite = math.isfinite(loss) and math.isfinite(gradient_norm)
@@ -132,6 +134,13 @@ class LossGuard:
         if finite and self.policy == "stop":
             raise TrainingStopped(f"The loss spiked at step {step}: {what}.")
         return "rewind" if finite and self.policy == "rewind" else "skip"
+
+    def as_of(self, measured: Sequence[float]) -> "LossGuard":
+        """A copy with the counts of a step, whatever was measured after it."""
+        guard = copy(self)
+        counts = [len(self.recent), int(measured[3]), int(measured[4])]
+        guard._counts = torch.tensor(counts, device=self.device)
+        return guard
 
     def rewound(self, from_step: int, to_step: int, before: "LossGuard") -> None:
         """

@@ -7,6 +7,7 @@ DDPM (Ho et al., https://arxiv.org/abs/2006.11239) for the decoder's likelihood.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -104,30 +105,45 @@ def _mean_over_values(values):
     return values.flatten(1).mean(dim=1)
 
 
-def _variational_bound(epsilon, variance_values, x_start, noise, timestep, scheduler):
-    """KL of the true posterior to the model's, at t = 0 the likelihood of the decoder, in bits (Improved DDPM §2)."""
-    # The schedule is computed in double precision, as its smallest differences vanish in single; on the CPU, as not
-    # every accelerator has doubles.
-    betas = scheduler.betas.to("cpu", torch.float64)
+@lru_cache(maxsize=8)
+def _bound_tables(betas, device):
+    """
+    What the bound needs of a schedule, by timestep, copied to a device once, as a GPU would wait for each copy. It is
+    computed in double precision, as its smallest differences vanish in single; on the CPU, as not every device has it.
+    """
+    betas = torch.tensor(betas, dtype=torch.float64)
     alphas_cumprod = (1.0 - betas).cumprod(0)
     previous_cumprod = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
     posterior_variance = betas * (1.0 - previous_cumprod) / (1.0 - alphas_cumprod)  # Improved DDPM eq. 10
-    # The first posterior variance is 0; its logarithm is taken from the second.
-    posterior_log_variance = torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log()
-    start_weight = betas * previous_cumprod.sqrt() / (1.0 - alphas_cumprod)  # Improved DDPM eq. 11
-    noisy_weight = (1.0 - previous_cumprod) * (1.0 - betas).sqrt() / (1.0 - alphas_cumprod)
+    tables = {
+        "signal": alphas_cumprod.sqrt(),
+        "noise": (1.0 - alphas_cumprod).sqrt(),
+        "inverse_signal": (1.0 / alphas_cumprod).sqrt(),
+        "inverse_noise": (1.0 / alphas_cumprod - 1.0).sqrt(),
+        "start_weight": betas * previous_cumprod.sqrt() / (1.0 - alphas_cumprod),  # Improved DDPM eq. 11
+        "noisy_weight": (1.0 - previous_cumprod) * (1.0 - betas).sqrt() / (1.0 - alphas_cumprod),
+        # The first posterior variance is 0; its logarithm is taken from the second.
+        "posterior_log_variance": torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log(),
+        "log_betas": betas.log(),
+    }
+    return {name: values.float().to(device) for name, values in tables.items()}
 
-    def at(values):
-        return values.float().to(x_start.device)[timestep][:, None, None, None]
 
-    noisy = at(alphas_cumprod.sqrt()) * x_start + at((1.0 - alphas_cumprod).sqrt()) * noise
-    predicted_start = at((1.0 / alphas_cumprod).sqrt()) * noisy - at((1.0 / alphas_cumprod - 1.0).sqrt()) * epsilon
-    true_mean = at(start_weight) * x_start + at(noisy_weight) * noisy
-    model_mean = at(start_weight) * predicted_start + at(noisy_weight) * noisy
+def _variational_bound(epsilon, variance_values, x_start, noise, timestep, scheduler):
+    """KL of the true posterior to the model's, at t = 0 the likelihood of the decoder, in bits (Improved DDPM §2)."""
+    tables = _bound_tables(tuple(scheduler.betas.tolist()), x_start.device)
 
-    true_log_variance = at(posterior_log_variance)
+    def at(name):
+        return tables[name][timestep][:, None, None, None]
+
+    noisy = at("signal") * x_start + at("noise") * noise
+    predicted_start = at("inverse_signal") * noisy - at("inverse_noise") * epsilon
+    true_mean = at("start_weight") * x_start + at("noisy_weight") * noisy
+    model_mean = at("start_weight") * predicted_start + at("noisy_weight") * noisy
+
+    true_log_variance = at("posterior_log_variance")
     fraction = (variance_values + 1.0) / 2.0
-    model_log_variance = fraction * at(betas.log()) + (1.0 - fraction) * true_log_variance  # Improved DDPM eq. 15
+    model_log_variance = fraction * at("log_betas") + (1.0 - fraction) * true_log_variance  # Improved DDPM eq. 15
 
     kl = 0.5 * (
         model_log_variance

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,7 @@ class Trainer:
         self._prepare(transformer, alignment)
         self.metrics: dict[str, float] = {}
         self.stopped_by = 0
-        # Steps whose losses are on the device yet, and when the run started.
+        # Steps whose losses are still on the device, and when the run started.
         self._unread: list[tuple[int, torch.Tensor, torch.Tensor, dict[str, float]]] = []
         self._started = time.time()
 
@@ -134,16 +133,15 @@ class Trainer:
         if self.alignment is not None:
             self.alignment = accelerator.prepare(self.alignment)
         self.transformer = accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)
-        is_gpu = accelerator.device.type not in ("cpu", "mps")  # MPS has no double precision
-        self.guard = LossGuard(config.on_spike, device=accelerator.device if is_gpu else "cpu")
-        self.logging_steps = config.logging_steps or (50 if is_gpu else 1)
+        is_cuda = accelerator.device.type == "cuda"  # others may have no double precision
+        self.guard = LossGuard(config.on_spike, device=accelerator.device if is_cuda else "cpu")
+        self.logging_steps = config.logging_steps or (50 if is_cuda else 1)
         self.num_workers = config.dataloader_num_workers
         if self.num_workers is None:
-            self.num_workers = 4 if is_gpu else 1
+            self.num_workers = 4 if is_cuda else 1
         # torch's fused AdamW takes no step where its `found_inf` is 1, without telling the host.
-        self.skips_by_itself = (
-            accelerator.distributed_type in UNSHARDED and accelerator.scaler is None and not config.use_8bit_adam
-        )
+        whole = accelerator.distributed_type in UNSHARDED and accelerator.device.type in ("cuda", "cpu")
+        self.skips_by_itself = whole and accelerator.scaler is None and not config.use_8bit_adam
         average = {"decay": config.ema_decay, "use_ema_warmup": config.ema_warmup, "power": 0.75}
         self.ema = WeightAverage(self.trainable(), **average)
         self.profiles = PowerAverages(self.trainable()) if config.ema_profiles else None
@@ -200,7 +198,13 @@ class Trainer:
             progress = tqdm(total=config.max_train_steps, initial=step, mininterval=10, disable=not main)
             self._started = time.time()
             while step < config.max_train_steps and not self.stopped_by:
-                self._step(step, batches.take(step))
+                try:
+                    batch = batches.take(step)
+                except (ValueError, OSError):
+                    for record in self._read_steps()[0] if self._unread else ():
+                        self._log(record)
+                    raise
+                self._step(step, batch)
                 step += 1
                 progress.update()
                 finished = step == config.max_train_steps
@@ -230,13 +234,13 @@ class Trainer:
 
     def _end_step(self, step, records, validate, saved):
         """The log of the steps since the last call, and after the newest of them a validation and a checkpoint."""
-        record = records[-1]
+        *earlier, record = records
+        for line in earlier:
+            self._log(line)
         if validate is not None or saved:
             self._check_weights(step)
         if saved and self.profiles is not None:
             record["snapshot"] = self.profiles.steps
-        for earlier in records[:-1]:
-            self._log(earlier)
         if validate is not None:
             record |= self._validate(validate, step, record)
             self.accelerator.print(json.dumps(record))
@@ -315,8 +319,10 @@ class Trainer:
             self.optimizer.step()
         elif self.accelerator.scaler is not None:
             self._close_scaled_step(float(gradient_norm))
+        if self.accelerator.device.type not in ("cuda", "cpu"):
+            taken = taken.float().to(self.accelerator.device)
         for average in filter(None, (self.ema, self.profiles)):
-            average.step(self.trainable(), taken.to(self.accelerator.device))
+            average.step(self.trainable(), taken)
         self.schedule.step()
         self.optimizer.zero_grad()
         facts = {"lr": self.schedule.get_last_lr()[-1], "seconds": round(time.time() - self._started, 2)}
@@ -333,15 +339,20 @@ class Trainer:
         records = []
         for step, (loss, alignment), row, others in zip(steps, losses, measured, facts, strict=True):
             record = {"step": step, "loss": loss} | ({} if self.alignment is None else {"alignment": alignment})
-            verdict = self.guard.verdict(step, row)
+            try:
+                verdict = self.guard.verdict(step, row)
+            except TrainingStopped:
+                for earlier in records:
+                    self._log(earlier)
+                raise
             if verdict != "step":
                 samples = self.batches.indices(step - 1 + self.guard.draw_offset).tolist()
                 self.accelerator.print(f"{verdict} at step {step}: {record}, samples {samples}")
                 others = others | {"skipped": True, "samples": samples}
             if verdict == "rewind" and list_checkpoints(self.output_dir):
-                for record in records:
-                    self._log(record)
-                return records, self._rewind(step)
+                for earlier in records:
+                    self._log(earlier)
+                return records, self._rewind(step, self.guard.as_of(row))
             records.append(record | {"grad_norm": row[1]} | others)
         return records, None
 
@@ -380,10 +391,9 @@ class Trainer:
         else:
             self.optimizer.step()  # changes no weight
 
-    def _rewind(self, from_step):
+    def _rewind(self, from_step, before):
         """Returns to the last checkpoint, to continue with other batches; its step."""
         self.optimizer.zero_grad()
-        before = copy(self.guard)
         step = resume_from(self.accelerator, self.output_dir, states=self.states)
         self.guard.rewound(from_step, step, before)
         if self.accelerator.is_main_process:
