@@ -34,12 +34,13 @@ def measure_widths(device: torch.device, batch: int, seconds: float) -> dict:
 def main():
     parser = argparse.ArgumentParser(prog="gpu.sh", description="Measures training and sampling on one device.")
     parser.add_argument("--minutes", type=float, default=9, help="No cell is begun that would end later.")
-    parser.add_argument("--output", type=Path, default=Path("outputs/gpu.json"), help="JSON that grows.")
+    parser.add_argument("--output", type=Path, help="JSON that grows; outputs/gpu.json if not given.")
     parser.add_argument("--quick", action="store_true", help="Tiny sizes, to try the script on any machine.")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.quick:
         parser.error("there is no CUDA device; --quick tries the script without one")
+    args.output = args.output or Path("outputs", "gpu-quick.json" if args.quick else "gpu.json")
     report = Report(args.output, args.minutes, environment(device))
 
     # Quick: the time that a cell may take, sizes, batches and steps are tiny, and so are the expectations.
@@ -57,7 +58,8 @@ def main():
     cells = [
         ("correctness: forwards", 20, partial(correctness.forwards, device)),
         ("correctness: trajectory", 5, partial(correctness.trajectory, device)),
-        ("correctness: training", 40, partial(correctness.training, device)),
+        ("correctness: training", 50, partial(correctness.training, device)),
+        ("correctness: a step waits for nothing", 15, partial(correctness.waiting, device)),
         (f"training: {large} 256", 110, partial(train, large, size, choose(128, 2))),
         ("profile", 40, partial(training.profile, large, size, choose(128, 2), device)),
         ("sampling: batch 64", 90, partial(sample, choose(64, 2), steps)),
@@ -75,6 +77,7 @@ def main():
             partial(train, large, size, choose(256, 2), beside=False, checkpointing=True),
         ),
         ("sampling: batch 8", 45, partial(sample, choose(8, 2), steps)),
+        ("sampling: CUDA graphs", 150, partial(sampling.graphs, large, size, 1, steps, device, seconds)),
         (f"data: {large}", 45, partial(_data, large, size, choose(128, 2), device, args.quick)),
     ]
     for name, expected, cell in cells:
@@ -87,7 +90,7 @@ def main():
 
 
 def _data(preset, size, batch, device, quick):
-    shards, shard_size, steps = (2, 16, 2) if quick else (8, 2048, 12)
+    shards, shard_size, steps = (2, 16, 2) if quick else (8, 2048, 40)
     return training.data_path(preset, size, batch, shards, shard_size, steps, device)
 
 

@@ -1,5 +1,6 @@
 """Results in a JSON file that grows, cell by cell, within a time budget."""
 
+import gc
 import json
 import time
 import traceback
@@ -7,6 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+
+def free() -> None:
+    """Gives back what the models of a cell held; compiled blocks are in cycles that hold them."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Report:
@@ -21,7 +30,10 @@ class Report:
 
     def __init__(self, path: Path, minutes: float, facts: dict):
         self.path, self.end = path, time.monotonic() + 60 * minutes
-        self.content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cells": {}}
+        self.content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = self.content.get("environment", {})
+        if any(known.get(name) != facts[name] for name in ("hardware", "python", "versions")):
+            self.content = {"cells": {}}  # of another machine
         self.content["environment"] = facts
 
     def measure(self, name: str, seconds: float, cell: Callable[[], dict]) -> dict | None:
@@ -44,10 +56,7 @@ class Report:
             result = cell()
         except Exception as error:  # the other cells are measured all the same
             result = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()[-4000:]}
-        finally:
-            torch.compiler.reset()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        free()
         result["cell_seconds"] = round(time.monotonic() - started, 1)
         self.content["cells"][name] = result
         partial = self.path.with_suffix(".partial")

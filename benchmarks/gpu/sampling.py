@@ -7,6 +7,7 @@ import torch._inductor.config
 from diffusers import AutoencoderKL, DiTPipeline
 from networks import stock_dit
 from timing import compare
+from torch._dynamo.utils import counters
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, optimize, restore
 from dit_hf.complexity import count_macs
@@ -114,6 +115,14 @@ def sampling(preset, size, batch, steps, gemm, device, seconds, dtype=torch.bflo
         record(name, times, times["ratio"])
     measure("compiled blocks", compiled_blocks(ours))
     measure("compiled blocks, fastest", compiled_blocks(ours), fastest(ours, sampler))
-    if batch == 1 and device.type == "cuda":
-        measure("CUDA graphs, fastest", fastest(ours, sampler), cuda_graphs(ours))
     return {"preset": preset, "batch": batch, "steps": steps, "rows": rows}
+
+
+def graphs(preset, size, batch, steps, device, seconds, dtype=torch.bfloat16) -> dict:
+    """The latency with the steps of `fastest`, the whole network compiled and launched as one graph."""
+    _, ours = pipelines(preset, size, device, dtype)
+    sampler = Sampler(ours, batch, steps)
+    with fastest(ours, sampler), cuda_graphs(ours):
+        times = compare({"ours": sampler}, device, seconds, least=3)["ours"]
+    skips = counters["inductor"]["cudagraph_skips"]
+    return {"seconds": times["seconds"], "first_seconds": times["first_seconds"], "cudagraph_skips": skips}

@@ -1,7 +1,9 @@
 """Training steps: this package's trainer beside the stock model and a plain loop, and with its data beside without."""
 
+import contextlib
 import json
 import tempfile
+from collections import Counter
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from accelerate import Accelerator
 from networks import stock_dit
 from safetensors.torch import save_file
 from timing import clock, compare
+from torch.autograd import DeviceType
 
 from dit_hf import DiTTransformer2DModel
 from dit_hf.complexity import count_macs
@@ -19,8 +22,10 @@ from dit_hf.data.latents import CachedLatents
 from dit_hf.data.shards import FACTS, file_checksum, shard_path, write_index
 from dit_hf.training.config import TrainingConfig
 from dit_hf.training.objectives import VelocityObjective
-from dit_hf.training.prefetch import Prefetcher
+from dit_hf.training.prefetch import AHEAD, Prefetcher
 from dit_hf.training.trainer import Trainer
+
+from .report import free
 
 
 # Multiply-adds of a trained image over those of a forward pass, and operations of a multiply-add.
@@ -99,15 +104,12 @@ def throughput(preset, size, batch, gemm, device, seconds, beside=True, checkpoi
     Images per second of a size, and its share of the measured product rate; `beside`: with the stock model and plain
     loops in turn in the same rounds. A batch that does not fit is halved.
     """
-    while True:
-        try:
+    while batch:
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
             return _throughput(preset, size, batch, gemm, device, seconds, beside, checkpointing)
-        except torch.cuda.OutOfMemoryError:
-            torch.compiler.reset()
-            torch.cuda.empty_cache()
-            batch //= 2
-            if not batch:
-                raise
+        free()
+        batch //= 2
+    raise MemoryError(f"{preset} does not fit with one image a step.")
 
 
 def _throughput(preset, size, batch, gemm, device, seconds, beside, checkpointing):
@@ -135,9 +137,10 @@ def _throughput(preset, size, batch, gemm, device, seconds, beside, checkpointin
             clock(call, device)  # with compilation
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
                 call()
                 torch.cuda.synchronize()
-                peaks[name] = torch.cuda.max_memory_allocated()
+                peaks[name] = torch.cuda.max_memory_allocated() - before
         found = compare(candidates, device, seconds, least=3)
     macs = _macs(preset, options)
     rows = {}
@@ -149,7 +152,7 @@ def _throughput(preset, size, batch, gemm, device, seconds, beside, checkpointin
             "ms": round(1000 * times["seconds"], 3),
             "ratio": times["ratio"],
             "spread": times["spread"],
-            "peak_bytes": peaks.get(name),
+            "step_bytes": peaks.get(name),  # beside weights, averages and the optimizer's state
         }
     return {"preset": preset, "latents": size, "batch": batch, "checkpointing": checkpointing, "rows": rows}
 
@@ -178,18 +181,15 @@ def profile(preset, size, batch, device) -> dict:
             if device.type == "cuda":
                 torch.cuda.synchronize()
     kinds = dict.fromkeys((*KINDS, "others"), 0.0)
-    kernels = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
-    for event in kernels:
-        name = event.key.lower()
-        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "others")
-        kinds[kind] += event.self_device_time_total / 1e6
-    longest = sorted(kernels, key=lambda event: -event.self_device_time_total)[:15]
-    return {
-        "seconds": whole,
-        "kinds": kinds,
-        "gaps": whole - sum(kinds.values()),
-        "longest": {event.key[:80]: round(event.self_device_time_total / 1e6, 5) for event in longest},
-    }
+    kernels: Counter = Counter()
+    for event in profiler.events():  # kernels alone: operators on the CPU carry the time of their kernels as well
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            kernels[event.name] += event.self_device_time_total / 1e6
+    for name, taken in kernels.items():
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name.lower() for part in parts)), "others")
+        kinds[kind] += taken
+    longest = [(name[:120], round(taken, 5)) for name, taken in kernels.most_common(15)]
+    return {"seconds": whole, "kinds": kinds, "gaps": whole - sum(kinds.values()), "longest": longest}
 
 
 def _macs(preset, options):
@@ -227,20 +227,20 @@ def data_path(preset, size, batch, shards, shard_size, steps, device) -> dict:
         step = partial(our_step, trainer)
         clock(partial(step, given), device)
         pinned = device.type == "cuda"
-        with Prefetcher(trainer.draw, trainer.num_workers, 10**6, pinned) as batches:
+        ahead = AHEAD * trainer.num_workers
 
-            def with_data(first):
-                for number in range(first, first + steps):
-                    step(batches.take(number))
+        def with_data(turn):
+            """Steps whose batches were not made while nothing was timed."""
+            with Prefetcher(trainer.draw, trainer.num_workers, 10**6, pinned) as batches:
+                for number in range(ahead):
+                    step(batches.take(turn * 1000 + number))
+                return clock(lambda: [step(batches.take(turn * 1000 + ahead + k)) for k in range(steps)], device)
 
-            def without():
-                for _ in range(steps):
-                    step(given)
-
-            with_data(0)
-            ratios = []
-            for turn in range(1, 4):
-                ratios.append(clock(partial(with_data, turn * steps), device) / clock(without, device))
+        with_data(0)
+        ratios = []
+        for turn in range(1, 4):
+            taken = with_data(turn)
+            ratios.append(taken / clock(lambda: [step(given) for _ in range(steps)], device))
     return {
         "preset": preset,
         "batch": batch,
