@@ -87,8 +87,10 @@ class Training:
         row = OBJECTIVES[args.objective]
         if pretrained is not None:
             check_prediction(pretrained, row.kind)
-        self.vae = load_vae(args.vae, pretrained, self.model_class).to(accelerator.device)
-        if isinstance(self.vae, Pixels):
+        self.vae = load_vae(args.vae, pretrained, self.model_class)
+        if not isinstance(self.vae, Pixels):  # these have nothing to compute
+            self.vae.to(accelerator.device)
+        else:
             if args.streaming:
                 raise ValueError("--streaming keeps latents, and this model is trained on pixels; omit it.")
             args.cache_latents = False  # they would take more room than the images
