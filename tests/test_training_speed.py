@@ -228,8 +228,9 @@ def test_float8_trains_as_bfloat16_does(tmp_path, caplog):
 
 
 def test_settings_of_speed_that_do_not_exist_are_named(tmp_path):
-    with pytest.raises(ValueError, match="--attention_backend nothing"):
-        build(tmp_path, attention_backend="nothing")
+    for name in ("nothing", "_native_cudnn"):  # the second is for GPUs alone
+        with pytest.raises(ValueError, match=f"--attention_backend {name} does not run on cpu: "):
+            build(tmp_path, attention_backend=name)
     with pytest.raises(ValueError, match="`compile_blocks` is 'yes'; it must be True, False or None"):
         TrainingConfig(tmp_path, compile_blocks="yes")
     trainer = build(tmp_path, attention_backend="native")

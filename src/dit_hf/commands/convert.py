@@ -1,4 +1,4 @@
-"""Converts a checkpoint of DiT, SiT, REPA, LightningDiT or stock diffusers into a pipeline folder, and verifies it.
+"""Converts a checkpoint of an original code base into a pipeline folder, and verifies it; autoencoders as well.
 
     dit-hf convert --checkpoint_path DiT-XL-2-256x256.pt --output_dir dit-xl-2-256 --vae stabilityai/sd-vae-ft-mse \
         --id2label imagenet.json

@@ -3,9 +3,11 @@
 from importlib.util import find_spec
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.utils import logging
 from torch.utils._triton import has_triton
 
+from ..files import first_line
 from ..models import PackagedModel
 from ..optimization import BLOCKS, RECOMPILE_LIMIT
 from .config import TrainingConfig
@@ -59,14 +61,23 @@ def check_speed(transformer: PackagedModel, config: TrainingConfig, device: torc
     if config.attention_backend is not None:
         try:
             transformer.set_attention_backend(config.attention_backend)
+            _try_attention(config.attention_backend, transformer.config.attention_head_dim, device)
         except (ValueError, RuntimeError, ImportError) as error:
-            raise ValueError(f"--attention_backend {config.attention_backend}: {error}") from None
+            reason = f"--attention_backend {config.attention_backend} does not run on {device}: {first_line(error)}"
+            raise ValueError(f"{reason} Omit it, or pass native.") from None
     if not config.float8:
         return
     if find_spec("torchao") is None:
         raise ImportError("--float8 needs torchao: `pip install torchao`.")
     if device.type != "cpu" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         raise ValueError(f"--float8 needs a GPU of compute capability 8.9 or newer, and this is {device}; omit it.")
+
+
+def _try_attention(backend, head_dim, device):
+    """A tiny attention, forwards and back: some backends say only then that they are for other devices."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    query = torch.ones(1, 16, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
+    dispatch_attention_fn(query, query, query, backend=AttentionBackendName(backend)).sum().backward()
 
 
 def use_float8(transformer: PackagedModel, emulated: bool) -> None:

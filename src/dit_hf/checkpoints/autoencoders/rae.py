@@ -72,7 +72,8 @@ class RAEDecoderFamily(AutoencoderFamily):
             known = ", ".join(map(str, KNOWN_HEADS))
             raise ValueError(
                 f"Checkpoint {path}: the heads of a decoder of width {width} are unknown (known widths: {known}); "
-                "pass decoder_num_attention_heads (`--decoder_num_attention_heads`)."
+                "pass decoder_num_attention_heads (`--decoder_num_attention_heads`), as in the config.json that the "
+                "decoder was trained with. The weights do not tell, so no verification can."
             )
         if width % heads:
             raise ValueError(f"Checkpoint {path}: its width {width} is not divisible by {heads} attention heads.")
