@@ -131,7 +131,8 @@ class RowReader:
         values = torch.empty(self.shapes[name], dtype=self.dtypes[name])
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._starts[name])
-            file.readinto(memoryview(values.view(torch.uint8).numpy()))
+            buffer: Any = values.view(torch.uint8).numpy()
+            file.readinto(buffer)
         return values
 
     @staticmethod
