@@ -427,7 +427,7 @@ def test_a_new_class_into_an_empty_folder(example, tmp_path):
         ('{"icons": {"a": {"body": "<g"}}}', "icons.json can't be read as icons (key 'a')"),
         ('{"icons": {"a": {"body": "<g/>", "width": 1, "height": 1e9}}}', "An icon of 1 × 1000000000.0 can't be"),
         ('{"icons": {"a": {"body": "<g/>", "width": Infinity}}}', "An icon of inf × inf can't be"),
-        ('{"icons": {"a": {"body": "<g/>"}}}', "is in the split 'train'; nothing is written"),
+        ('{"icons": {"a": {"body": "<g/>"}}}', "There is no icon in noto; nothing is written"),
     ],
 )
 def test_damaged_icons_are_named(example, tmp_path, icons, message):

@@ -19,6 +19,7 @@ from dit_hf.evaluation.sources import ImageSource
 
 SQUARE = '<rect x="2" y="2" width="12" height="12" fill="{}"/>'
 CIRCLE = '<circle cx="8" cy="8" r="6" fill="{}"/>'
+SCRIPT = ROOT / "examples" / "train_autoencoder" / "prepare_emoji.py"
 ICON_SETS = ("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "fluent-emoji", "fxemoji", "emojione")
 
 
@@ -34,47 +35,73 @@ def extractor():
 
 @pytest.fixture(scope="module")
 def dataset_folder(tmp_path_factory):
-    """Two classes drawn by the real script from small icon packages: squares are flags, circles are food."""
+    """Glyphs drawn by the real script from small icon packages: squares are flags, circles are food."""
     folder = tmp_path_factory.mktemp("emoji")
     for number, icon_set in enumerate(ICON_SETS):
-        icons = {}
+        icons, names = {}, {}
         for index in range(12):
-            color = f"rgb({20 * index},{30 * number},{255 - 20 * index})"
-            icons[f"flag-{index}"] = {"body": SQUARE.format(color)}
+            color = f"rgb({64 * (index % 4)},{42 * number},{80 * (index // 4) + 45 * (number % 2)})"
+            names |= {f"1f1e6-{index:x}": f"flag-for-land-{index}", f"1f34{index:x}": f"fruit-{index}"}
+            icons[f"flag-for-land-{index}"] = {"body": SQUARE.format(color)}
             icons[f"fruit-{index}"] = {"body": CIRCLE.format(color), "width": 16, "height": 20}
         icons["fruit-1-dark-skin-tone"] = {"body": CIRCLE.format("black")}
         icons["unheard-of"] = {"body": SQUARE.format("black")}
+        for name, drawn_by in {"flag-rare": 2, "rare": 2}.items():
+            if number < drawn_by:
+                icons[name] = {"body": CIRCLE.format(f"rgb(0,{100 * number},0)")}
+        if icon_set == "emojione":  # which knows a glyph by another name
+            icons["first-fruit"] = icons.pop("fruit-0")
+        for name in ("twin", "other-twin"):  # one picture under two names
+            icons[name] = {"body": SQUARE.format(f"rgb({len(name)},{36 * number},0)"), "width": 20}
+        names |= {"1f3c1": "flag-rare", "1f3c2": "rare", "1f3c3": "twin", "1f3c4": "other-twin"}
         metadata = {
-            "categories": {"Flags": [n for n in icons if "flag" in n], "Food": [n for n in icons if "fruit" in n]}
+            "categories": {"Flags": [n for n in icons if "flag" in n], "Food": [n for n in icons if "flag" not in n]}
         }
+        content = {"icons": icons, "aliases": {"first-fruit": {"parent": "fruit-0"}}, "width": 16, "height": 16}
+        if icon_set == "emojione":
+            del content["aliases"]
         (folder / "icons" / icon_set).mkdir(parents=True)
-        (folder / "icons" / icon_set / "icons.json").write_text(
-            json.dumps({"icons": icons, "width": 16, "height": 16})
-        )
-        (folder / "icons" / icon_set / "metadata.json").write_text(json.dumps(metadata))
-    script = ROOT / "examples" / "train_autoencoder" / "prepare_emoji.py"
-    command = [sys.executable, script, "--icons_dir", folder / "icons", "--output_dir", folder / "data"]
-    run_forked([*command, "--held_out", "0.3"], check=True)
+        for name, value in {"icons": content, "metadata": metadata, "chars": names}.items():
+            (folder / "icons" / icon_set / f"{name}.json").write_text(json.dumps(value))
+    command = [sys.executable, SCRIPT, "--icons_dir", folder / "icons", "--output_dir", folder / "data"]
+    run_forked(command, check=True)
     return folder
 
 
 def test_rasterised_dataset(dataset_folder):
+    """A class a glyph that enough sets draw, with its names; held out is one image each, no near copies."""
     splits = {name: load_image_dataset(str(dataset_folder / "data"), name) for name in ("train", "test")}
-    assert sum(map(len, splits.values())) == 7 * 24  # no skin tones, no unknown classes
-    names = {split: set(data["name"]) for split, data in splits.items()}
-    assert names["train"].isdisjoint(names["test"])
-    assert names["test"]
+    names = splits["train"].features["label"].names
+    assert names == splits["test"].features["label"].names
+    flags = sorted(["flag: Rare", *(f"flag: Land {index}" for index in range(12))])
+    fruits = sorted(["fruit 0, first fruit", *(f"fruit {index}" for index in range(1, 12)), "other twin", "twin"])
+    assert names == [*flags, *fruits]
+    shown = {split: [names[label] for label in data["label"]] for split, data in splits.items()}
+    assert all(shown["train"].count(name) == 6 for name in names if name != "flag: Rare")
+    assert shown["train"].count("flag: Rare") == 2
+    assert shown["test"] == [name for name in names if name != "flag: Rare" and "twin" not in name]
     data = splits["train"]
-    assert data.features["label"].int2str(data[0]["label"]) == ("flags" if "flag" in data[0]["name"] else "food")
+    groups = [data.features["group"].int2str(group) for group in data["group"]]
+    assert groups == ["flags" if name.startswith("flag") else "food" for name in shown["train"]]
     images, _ = ImageReader(data, resolution=64).stack()
     assert images.shape[1:] == (3, 64, 64)
     assert (images[:, :, 0, 0] == 255).all()
     assert (images[:, :, 32, 32] != 255).any(dim=1).all()
 
 
+def test_a_set_of_its_own(dataset_folder, tmp_path):
+    """One set has one image of a glyph, which keeps its names; none is held out, and the script says how to."""
+    command = [sys.executable, SCRIPT, "--icons_dir", dataset_folder / "icons", "--icon_sets", "emojione"]
+    result = run_forked([*command, "--output_dir", tmp_path / "own"], check=True)
+    data = load_image_dataset(str(tmp_path / "own"), "train")
+    assert len(data) == len(data.features["label"].names) == 26
+    assert "fruit 0, first fruit" in data.features["label"].names
+    assert "--holdout 0.1" in result.stdout
+    assert not (tmp_path / "own" / "test.parquet").exists()
+
+
 def test_missing_icon_sets_are_named(tmp_path):
-    script = ROOT / "examples" / "train_autoencoder" / "prepare_emoji.py"
-    command = [sys.executable, script, "--icons_dir", tmp_path, "--output_dir", tmp_path / "data"]
+    command = [sys.executable, SCRIPT, "--icons_dir", tmp_path, "--output_dir", tmp_path / "data"]
     result = run_forked(command)
     assert result.returncode == 2
     assert "noto, noto-v1" in result.stderr
@@ -113,7 +140,7 @@ def test_probe_tells_squares_from_circles(extractor, dataset_folder):
     for name in ("train", "test"):
         source = ImageSource(dataset_folder / "data", name)
         features[name] = extract(torch.cat(list(source.batches())), extractor)
-        features[name].labels = source.labels()
+        features[name].labels = ["flags" if label.startswith("flag") else "food" for label in source.labels()]
     assert set(features["test"].labels) == {"flags", "food"}
     found = compute_metrics(features["test"], features["test"], ["accuracy"], 5, training=features["train"])
     assert found["accuracy"]["value"] > 0.9

@@ -15,10 +15,11 @@ from dit_hf.evaluation.inception_score import inception_score
 from dit_hf.evaluation.kernel_distance import kernel_distance
 from dit_hf.evaluation.metrics import METRICS, Available, Metric, compute_metrics, default_metrics
 from dit_hf.evaluation.order import content_order
+from dit_hf.evaluation.pairs import nearest_neighbours
 from dit_hf.evaluation.precision_recall import precision_recall
 from dit_hf.evaluation.reference import ReferenceStatistics
 from dit_hf.evaluation.statistics import GaussianStatistics, gaussian
-from dit_hf.evaluation.training_images import matched_training_images, nearest_neighbours
+from dit_hf.evaluation.training_images import matched_training_images
 
 
 def draw(count, dim=12, seed=0, shift=0.0):
@@ -77,7 +78,7 @@ def test_fifty_thousand_images_fit_in_two_gigabytes():
     """Statistics take features a batch at a time, and metrics of pairs a block at a time."""
     code = """
 import resource, torch
-from dit_hf.evaluation.training_images import nearest_neighbours
+from dit_hf.evaluation.pairs import nearest_neighbours
 from dit_hf.evaluation.statistics import GaussianStatistics
 statistics = GaussianStatistics(2048)
 features = torch.randn(50_000, 2048)
@@ -257,10 +258,24 @@ def test_metrics_that_cannot_be_computed_are_refused():
         compute_metrics(samples, reference, ["accuracy"])
     with pytest.raises(ValueError, match="accuracy needs the class of every image"):
         compute_metrics(samples, reference, ["accuracy"], training=reference)
+    with pytest.raises(ValueError, match="nearest_accuracy needs the class of every image of .* of the reference"):
+        compute_metrics(samples, reference, ["nearest_accuracy"])
     with pytest.raises(ValueError, match="sfd_a needs `spatial`, which the extractor does not give"):
         compute_metrics(Features(samples.features, None, None, {"name": "a"}), reference, ["sfd_a"])
     with pytest.raises(ValueError, match="sfd_a needs `spatial` of every set; one has only features"):
         compute_metrics(samples, Features(reference.features, None, None, {"name": "a"}), ["sfd_a"])
+
+
+def test_the_nearest_reference_image_decides():
+    """Three samples of four stand beside an image of their class; a class without an image is an error."""
+    corners = 5.0 * torch.eye(4)
+    samples = Features(corners + 0.1, None, None, {"name": "a"}, labels=["cat", "dog", "cat", "sloth"])
+    reference = Features(corners.flip(0), None, None, {"name": "a"}, labels=["sloth", "dog", "dog", "cat"])
+    found = compute_metrics(samples, reference, ["nearest_accuracy"], training=reference)
+    assert found["nearest_accuracy"]["value"] == 0.75
+    reference.labels = ["cat", "dog", "dog", "cat"]
+    with pytest.raises(ValueError, match="No reference image is of class 'sloth'"):
+        compute_metrics(samples, reference, ["nearest_accuracy"])
 
 
 def test_sets_of_different_image_sizes_are_refused():
@@ -304,7 +319,9 @@ def test_no_metric_depends_on_the_order_of_images():
         compute_metrics(samples, reference, every, bootstrap=3, training=training)
         for samples, reference, training in (sets, permuted)
     )
-    assert set(first) == {"fd_a", "sfd_a", "is", "kid", "precision", "recall", "density", "coverage", "accuracy"}
+    assert set(first) == {
+        *("fd_a", "sfd_a", "is", "kid", "precision", "recall", "density", "coverage", "accuracy", "nearest_accuracy")
+    }
     for name in every:
         assert first[name] == pytest.approx(second[name], rel=1e-9), name
     assert first["is"]["value"] > 3

@@ -1,5 +1,4 @@
-#!/usr/bin/env python
-"""Rasterises seven emoji sets from npm into a class-conditional image dataset (Parquet, `datasets` layout).
+"""Rasterises emoji sets from npm into a class-conditional image dataset (Parquet, `datasets` layout).
 
     npm i --prefix outputs/npm --ignore-scripts \
         @iconify-json/{noto@1.2.9,noto-v1@1.2.5,twemoji@1.2.5,fluent-emoji-flat@1.2.6,fluent-emoji@1.2.7} \
@@ -7,33 +6,37 @@
     python examples/train_autoencoder/prepare_emoji.py --icons_dir outputs/npm/node_modules/@iconify-json \
         --output_dir outputs/emoji64
 
-Expected: two minutes; 10 thousand images in 9 classes, one skin tone per glyph. A tenth of the glyph names is held
-out, in all sets at once. Held-out images with a near duplicate in training are dropped: `man-pilot` if `woman-pilot`
-is trained on, and an image that occurs under a second name. Blank icons and exact copies are dropped.
+Expected: two minutes; 10 thousand images in 1,898 classes. A class is a glyph that three sets draw (two, for a flag),
+in one skin tone: "red apple", "flag: Japan", "woman cook". The column `group` has Unicode's nine groups. The split
+`test` has one image of each glyph with four or more, chosen by hash, unless it nearly equals a training image. Blank
+icons and exact copies are dropped.
 """
 
 import hashlib
 import io
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import resvg_py
+import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from glyphs import NAMING_SETS, Glyphs, read_entries
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from dit_hf.command_line import ArgumentParser, integer, real, run
+from dit_hf.command_line import ArgumentParser, integer, run
 from dit_hf.data.pixels import open_image
 from dit_hf.files import check_writable, read_json, reading, writing
 
 
 ICON_SETS = ("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "fluent-emoji", "fxemoji", "emojione")
-# The sets whose metadata follow Unicode's own grouping, in order of trust: they decide a glyph's class.
+# The sets whose metadata follow Unicode's own grouping, in order of trust: they decide a glyph's group.
 REFERENCE_SETS = ("noto", "twemoji", "fluent-emoji-flat", "noto-v1")
-CLASSES = ("activities", "animals", "flags", "food", "objects", "people", "smileys", "symbols", "travel")
-CLASS_OF_CATEGORY = {
+GROUPS = ("activities", "animals", "flags", "food", "objects", "people", "smileys", "symbols", "travel")
+GROUP_OF_CATEGORY = {
     "Activities": "activities",
     "Animals & Nature": "animals",
     "Nature": "animals",
@@ -50,25 +53,13 @@ CLASS_OF_CATEGORY = {
     "Travel & Places": "travel",
 }
 SKIN_TONE = re.compile(r"-((medium-)?(light|dark)|medium)-skin-tone|-tone-?[1-5]")
-PERSON_PREFIX = re.compile(r"^(man|woman|men|women|person|people|boy|girl|male|female)-")
 FLUENT_SKIN_TONE = re.compile(r"-(medium-light|medium-dark|light|medium|dark)(-|$)")
 # Of an icon's sides; a longer one would take memory out of all proportion.
 MAX_ASPECT = 16
-
-
-def glyph_key(name):
-    """The name under which a glyph is known across sets: `woman-cook` and `womancook` agree."""
-    return re.sub(r"[^a-z0-9]", "", name.removeprefix("flag-for-").replace("flag-", ""))
-
-
-def read_entries(file, key, kind, default=None):
-    """The entries of a package's JSON file by name: dictionaries, or lists of names."""
-    entries = read_json(file).get(key, default)
-    values = list(entries.values()) if isinstance(entries, dict) else [None]
-    names = [name for value in values if isinstance(value, list) for name in value]
-    if not all(isinstance(value, kind) for value in values) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{file}: {key!r} is missing, or of another kind.")
-    return entries
+# A class has images of this many sets, or of all if there are fewer; the flag of a country looks alike in all.
+MIN_SETS, MIN_SETS_OF_FLAG = 3, 2
+# A held-out image is closer than this to no training image: root mean square of pixels in [0, 1].
+NEAR_COPY = 0.05
 
 
 def is_skin_tone_variant(name, names):
@@ -79,27 +70,27 @@ def is_skin_tone_variant(name, names):
     return bool(match) and name[: match.start()] in names
 
 
-def class_table(icons_dir):
-    """Glyph key -> class, from the reference sets."""
+def group_table(icons_dir, glyphs):
+    """Glyph -> group, from the reference sets."""
     table = {}
     for icon_set in REFERENCE_SETS:
         for category, names in read_entries(icons_dir / icon_set / "metadata.json", "categories", list).items():
             for name in names:
-                if category in CLASS_OF_CATEGORY:
-                    table.setdefault(glyph_key(name), CLASS_OF_CATEGORY[category])
+                if category in GROUP_OF_CATEGORY and (glyph := glyphs.find(name)) is not None:
+                    table.setdefault(glyph, GROUP_OF_CATEGORY[category])
     return table
 
 
-def own_classes(icons_dir, icon_set):
-    """Icon name -> class, from a set's own metadata (fluent-emoji ships none)."""
-    file = icons_dir / icon_set / "metadata.json"
-    categories = read_entries(file, "categories", list, {}) if file.exists() else {}
-    return {
-        name: CLASS_OF_CATEGORY[category]
-        for category, names in categories.items()
-        if category in CLASS_OF_CATEGORY
-        for name in names
-    }
+def glyph_labels(icons_dir, icon_sets):
+    """A function of an icon's name: its labels, or `None` if it shows no known glyph."""
+    glyphs = Glyphs(icons_dir, icon_sets)
+    groups = group_table(icons_dir, glyphs)
+
+    def labels(name):
+        glyph = glyphs.find(name)
+        return {"label": glyphs.class_name(glyph), "group": groups[glyph]} if glyph in groups else None
+
+    return labels
 
 
 def rasterise(icon, defaults, resolution):
@@ -121,18 +112,12 @@ def rasterise(icon, defaults, resolution):
     return canvas.resize((resolution, resolution), PILImage.Resampling.LANCZOS)
 
 
-def rows_of_set(icons_dir, icon_set, classes, resolution, one_class=None):
-    """Yields one row per glyph, of its own class or of one for all; skips blank ones and those without a class."""
+def rows_of_set(icons_dir, icon_set, labels, resolution):
+    """Yields one row per icon that has labels; skips blank ones and all skin tones but the neutral one."""
     file = icons_dir / icon_set / "icons.json"
     icons = read_json(file) | {"icons": read_entries(file, "icons", dict)}
-    own = own_classes(icons_dir, icon_set)
     for name, icon in tqdm(sorted(icons["icons"].items()), desc=icon_set):
-        if is_skin_tone_variant(name, icons["icons"]):
-            continue
-        # Without its prefix "flag-for-turkey" would be looked up as the bird.
-        label = "flags" if own.get(name) == "flags" else classes.get(glyph_key(name)) or own.get(name)
-        label = one_class or label
-        if label is None:
+        if is_skin_tone_variant(name, icons["icons"]) or (own := labels(name)) is None:
             continue
         with reading(file, f"icons (key {name!r})"):  # of damaged ones, the rasteriser raises all kinds
             image = rasterise(icon, icons, resolution)
@@ -140,28 +125,62 @@ def rows_of_set(icons_dir, icon_set, classes, resolution, one_class=None):
             continue
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
-        yield {"image": {"bytes": buffer.getvalue(), "path": None}, "label": label, "name": name, "set": icon_set}
-
-
-def is_held_out(name, fraction):
-    """A decision by hash, so that it needs no list and never changes."""
-    digest = hashlib.sha256(glyph_key(name).encode()).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32 < fraction
+        yield {"image": {"bytes": buffer.getvalue(), "path": None}, "name": name, "set": icon_set} | own
 
 
 def without_copies(rows):
-    """Rows whose image has not been seen before."""
+    """Rows whose image has not been seen before: some countries share a flag."""
     seen = set()
     return [row for row in rows if (image := row["image"]["bytes"]) not in seen and not seen.add(image)]
 
 
-def split_rows(rows, fraction):
-    """(train, test): glyphs held out by name, less those of which training has a variant or the same image."""
-    train = without_copies(row for row in rows if not is_held_out(row["name"], fraction))
-    variants = {glyph_key(PERSON_PREFIX.sub("", row["name"])) for row in train}
-    test = [row for row in rows if is_held_out(row["name"], fraction)]
-    test = [row for row in test if glyph_key(PERSON_PREFIX.sub("", row["name"])) not in variants]
-    return train, without_copies(train + test)[len(train) :]
+def drawn_by_enough(rows, num_sets):
+    """Rows of the classes that enough of the sets draw, by class name."""
+    classes = defaultdict(list)
+    for row in rows:
+        classes[row["label"]].append(row)
+    return {
+        name: classes[name]
+        for name in sorted(classes)
+        if len({row["set"] for row in classes[name]})
+        >= min(num_sets, MIN_SETS_OF_FLAG if classes[name][0].get("group") == "flags" else MIN_SETS)
+    }
+
+
+def split_class(rows):
+    """(training rows, held-out rows) of one class: a hash decides, so that it needs no list and never changes."""
+    if len(rows) <= MIN_SETS:
+        return rows, []
+    chosen = min(rows, key=lambda row: hashlib.sha256(f"{row['set']}/{row['name']}".encode()).digest())
+    return [row for row in rows if row is not chosen], [chosen]
+
+
+def pixels(rows):
+    """(B, D) float32 in [0, 1], at 32 × 32."""
+    images = [open_image(io.BytesIO(row["image"]["bytes"])).resize((32, 32), PILImage.Resampling.BOX) for row in rows]
+    return torch.from_numpy(np.stack(images)).flatten(1).float() / 255
+
+
+def without_near_copies(held_out, train):
+    """Held-out rows that no training image nearly equals: `man-pilot` in one set may be `pilot` in another."""
+    if not held_out:
+        return []
+    train_pixels = pixels(train)
+    nearest = torch.cat([torch.cdist(part, train_pixels).amin(dim=1) for part in pixels(held_out).split(256)])
+    is_new = nearest / train_pixels.shape[1] ** 0.5 >= NEAR_COPY
+    return [row for row, keep in zip(held_out, is_new.tolist(), strict=True) if keep]
+
+
+def write_split(path, rows, names):
+    """One Parquet file; `names` are those of all classes, whether the split has images of them or not."""
+    columns = {"image": Image(), "label": ClassLabel(names=names), "name": Value("string"), "set": Value("string")}
+    if "group" in rows[0]:
+        columns["group"] = ClassLabel(names=list(GROUPS))
+    with writing(path) as partial:
+        Dataset.from_list(rows, features=Features(columns)).to_parquet(partial)
+    groups = Counter(row["group"] for row in rows if "group" in row)
+    num_classes = len({row["label"] for row in rows})
+    print(f"{path.stem}: {len(rows)} images of {num_classes} classes {dict(sorted(groups.items()))}")
 
 
 def parse_args():
@@ -171,14 +190,11 @@ def parse_args():
     parser.add_argument("--icon_sets", nargs="+", default=ICON_SETS, help="Packages to take icons from.")
     parser.add_argument("--one_class", help="Give all icons this class, whatever they show.")
     parser.add_argument("--resolution", type=integer(8, 1024), default=64, help="Pixels per side.")
-    parser.add_argument(
-        "--held_out", type=real(above=0, below=1), default=0.1, help="Fraction of glyph names kept for evaluation."
-    )
     args = parser.parse_args()
     check_writable(args.output_dir)
     if there := [name for name in ("train", "test") if (args.output_dir / f"{name}.parquet").exists()]:
         parser.error(f"{args.output_dir} holds {there[0]}.parquet already; choose another --output_dir, or remove it")
-    needed = (*args.icon_sets, *(() if args.one_class else REFERENCE_SETS))
+    needed = dict.fromkeys((*args.icon_sets, *(() if args.one_class else (*REFERENCE_SETS, *NAMING_SETS))))
     missing = [name for name in needed if not (args.icons_dir / name / "icons.json").exists()]
     if missing:
         parser.error(
@@ -189,21 +205,21 @@ def parse_args():
 
 def main():
     args = parse_args()
-    names = [args.one_class] if args.one_class else list(CLASSES)
-    features = Features(
-        {"image": Image(), "label": ClassLabel(names=names), "name": Value("string"), "set": Value("string")}
-    )
-    classes = {} if args.one_class else class_table(args.icons_dir)
-    options = (classes, args.resolution, args.one_class)
-    rows = [row for name in args.icon_sets for row in rows_of_set(args.icons_dir, name, *options)]
-    splits = dict(zip(("train", "test"), split_rows(rows, args.held_out), strict=True))
-    if empty := [split for split, chosen in splits.items() if not chosen]:
-        raise ValueError(f"No icon of {', '.join(args.icon_sets)} is in the split {empty[0]!r}; nothing is written.")
-    for split, chosen in splits.items():
-        with writing(args.output_dir / f"{split}.parquet") as partial:
-            Dataset.from_list(chosen, features=features).to_parquet(partial)
-        counts = Counter(row["label"] for row in chosen)
-        print(f"{split}: {len(chosen)} images, {dict(sorted(counts.items()))}")
+    one = {"label": args.one_class}
+    labels = (lambda name: one) if args.one_class else glyph_labels(args.icons_dir, args.icon_sets)
+    rows = [row for name in args.icon_sets for row in rows_of_set(args.icons_dir, name, labels, args.resolution)]
+    classes = drawn_by_enough(without_copies(rows), len(args.icon_sets))
+    if not classes:
+        known = "icon" if args.one_class else "glyph that enough of them share"
+        raise ValueError(f"There is no {known} in {', '.join(args.icon_sets)}; nothing is written.")
+    splits = [(rows, []) if args.one_class else split_class(rows) for rows in classes.values()]
+    train, held_out = ([row for split in splits for row in split[index]] for index in (0, 1))
+    held_out = without_near_copies(held_out, train)
+    write_split(args.output_dir / "train.parquet", train, list(classes))
+    if held_out:
+        write_split(args.output_dir / "test.parquet", held_out, list(classes))
+    else:
+        print("No class has four images, so none is held out; `--holdout 0.1` holds out a tenth for a training.")
     print(f"Dataset: {args.output_dir}")
 
 

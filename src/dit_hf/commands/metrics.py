@@ -202,8 +202,8 @@ def enough_images(args, names, extractor, counts):
 def check_labelled(rows, names, labels):
     """Refuses metrics that need classes which are not known."""
     for name, row in zip(names, rows, strict=True):
-        if row.labels and any(labels[set_] is None for set_ in ("samples", "training")):
-            raise ValueError(f"{name} needs the class of every image of the samples and of the training images.")
+        if row.labels and any(labels[set_] is None for set_ in ("samples", row.against)):
+            raise ValueError(f"{name} needs the class of every image of the samples and of the {row.against}.")
 
 
 def measure(args):

@@ -1,9 +1,11 @@
-"""Class accuracy: whether samples show the class they were generated for, as judged by a linear probe on real images.
+"""Class accuracy: whether samples show the class they were generated for, as judged by real images.
 
-Shapes: `N` samples, `M` training images, `D` feature channels.
+Shapes: `N` samples, `M` real images, `D` feature channels.
 """
 
 import torch
+
+from .pairs import nearest_neighbours
 
 
 def class_accuracy(
@@ -26,6 +28,32 @@ def class_accuracy(
         ImportError: if scikit-learn is not installed.
     """
     return correct_predictions(train_probe(training, training_labels), features, labels)
+
+
+def nearest_accuracy(
+    features: torch.Tensor, labels: list[str], reference: torch.Tensor, reference_labels: list[str]
+) -> torch.Tensor:
+    """
+    Whether the nearest real image is of the sample's class; the mean is the accuracy of a 1-nearest-neighbour
+    classifier, which needs one image of a class and no training.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): Of the samples.
+        labels (`list[str]`): The classes they were generated for.
+        reference (`torch.Tensor` of shape `(M, D)`): Of real images.
+        reference_labels (`list[str]`): Their classes.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, float64: 1 where the classes agree, else 0.
+
+    Raises:
+        ValueError: if a sample's class is none of the real images'.
+    """
+    if unknown := sorted(set(labels) - set(reference_labels)):
+        raise ValueError(f"No reference image is of class {unknown[0]!r}, which samples are of.")
+    _, indices = nearest_neighbours(features, reference)
+    agrees = [label == reference_labels[index] for label, index in zip(labels, indices.tolist(), strict=True)]
+    return torch.tensor(agrees, dtype=torch.float64)
 
 
 def train_probe(features: torch.Tensor, labels: list[str]):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..seeds import seeded_generator
-from .accuracy import class_accuracy
+from .accuracy import class_accuracy, nearest_accuracy
 from .extractors import INCEPTION, Features
 from .frechet import frechet_distance
 from .inception_score import inception_score
@@ -96,6 +96,8 @@ METRICS = [
     Metric("coverage", "coverage", precision_recall, per_image=True, settings=BALLS, at_least=4),
     Metric("accuracy", "class accuracy of a linear probe", class_accuracy, against="training", per_image=True,
            labels=True, at_least=1),
+    Metric("nearest_accuracy", "class accuracy of the nearest reference image", nearest_accuracy, per_image=True,
+           labels=True),
 ]
 # fmt: on
 
@@ -295,7 +297,7 @@ def check_same_size(samples: tuple[int, int] | None, name: str, other: tuple[int
 def _arguments(name, metric, images):
     """What a metric takes of a set of images."""
     if metric.labels and images.labels is None:
-        raise ValueError(f"{name} needs the class of every image of the samples and of the training images.")
+        raise ValueError(f"{name} needs the class of every image of the samples and of the {metric.against}.")
     if metric.needs not in images.parts:
         raise ValueError(f"{name} needs `{metric.needs}` of every set; one has only {', '.join(images.parts)}.")
     return [getattr(images, metric.needs), *([images.labels] if metric.labels else [])]

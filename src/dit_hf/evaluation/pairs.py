@@ -56,3 +56,30 @@ def tolerance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         1e-12
         * torch.stack([block.square().sum(dim=1).max() for part in (first, second) for _, block in blocks(part)]).max()
     )
+
+
+def nearest_neighbours(features: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The image of another set that is nearest to each sample.
+
+    Args:
+        features (`torch.Tensor` of shape `(N, D)`): Of the samples.
+        reference (`torch.Tensor` of shape `(M, D)`): Of the other set.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: distances (float64) and indices (int64), shape `(N,)`.
+
+    Raises:
+        ValueError: if a set has fewer than two images, is not finite, or the sets have different numbers of channels.
+    """
+    check_pair(features, reference)
+    squares = torch.full((len(features),), float("inf"), dtype=torch.float64)
+    indices = torch.zeros(len(features), dtype=torch.int64)
+    for rows, block in blocks(features):
+        for columns, other in blocks(reference):
+            found = squared_distances(block, other).min(dim=1)
+            nearer = found.values < squares[rows]
+            squares[rows] = torch.where(nearer, found.values, squares[rows])
+            indices[rows] = torch.where(nearer, found.indices + columns.start, indices[rows])
+    squares[squares <= tolerance(features, reference)] = 0  # equal images
+    return squares.sqrt(), indices

@@ -12,7 +12,7 @@ import torch
 from .extractors import Features
 from .metrics import compute_metrics, find_metrics, too_few_images
 from .order import content_order
-from .pairs import blocks, check_pair, squared_distances, tolerance
+from .pairs import nearest_neighbours
 from .reference import ReferenceStatistics
 
 
@@ -94,33 +94,6 @@ def check_classes(samples: Sequence[str] | None, training: Sequence[str] | None)
     """
     if samples is not None and training is not None and (unknown := sorted(set(samples) - set(training))):
         raise ValueError(f"No training image is of class {unknown[0]!r}, which samples are of.")
-
-
-def nearest_neighbours(features: torch.Tensor, training: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The training image that is nearest to each sample, to see whether a model repeats what it was trained on.
-
-    Args:
-        features (`torch.Tensor` of shape `(N, D)`): Of the samples.
-        training (`torch.Tensor` of shape `(M, D)`): Of the training images.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: distances (float64) and indices (int64), shape `(N,)`.
-
-    Raises:
-        ValueError: if a set has fewer than two images, is not finite, or the sets have different numbers of channels.
-    """
-    check_pair(features, training)
-    squares = torch.full((len(features),), float("inf"), dtype=torch.float64)
-    indices = torch.zeros(len(features), dtype=torch.int64)
-    for rows, block in blocks(features):
-        for columns, other in blocks(training):
-            found = squared_distances(block, other).min(dim=1)
-            nearer = found.values < squares[rows]
-            squares[rows] = torch.where(nearer, found.values, squares[rows])
-            indices[rows] = torch.where(nearer, found.indices + columns.start, indices[rows])
-    squares[squares <= tolerance(features, training)] = 0  # equal images
-    return squares.sqrt(), indices
 
 
 def compare_with_training(samples: Features, reference: Features | None, training: Features) -> dict[str, Any]:
