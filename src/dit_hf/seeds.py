@@ -27,3 +27,18 @@ def seeded_generator(*numbers: int) -> torch.Generator:
     """
     sequence = np.random.SeedSequence(numbers[0], spawn_key=numbers[1:])
     return torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+
+
+def drawn_classes(num_classes: int, count: int, seed: int = 0) -> list[int]:
+    """
+    Classes to show of a model that has more than fit: chosen by the seed alone, not selected.
+
+    Args:
+        num_classes (`int`): Classes of the model.
+        count (`int`): Classes to choose, or all if there are fewer.
+        seed (`int`, defaults to 0): Of the choice.
+
+    Returns:
+        `list[int]`: ids, in no order.
+    """
+    return torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed))[:count].tolist()

@@ -119,7 +119,7 @@ def main():
     generator = ImageGenerator(args.pretrained_model_name_or_path, args.max_minutes)
     from starlette.middleware import Middleware
 
-    from .page import Page, build
+    from .page import CSS, Page, build
     from .requests import Gate
 
     page = Page(generator, folder, args.queue_size)
@@ -130,6 +130,7 @@ def main():
             server_port=None if args.port is None else port,  # none: Gradio's choice, as others start meanwhile
             app_kwargs={"middleware": [gate]},
             footer_links=["api"],
+            css=CSS,
             run_history=False,
             share=False,
             ssr_mode=False,

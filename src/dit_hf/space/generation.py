@@ -22,16 +22,17 @@ from ..mixing import mix_classes
 from ..optimization import SPEED_PRESETS, SpeedPresetName
 from ..pipeline import DiTClassCondPipeline
 from ..schedulers import make_scheduler, trained_options
-from ..seeds import seeded_generator
-from .settings import OWN_SAMPLER, Settings
+from ..seeds import drawn_classes, seeded_generator
+from .settings import MAX_STEPS, OWN_SAMPLER, Settings
 
 
 MAX_SCALE = 20.0
-MAX_LISTED, MAX_FOUND = 1000, 100  # classes that a page holds; more are searched for, and so many found
+MAX_LISTED, MAX_FOUND = 2500, 100  # classes that a page holds; more are searched for, and so many found
 MAX_NAME = 200  # characters
 JOINERS = "\u200c\u200d"  # of Persian words, of emoji
 MAX_MINUTES = 5.0  # per set: the next visitor waits for it
 PREVIEWS, PREVIEWED_IMAGES = 8, 8
+OPENING_CLASSES, OPENING_SECONDS = 12, 30.0  # what the page shows first, unless it would take longer
 FLOW_SAMPLERS = ("flow_euler", "flow_heun", "flow_dpm++", "flow_unipc")
 DIFFUSION_SAMPLERS = ("dpm++", "unipc", "ddim", "ddpm")
 
@@ -82,6 +83,8 @@ class ImageGenerator:
         self.samplers = list(self._schedulers)
         self._lock = threading.Lock()
         self._measure()
+        self.opening = self._opening_settings()
+        self.opening_images = self._opening_images()
 
     def _sampler_overrides(self):
         """Samplers that fit the model, with the options of its own scheduler's diffusion or flow."""
@@ -90,6 +93,24 @@ class ImageGenerator:
         if "ddpm" in overrides and not self.pipe.transformer.config.get("learn_sigma"):
             overrides["ddpm"]["variance_type"] = "fixed_large"
         return overrides
+
+    def _opening_settings(self):
+        """An image of each of a few classes, as the pipeline recommends: what the page shows first."""
+        call = self.pipe.resolve_call()
+        start, end = call["guidance_interval"]
+        return Settings(
+            [self.classes[index] for index in drawn_classes(len(self.classes), OPENING_CLASSES)],
+            steps=min(call["num_inference_steps"], MAX_STEPS),
+            guidance_scale=min(call["guidance_scale"], self.max_scale),
+            guidance_start=start,
+            guidance_end=end,
+        )
+
+    def _opening_images(self):
+        if self.estimate(self.opening) > OPENING_SECONDS:
+            return []
+        *_, last = self.generate(self.opening, threading.Event())
+        return last.images
 
     def find_classes(self, text: str = "", chosen: Iterable[str] = ()) -> list[str]:
         """
