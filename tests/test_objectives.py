@@ -26,7 +26,7 @@ WEIGHTS = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 
 def shown(objective):
     """A batch, its loss, and what the transformer was called with and gave."""
-    transformer, seen = tiny_transformer(learn_sigma=objective.learn_sigma), []
+    transformer, seen = tiny_transformer(learn_sigma=objective.learn_sigma, in_channels=8), []
     transformer.register_forward_hook(lambda module, inputs, output: seen.append((*inputs, output[0])))
     latents = CachedLatents(FIXTURES / "emoji_latents")
     batch = draw_batch(latents, objective, SeededBatches(126, 3), 0, slice(0, 3), 0.0, 0.0)
@@ -126,10 +126,10 @@ def test_a_pretrained_model_keeps_its_statistics():
     vae = AutoencoderKL.from_pretrained(
         ROOT / "src" / "dit_hf" / "bundled" / "emoji64" / "vae", torch_dtype=torch.float32
     )
-    vae.register_to_config(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[0.5] * 4)
+    vae.register_to_config(latents_mean=[1.0, 2.0] * 4, latents_std=[0.5] * 8)
     folder = FIXTURES / "emoji_latents"
     kept = open_latents(folder, vae, 64, keep_statistics=True)
-    assert kept.statistics == vae_statistics(vae) == ([1.0, 2.0, 3.0, 4.0], [0.5] * 4)
+    assert kept.statistics == vae_statistics(vae) == ([1.0, 2.0] * 4, [0.5] * 8)
     index = json.loads((folder / "index.json").read_text())
     assert open_latents(folder, vae, 64).statistics == (index["latents_mean"], index["latents_std"])
     assert vae.config.latents_mean == index["latents_mean"]

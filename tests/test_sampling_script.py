@@ -175,14 +175,14 @@ def test_a_grid_of_named_classes(pipeline, tmp_path):
     command = [sys.executable, GENERATE, *flags, "--pretrained_model_name_or_path"]
     result = run_forked([*command, pipeline, "--output", tmp_path / "a" / "grid.png"], check=True)
     assert result.stdout.startswith("6 images in")
-    assert Image.open(tmp_path / "a" / "grid.png").size == (104 + 2 * 36, 3 * 36)
+    assert Image.open(tmp_path / "a" / "grid.png").size == (8 + 2 * 104, 8 + 3 * 68)
     run_forked([*command[:-1], "--pipeline", pipeline, "--output", tmp_path / "b.png"], check=True)
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a" / "grid.png").read_bytes()
     labels = ["--class_labels", "grey", "0", "--output", tmp_path / "c.png"]
     result = run_forked([*command, pipeline, *labels], check=True)
     assert result.stdout.startswith("4 images in")
-    result = run_forked([*command, "emoji64", "--class_labels", "flags", "--output", tmp_path / "d.webp"], check=True)
-    assert Image.open(tmp_path / "d.webp").size == (104 + 2 * 68, 68)
+    result = run_forked([*command, "emoji64", "--class_labels", "sloth", "--output", tmp_path / "d.webp"], check=True)
+    assert Image.open(tmp_path / "d.webp").size == (8 + 2 * 104, 8 + 100)
     for flags, message in (
         (["--class_labels", "gray"], "Did you mean 'grey'"),
         (["--class_labels", "3"], "0 to 2"),

@@ -77,7 +77,7 @@ def test_micro_batches_and_processes_do_not_change_the_result(workspace, tmp_pat
 
 def test_labels_are_dropped_as_drawn():
     """Never once more by the model in training mode, whose draw would depend on processes and micro-batches."""
-    transformer, seen = tiny_transformer(learn_sigma=False).train(), []
+    transformer, seen = tiny_transformer(learn_sigma=False, in_channels=8).train(), []
     transformer.class_embed.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     latents, objective = CachedLatents(FIXTURES / "emoji_latents"), VelocityObjective()
     batches = SeededBatches(len(latents.labels), 2)

@@ -36,7 +36,8 @@ def fresh_accelerate():
 
 def build(folder, precision="no", objective=VelocityObjective(), **settings):
     torch.manual_seed(0)
-    model = tiny_transformer(sample_size=16, learn_sigma=objective.name == "epsilon", attention_head_dim=16)
+    options = {"learn_sigma": objective.name == "epsilon", "attention_head_dim": 16}
+    model = tiny_transformer(sample_size=16, in_channels=8, **options)
     options = {"max_train_steps": 60, "checkpointing_steps": 20, "lr_warmup_steps": 0, "ema_profiles": True}
     config = TrainingConfig(folder, 4, **options | {"ema_decay": 0.5} | settings)
     accelerator = Accelerator(mixed_precision=precision)

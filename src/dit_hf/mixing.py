@@ -30,8 +30,8 @@ def mix_classes(transformer, label: int, weight: float) -> Iterator[None]:
 
         >>> from dit_hf import DiTClassCondPipeline, mix_classes
         >>> pipe = DiTClassCondPipeline.from_bundled("emoji64")
-        >>> with mix_classes(pipe.transformer, pipe.labels["food"], 0.4):
-        ...     image = pipe("smileys", num_inference_steps=4).images[0]
+        >>> with mix_classes(pipe.transformer, pipe.labels["lion"], 0.5):
+        ...     image = pipe("cat", num_inference_steps=4).images[0]
     """
     num_classes = transformer.config.num_classes
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:

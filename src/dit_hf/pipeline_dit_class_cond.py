@@ -17,7 +17,7 @@ import re
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -283,6 +283,15 @@ class ClassNames:
         whole, synonyms = self._ids[:2]
         found = {name: whole.get(name) or synonyms[name] for name in sorted(whole.keys() | synonyms.keys())}
         return {name: min(ids) for name, ids in found.items() if len(ids) == 1}
+
+
+def nearest_names(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three of the known names: those that hold all words of a name, the shortest first, then similar ones."""
+    spelling = {other.casefold(): other for other in known}
+    words = set(re.findall(r"\w+", name.casefold()))
+    holding = [other for other in spelling if words and words <= set(re.findall(r"\w+", other))]
+    similar = difflib.get_close_matches(name.casefold(), spelling, n=3, cutoff=0.5)
+    return [spelling[other] for other in dict.fromkeys([*sorted(holding, key=len), *similar])][:3]
 
 
 def find_class(id2label: Mapping[int, str], name: str) -> int | None:
@@ -607,7 +616,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             >>> pipe = DiTClassCondPipeline.from_bundled("emoji64")
             >>> with pipe.exclusive():
             ...     pipe.scheduler = make_scheduler("flow_heun")
-            ...     image = pipe("food", num_inference_steps=4).images[0]
+            ...     image = pipe("sloth", num_inference_steps=4).images[0]
         """
         with _held(lambda: [self, *(part for part in self.components.values() if part is not None)]):
             yield
@@ -726,8 +735,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             return known_id
         if not self.id2label:
             raise ValueError(f"There is no class {name!r}: this pipeline has no `id2label`; pass ids.")
-        spelling = {known.casefold(): known for known in names.unambiguous()}
-        nearest = [spelling[known] for known in difflib.get_close_matches(name.casefold(), spelling, n=3, cutoff=0.5)]
+        nearest = nearest_names(name, names.unambiguous())
         hint = f"Did you mean {' or '.join(map(repr, nearest))}?" if nearest else "See `pipe.labels`."
         if not nearest and len(self.id2label) <= 20:
             hint = f"There are {', '.join(map(repr, self.id2label.values()))}."
@@ -1398,7 +1406,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
             >>> from dit_hf import DiTClassCondPipeline
             >>> pipe = DiTClassCondPipeline.from_bundled("emoji64")
-            >>> images = pipe(["food", "flags"], num_inference_steps=4).images
+            >>> images = pipe(["red apple", "sloth"], num_inference_steps=4).images
             >>> images[0].size
             (64, 64)
         """

@@ -45,7 +45,7 @@ def train(output_dir, objective=None, validate=None, seed=0, model=None, **setti
     """A short run of a tiny model on the emoji latents; returns its trainer."""
     settings = {"total_batch_size": 4, "max_train_steps": 4, "checkpointing_steps": 2, "lr_warmup_steps": 0} | settings
     config = TrainingConfig(output_dir, **({"ema_decay": 0.5} | settings))
-    transformer = tiny_transformer(sample_size=16, learn_sigma=False, seed=seed, **(model or {}))
+    transformer = tiny_transformer(sample_size=16, in_channels=8, learn_sigma=False, seed=seed, **(model or {}))
     trainer = Trainer(config, transformer, CachedLatents(FIXTURES / "emoji_latents"), objective or VelocityObjective())
     trainer.train(validate)
     return trainer

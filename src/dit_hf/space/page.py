@@ -371,23 +371,20 @@ def examples(generator):
 def first_controls(generator):
     """The controls that are always visible."""
     opening = generator.opening
-    classes = generator.find_classes(chosen=opening.class_labels)
+    first = opening.class_labels[:1]
+    classes = generator.find_classes(chosen=first)
     found = {}
     if len(generator.classes) > len(classes):  # new choices are not shown by a control of several values
         info = f"Write a part of its name and choose; there are {len(generator.classes):,}."
         found["found"] = gr.Dropdown(with_none(classes), value="", label="Find a class", info=info)
     return found | {
         "class_labels": gr.Dropdown(
-            classes,
-            value=opening.class_labels,
-            multiselect=True,
-            max_choices=MAX_IMAGES,
-            label=LABELS["class_labels"],
+            classes, value=first, multiselect=True, max_choices=MAX_IMAGES, label=LABELS["class_labels"]
         ),
         "speed": gr.Dropdown(
             [("as set below", ""), *FEW_STEPS], value="", label="Speed", info="Sets steps, sampler and guidance."
         ),
-        "images": gr.Slider(1, MAX_IMAGES, value=opening.images, step=1, label=LABELS["images"]),
+        "images": gr.Slider(1, MAX_IMAGES, value=4, step=1, label=LABELS["images"]),
         "seed": gr.Number(0, label=LABELS["seed"], precision=0, minimum=0, maximum=MAX_SEED),
         "random_seed": gr.Checkbox(False, label=LABELS["random_seed"], info="A new seed for every set."),
         "steps": gr.Slider(1, MAX_STEPS, value=opening.steps, step=1, label=LABELS["steps"]),
