@@ -77,7 +77,7 @@ def test_adapters(checkout):
     run_short(the_command("--output_dir outputs/openmoji-lora"), checkout)
     snippet = re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL).group(1)
     subprocess.run([sys.executable, "-c", snippet], cwd=checkout, check=True)
-    assert (checkout / "outputs" / "openmoji-animal.png").exists()
+    assert (checkout / "outputs" / "openmoji-sloth.png").exists()
 
 
 def test_a_stopped_preparation_leaves_nothing(checkout):

@@ -27,6 +27,7 @@ from glyphs import NAMING_SETS, Glyphs, read_entries
 from PIL import Image as PILImage
 from tqdm import tqdm
 
+from dit_hf import DiTClassCondPipeline
 from dit_hf.command_line import ArgumentParser, integer, run
 from dit_hf.data.pixels import open_image
 from dit_hf.files import check_writable, read_json, reading, writing
@@ -178,9 +179,9 @@ def write_split(path, rows, names):
         columns["group"] = ClassLabel(names=list(GROUPS))
     with writing(path) as partial:
         Dataset.from_list(rows, features=Features(columns)).to_parquet(partial)
-    groups = Counter(row["group"] for row in rows if "group" in row)
+    groups = Counter(row.get("group", row["label"]) for row in rows)
     num_classes = len({row["label"] for row in rows})
-    print(f"{path.stem}: {len(rows)} images of {num_classes} classes {dict(sorted(groups.items()))}")
+    print(f"{path.stem}: {len(rows)} images, {num_classes} classes; by group: {dict(sorted(groups.items()))}")
 
 
 def parse_args():
@@ -189,6 +190,9 @@ def parse_args():
     parser.add_argument("--output_dir", type=Path, required=True, help="Where train.parquet and test.parquet go.")
     parser.add_argument("--icon_sets", nargs="+", default=ICON_SETS, help="Packages to take icons from.")
     parser.add_argument("--one_class", help="Give all icons this class, whatever they show.")
+    parser.add_argument(
+        "--classes_of", help="Pipeline to fine-tune, such as emoji64: keep its classes, and no others, with their ids."
+    )
     parser.add_argument("--resolution", type=integer(8, 1024), default=64, help="Pixels per side.")
     args = parser.parse_args()
     check_writable(args.output_dir)
@@ -209,15 +213,19 @@ def main():
     labels = (lambda name: one) if args.one_class else glyph_labels(args.icons_dir, args.icon_sets)
     rows = [row for name in args.icon_sets for row in rows_of_set(args.icons_dir, name, labels, args.resolution)]
     classes = drawn_by_enough(without_copies(rows), len(args.icon_sets))
+    names = list(classes)
+    if args.classes_of:
+        names = list(DiTClassCondPipeline.from_pretrained(args.classes_of).id2label.values())
+        classes = {name: classes[name] for name in names if name in classes}
     if not classes:
         known = "icon" if args.one_class else "glyph that enough of them share"
         raise ValueError(f"There is no {known} in {', '.join(args.icon_sets)}; nothing is written.")
     splits = [(rows, []) if args.one_class else split_class(rows) for rows in classes.values()]
     train, held_out = ([row for split in splits for row in split[index]] for index in (0, 1))
     held_out = without_near_copies(held_out, train)
-    write_split(args.output_dir / "train.parquet", train, list(classes))
+    write_split(args.output_dir / "train.parquet", train, names)
     if held_out:
-        write_split(args.output_dir / "test.parquet", held_out, list(classes))
+        write_split(args.output_dir / "test.parquet", held_out, names)
     else:
         print("No class has four images, so none is held out; `--holdout 0.1` holds out a tenth for a training.")
     print(f"Dataset: {args.output_dir}")

@@ -5,8 +5,8 @@
         --output outputs/reconstructions.npz
     python examples/evaluate/compute_metrics.py --samples outputs/reconstructions.npz --reference outputs/emoji64
 
-Expected: a minute on 2 cores. The Fréchet distance of the reconstructions is the floor of what a model of these latents
-reaches.
+Expected: a minute on 2 cores. The Fréchet distance of the reconstructions is the floor of what a model of these
+latents reaches.
 """
 
 from pathlib import Path
