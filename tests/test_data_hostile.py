@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tiny_transformer, tiny_vae
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
+from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.command_line import run
 from dit_hf.commands.latents import main
 from dit_hf.data.archives import check_archive
@@ -394,7 +395,10 @@ def test_a_new_class_into_an_empty_folder(example, tmp_path):
     (output / "lost+found").mkdir(parents=True)
     (output / f".dit_hf-partial-{platform.node()}-4194303-1-out" / "coins").mkdir(parents=True)
     flags = {"train_data_dir": tmp_path / "data", "class_name": "coins", "output_dir": output}
-    flags |= {"pretrained_model_name_or_path": "emoji64", "prior_images_per_class": 1, "num_inference_steps": 1}
+    parts = (tiny_transformer(num_classes=2, learn_sigma=False), make_scheduler("flow_euler"), tiny_vae())
+    DiTClassCondPipeline(*parts, {0: "sloth", 1: "lion"}).save_pretrained(tmp_path / "model")
+    flags |= {"pretrained_model_name_or_path": tmp_path / "model", "prior_images_per_class": 3}
+    flags |= {"num_inference_steps": 1}
     script = "finetune/prepare_new_class"
     for change, message in (
         ({"num_images": 0}, "'0' is not a whole number at least 1"),
@@ -403,16 +407,16 @@ def test_a_new_class_into_an_empty_folder(example, tmp_path):
         ({"class_name": "a\nb"}, "can't be a folder's name"),
         ({"class_name": " "}, "The class ' ' can't be a folder's name"),
         ({"class_name": "x" * 300}, "can't be a folder's name"),
-        ({"class_name": "food"}, "The model has a class 'food' already"),
+        ({"class_name": "sloth"}, "The model has a class 'sloth' already"),
         ({"output_dir": tmp_path / "data" / "out"}, "is in the folder"),
         ({"output_dir": ROOT / "README.md"}, "README.md is a file, not a folder"),
     ):
         code, (line,) = example(script, **flags | change)
         assert (code, line[:7]) == (2, "error: ") and message in line
     assert example(script, **flags)[0] == 0
-    assert sorted(path.name for path in output.iterdir() if path.name in ("coins", "food")) == ["coins", "food"]
+    assert sorted(path.name for path in output.iterdir() if path.name in ("coins", "sloth")) == ["coins", "sloth"]
     assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
-    assert len(load_image_dataset(train_data_dir=output)) == 11
+    assert len(load_image_dataset(train_data_dir=output)) == 12  # six of them coins
     code, (line,) = example(script, **flags)
     assert code == 2 and "exists and is not empty" in line
 

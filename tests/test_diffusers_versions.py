@@ -20,7 +20,7 @@ from dit_hf import DiTClassCondPipeline, pipeline_dit_class_cond, transformer_dd
 VERSIONS = ("0.38.0", "0.39.0", "0.40.0", "0.41.0")
 TOO_OLD = "0.37.1"
 CARRIED = (transformer_dit, transformer_jit, transformer_ddt, pipeline_dit_class_cond)
-CALL = {"class_labels": "flags", "num_inference_steps": 3, "output_type": "pt"}
+CALL = {"class_labels": "sloth", "num_inference_steps": 3, "output_type": "pt"}
 SAMPLE = """
 import sys, torch
 from diffusers import AutoModel, DiffusionPipeline
