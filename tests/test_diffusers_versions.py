@@ -31,7 +31,7 @@ assert type(remote).__module__.startswith("diffusers_modules."), type(remote)
 from dit_hf import DiTClassCondPipeline
 call = {"num_inference_steps": 3, "output_type": "pt"}
 images = [
-    pipe("flags", generator=torch.Generator().manual_seed(0), **call).images
+    pipe("sloth", generator=torch.Generator().manual_seed(0), **call).images
     for pipe in (remote, DiTClassCondPipeline.from_pretrained(folder))
 ]
 torch.save(images, output)

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_transformer, tiny_vae
 from testing_utils.scripts import run_forked
 
+from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.data.images import load_image_dataset
 from dit_hf.data.reader import ImageReader
 from dit_hf.evaluation.accuracy import correct_predictions, train_probe
@@ -100,6 +102,42 @@ def test_a_set_of_its_own(dataset_folder, tmp_path):
     assert not (tmp_path / "own" / "test.parquet").exists()
 
 
+def test_the_classes_of_a_pipeline(dataset_folder, tmp_path):
+    """They keep their ids, and others are dropped; a name that is no pipeline is refused before any icon is drawn."""
+    names = {0: "fruit 3", 1: "sloth", 2: "flag: Land 2"}
+    parts = (tiny_transformer(num_classes=3), make_scheduler("ddim"), tiny_vae(), names)
+    DiTClassCondPipeline(*parts).save_pretrained(tmp_path / "model")
+    command = [sys.executable, SCRIPT, "--icons_dir", dataset_folder / "icons", "--output_dir", tmp_path / "own"]
+    bad = run_forked([*command, "--classes_of", tmp_path / "none"])
+    assert bad.returncode == 2 and "none" in bad.stderr and "noto:" not in bad.stderr
+    assert run_forked([*command, "--classes_of", "emoji64", "--one_class", "coins"]).returncode == 2
+    run_forked([*command, "--classes_of", tmp_path / "model"], check=True)
+    data = load_image_dataset(str(tmp_path / "own"), "train")
+    assert data.features["label"].names == list(names.values())
+    assert data["label"] == [0] * 6 + [2] * 6
+
+
+def test_names_of_glyphs(monkeypatch, tmp_path):
+    """Flags apart from what has their name, spelling that icon names lose, and the most trusted set first."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "train_autoencoder")
+    from glyphs import NAMING_SETS, Glyphs, name_key, readable
+
+    assert readable("red-apple") == "red apple" and readable("ten-oclock") == "ten o'clock"
+    assert readable("flag-for-cote-divoire") == "flag: Cote d'Ivoire" and readable("flag-in-hole") == "flag in hole"
+    assert readable("flag-for-flag-us-virgin-islands") == "flag: US Virgin Islands"
+    assert name_key("woman-cook") == name_key("womancook") and name_key("turkey") != name_key("flag-for-turkey")
+    names = {"noto": "glowing-star", "fluent-emoji-flat": "star-glowing", "twemoji": "glowing-star"}
+    for icon_set in NAMING_SETS:
+        (tmp_path / icon_set).mkdir()
+        (tmp_path / icon_set / "chars.json").write_text(json.dumps({"1f31f-fe0f": names[icon_set]}))
+        alias = {"shining-star": {"parent": "glowing-star"}, "turned": {"parent": "glowing-star", "rotate": 1}}
+        (tmp_path / icon_set / "icons.json").write_text(json.dumps({"aliases": alias}))
+    glyphs = Glyphs(tmp_path, [])
+    found = [glyphs.find(name) for name in ("glowing-star", "shiningstar", "star-glowing", "turned")]
+    assert found == ["1f31f", "1f31f", "1f31f", None]
+    assert glyphs.class_name("1f31f") == "glowing star, star glowing, shining star"
+
+
 def test_missing_icon_sets_are_named(tmp_path):
     command = [sys.executable, SCRIPT, "--icons_dir", tmp_path, "--output_dir", tmp_path / "data"]
     result = run_forked(command)
@@ -153,6 +191,28 @@ def test_probe_tells_squares_from_circles(extractor, dataset_folder):
         correct_predictions(probe, features["test"].features, ["cars"] * len(swapped))
     with pytest.raises(ValueError, match="accuracy needs training images"):
         compute_metrics(features["test"], features["test"], ["accuracy"])
+
+
+def test_a_blind_test_is_asked_and_evaluated(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "evaluate")
+    import recognition_test
+
+    groups = {f"{kind} {index}, other name": kind for kind in ("animal", "food") for index in range(9)}
+    questions = recognition_test.make_questions(groups, 6, seed=0)
+    assert questions == recognition_test.make_questions(groups, 6, seed=0)
+    assert len({question["class"] for question in questions}) == 6
+    for question in questions:
+        assert question["class"] in question["choices"] and len(set(question["choices"])) == 8
+        assert {groups[choice] for choice in question["choices"]} == {question["group"]}
+    with pytest.raises(ValueError, match="The group 'lone' has 1 classes; a question takes 8"):
+        recognition_test.make_questions({"a": "lone"}, 1, seed=0)
+    (tmp_path / "key.json").write_text(json.dumps(questions))
+    first, second, *_ = (question["class"].split(",")[0] for question in questions)
+    (tmp_path / "answers.txt").write_text(f"1: {first.upper()}\n2.\t{second}\n3 {second}\n\n")
+    recognition_test.evaluate_answers(Namespace(output_dir=tmp_path, answers=tmp_path / "answers.txt"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 of 6 right (33%)" and len(lines) == 5
+    assert lines[1].startswith("3 (") and lines[1].endswith(f"taken for {second}")
 
 
 def test_inception_asks_for_its_weights():

@@ -20,9 +20,9 @@ REPOSITORY = re.compile(r"https://(?:github\.com/dit-hf/dit_hf/blob|raw\.githubu
 REVEALED = {
     "pipe.transformer": "DiTTransformer2DModel",
     "pipe.scheduler": "SchedulerMixin",
-    'pipe("flags")': "ImagePipelineOutput",
-    'pipe("flags", output_type="latent").images': "Tensor",
-    'pipe("flags", return_dict=False)': "tuple",
+    'pipe("sloth")': "ImagePipelineOutput",
+    'pipe("sloth", output_type="latent").images': "Tensor",
+    'pipe("sloth", return_dict=False)': "tuple",
     'DiTTransformer2DModel.from_preset("DiT-S/8")': "DiTTransformer2DModel",
     "model(torch.zeros(1), 3, torch.zeros(1))": "Transformer2DModelOutput",
     "model.forward(torch.zeros(1), 3, torch.zeros(1), return_dict=False)": "tuple",
@@ -102,7 +102,7 @@ def test_make_demo_draws_the_grid(checkout):
     command = recipe.strip().splitlines()[-1].replace(".venv/bin/python", sys.executable)
     result = run_shell(command + " --num_inference_steps 6", checkout)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"90 images in [\d.]+ s: outputs/demo.png", result.stdout)
+    assert re.search(r"60 images in [\d.]+ s: outputs/demo.png", result.stdout)
     assert (checkout / "outputs" / "demo.png").stat().st_size > 50_000
 
 
@@ -111,7 +111,7 @@ def test_the_console_command_runs(checkout):
     for line in lines:
         result = run_shell(line, checkout)
         assert result.returncode == 0 and result.stdout, result.stderr
-    assert (checkout / "outputs" / "two.png").stat().st_size > 10_000
+    assert (checkout / "outputs" / "two.png").stat().st_size > 3_000
 
 
 def test_conversion_commands_run(checkout, hub):

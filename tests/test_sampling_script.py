@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_transformer, tiny_vae
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageFont
 from testing_utils.scripts import run_forked
 from testing_utils.training_runs import kill_after, run
 
@@ -20,6 +20,7 @@ from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.commands import generate, metrics, sample
 from dit_hf.commands.generate import class_labels
 from dit_hf.commands.sample import asked_labels, call_settings
+from dit_hf.evaluation.grid import caption_lines
 from dit_hf.evaluation.samples import SAMPLING_RECIPES, sample_images, sample_labels
 from dit_hf.evaluation.sources import ImageSource
 from dit_hf.seeds import seeded_generator
@@ -193,6 +194,17 @@ def test_a_grid_of_named_classes(pipeline, tmp_path):
         assert bad.returncode == 2
         assert message in bad.stderr
     assert not (tmp_path / "e.png").exists()
+
+
+def test_captions_fit_their_cell():
+    """Two lines at most, whole words where they fit, and an ellipsis where they don't."""
+    font = ImageFont.load_default(size=12)
+    assert caption_lines("sloth", font, 96) == ["sloth"]
+    assert caption_lines("woman in motorized wheelchair facing right", font, 96)[0] == "woman in"
+    for name in ("w" * 40, "", "grinning face with smiling eyes and much more", "a " * 60):
+        lines = caption_lines(name, font, 96)
+        assert len(lines) <= 2 and all(font.getlength(line) <= 96 for line in lines)
+    assert caption_lines("w" * 40, font, 96)[0].endswith("w…")
 
 
 def test_a_label_is_a_name_first():

@@ -253,6 +253,13 @@ def test_a_set_that_would_take_too_long_is_refused(model):
         generator.check(replace(plain, images=12))
 
 
+def test_the_page_opens_with_images_unless_they_take_too_long(model):
+    generator = ImageGenerator(str(model))
+    assert sorted(generator.opening.class_labels) == sorted(generator.classes)
+    assert len(generator.opening_images) == 3
+    assert ImageGenerator(str(model), max_minutes=1e-4).opening_images == []
+
+
 def test_the_space_asks_for_the_gradio_that_is_tested():
     asked = re.search(r"sdk_version: (\S+)", (APP.parent / "README.md").read_text())[1]
     assert asked == version("gradio")

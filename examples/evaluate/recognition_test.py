@@ -23,7 +23,7 @@ from dit_hf.command_line import ArgumentParser, integer, run
 from dit_hf.commands.sample import add_call_flags, add_seed_flag, call_settings
 from dit_hf.data.images import load_image_dataset
 from dit_hf.evaluation.grid import labelled_grid
-from dit_hf.files import check_folder, read_json, writing_folder
+from dit_hf.files import check_folder, is_occupied, read_json, reading, writing_folder
 from dit_hf.seeds import seeded_generator
 
 
@@ -63,7 +63,9 @@ def make_questions(groups: dict[str, str], count: int, seed: int) -> list[dict]:
     questions = []
     for name in chooser.sample(sorted(groups), min(count, len(groups))):
         alike = sorted(other for other, group in groups.items() if group == groups[name] and other != name)
-        choices = [name, *chooser.sample(alike, min(CHOICES - 1, len(alike)))]
+        if len(alike) < CHOICES - 1:
+            raise ValueError(f"The group {groups[name]!r} has {len(alike) + 1} classes; a question takes {CHOICES}.")
+        choices = [name, *chooser.sample(alike, CHOICES - 1)]
         chooser.shuffle(choices)
         questions.append({"class": name, "group": groups[name], "choices": choices})
     return questions
@@ -71,15 +73,16 @@ def make_questions(groups: dict[str, str], count: int, seed: int) -> list[dict]:
 
 def make_test(args):
     """Generates the images, and writes them with their questions and the key."""
-    check_folder(args.output_dir, "--output_dir")
+    if is_occupied(check_folder(args.output_dir, "--output_dir")):
+        raise ValueError(f"{args.output_dir} exists and is not empty; choose another folder.")
+    questions = make_questions(class_groups(args.dataset_name, args.group_column), args.num_images, args.seed)
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    questions = make_questions(class_groups(args.dataset_name, args.group_column), args.num_images, args.seed)
     generators = [seeded_generator(args.seed, index) for index in range(len(questions))]
     labels = pipe.get_label_ids([question["class"] for question in questions])
     images = pipe(labels, generator=generators, **call_settings(pipe, args)).images
     numbers = [str(index + 1) for index in range(len(images))]
-    with writing_folder(args.output_dir, owned=("images-*.png",)) as partial:
+    with writing_folder(args.output_dir) as partial:
         partial.mkdir(exist_ok=True)
         for start in range(0, len(images), IMAGES_PER_PAGE):
             page = slice(start, start + IMAGES_PER_PAGE)
@@ -95,11 +98,17 @@ def make_test(args):
     print(f"Images and questions: {args.output_dir}")
 
 
+def read_answers(text: str) -> dict[str, str]:
+    """Number -> name, from lines of both."""
+    lines = [line.split(maxsplit=1) for line in text.splitlines()]
+    return {line[0].rstrip(":."): line[1].strip() for line in lines if len(line) == 2}
+
+
 def evaluate_answers(args):
     """Prints the share of right answers, and the wrong ones."""
     key = read_json(args.output_dir / "key.json", list)
-    lines = [line.partition(" ") for line in args.answers.read_text(encoding="utf-8").splitlines() if line.strip()]
-    answers = {number.rstrip(":."): name.strip() for number, _, name in lines}
+    with reading(args.answers, "text"):
+        answers = read_answers(args.answers.read_text(encoding="utf-8"))
     wrong = []
     for number, question in enumerate(key, start=1):
         right, given = question["class"].split(",")[0], answers.get(str(number), "no answer")
@@ -110,7 +119,10 @@ def evaluate_answers(args):
 
 def main():
     args = parse_args()
-    evaluate_answers(args) if args.answers else make_test(args)
+    if args.answers:
+        evaluate_answers(args)
+    else:
+        make_test(args)
 
 
 if __name__ == "__main__":

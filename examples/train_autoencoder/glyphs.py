@@ -1,4 +1,4 @@
-"""Which icons of different sets show the same glyph, and the names that people know it by.
+"""Which icons of different sets show the same glyph, and the names of a glyph.
 
 A glyph is a character of Unicode, or a sequence of them. Some sets have a table of characters, which says what their
 icons show; an icon of another set is recognised by its name or an alias of it.
@@ -26,19 +26,20 @@ SPELLING = {
     "Divoire": "d'Ivoire",
     "Sar": "SAR",
     "St": "St.",
+    "Us": "US",
 }
 # The selector of emoji presentation, which some tables of characters write and others don't.
 PRESENTATION = re.compile(r"-fe0f(?=-|$)")
 
 
-def read_entries(file: Path, key: str, kind: type, default: dict | None = None) -> dict:
-    """The entries of a package's JSON file by name: dictionaries, lists of names, or texts."""
-    content = read_json(file)
-    entries = content.get(key, default) if key else content
+def read_entries(file: Path, key: str | None, kind: type, default: dict | None = None) -> dict:
+    """The entries of a package's JSON file, or of a key of it, by name: dictionaries, lists of names, or texts."""
+    entries = read_json(file) if key is None else read_json(file).get(key, default)
     values = list(entries.values()) if isinstance(entries, dict) else [None]
     names = [name for value in values if isinstance(value, list) for name in value]
     if not all(isinstance(value, kind) for value in values) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{file}: {key!r} is missing, or of another kind.")
+        what = "its content" if key is None else f"{key!r}"
+        raise ValueError(f"{file}: {what} is missing, or of another kind.")
     return entries
 
 
@@ -71,7 +72,7 @@ class Glyphs:
         self._of_key: dict[str, str] = {}
         names = defaultdict(list)
         for icon_set in NAMING_SETS:
-            for character, name in read_entries(icons_dir / icon_set / "chars.json", "", str).items():
+            for character, name in read_entries(icons_dir / icon_set / "chars.json", None, str).items():
                 glyph = self._of_key.setdefault(name_key(name), PRESENTATION.sub("", character))
                 names[glyph].append(name)
         self._parents: dict[str, str] = {}
@@ -93,7 +94,7 @@ class Glyphs:
         return next((self._of_key[other] for other in candidates if other in self._of_key), None)
 
     def class_name(self, glyph: str) -> str:
-        """The names of a glyph as one text, the best known first: "red apple, apple"."""
+        """The names of a glyph as one text, that of the most trusted set first: "red apple, apple"."""
         names: dict[str, str] = {}
         for name in self._names[glyph]:
             text = readable(name).replace(",", "")
@@ -104,4 +105,4 @@ class Glyphs:
 def _aliases(folder):
     """Pairs of an icon's other name and its name; a mirrored or rotated alias is another picture."""
     aliases = read_entries(folder / "icons.json", "aliases", dict, {})
-    return [(alias, entry["parent"]) for alias, entry in aliases.items() if entry.keys() == {"parent"}]
+    return [(alias, str(entry["parent"])) for alias, entry in aliases.items() if entry.keys() == {"parent"}]

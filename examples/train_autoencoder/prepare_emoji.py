@@ -8,8 +8,8 @@
 
 Expected: two minutes; 10 thousand images in 1,898 classes. A class is a glyph that three sets draw (two, for a flag),
 in one skin tone: "red apple", "flag: Japan", "woman cook". The column `group` has Unicode's nine groups. The split
-`test` has one image of each glyph with four or more, chosen by hash, unless it nearly equals a training image. Blank
-icons and exact copies are dropped.
+`test` has one image of each glyph that has four or more, chosen by hash, unless it nearly equals a training image.
+Blank icons and exact copies are dropped.
 """
 
 import hashlib
@@ -59,6 +59,8 @@ FLUENT_SKIN_TONE = re.compile(r"-(medium-light|medium-dark|light|medium|dark)(-|
 MAX_ASPECT = 16
 # A class has images of this many sets, or of all if there are fewer; the flag of a country looks alike in all.
 MIN_SETS, MIN_SETS_OF_FLAG = 3, 2
+# A class of fewer images has none to spare for the test split.
+MIN_IMAGES_TO_HOLD_OUT = 4
 # A held-out image is closer than this to no training image: root mean square of pixels in [0, 1].
 NEAR_COPY = 0.05
 
@@ -140,17 +142,17 @@ def drawn_by_enough(rows, num_sets):
     classes = defaultdict(list)
     for row in rows:
         classes[row["label"]].append(row)
-    return {
-        name: classes[name]
-        for name in sorted(classes)
-        if len({row["set"] for row in classes[name]})
-        >= min(num_sets, MIN_SETS_OF_FLAG if classes[name][0].get("group") == "flags" else MIN_SETS)
-    }
+
+    def is_enough(rows):
+        needed = MIN_SETS_OF_FLAG if rows[0].get("group") == "flags" else MIN_SETS
+        return len({row["set"] for row in rows}) >= min(needed, num_sets)
+
+    return {name: classes[name] for name in sorted(classes) if is_enough(classes[name])}
 
 
 def split_class(rows):
     """(training rows, held-out rows) of one class: a hash decides, so that it needs no list and never changes."""
-    if len(rows) <= MIN_SETS:
+    if len(rows) < MIN_IMAGES_TO_HOLD_OUT:
         return rows, []
     chosen = min(rows, key=lambda row: hashlib.sha256(f"{row['set']}/{row['name']}".encode()).digest())
     return [row for row in rows if row is not chosen], [chosen]
@@ -195,11 +197,15 @@ def parse_args():
     )
     parser.add_argument("--resolution", type=integer(8, 1024), default=64, help="Pixels per side.")
     args = parser.parse_args()
+    if args.one_class and args.classes_of:
+        parser.error("pass --one_class or --classes_of, not both")
     check_writable(args.output_dir)
     if there := [name for name in ("train", "test") if (args.output_dir / f"{name}.parquet").exists()]:
         parser.error(f"{args.output_dir} holds {there[0]}.parquet already; choose another --output_dir, or remove it")
     needed = dict.fromkeys((*args.icon_sets, *(() if args.one_class else (*REFERENCE_SETS, *NAMING_SETS))))
     missing = [name for name in needed if not (args.icons_dir / name / "icons.json").exists()]
+    if args.classes_of:
+        args.classes_of = list(DiTClassCondPipeline.from_pretrained(args.classes_of).id2label.values())
     if missing:
         parser.error(
             f"--icons_dir {args.icons_dir} lacks {', '.join(missing)}; the npm command is at the top of this file"
@@ -213,10 +219,8 @@ def main():
     labels = (lambda name: one) if args.one_class else glyph_labels(args.icons_dir, args.icon_sets)
     rows = [row for name in args.icon_sets for row in rows_of_set(args.icons_dir, name, labels, args.resolution)]
     classes = drawn_by_enough(without_copies(rows), len(args.icon_sets))
-    names = list(classes)
-    if args.classes_of:
-        names = list(DiTClassCondPipeline.from_pretrained(args.classes_of).id2label.values())
-        classes = {name: classes[name] for name in names if name in classes}
+    names = args.classes_of or list(classes)
+    classes = {name: classes[name] for name in names if name in classes}
     if not classes:
         known = "icon" if args.one_class else "glyph that enough of them share"
         raise ValueError(f"There is no {known} in {', '.join(args.icon_sets)}; nothing is written.")

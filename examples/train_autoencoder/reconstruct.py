@@ -5,7 +5,7 @@
         --output outputs/reconstructions.npz
     python examples/evaluate/compute_metrics.py --samples outputs/reconstructions.npz --reference outputs/emoji64
 
-Expected: a minute on 2 cores. The Fréchet distance of the reconstructions is the floor of what a model of these
+Expected: a minute on 2 cores. The Fréchet distance of the reconstructions estimates the best that a model of these
 latents reaches.
 """
 

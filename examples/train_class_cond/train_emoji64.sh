@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the bundled model again: latents, transformer, a grid; with a GPU in minutes, and without a network.
+# Trains the transformer of the bundled model: latents, training, a grid. It needs no network.
 #
 #     bash examples/train_class_cond/train_emoji64.sh outputs/emoji64 outputs/autoencoder/vae outputs/emoji64-run
 #
@@ -31,5 +31,6 @@ pipe.to(torch.float16).save_pretrained(f"{output}/emoji64")
 CODE
 "$PYTHON" examples/generate.py --pipeline "$OUTPUT/emoji64" --output "$OUTPUT/grid.png"
 cp "$OUTPUT/run/train_log.jsonl" "$OUTPUT/emoji64/"
+rm -f "$OUTPUT"/emoji64.tar.*
 tar -C "$OUTPUT" -c emoji64 | split -b 15m - "$OUTPUT/emoji64.tar."
 echo "Packed: $(ls "$OUTPUT"/emoji64.tar.*)"

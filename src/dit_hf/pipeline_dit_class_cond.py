@@ -17,7 +17,7 @@ import re
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -285,13 +285,21 @@ class ClassNames:
         return {name: min(ids) for name, ids in found.items() if len(ids) == 1}
 
 
-def nearest_names(name: str, known: Iterable[str]) -> list[str]:
-    """Up to three of the known names: those that hold all words of a name, the shortest first, then similar ones."""
+def words_of(text: str) -> set[str]:
+    """The words of a text, in lower case; "o'clock" is one."""
+    return set(re.findall(r"[\w']+", text.casefold()))
+
+
+def nearest_names(name: str, known: Mapping[str, int]) -> list[str]:
+    """Names of up to three classes: those that hold all words of a name, the shortest first, then similar ones."""
     spelling = {other.casefold(): other for other in known}
-    words = set(re.findall(r"\w+", name.casefold()))
-    holding = [other for other in spelling if words and words <= set(re.findall(r"\w+", other))]
-    similar = difflib.get_close_matches(name.casefold(), spelling, n=3, cutoff=0.5)
-    return [spelling[other] for other in dict.fromkeys([*sorted(holding, key=len), *similar])][:3]
+    words = words_of(name)
+    holding = sorted((other for other in spelling if words and words <= words_of(other)), key=len)
+    similar = difflib.get_close_matches(name.casefold(), spelling, n=6, cutoff=0.5)
+    nearest: dict[int, str] = {}  # one name a class
+    for other in (*holding, *similar):
+        nearest.setdefault(known[spelling[other]], spelling[other])
+    return list(nearest.values())[:3]
 
 
 def find_class(id2label: Mapping[int, str], name: str) -> int | None:

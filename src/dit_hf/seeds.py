@@ -35,10 +35,12 @@ def drawn_classes(num_classes: int, count: int, seed: int = 0) -> list[int]:
 
     Args:
         num_classes (`int`): Classes of the model.
-        count (`int`): Classes to choose, or all if there are fewer.
+        count (`int`): Classes to choose; if there are no more, all are taken in order.
         seed (`int`, defaults to 0): Of the choice.
 
     Returns:
-        `list[int]`: ids, in no order.
+        `list[int]`: ids, in the order in which they were drawn.
     """
+    if num_classes <= count:
+        return list(range(num_classes))
     return torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed))[:count].tolist()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..command_line import ArgumentParser, integer, real, run
+from ..evaluation.accuracy import check_classes
 from ..evaluation.cards import card_results
 from ..evaluation.extractors import PRECOMPUTED, Features, load_extractor
 from ..evaluation.feature_cache import image_features
@@ -31,7 +32,7 @@ from ..evaluation.metrics import (
 from ..evaluation.reference import reference_statistics, save_statistics
 from ..evaluation.samples import check_recipe, sampling_recipe
 from ..evaluation.sources import ImageSource
-from ..evaluation.training_images import check_classes, evaluate
+from ..evaluation.training_images import evaluate
 from ..files import check_apart, check_folder, check_links, check_writable, printable, writing
 from ..hub import CardFacts, publish_folder, write_card
 from ..hub.model_card import PIPELINE_TAG
@@ -71,7 +72,7 @@ def parse_args():
     parser.add_argument(
         "--metrics",
         help=f"Separated by commas, of {titles}; with inception fid, sfid, is, kid. By default those that the "
-        "extractor and the reference allow, without density, coverage and accuracy.",
+        "extractor and the reference allow, without density, coverage and the accuracies.",
     )
     parser.add_argument(
         "--bootstrap",
@@ -171,7 +172,8 @@ def read_images(args, sources, statistics, labelled):
         if len(source.skipped) > 5:
             print(printable(f"Skipped in {name} {source.source}: {len(source.skipped)} images"), file=sys.stderr)
     labels = {name: sources[name].labels() for name in sources if name in labelled}
-    check_classes(labels.get("samples"), labels.get("training"))
+    if labels.get("samples") and labels.get("training"):
+        check_classes(labels["samples"], labels["training"], "training")
     return labels
 
 
@@ -204,6 +206,8 @@ def check_labelled(rows, names, labels):
     for name, row in zip(names, rows, strict=True):
         if row.labels and any(labels[set_] is None for set_ in ("samples", row.against)):
             raise ValueError(f"{name} needs the class of every image of the samples and of the {row.against}.")
+        if row.labels:
+            check_classes(labels["samples"], labels[row.against], row.against)
 
 
 def measure(args):

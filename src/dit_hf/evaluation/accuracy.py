@@ -3,9 +3,27 @@
 Shapes: `N` samples, `M` real images, `D` feature channels.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from .pairs import nearest_neighbours
+
+
+def check_classes(samples: Sequence[str], real: Sequence[str], name: str) -> None:
+    """
+    Checks that there are real images of every class of the samples, before any metric is computed.
+
+    Args:
+        samples (`Sequence[str]`): Classes of the samples.
+        real (`Sequence[str]`): Classes of the real images.
+        name (`str`): What the real images are: `"training"` or `"reference"`.
+
+    Raises:
+        ValueError: naming a class without real images.
+    """
+    if unknown := sorted(set(samples) - set(real)):
+        raise ValueError(f"No {name} image is of class {unknown[0]!r}, which samples are of.")
 
 
 def class_accuracy(
@@ -49,8 +67,7 @@ def nearest_accuracy(
     Raises:
         ValueError: if a sample's class is none of the real images'.
     """
-    if unknown := sorted(set(labels) - set(reference_labels)):
-        raise ValueError(f"No reference image is of class {unknown[0]!r}, which samples are of.")
+    check_classes(labels, reference_labels, "reference")
     _, indices = nearest_neighbours(features, reference)
     agrees = [label == reference_labels[index] for label, index in zip(labels, indices.tolist(), strict=True)]
     return torch.tensor(agrees, dtype=torch.float64)

@@ -9,7 +9,7 @@ CAPTION_WIDTH, CAPTION_LINES, LINE_HEIGHT = 96, 2, 14
 
 
 def cell_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height of the place that an image of a size takes, with its caption and the gap to the next one."""
+    """Width and height of a grid cell: an image of a size, its caption, and the gap to the next cell."""
     return max(width, CAPTION_WIDTH) + GAP, height + CAPTION_LINES * LINE_HEIGHT + GAP
 
 
@@ -25,8 +25,8 @@ def labelled_grid(images: list[Image.Image], names: list[str], columns: int = CO
 
     Args:
         images (`list[PIL.Image.Image]`): Of one size.
-        names (`list[str]`): One an image; of synonyms separated by commas the first is shown.
-        columns (`int`, defaults to 10): Images of a row.
+        names (`list[str]`): One per image; of synonyms separated by commas the first is shown.
+        columns (`int`, defaults to 10): Images per row.
 
     Returns:
         `PIL.Image.Image`: RGB.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .accuracy import check_classes
 from .extractors import Features
 from .metrics import compute_metrics, find_metrics, too_few_images
 from .order import content_order
@@ -72,28 +73,13 @@ def matched_training_images(samples: Features, training: Features, seed: int = 0
     order = content_order(training.features, seed)
     if samples.labels is None or training.labels is None:
         return training.select(order[: len(samples.features)])
-    check_classes(samples.labels, training.labels)
+    check_classes(samples.labels, training.labels, "training")
     wanted, chosen = Counter(samples.labels), []
     for row in order.tolist():
         if wanted[training.labels[row]] > 0:
             wanted[training.labels[row]] -= 1
             chosen.append(row)
     return training.select(torch.tensor(chosen))
-
-
-def check_classes(samples: Sequence[str] | None, training: Sequence[str] | None) -> None:
-    """
-    Checks that there are training images of every class of the samples, before any metric is computed.
-
-    Args:
-        samples (`Sequence[str]`, *optional*): Classes of the samples; None where they are not known.
-        training (`Sequence[str]`, *optional*): Classes of the training images.
-
-    Raises:
-        ValueError: naming a class without training images.
-    """
-    if samples is not None and training is not None and (unknown := sorted(set(samples) - set(training))):
-        raise ValueError(f"No training image is of class {unknown[0]!r}, which samples are of.")
 
 
 def compare_with_training(samples: Features, reference: Features | None, training: Features) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class ImageGenerator:
         )
 
     def _opening_images(self):
-        if self.estimate(self.opening) > OPENING_SECONDS:
+        if self.estimate(self.opening) > min(OPENING_SECONDS, 60 * self.max_minutes):
             return []
         *_, last = self.generate(self.opening, threading.Event())
         return last.images

@@ -80,6 +80,8 @@ class Page:
         self.turns = Turns(queue_size)
         self.clients = Clients(self.leave)
         self.blocks: gr.Blocks | None = None
+        # Kept as bytes: the files of a visitor are removed after a while.
+        self._opening = [path.read_bytes() for path in self._files(generator.opening_images, generator.opening)]
         self._jobs: dict[str, list[Job]] = {}
         self._cleaning: set[asyncio.Future] = set()
 
@@ -142,10 +144,19 @@ class Page:
         return settings
 
     async def open(self):
-        """The images that the page shows first, with their settings."""
-        if not self.generator.opening_images:
+        """The images that the page shows first, what they are, and their settings, for Reuse."""
+        if not self._opening:
             return [gr.skip()] * 3
-        return self._finished(self.generator.opening_images, self.generator.opening)
+        settings = self.generator.opening
+        files = await asyncio.to_thread(self._write_opening)
+        shown = list(zip(files, captions(settings), strict=True))
+        return shown, f"An image of each of {len(files)} classes. Choose a class and press Generate.", settings
+
+    def _write_opening(self):
+        paths = [self.folder / f"{uuid.uuid4().hex}.png" for _ in self._opening]
+        for path, content in zip(paths, self._opening, strict=True):
+            path.write_bytes(content)
+        return [str(path) for path in paths]
 
     async def _outputs(self, settings, job):
         """What the page shows, and at the end the settings, for Reuse."""
@@ -159,8 +170,9 @@ class Page:
         yield gr.skip(), "Starting …", seed, snippet, gr.skip()
         async for progress in self._progress(settings, job):
             if progress.finished:
-                images, count, _ = self._finished(progress.images, settings)
-                yield images, count, seed, snippet, settings
+                count = f"Images: {len(progress.images)}, steps: {settings.steps}, seed: {seed}."
+                files = [str(path) for path in self._files(progress.images, settings)]
+                yield list(zip(files, captions(settings), strict=True)), count, seed, snippet, settings
             else:
                 unit = "Step" if progress.total_calls == settings.steps else "Call"
                 status = f"{unit} {progress.calls} of {progress.total_calls}"
@@ -186,18 +198,12 @@ class Page:
             job.stop.set()
         return job.stop.is_set()
 
-    def _finished(self, images, settings):
-        """A finished set for the gallery, the status, and the settings, for Reuse."""
-        files = self._files(images, settings)
-        count = f"Images: {len(images)}, steps: {settings.steps}, seed: {settings.seed}."
-        return list(zip(files, captions(settings), strict=True)), count, settings
-
     def _files(self, images, settings):
         """Images as PNGs with their settings."""
         paths = [self.folder / f"{uuid.uuid4().hex}.png" for _ in images]
         for index, (image, path) in enumerate(zip(images, paths, strict=True)):
             save_image(image, settings, index, self.generator.model, path)
-        return [str(path) for path in paths]
+        return paths
 
     def describe(self, *values):
         """Python for the controls as they are, or what is wrong with them."""
