@@ -370,7 +370,6 @@ FLAGS = {
     ),
     "no VAE": (SIT | {"latents_stats": VAVAE["latents_stats"]}, "--latents_stats is for an original autoencoder"),
     "no file of a VAE": (SIT | {"vae": "nope.pt", "latents_stats": "nope"}, "--vae nope.pt must be the folder or the"),
-    "a folder's statistics": (SIT | {"vae": "emoji64", "latents_stats": "nope"}, "--latents_stats is for an original"),
     "other file": (
         SIT | {"vae": SIT["checkpoint_path"], "latents_stats": VAVAE["latents_stats"]},
         "sit_p2.pt is no original AutoencoderKL",
@@ -387,6 +386,13 @@ def test_flags_that_do_not_fit_are_one_line(kind, tmp_path, monkeypatch, capsys)
     flags, message = FLAGS[kind]
     line = refused(convert, monkeypatch, capsys, tmp_path, **flags, output_dir=tmp_path / "out")
     assert re.search(message, line), line
+
+
+def test_a_folder_has_its_own_statistics(tmp_path, monkeypatch, capsys):
+    random_vae((8,)).save_pretrained(tmp_path / "vae")
+    flags = SIT | {"vae": tmp_path / "vae", "latents_stats": "nope"}
+    line = refused(convert, monkeypatch, capsys, tmp_path, **flags, output_dir=tmp_path / "out")
+    assert "--latents_stats is for an original" in line
 
 
 @pytest.fixture(scope="module")

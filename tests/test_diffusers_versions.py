@@ -174,4 +174,5 @@ def sample_with_the_carried_file(module, image):
         pipe.transformer = transformer
     else:
         pipe = carried.DiTClassCondPipeline.from_pipe(pipe)
-    assert torch.equal(pipe(generator=torch.Generator().manual_seed(0), **CALL).images, image)
+    images = pipe(generator=torch.Generator().manual_seed(0), **CALL).images
+    torch.testing.assert_close(images, image, rtol=0, atol=1e-5)  # weights aligned otherwise in memory round otherwise

@@ -87,7 +87,7 @@ def test_validation_sees_the_averaged_weights_and_is_logged(tmp_path):
         return {"score": float(step)}
 
     config = TrainingConfig(tmp_path, 4, max_train_steps=3, validation_steps=2, ema_decay=0.5, lr_warmup_steps=0)
-    model = tiny_transformer(sample_size=16, learn_sigma=False)
+    model = tiny_transformer(sample_size=16, in_channels=8, learn_sigma=False)
     trainer = Trainer(config, model, CachedLatents(FIXTURES / "emoji_latents"), VelocityObjective())
     trainer_weights = trainer.trainable()
     trainer.train(validate)
@@ -250,7 +250,7 @@ def test_labels_are_dropped_by_the_trainer_alone(tmp_path):
     for probability, model in ((0.0, {"class_dropout_prob": 0.9}), (0.0, {"class_dropout_prob": 0.0}), (1.0, {})):
         AcceleratorState._reset_state(reset_partial_state=True)
         config = TrainingConfig(tmp_path / str(len(model)), 4, max_train_steps=1, class_dropout_prob=probability)
-        transformer, seen = tiny_transformer(sample_size=16, learn_sigma=False, **model), []
+        transformer, seen = tiny_transformer(sample_size=16, in_channels=8, learn_sigma=False, **model), []
         transformer.class_embed.register_forward_hook(lambda module, args, output: seen.append(args[0]))  # noqa: B023
         trainer = Trainer(config, transformer, CachedLatents(FIXTURES / "emoji_latents"), VelocityObjective())
         batch = trainer.draw(0)
@@ -263,7 +263,7 @@ def test_alignment_is_logged(tmp_path):
     latents = CachedLatents(FIXTURES / "emoji_latents")
     read = latents.read
     latents.read = lambda indices, flipped: read(indices, flipped) | {"features": torch.ones(len(indices), 4, 2, 2)}
-    transformer = tiny_transformer(sample_size=16, learn_sigma=False)
+    transformer = tiny_transformer(sample_size=16, in_channels=8, learn_sigma=False)
     config = TrainingConfig(tmp_path, 4, max_train_steps=1, proj_coeff=0.5)
     Trainer(config, transformer, latents, VelocityObjective(), alignment=AlignmentHead(transformer, 1, 4)).train()
     (line,) = read_log(tmp_path)
@@ -324,14 +324,18 @@ def test_a_run_that_trained_nothing_is_no_success(tmp_path):
         name: values * NAN if name == "mean" else values for name, values in read(*parts).items()
     }
     config = TrainingConfig(tmp_path / "nan", 4, max_train_steps=3, lr_warmup_steps=0)
-    trainer = Trainer(config, tiny_transformer(sample_size=16, learn_sigma=False), latents, VelocityObjective())
+    trainer = Trainer(
+        config, tiny_transformer(sample_size=16, in_channels=8, learn_sigma=False), latents, VelocityObjective()
+    )
     with pytest.raises(TrainingStopped, match="Every one of the 3 steps was skipped"):
         trainer.train()
     assert (tmp_path / "nan" / "checkpoint-3").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
     config = TrainingConfig(tmp_path / "inf", 4, max_train_steps=3, lr_warmup_steps=0, checkpointing_steps=1)
     latents = CachedLatents(FIXTURES / "emoji_latents")
-    trainer = Trainer(config, tiny_transformer(sample_size=16, learn_sigma=False), latents, VelocityObjective())
+    trainer = Trainer(
+        config, tiny_transformer(sample_size=16, in_channels=8, learn_sigma=False), latents, VelocityObjective()
+    )
     trainer.ema.shadow_params[0].fill_(float("inf"))
     with pytest.raises(TrainingStopped, match="not finite after step 1; there is no checkpoint before"):
         trainer.train()

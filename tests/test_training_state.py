@@ -196,7 +196,7 @@ def test_a_state_replaces_no_method(run, tmp_path):
 def test_a_rewind_opens_no_code(tmp_path):
     steps = {"max_train_steps": 6, "checkpointing_steps": 2, "dataloader_num_workers": 0}  # drawn when they are due
     config = TrainingConfig(tmp_path / "run", 4, **steps, on_spike="rewind")
-    model = tiny_transformer(sample_size=16, learn_sigma=False)
+    model = tiny_transformer(sample_size=16, in_channels=8, learn_sigma=False)
     trainer = Trainer(config, model, CachedLatents(FIXTURES / "emoji_latents"), VelocityObjective())
     draw = trainer.draw
 

@@ -329,7 +329,7 @@ def build(page: Page) -> gr.Blocks:
         filled = [controls[name] for name in ("steps", "sampler", "guidance_start", "guidance_end")]
         controls["speed"].input(page.speed, controls["speed"], filled, **hidden)
         reuse.click(page.reuse, finished, [*inputs, controls["speed"], status], **hidden)
-        blocks.load(page.open, None, [gallery, status, finished], show_progress="hidden", **hidden)
+        gr.on(blocks.load, page.open, None, [gallery, status, finished], show_progress="hidden", **hidden)
         # When the page is opened, and whenever a control changes.
         gr.on(None, page.describe, inputs, snippet, show_progress="hidden", trigger_mode="always_last", **hidden)
     page.blocks = blocks
