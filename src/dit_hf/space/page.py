@@ -44,6 +44,7 @@ settings."""
 CSS = ".results-first { flex-wrap: wrap-reverse; }"
 POLLING = 0.1  # seconds
 NOT_TEXT = ("Enter", "Escape", "Tab", "Shift", "ArrowDown", "ArrowUp", "ArrowLeft", "ArrowRight", "Home", "End")
+DELETING = ("Backspace", "Delete")
 
 
 def refusal(error: ValueError) -> gr.Error:
@@ -83,6 +84,7 @@ class Page:
         # Kept as bytes: the files of a visitor are removed after a while.
         self._opening = [path.read_bytes() for path in self._files(generator.opening_images, generator.opening)]
         self._jobs: dict[str, list[Job]] = {}
+        self._searched: dict[str, str] = {}
         self._cleaning: set[asyncio.Future] = set()
 
     async def generate(
@@ -234,6 +236,7 @@ class Page:
         Args:
             session (`str`): The visitor's.
         """
+        self._searched.pop(session, None)
         for job in self._jobs.pop(session, []):
             job.stop.set()
         self._cleaning.add(task := asyncio.ensure_future(self._forget(session)))
@@ -265,10 +268,16 @@ class Page:
         row = rows[index] if type(index) is int and 0 <= index < len(rows) else [gr.skip()] * len(names)
         return [self._shown(name, value) for name, value in zip(names, row, strict=True)]
 
-    async def search(self, chosen, event: gr.EventData):  # not in threads, which would answer in any order
+    async def search(self, chosen, event: gr.EventData, request: gr.Request):
         """What fits the text that is written in a control, where the classes are too many to be listed."""
         text, key = (getattr(event, name, "") for name in ("input_value", "key"))
-        if key in NOT_TEXT or not isinstance(text, str):  # new choices would move what Enter has just chosen
+        # New choices would move what Enter has just chosen; those of Ctrl+A could come after those of the next key.
+        if key in NOT_TEXT or not isinstance(text, str) or (text == "" and key not in DELETING):
+            return gr.skip()
+        session = request.session_hash or ""
+        self._searched[session] = text
+        await asyncio.sleep(POLLING)  # answers may overtake each other, so only the last key of several is answered
+        if self._searched.get(session) != text:
             return gr.skip()
         return gr.update(choices=with_none(self.generator.find_classes(text, [chosen])))
 
