@@ -397,6 +397,13 @@ def test_label_ids(name, ids):
     assert tiny_pipeline().get_label_ids(name) == ids
 
 
+def test_names_that_change_are_found():
+    pipe = tiny_pipeline()
+    assert pipe.get_label_ids("goldfish") == [1] and pipe._class_names() is pipe._class_names()
+    pipe.id2label[1] = "koi"
+    assert pipe.get_label_ids("koi") == [1] and "goldfish" not in pipe.labels
+
+
 def test_labels_and_suggestions():
     pipe = tiny_pipeline()
     assert list(pipe.labels) == sorted(pipe.labels)

@@ -565,6 +565,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._trained_alphas = getattr(scheduler, "alphas_cumprod", None)
         self._trained_timesteps = scheduler.config.get("num_train_timesteps")
         self.id2label = check_id2label(id2label)
+        self._indexed_names: tuple[dict[int, str], ClassNames] | None = None
         if recommended_call is not None and not isinstance(recommended_call, Mapping):
             raise ValueError(f"`recommended_call` is {shown(recommended_call)}; it must be a dictionary.")
         if unknown := sorted(map(str, (recommended_call or {}).keys() - CALL_DEFAULTS.keys())):
@@ -712,7 +713,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     @property
     def labels(self) -> dict[str, int]:
         """Class name -> id, in alphabetical order, synonyms too; a name of several classes is not in it."""
-        return ClassNames(self.id2label).unambiguous()
+        return self._class_names().unambiguous()
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """
@@ -728,11 +729,18 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             ValueError: if a name is unknown, the message suggests the nearest; or if it is the name of several
             classes.
         """
-        names = ClassNames(self.id2label)
+        names = self._class_names()
         label = [label] if isinstance(label, str) else label
         if not isinstance(label, (list, tuple)) or not all(isinstance(name, str) for name in label):
             raise ValueError(f"`label` is {shown(label)}; it must be a class name or a list of them.")
         return [self._get_label_id(names, name) for name in label]
+
+    def _class_names(self):
+        """The index of the names, which is built again only if `id2label` has changed."""
+        indexed = self._indexed_names
+        if indexed is None or indexed[0] != self.id2label:
+            indexed = self._indexed_names = dict(self.id2label), ClassNames(self.id2label)
+        return indexed[1]
 
     def _get_label_id(self, names, name):
         try:
