@@ -18,9 +18,9 @@ from dit_hf import DiTTransformer2DModel
 from dit_hf.command_line import run
 from dit_hf.data.latents import SHARD_SIZE, CachedLatents
 from dit_hf.data.shards import FACTS, record_verified, shard_path, write_index
-from dit_hf.training.batches import SeededBatches
+from dit_hf.training.batches import SeededBatches, draw_batch
 from dit_hf.training.config import TrainingConfig
-from dit_hf.training.objectives import VelocityObjective, draw_batch
+from dit_hf.training.objectives import VelocityObjective
 from dit_hf.training.trainer import Trainer
 
 

@@ -10,7 +10,7 @@ from diffusers.schedulers import scheduling_flow_match_lcm
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, optimize, restore
 from dit_hf.checkpoints import meanflow
 from dit_hf.checkpoints.parsing import parse_checkpoint
-from dit_hf.training.model import pretrained_transformer
+from dit_hf.training.model import pretrained_transformer, record_guidance
 
 
 # Fixture -> its heads, whether it has a null class, the name of the second time, the recipe of its sampler.
@@ -236,4 +236,7 @@ def test_the_config_of_a_soflow_run_counts(text, message, tmp_path):
 def test_training_without_guidance_takes_it_out_of_the_weights(tmp_path, caplog):
     DiTClassCondPipeline(load("soflow_p2"), make_scheduler("flow_lcm")).save_pretrained(tmp_path / "soflow")
     model = pretrained_transformer(tmp_path / "soflow", ["one", "two"], 0.1, in_channels=4)
+    record_guidance(model, guidance_in_weights=True)
+    assert model.config.guidance_in_weights and not caplog.text
+    record_guidance(model, guidance_in_weights=False)
     assert not model.config.guidance_in_weights and "sample the result with a guidance_scale above 1" in caplog.text

@@ -13,11 +13,11 @@ from dit_hf import make_scheduler
 from dit_hf.data.autoencoders import vae_statistics
 from dit_hf.data.latents import CachedLatents
 from dit_hf.seeds import seeded_generator
-from dit_hf.training.batches import SeededBatches
+from dit_hf.training.batches import SeededBatches, draw_batch
 from dit_hf.training.data import open_latents
 from dit_hf.training.ema import WeightAverage
 from dit_hf.training.losses import diffusion_loss, min_snr_weight, velocity_loss
-from dit_hf.training.objectives import EpsilonObjective, LogitNormal, MinSNR, Uniform, VelocityObjective, draw_batch
+from dit_hf.training.objectives import EpsilonObjective, LogitNormal, MinSNR, Uniform, VelocityObjective
 from dit_hf.training.validation import averaged_weights
 
 

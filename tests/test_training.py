@@ -22,9 +22,9 @@ from dit_hf.data.images import load_image_dataset
 from dit_hf.data.latents import CachedLatents, normalise_latents
 from dit_hf.data.pixels import normalize_pixels
 from dit_hf.seeds import seeded_generator
-from dit_hf.training.batches import SeededBatches
+from dit_hf.training.batches import SeededBatches, draw_batch
 from dit_hf.training.checkpointing import list_checkpoints, save_checkpoint
-from dit_hf.training.objectives import VelocityObjective, draw_batch
+from dit_hf.training.objectives import VelocityObjective
 from dit_hf.training.records import truncate_log
 
 

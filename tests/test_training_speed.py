@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_hf.data.latents import CachedLatents
 from dit_hf.data.shards import RowReader
-from dit_hf.training.batches import SeededBatches
+from dit_hf.training.batches import SeededBatches, draw_batch
 from dit_hf.training.config import TrainingConfig
 from dit_hf.training.guard import TrainingStopped
-from dit_hf.training.objectives import EpsilonObjective, VelocityObjective, draw_batch
+from dit_hf.training.objectives import EpsilonObjective, VelocityObjective
 from dit_hf.training.prefetch import Prefetcher
 from dit_hf.training.trainer import Trainer
 

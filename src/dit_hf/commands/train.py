@@ -34,6 +34,7 @@ from ..training.model import (
     preset_resolution,
     pretrained_transformer,
     recommended_call,
+    record_guidance,
     sampling_scheduler,
     trained_class,
     training_scheduler,
@@ -109,6 +110,7 @@ class Training:
         self.scheduler = sampling_scheduler(trained, pretrained, args.time_shift)
         flags = {flag: getattr(args, flag) for flag in row.flags}
         self.objective = row.build(trained, self.transformer.config, **flags)
+        record_guidance(self.transformer, self.objective.guidance_in_weights)
 
     def resolution(self):
         """Pixels per side: what the latents or the pretrained weights are of, or else what is asked for."""
@@ -125,14 +127,13 @@ class Training:
         """A model for the dataset's classes and the VAE's latents, new or from given weights."""
         args = self.args
         size = {"sample_size": latent_size(self.vae, args.resolution), "in_channels": latent_channels(self.vae)}
+        kind = OBJECTIVES[args.objective].kind
         if args.pretrained_model_name_or_path is not None:
-            adapters = (args.lora_rank, args.lora_alpha, args.freeze)
-            return pretrained_transformer(
-                args.pretrained_model_name_or_path, self.names, args.class_dropout_prob, *adapters, **size
-            )
+            options = (args.class_dropout_prob, args.lora_rank, args.lora_alpha, args.freeze, kind.few_steps)
+            return pretrained_transformer(args.pretrained_model_name_or_path, self.names, *options, **size)
         classes = {"num_classes": len(self.names), "class_dropout_prob": args.class_dropout_prob}
         if self.model_class is DiTTransformer2DModel:  # the others predict no variance
-            classes["learn_sigma"] = OBJECTIVES[args.objective].kind.learn_sigma
+            classes |= {"learn_sigma": kind.learn_sigma, **kind.transformer_config}
         return new_transformer(args.preset, args.transformer_config, **size, **classes)
 
     def read(self):
@@ -187,12 +188,18 @@ class Training:
     @property
     def sampling(self):
         """The settings of the calls that sample during training."""
-        scale = self.args.guidance_scale if self.args.class_dropout_prob else 1.0
-        return {"guidance_scale": scale, "num_inference_steps": self.args.validation_inference_steps}
+        steps = self.args.validation_inference_steps or (1 if self.objective.few_steps else 25)
+        return {"guidance_scale": self.args.guidance_scale if self.is_guided else 1.0, "num_inference_steps": steps}
+
+    @property
+    def is_guided(self):
+        """Whether samples are made with guidance."""
+        return self.args.class_dropout_prob > 0 and not self.objective.guidance_in_weights
 
     def pipeline(self, transformer):
         """The pipeline that is sampled during training and saved at its end."""
-        call = recommended_call(self.args.pretrained_model_name_or_path, self.args.class_dropout_prob > 0)
+        pretrained = self.args.pretrained_model_name_or_path
+        call = recommended_call(pretrained, self.is_guided, self.objective.few_steps)
         vae = None if isinstance(self.vae, Pixels) else self.vae
         pipe = DiTClassCondPipeline(transformer, self.scheduler, vae, dict(enumerate(self.names)), call)
         pipe.set_progress_bar_config(disable=True)

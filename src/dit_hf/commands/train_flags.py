@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..bundled import resolve_pipeline
 from ..command_line import ArgumentParser, real
-from ..training.config import COUNT, GUIDANCE, POSITIVE, RANGES, SCHEDULES, SNR_GAMMA
+from ..training.config import COUNT, FRACTION, GUIDANCE, POSITIVE, RANGES, SCHEDULES, SNR_GAMMA
 from ..training.guard import POLICIES
 from ..training.model import PRESET_CLASSES
 from ..training.objectives import OBJECTIVES, TIME_SAMPLERS
@@ -108,6 +108,21 @@ def add_training_arguments(parser):
         "--snr_gamma", type=SNR_GAMMA, help="Bound of min-SNR weights for epsilon, at most 1e6; none if not given."
     )
     train.add_argument("--cosine_loss", action="store_true", help="Add LightningDiT's direction loss to velocity.")
+    train.add_argument(
+        "--flow_matching_ratio", type=FRACTION, default=0.75, help="Fraction of samples whose two times are equal."
+    )
+    train.add_argument(
+        "--target_guidance_scale", type=GUIDANCE, default=1.0, help="Guidance that is trained into the weights."
+    )
+    train.add_argument(
+        "--target_guidance_mix",
+        type=FRACTION,
+        default=1.0,
+        help="Weight of the sample's guided velocity in the target; the rest is the network's own.",
+    )
+    train.add_argument(
+        "--target_guidance_end", type=FRACTION, default=1.0, help="Noise level up to which targets are guided."
+    )
     train.add_argument(
         "--proj_coeff",
         type=RANGES["proj_coeff"],
@@ -218,7 +233,9 @@ def add_output_arguments(parser):
     )
     output.add_argument("--validation_classes", type=COUNT, default=10, help="Rows of a sample grid.")
     output.add_argument("--validation_images_per_class", type=COUNT, default=8, help="Columns of a sample grid.")
-    output.add_argument("--validation_inference_steps", type=COUNT, default=25, help="Sampler steps of a grid.")
+    output.add_argument(
+        "--validation_inference_steps", type=COUNT, help="Sampler steps of a grid; 25, for flow maps 1 by default."
+    )
     output.add_argument("--validation_split", help="Split whose images the samples' Fréchet distance is taken to.")
     output.add_argument("--validation_images", type=COUNT, default=1000, help="How many of them at most.")
     output.add_argument("--guidance_scale", type=GUIDANCE, default=3.0, help="Guidance of a grid, at most 1000.")

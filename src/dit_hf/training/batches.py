@@ -4,7 +4,9 @@ from threading import Lock
 
 import torch
 
+from ..data.latents import normalise_latents
 from ..seeds import seeded_generator
+from .objectives import Objective
 
 
 class SeededBatches:
@@ -97,3 +99,52 @@ def check_batch(total_batch_size: int, num_processes: int, gradient_accumulation
             f"--total_batch_size {total_batch_size} can't be split evenly over {num_processes} processes with "
             f"--gradient_accumulation_steps {gradient_accumulation_steps}."
         )
+
+
+def draw_batch(
+    latents,
+    objective: Objective,
+    batches: SeededBatches,
+    step: int,
+    process_slice: slice,
+    flip_probability: float,
+    class_dropout_prob: float,
+    progress: float = 0.0,
+) -> dict[str, torch.Tensor]:
+    """
+    One process's slice of one step's batch. It does not depend on the number of processes: a sample's mirroring, time
+    and dropped label are drawn for the whole batch and then sliced, its noise has a generator of its own.
+
+    Args:
+        latents (`CachedLatents` or `EncodedImages`): Where posteriors come from.
+        objective (`Objective`): Draws the times.
+        batches (`SeededBatches`): The samples of each step, of all processes, and the generators of their draws.
+        step (`int`): Counted from 0.
+        process_slice (`slice`): The process's B samples.
+        flip_probability (`float`): Fraction of mirrored images.
+        class_dropout_prob (`float`): Fraction of samples whose label is dropped.
+        progress (`float`, defaults to 0.0): Finished steps over all steps of the run, for schedules of an objective.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `x_start` and `noise` of shape `(B, C, h, w)`; `time`, `label`, `drop` (bool)
+        and `progress` with first dimension B; `features` if the latents have them.
+    """
+    indices, generator = batches.indices(step), batches.generator(step)
+    count = len(indices)
+    flipped = torch.rand(count, generator=generator) < flip_probability
+    dropped = torch.rand(count, generator=generator) < class_dropout_prob
+    time = objective.draw_time(count, generator)
+    read = latents.read(indices[process_slice], flipped[process_slice])
+    mean = normalise_latents(read.pop("mean"), *latents.statistics)
+    std = normalise_latents(read.pop("std"), [0.0], latents.statistics[1])
+    noise, draws = torch.empty_like(mean), torch.empty_like(mean)
+    for row, place in enumerate(range(*process_slice.indices(count))):
+        source = batches.sample_generator(step, place)
+        torch.randn(noise[row].shape, generator=source, out=noise[row])
+        if std[row].any():  # a deterministic autoencoder has nothing to draw
+            torch.randn(draws[row].shape, generator=source, out=draws[row])
+        else:
+            draws[row] = 0
+    batch = {"x_start": mean + std * draws, "noise": noise}
+    batch |= {"time": time[process_slice], "drop": dropped[process_slice]}
+    return read | batch | {"progress": torch.full((len(mean),), progress)}

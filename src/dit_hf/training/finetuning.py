@@ -102,6 +102,27 @@ def remap_classes(model: DiTTransformer2DModel, mapped: list[int | None], class_
     model.register_to_config(num_classes=len(mapped), class_dropout_prob=class_dropout_prob)
 
 
+@torch.no_grad()
+def add_interval(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """
+    A velocity model as a flow map: with a second time, whose embedding starts at zero. Until it is trained, the output
+    is the velocity, whatever the interval.
+
+    Args:
+        model (`DiTTransformer2DModel`): Without `interval_embedding`.
+
+    Returns:
+        `DiTTransformer2DModel`: a new model with the same weights.
+    """
+    flow_map = type(model).from_config(model.config, interval_embedding=True)
+    last = flow_map.interval_embed.linear_2
+    for parameter in (last.weight, last.bias):
+        parameter.zero_()
+    embedder = {f"interval_embed.{name}": value for name, value in flow_map.interval_embed.state_dict().items()}
+    flow_map.load_state_dict(model.state_dict() | embedder)
+    return flow_map.train(model.training)
+
+
 def frozen_names(names: Iterable[str], prefixes: Iterable[str]) -> set[str]:
     """Names of parameters that begin with one of some prefixes, up to a dot."""
     return {name for name in names for prefix in prefixes if f"{name}.".startswith(f"{prefix}.")}

@@ -91,6 +91,36 @@ def min_snr_weight(timestep: torch.Tensor, scheduler, gamma: float = 5.0) -> tor
     return ratio.clamp(max=gamma) / ratio
 
 
+def adaptive_loss(squared_error: torch.Tensor, eps: float, power: float) -> torch.Tensor:
+    """
+    A squared error over its own size, which evens out the gradients of samples (Consistency Models Made Easy,
+    https://arxiv.org/abs/2406.14548; MeanFlow eq. 22): e / (e + eps)^power, the denominator without gradient.
+
+    Args:
+        squared_error (`torch.Tensor` of shape `(B,)`): e.
+        eps (`float`): Keeps small errors from being overrated.
+        power (`float`): 0 is the squared error itself, 0.5 nearly its root, 1 makes every loss nearly 1.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`
+    """
+    return squared_error * (squared_error.detach() + eps).pow(-power)
+
+
+def with_value(loss: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """
+    A loss whose value says nothing, with the value that a log should show; the gradient stays.
+
+    Args:
+        loss (`torch.Tensor`): Has the gradient.
+        value (`torch.Tensor` of the same shape): Is shown.
+
+    Returns:
+        `torch.Tensor`
+    """
+    return value.detach() + (loss - loss.detach())
+
+
 def _prediction(model_output, channels):
     """The half of the output that is no variance."""
     if model_output.shape[1] not in (channels, 2 * channels):

@@ -17,7 +17,7 @@ from ..models import MODELS, DiTTransformer2DModel, JiTTransformer2DModel, Packa
 from ..pipeline_dit_class_cond import check_train_timesteps
 from ..presets import preset_config
 from ..schedulers import make_scheduler, trained_options, trained_prediction
-from .finetuning import class_names, freeze, load_for_classes, load_trainable, match_names
+from .finetuning import add_interval, class_names, freeze, load_for_classes, load_trainable, match_names
 from .objectives import Objective
 
 
@@ -97,23 +97,27 @@ def scheduler_config(pretrained_model_name_or_path: str | Path) -> dict[str, Any
     return dict(DDPMScheduler.load_config(pretrained_model_name_or_path, subfolder="scheduler"))
 
 
-def recommended_call(pretrained_model_name_or_path: str | Path | None, guided: bool) -> dict[str, Any] | None:
+def recommended_call(
+    pretrained_model_name_or_path: str | Path | None, guided: bool, few_steps: bool = False
+) -> dict[str, Any] | None:
     """
     The settings of a call that a pipeline recommends, for the pipeline that is trained from it.
 
     Args:
         pretrained_model_name_or_path (`str` or `Path`, *optional*): Folder or Hub id of a pipeline.
-        guided (`bool`): Whether there is guidance; if not, its settings are omitted.
+        guided (`bool`): Whether sampling is guided; if not, the settings of guidance are omitted.
+        few_steps (`bool`, defaults to `False`): Whether the trained model samples in one or two steps.
 
     Returns:
-        `dict`, or `None` if it recommends nothing.
+        `dict`, or `None` if nothing is recommended.
     """
+    own_steps = {"num_inference_steps": 1} if few_steps else {}
     if pretrained_model_name_or_path is None:
-        return None
+        return own_steps or None
     index = DiffusionPipeline.load_config(pretrained_model_name_or_path)
     call = index.get("recommended_call") or {}
-    if takes_few_steps(scheduler_config(pretrained_model_name_or_path)):
-        call = {name: value for name, value in call.items() if name != "num_inference_steps"}
+    if takes_few_steps(scheduler_config(pretrained_model_name_or_path)) != few_steps:
+        call = {name: value for name, value in call.items() if name != "num_inference_steps"} | own_steps
     guided = guided and (index.get("guide") or [None])[0] is None  # the scale of a guide is no other's
     return {name: value for name, value in call.items() if guided or not name.startswith("guidance")} or None
 
@@ -181,8 +185,8 @@ def sampling_scheduler(
     if pretrained_model_name_or_path is not None:
         own = scheduler_config(pretrained_model_name_or_path)
         found = find_class({"scheduler": ["diffusers", own.get("_class_name")]}, "scheduler")
-        if found is None or takes_few_steps(own):
-            reason = "no scheduler of diffusers" if found is None else "for models of few steps"
+        if found is None or takes_few_steps(own) != takes_few_steps({"_class_name": scheduler_class.__name__}):
+            reason = "no scheduler of diffusers" if found is None else "for models of another number of steps"
             logger.warning(f"{own['_class_name']} is {reason}; samples are made with {scheduler_class.__name__}.")
         else:
             check_numbers(own, f"The scheduler of {pretrained_model_name_or_path}")
@@ -195,7 +199,7 @@ def sampling_scheduler(
 
 
 def takes_few_steps(scheduler: Mapping[str, Any]) -> bool:
-    """Whether a scheduler, by its configuration, samples flow maps, which no objective trains yet."""
+    """Whether a scheduler, by its configuration, samples flow maps."""
     return scheduler.get("_class_name") in FEW_STEP_SCHEDULERS
 
 
@@ -324,6 +328,7 @@ def pretrained_transformer(
     lora_rank: int | None = None,
     lora_alpha: int | None = None,
     frozen: list[str] | None = None,
+    interval_embedding: bool = False,
     **config,
 ) -> PackagedModel:
     """
@@ -336,6 +341,7 @@ def pretrained_transformer(
         lora_rank (`int`, *optional*): Rank of the adapters; without it all weights are trained.
         lora_alpha (`int`, *optional*): The adapters count alpha / rank; the rank if not given.
         frozen (`list[str]`, *optional*): Beginnings of the names of parameters to keep.
+        interval_embedding (`bool`, defaults to `False`): Whether it needs a second time; see [`add_interval`].
         config: What the transformer's config must have for the data: `sample_size`, `in_channels`.
 
     Raises:
@@ -356,18 +362,36 @@ def pretrained_transformer(
                 f"{pretrained_model_name_or_path} has {name}={model.config[name]}, where the data and the VAE need "
                 f"{value}."
             )
-    if model.config.get("guidance_in_weights"):
-        logger.warning(
-            "The guidance that was trained into the weights gets lost in training without it; sample the result with "
-            "a guidance_scale above 1."
-        )
-        model.register_to_config(guidance_in_weights=False)
+    if interval_embedding and not model.config.interval_embedding:
+        if lora_rank is not None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no second time, which adapters can't add; omit --lora_rank."
+            )
+        model = add_interval(model)
     if lora_rank is not None:
         from .lora import add_lora  # needs peft
 
         add_lora(model, lora_rank, lora_alpha or lora_rank)
     freeze(model, frozen or [])
     return model
+
+
+def record_guidance(model: PackagedModel, guidance_in_weights: bool) -> None:
+    """
+    Writes into a model's config whether its training puts guidance into the weights; warns if that gets lost.
+
+    Args:
+        model (`DiTTransformer2DModel`): What will be trained; others than it have no such guidance.
+        guidance_in_weights (`bool`): Of the objective.
+    """
+    if model.config.get("guidance_in_weights", False) == guidance_in_weights:
+        return
+    if not guidance_in_weights:
+        logger.warning(
+            "The guidance that was trained into the weights gets lost in training without it; sample the result with "
+            "a guidance_scale above 1."
+        )
+    model.register_to_config(guidance_in_weights=guidance_in_weights)
 
 
 def classes_of_adapters(pretrained_model_name_or_path: str | Path, names: list[str]) -> tuple[list[str], torch.Tensor]:

@@ -36,7 +36,9 @@ def training_plan(
     size = transformer.config.sample_size
     latents = torch.randn(2, count, transformer.config.in_channels, size, size)
     batch = {"x_start": latents[0], "noise": latents[1], "time": objective.draw_time(count, torch.Generator())}
-    batch["label"] = torch.zeros(count, dtype=torch.int64)
+    batch |= {"label": torch.zeros(count, dtype=torch.int64), "progress": torch.zeros(count)}
+    if transformer.config.class_dropout_prob > 0:
+        batch["drop"] = torch.zeros(count, dtype=torch.bool)
     batch = {name: values.to(accelerator.device) for name, values in batch.items()}
     seconds = []
     for _ in range(4):

@@ -42,6 +42,26 @@ RECIPES = {
         "lr_warmup_steps": 6250,
         "adam_beta2": 0.95,
     },
+    # MeanFlow (https://arxiv.org/abs/2505.13447): 240 epochs, guidance of its B/2 (ω 1, κ 0.5).
+    "meanflow": DIT
+    | {
+        "objective": "meanflow",
+        "max_train_steps": 1_200_000,
+        "adam_beta2": 0.95,
+        "target_guidance_scale": 2.0,
+        "target_guidance_mix": 0.5,
+    },
+    # SoFlow (https://arxiv.org/abs/2512.15657): 240 epochs, no mirror images.
+    "soflow": DIT
+    | {
+        "objective": "soflow",
+        "max_train_steps": 1_200_000,
+        "adam_beta2": 0.99,
+        "flip_probability": 0.0,
+        "target_guidance_scale": 3.0,
+        "target_guidance_mix": 0.25,
+        "target_guidance_end": 0.8,
+    },
     # Ours (docs/log.md, the faster recipe): on emoji64 it reaches in 500 steps the distance that the paper's recipe
     # has after 5,000. The learning rate matters most, and is for models of a few million parameters.
     "fast": {

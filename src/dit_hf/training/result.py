@@ -15,6 +15,7 @@ from ..files import first_line, writing_folder
 from ..hub import CardFacts, write_card
 from ..hub.connection import check_answers, hub_answers, unreachable
 from ..hub.model_card import PIPELINE_TAG
+from .objectives import OBJECTIVES
 from .records import read_log
 from .settings import LOG_FILE
 from .validation import DISTANCE, plot_losses
@@ -23,6 +24,7 @@ from .validation import DISTANCE, plot_losses
 # What a model card shows of the settings, in this order.
 ON_CARD = (
     *("dataset_name", "train_data_dir", "holdout", "resolution", "recipe", "objective", "time_sampling", "snr_gamma"),
+    *("flow_matching_ratio", "target_guidance_scale", "target_guidance_mix", "target_guidance_end"),
     *("cosine_loss", "proj_coeff", "alignment_encoder", "alignment_depth", "max_train_steps", "total_batch_size"),
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta2", "weight_decay", "ema_decay", "ema_warmup"),
     *("class_dropout_prob", "flip_probability", "balance_classes", "mixed_precision", "seed"),
@@ -47,7 +49,9 @@ def training_facts(
     Returns:
         `CardFacts`
     """
-    recipe = {name: settings[name] for name in ON_CARD if settings.get(name) is not None}
+    own = OBJECTIVES.get(settings.get("objective", ""))
+    of_others = {flag for row in OBJECTIVES.values() for flag in row.flags if own and flag not in own.flags}
+    recipe = {name: settings[name] for name in ON_CARD if settings.get(name) is not None and name not in of_others}
     if not settings.get("holdout"):
         recipe.pop("holdout", None)
     if not settings.get("proj_coeff"):

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from ..models import DiTTransformer2DModel
 from .alignment import AlignmentHead
-from .batches import SeededBatches, check_batch
+from .batches import SeededBatches, check_batch, draw_batch
 from .checkpointing import list_checkpoints, resume_from, save_checkpoint
 from .config import TrainingConfig
 from .ema import PowerAverages, WeightAverage
 from .guard import LossGuard, TrainingStopped, check_losses
-from .objectives import Objective, draw_batch
+from .objectives import Objective
 from .optimizer import build_optimizer
 from .prefetch import Prefetcher
 from .records import append_record, begin, read_losses, record_settings, truncate_log
@@ -162,8 +162,8 @@ class Trainer:
     def draw(self, step: int) -> dict[str, torch.Tensor]:
         """This process's samples of a step, counted from 0: a function of the seed and the step."""
         draw = step + self.guard.draw_offset
-        probabilities = (self.config.flip_probability, self.config.class_dropout_prob)
-        batch = draw_batch(self.latents, self.objective, self.batches, draw, self.process_slice, *probabilities)
+        settings = (self.config.flip_probability, self.config.class_dropout_prob, step / self.config.max_train_steps)
+        batch = draw_batch(self.latents, self.objective, self.batches, draw, self.process_slice, *settings)
         if not self.has_null_class:
             del batch["drop"]
         if self.class_ids is not None:

@@ -1,0 +1,89 @@
+"""The objectives that can be chosen by a flag."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .base import Objective
+from .diffusion import EpsilonObjective, MinSNR
+from .flow import ClampedVelocityObjective, VelocityObjective
+from .flow_maps import FlowMapObjective, MeanFlowObjective, SoFlowObjective
+from .times import build_time_sampler
+
+
+def _build_velocity(scheduler, config, cosine_loss, **times):
+    return VelocityObjective(build_time_sampler(VelocityObjective.time_sampler, **times), cosine_loss)
+
+
+def _build_clamped_velocity(scheduler, config, cosine_loss, **times):
+    sampler = build_time_sampler(ClampedVelocityObjective.time_sampler, **times)
+    return ClampedVelocityObjective(sampler, cosine_loss, config["t_eps"], config["noise_scale"])
+
+
+def _build_epsilon(scheduler, config, snr_gamma):
+    return EpsilonObjective(scheduler, None if snr_gamma is None else MinSNR(snr_gamma))
+
+
+def _flow_map(kind: type[FlowMapObjective]):
+    """How an objective of flow maps is built."""
+
+    def build(scheduler, config, flow_matching_ratio, target_guidance_scale, **guidance):
+        if target_guidance_scale != 1 and config["class_dropout_prob"] == 0:
+            raise ValueError(
+                f"--target_guidance_scale {target_guidance_scale} needs the null class; pass a --class_dropout_prob "
+                "above 0, or --target_guidance_scale 1."
+            )
+        mix, end = guidance["target_guidance_mix"], guidance["target_guidance_end"]
+        return kind(flow_matching_ratio, target_guidance_scale, mix, end)
+
+    return build
+
+
+@dataclass(frozen=True)
+class ObjectiveRow:
+    """
+    A row of [`OBJECTIVES`]: the class, the models that can be trained on it, the flags it takes, and how it is built
+    from a scheduler, the model's config and these flags.
+    """
+
+    kind: type[Objective]
+    models: tuple[str, ...]
+    flags: tuple[str, ...]
+    build: Callable[..., Objective]
+
+
+FLOW_FLAGS = ("time_sampling", "time_mean", "time_std", "time_shift", "cosine_loss")
+FLOW_MAP_FLAGS = ("flow_matching_ratio", "target_guidance_scale", "target_guidance_mix", "target_guidance_end")
+# A model's objective, if none is asked for, is the first that it can be trained on.
+OBJECTIVES = {
+    "velocity": ObjectiveRow(
+        VelocityObjective, ("DiTTransformer2DModel", "DDTTransformer2DModel"), FLOW_FLAGS, _build_velocity
+    ),
+    "clamped_velocity": ObjectiveRow(
+        ClampedVelocityObjective, ("JiTTransformer2DModel",), FLOW_FLAGS, _build_clamped_velocity
+    ),
+    "epsilon": ObjectiveRow(EpsilonObjective, ("DiTTransformer2DModel",), ("snr_gamma",), _build_epsilon),
+    **{
+        kind.name: ObjectiveRow(kind, ("DiTTransformer2DModel",), FLOW_MAP_FLAGS, _flow_map(kind))
+        for kind in (MeanFlowObjective, SoFlowObjective)
+    },
+}
+
+
+def choose_objective(name: str | None, model: str) -> str:
+    """
+    The objective that a model is trained on.
+
+    Args:
+        name (`str`, *optional*): What was asked for, a name of [`OBJECTIVES`].
+        model (`str`): The name of the model's class.
+
+    Returns:
+        `str`: a name of [`OBJECTIVES`].
+
+    Raises:
+        ValueError: if the model can't be trained on it.
+    """
+    fitting = [objective for objective, row in OBJECTIVES.items() if model in row.models]
+    if name is not None and name not in fitting:
+        raise ValueError(f"A {model} is not trained with --objective {name}; pass --objective {' or '.join(fitting)}.")
+    return name or fitting[0]

@@ -1,0 +1,262 @@
+"""Training of flow maps: MeanFlow's and SoFlow's objectives against the originals, and their runs as commands."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FIXTURES, load_golden, tiny_transformer
+from safetensors import safe_open
+from safetensors.torch import load_file
+from testing_utils.training_runs import kill_after, losses, refused, run, train, train_command
+
+from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf.checkpoints.meanflow import MEANFLOW
+from dit_hf.checkpoints.saving import original_state_dict
+from dit_hf.checkpoints.soflow import SOFLOW
+from dit_hf.seeds import seeded_generator
+from dit_hf.training.finetuning import add_interval
+from dit_hf.training.losses import adaptive_loss
+from dit_hf.training.objectives import MeanFlowObjective, SoFlowObjective, VelocityObjective
+
+
+KINDS = {"meanflow": MeanFlowObjective, "soflow": SoFlowObjective}
+WEIGHTS = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+
+
+def metadata(name):
+    with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
+        return {key: json.loads(value) for key, value in file.metadata().items() if key != "source"}
+
+
+def recorded(name, case):
+    """The tensors of one case, and the options of the original."""
+    golden = load_golden(f"{name}_losses")
+    parts = {key.removeprefix(f"{case}."): value for key, value in golden.items() if key.startswith(f"{case}.")}
+    return parts, metadata(f"{name}_losses")["losses"][case.partition(".")[0]]
+
+
+def original_gradients(model, family):
+    """Gradients under the original's names, in its layout."""
+    gradients = tiny_transformer(**{key: value for key, value in model.config.items() if not key.startswith("_")})
+    gradients.load_state_dict({name: weight.grad for name, weight in model.named_parameters()})
+    return original_state_dict(gradients, family)
+
+
+def backward(model, objective, golden, until):
+    """The losses of a recorded batch by sample, with gradients of their mean in the model."""
+    dropped = golden.get("drop", golden.get("cfg_mask")).bool()
+    batch = {
+        "x_start": golden["x"],
+        "noise": golden["noise"],
+        "time": torch.stack([golden["t"], until], dim=1),
+        "label": golden["y"],
+        "drop": dropped,
+        "progress": torch.full_like(golden["t"], golden["progress"]),
+    }
+    loss = objective.loss(model.train(), batch)
+    loss.mean().backward()
+    noisy = objective.add_noise(batch["x_start"], batch["noise"], golden["t"])
+    return loss.detach(), objective.target_velocity(model, noisy, golden["t"], batch)
+
+
+@pytest.mark.parametrize("case", ["b2", "l2", "plain"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_meanflows_loss_and_gradients_equal_the_original(case, checkpointing):
+    golden, options = recorded("meanflow", case)
+    mix = 1 - options["cfg_kappa"]
+    guidance = (options["cfg_omega"] / mix, mix, options["cfg_max_t"])
+    objective = MeanFlowObjective(0.75, *guidance, power=options["adaptive_p"])
+    model = DiTTransformer2DModel.from_single_file(FIXTURES / "meanflow_p2.pt", 4)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    loss, velocity = backward(model, objective, golden | {"progress": 0.0}, golden["r"])
+    torch.testing.assert_close(velocity, golden["v_g"], rtol=1e-5, atol=1e-5)
+    values = golden["x"][0].numel()
+    torch.testing.assert_close(loss, golden["squared_error"] / values, rtol=1e-5, atol=0)
+    weighted = adaptive_loss(golden["squared_error"], 0.01, options["adaptive_p"])
+    torch.testing.assert_close(weighted, golden["loss_official"])
+    gradients = original_gradients(model, MEANFLOW)
+    for name in (key.removeprefix("official_grad.") for key in golden if key.startswith("official_grad.")):
+        torch.testing.assert_close(gradients[name], golden[f"official_grad.{name}"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["imagenet.vel", "imagenet.con", "nomix.vel", "nomix.con"])
+def test_soflows_loss_and_gradients_equal_the_original(case):
+    golden, options = recorded("soflow", case)
+    guidance = (options["cfg_scale"], options["mix_ratio"], options["cfg_decay_time"])
+    objective = SoFlowObjective(0.75, *guidance)
+    model = DiTTransformer2DModel.from_single_file(FIXTURES / "soflow_p2.pt", 4, has_null_class=True)
+    # Two of the originals' schedules are another curve than ours; what matters is the distance that was recorded.
+    step = ((golden["t"] - golden["l"]) / (golden["t"] - golden["s"])).min().item() if "l" in golden else 0.1
+    objective = replace(objective, first_step=step, last_step=step)
+    loss, velocity = backward(model, objective, golden | {"progress": 0.5}, golden.get("s", golden["t"]))
+    torch.testing.assert_close(velocity, golden["target"], rtol=1e-5, atol=1e-5)
+    expected = golden["squared_error" if case.endswith("vel") else "squared_quotient"]
+    torch.testing.assert_close(loss, expected, rtol=2e-5, atol=0)
+    gradients = original_gradients(model, SOFLOW)
+    norms = torch.stack([gradients[name].norm() for name in metadata("soflow_losses")["grad_norms"]])
+    torch.testing.assert_close(norms, golden["grad_norms"], rtol=1e-4, atol=1e-6)
+    for name in (key.removeprefix("grad.") for key in golden if key.startswith("grad.")):
+        torch.testing.assert_close(gradients[name], golden[f"grad.{name}"], rtol=1e-4, atol=1e-5)
+
+
+def test_soflows_schedules_equal_the_original():
+    objective = SoFlowObjective(guidance_end=0.8, guidance_scale=2.0)
+    steps = [objective.step(torch.tensor(step / 1000)).item() for step in (0, 250, 500, 999, 1000)]
+    assert steps == pytest.approx(metadata("soflow_losses")["l_ratios"]["Exponent"], rel=1e-5)
+    golden = load_golden("soflow_losses")
+    of_sample, of_label, of_null = objective.guidance(golden["decay_t"])
+    torch.testing.assert_close(-of_null, golden["decay_0.8"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(of_sample + of_label + of_null, torch.ones_like(of_null))
+
+
+def test_the_derivative_is_that_of_finite_differences():
+    """In double precision but for the sinusoids of time, with checkpointing and compiled blocks."""
+    model = tiny_transformer(interval_embedding=True, timestep_scale=0.001, learn_sigma=False).double().train()
+    model.enable_gradient_checkpointing()
+    model.compile_repeated_blocks()
+    generator = seeded_generator(0)
+    noisy, velocity = torch.randn(2, 3, 4, 8, 8, generator=generator, dtype=torch.float64)
+    time, until = torch.tensor([[0.9, 0.5, 0.7], [0.1, 0.4, 0.7]], dtype=torch.float64)
+    labels, keep = torch.tensor([1, 2, 10]), torch.zeros(3, dtype=torch.bool)
+    objective = MeanFlowObjective()
+    derivative = objective.total_derivative(model, noisy, time, until, velocity, labels, keep)
+    step = 0.02
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        near, far = (
+            objective.predict(model, noisy + by * velocity, time + by, until, labels, keep)
+            - objective.predict(model, noisy - by * velocity, time - by, until, labels, keep)
+            for by in (step, 2 * step)
+        )
+    torch.testing.assert_close(derivative, (8 * near - far) / (12 * step), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_times_are_in_order_and_a_fixed_part_is_equal(kind):
+    times = kind(0.75).draw_time(4000, seeded_generator(0))
+    equal = times[:, 0] == times[:, 1]
+    assert (times[:, 0] >= times[:, 1]).all() and times.min() > 0 and times.max() < 1
+    assert equal.view(-1, 4).sum(dim=1).unique().tolist() == [3]  # of every four, so of every process's slice
+    for ratio, count in ((0.0, 0), (0.3, 300), (1.0, 1000)):
+        assert kind(ratio).is_velocity(1000).sum() == count
+
+
+def test_times_have_the_originals_distributions():
+    quartiles, normal = torch.tensor([0.25, 0.5, 0.75]), torch.tensor([-0.6745, 0.0, 0.6745])
+    drawn = SoFlowObjective().draw_time(40_000, seeded_generator(0))
+    equal = drawn[:, 0] == drawn[:, 1]
+    for times, mean, std in ((drawn[equal, 0], -0.2, 1.0), (drawn[~equal, 0], 0.2, 0.8)):
+        torch.testing.assert_close(times.quantile(quartiles), (mean + std * normal).sigmoid(), rtol=0, atol=0.01)
+    drawn = MeanFlowObjective(0.0).draw_time(20_000, seeded_generator(0)).flatten()
+    torch.testing.assert_close(drawn.quantile(quartiles), (-0.4 + normal).sigmoid(), rtol=0, atol=0.01)
+
+
+def test_a_velocity_model_becomes_a_flow_map_of_the_same_output():
+    model = tiny_transformer(learn_sigma=False)
+    flow_map = add_interval(model)
+    noisy, labels = torch.randn(4, 4, 8, 8, generator=seeded_generator(0)), torch.tensor([0, 1, 2, 10])
+    times, ends = torch.tensor([[1000.0, 700.0, 20.0, 0.0], [0.0, 300.0, 20.0, 0.0]])
+    with torch.no_grad():
+        expected = model(noisy, times, labels).sample
+        assert torch.equal(flow_map(noisy, times, labels, r_timestep=ends).sample, expected)
+    assert flow_map.config.interval_embedding and not model.config.interval_embedding
+    for objective in (MeanFlowObjective(), SoFlowObjective()):
+        drop = torch.zeros(4, dtype=torch.bool)
+        batch = {
+            "x_start": noisy,
+            "noise": -noisy,
+            "time": torch.rand(4, 2, generator=seeded_generator(1)).sort(dim=1)[0].flip(1),
+        }
+        batch |= {"label": labels, "drop": drop, "progress": torch.zeros(4)}
+        objective.loss(flow_map.train(), batch).sum().backward()
+        assert flow_map.interval_embed.linear_2.weight.grad.abs().max() > 0  # it learns from the first step
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_compilation_and_checkpointing_do_not_change_the_loss(name, tmp_path):
+    """The blocks are compiled for forward and backward, the derivative is taken without."""
+    model = {"interval_embedding": True, "timestep_scale": 0.001}
+    variants = {"plain": {}, "compiled": {"compile_blocks": True}, "checkpointed": {"gradient_checkpointing": True}}
+    runs = {}
+    for variant, settings in variants.items():
+        train(tmp_path / variant, KINDS[name](0.5, 2.0, 0.5), model=model, max_train_steps=3, **settings)
+        runs[variant] = losses(tmp_path / variant)
+    torch.testing.assert_close(runs["compiled"], runs["plain"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(runs["checkpointed"], runs["plain"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_resumes_to_the_bit_and_samples_in_one_step(name, workspace, tmp_path):
+    flags = {
+        "recipe": name,
+        "learning_rate": 1e-2,
+        "ema_decay": 0.5,
+        "mixed_precision": "bf16",
+        "validation_inference_steps": None,
+    }
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    run(train_command(workspace, straight, **flags))
+    kill_after(train_command(workspace, killed, **flags), killed / "checkpoint-4")
+    run(train_command(workspace, killed, **flags))
+    assert torch.equal(losses(straight), losses(killed))
+    weights, again = load_file(straight / WEIGHTS), load_file(killed / WEIGHTS)
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    pipe = DiTClassCondPipeline.from_pretrained(straight / "pipeline")
+    assert pipe.transformer.config.guidance_in_weights and pipe.transformer.config.timestep_scale == 0.001
+    assert type(pipe.scheduler) is type(make_scheduler(KINDS[name].sampler))
+    assert pipe.config.recommended_call == {"num_inference_steps": 1}
+    assert pipe("light").images[0].size == (32, 32)
+    card = (straight / "pipeline" / "README.md").read_text()
+    assert f"objective | {name}" in card and "target_guidance_scale" in card and "time_sampling" not in card
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_processes_and_micro_batches_do_not_change_the_result(name, workspace, tmp_path):
+    flags = {"recipe": name, "total_batch_size": 16, "max_train_steps": 3, "learning_rate": 1e-2, "ema_decay": 0.5}
+    run(train_command(workspace, tmp_path / "one", **flags))
+    flags |= {"gradient_accumulation_steps": 2}
+    command = train_command(workspace, tmp_path / "two", **flags)
+    launch = [command[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = run([*launch, *command[1:]], env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    assert "2 processes" in result.stdout
+    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_velocity_pipeline_becomes_one_of_few_steps(workspace, tmp_path):
+    run(train_command(workspace, tmp_path / "flow"))
+    flags = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "flow" / "pipeline", "vae": None}
+    flags |= {"recipe": "soflow", "ema_decay": 0.5, "validation_inference_steps": None}
+    result = run(train_command(workspace, tmp_path / "map", **flags))
+    assert "FlowMatchEulerDiscreteScheduler is for models of another number of steps" in result.stderr
+    pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "map" / "pipeline")
+    assert pipe.transformer.config.interval_embedding and pipe.transformer.config.timestep_scale == 1
+    assert pipe.config.recommended_call == {"num_inference_steps": 1} and pipe("dark").images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"objective": "soflow", "time_sampling": "uniform"}, "--time_sampling has no effect on soflow"),
+        ({"target_guidance_scale": 2}, "--target_guidance_scale has no effect on velocity"),
+        (
+            {"objective": "meanflow", "target_guidance_scale": 2, "class_dropout_prob": 0},
+            "--target_guidance_scale 2.0 needs the null class",
+        ),
+        ({"objective": "meanflow", "target_guidance_mix": 0}, "guidance_mix"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(flags, message, workspace, tmp_path, monkeypatch, capsys):
+    assert message in refused(train_command(workspace, tmp_path / "run", **flags), monkeypatch, capsys)
+
+
+def test_settings_are_those_of_the_objective():
+    settings = SoFlowObjective(guidance_scale=2.0).settings()
+    assert settings["objective"] == "soflow" and settings["guidance_scale"] == 2.0
+    assert settings["until_time_sampler"] == "logit_normal(-1.0, 0.8)"
+    json.dumps(settings)
+    assert not VelocityObjective().guidance_in_weights and SoFlowObjective(guidance_scale=2.0).guidance_in_weights
+    for kind in KINDS.values():
+        with pytest.raises(ValueError, match="guidance_end"):
+            kind(guidance_end=1.5)
