@@ -397,6 +397,7 @@ def test_a_new_class_into_an_empty_folder(example, tmp_path):
     flags = {"train_data_dir": tmp_path / "data", "class_name": "coins", "output_dir": output}
     parts = (tiny_transformer(num_classes=2, learn_sigma=False), make_scheduler("flow_euler"), tiny_vae())
     DiTClassCondPipeline(*parts, {0: "sloth", 1: "lion"}).save_pretrained(tmp_path / "model")
+    DiTClassCondPipeline(*parts).save_pretrained(tmp_path / "nameless")
     flags |= {"pretrained_model_name_or_path": tmp_path / "model", "prior_images_per_class": 3}
     flags |= {"num_inference_steps": 1}
     script = "finetune/prepare_new_class"
@@ -407,6 +408,7 @@ def test_a_new_class_into_an_empty_folder(example, tmp_path):
         ({"class_name": "a\nb"}, "can't be a folder's name"),
         ({"class_name": " "}, "The class ' ' can't be a folder's name"),
         ({"class_name": "x" * 300}, "can't be a folder's name"),
+        ({"pretrained_model_name_or_path": tmp_path / "nameless"}, "nameless names no classes"),
         ({"class_name": "sloth"}, "The model has a class 'sloth' already"),
         ({"output_dir": tmp_path / "data" / "out"}, "is in the folder"),
         ({"output_dir": ROOT / "README.md"}, "README.md is a file, not a folder"),

@@ -1,12 +1,18 @@
 """Features and probe on real emoji images, and the rasteriser that makes them."""
 
 import json
+import re
+import shutil
 import sys
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_transformer, tiny_vae
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
 from testing_utils.scripts import run_forked
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
@@ -103,18 +109,24 @@ def test_a_set_of_its_own(dataset_folder, tmp_path):
 
 
 def test_the_classes_of_a_pipeline(dataset_folder, tmp_path):
-    """They keep their ids, and others are dropped; a name that is no pipeline is refused before any icon is drawn."""
-    names = {0: "fruit 3", 1: "sloth", 2: "flag: Land 2"}
+    """They keep their order, and others are dropped; what is no pipeline is refused before any icon is drawn."""
+    names = {0: "First Fruit", 1: "sloth", 2: "flag: Land 2"}  # a synonym, in another case
     parts = (tiny_transformer(num_classes=3), make_scheduler("ddim"), tiny_vae(), names)
     DiTClassCondPipeline(*parts).save_pretrained(tmp_path / "model")
     command = [sys.executable, SCRIPT, "--icons_dir", dataset_folder / "icons", "--output_dir", tmp_path / "own"]
     bad = run_forked([*command, "--classes_of", tmp_path / "none"])
     assert bad.returncode == 2 and "none" in bad.stderr and "noto:" not in bad.stderr
     assert run_forked([*command, "--classes_of", "emoji64", "--one_class", "coins"]).returncode == 2
-    run_forked([*command, "--classes_of", tmp_path / "model"], check=True)
+    result = run_forked([*command, "--classes_of", tmp_path / "model"], check=True)
+    assert "2 of the 3 classes of" in result.stdout
     data = load_image_dataset(str(tmp_path / "own"), "train")
     assert data.features["label"].names == list(names.values())
     assert data["label"] == [0] * 6 + [2] * 6
+    for others, message in (({0: "a", 1: "b", 2: "c"}, "No glyph of"), (None, "names no classes; omit it")):
+        shutil.rmtree(tmp_path / "own", ignore_errors=True)
+        DiTClassCondPipeline(*parts[:3], others).save_pretrained(tmp_path / "other")
+        refused = run_forked([*command, "--classes_of", tmp_path / "other"])
+        assert refused.returncode == 2 and message in refused.stderr
 
 
 def test_names_of_glyphs(monkeypatch, tmp_path):
@@ -213,6 +225,51 @@ def test_a_blind_test_is_asked_and_evaluated(monkeypatch, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "2 of 6 right (33%)" and len(lines) == 5
     assert lines[1].startswith("3 (") and lines[1].endswith(f"taken for {second}")
+    for answer, message in (("sloth", "has the line 'sloth'"), ("7: sloth", "answers 7; the questions are 1 to 6")):
+        (tmp_path / "answers.txt").write_text(answer)
+        with pytest.raises(ValueError, match=message):
+            recognition_test.evaluate_answers(Namespace(output_dir=tmp_path, answers=tmp_path / "answers.txt"))
+    assert recognition_test.read_answers("1) ten o'clock\n2:sloth") == {"1": "ten o'clock", "2": "sloth"}
+
+
+def test_a_blind_test_is_made(dataset_folder, tmp_path):
+    """Ten classes of food: pages of numbered images, questions of eight names each, and the key."""
+    names = {index: f"fruit {index}, other name" for index in range(10)}
+    rows = [{"image": Image.new("RGB", (8, 8)), "label": index, "group": 0} for index in names]
+    features = {
+        "image": ImageFeature(),
+        "label": ClassLabel(names=list(names.values())),
+        "group": ClassLabel(names=["food"]),
+    }
+    Dataset.from_list(rows, features=Features(features)).to_parquet(tmp_path / "data" / "train.parquet")
+    parts = (tiny_transformer(num_classes=10), make_scheduler("ddim"), tiny_vae(), names)
+    DiTClassCondPipeline(*parts).save_pretrained(tmp_path / "model")
+    script = ROOT / "examples" / "evaluate" / "recognition_test.py"
+    flags = ["--pretrained_model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "data"]
+    command = [sys.executable, script, *flags, "--output_dir", tmp_path / "test", "--num_inference_steps", 1]
+    run_forked([*command, "--num_images", 5], check=True)
+    assert {path.name for path in (tmp_path / "test").iterdir()} == {"images-1.png", "questions.txt", "key.json"}
+    questions = (tmp_path / "test" / "questions.txt").read_text().splitlines()
+    key = json.loads((tmp_path / "test" / "key.json").read_text())
+    assert len(key) == len(questions) == 5
+    for question, row in zip(questions, key, strict=True):
+        assert question.count(" | ") == 7 and row["class"].split(",")[0] in question and "other" not in question
+    again = run_forked([*command, "--num_images", 5])
+    assert again.returncode == 2 and "exists and is not empty" in again.stderr
+
+
+def test_reconstructions_of_an_autoencoder(dataset_folder, tmp_path):
+    """The PSNR that is printed is that of the images which are written."""
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    script = ROOT / "examples" / "train_autoencoder" / "reconstruct.py"
+    flags = ["--dataset_name", dataset_folder / "data", "--vae", tmp_path / "vae", "--output", tmp_path / "made.npz"]
+    result = run_forked([sys.executable, script, *flags], check=True)
+    made = np.load(tmp_path / "made.npz")["arr_0"].astype(float)
+    images = ImageReader(load_image_dataset(str(dataset_folder / "data"), "test"), resolution=64).stack()[0]
+    error = ((made - images.permute(0, 2, 3, 1).numpy()) / 255) ** 2
+    psnr = -10 * np.log10(error.mean(axis=(1, 2, 3))).mean()
+    printed = float(re.search(r"PSNR of (\d+) images: (\S+) dB", result.stdout)[2])
+    assert len(made) == len(images) and printed == pytest.approx(psnr, abs=0.02)
 
 
 def test_inception_asks_for_its_weights():

@@ -113,7 +113,7 @@ def test_a_shift_changes_nothing_else_of_a_scheduler(recipe, option, tmp_path):
 
 
 def test_samplers_of_few_steps_are_not_kept(tmp_path, caplog):
-    """No objective trains what they sample yet."""
+    """A model that is trained on the velocity takes many."""
     call = {"num_inference_steps": 1, "guidance_scale": 1.0}
     model = tiny_transformer(interval_embedding=True)
     DiTClassCondPipeline(model, make_scheduler("flow_map"), recommended_call=call).save_pretrained(tmp_path)

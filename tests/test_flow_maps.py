@@ -237,6 +237,6 @@ def test_training_without_guidance_takes_it_out_of_the_weights(tmp_path, caplog)
     DiTClassCondPipeline(load("soflow_p2"), make_scheduler("flow_lcm")).save_pretrained(tmp_path / "soflow")
     model = pretrained_transformer(tmp_path / "soflow", ["one", "two"], 0.1, in_channels=4)
     record_guidance(model, guidance_in_weights=True)
-    assert model.config.guidance_in_weights and not caplog.text
+    assert model.config.guidance_in_weights and "gets lost" not in caplog.text
     record_guidance(model, guidance_in_weights=False)
     assert not model.config.guidance_in_weights and "sample the result with a guidance_scale above 1" in caplog.text

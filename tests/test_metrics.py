@@ -19,7 +19,7 @@ from dit_hf.evaluation.pairs import nearest_neighbours
 from dit_hf.evaluation.precision_recall import precision_recall
 from dit_hf.evaluation.reference import ReferenceStatistics
 from dit_hf.evaluation.statistics import GaussianStatistics, gaussian
-from dit_hf.evaluation.training_images import matched_training_images
+from dit_hf.evaluation.training_images import evaluate, matched_training_images
 
 
 def draw(count, dim=12, seed=0, shift=0.0):
@@ -273,6 +273,8 @@ def test_the_nearest_reference_image_decides():
     reference = Features(corners.flip(0), None, None, {"name": "a"}, labels=["sloth", "dog", "dog", "cat"])
     found = compute_metrics(samples, reference, ["nearest_accuracy"], training=reference)
     assert found["nearest_accuracy"]["value"] == 0.75
+    unlabelled = Features(corners, None, None, {"name": "a"})
+    assert evaluate(samples, reference, ["nearest_accuracy"], training=unlabelled)["nearest_accuracy"]["value"] == 0.75
     reference.labels = ["cat", "dog", "dog", "cat"]
     with pytest.raises(ValueError, match="No reference image is of class 'sloth'"):
         compute_metrics(samples, reference, ["nearest_accuracy"])

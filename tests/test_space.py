@@ -1,5 +1,6 @@
 """The Space: a real server on loopback, asked by many at once; its snippet; classes mixed."""
 
+import asyncio
 import json
 import re
 import shutil
@@ -22,8 +23,9 @@ from testing_utils.scripts import run_forked
 from testing_utils.space_server import APP, serve
 
 from dit_hf import DiTClassCondPipeline, __version__, make_scheduler, mix_classes
-from dit_hf.seeds import seeded_generator
+from dit_hf.seeds import drawn_classes, seeded_generator
 from dit_hf.space.generation import ImageGenerator
+from dit_hf.space.page import Page, captions
 from dit_hf.space.settings import Settings
 
 
@@ -258,6 +260,19 @@ def test_the_page_opens_with_images_unless_they_take_too_long(model):
     assert sorted(generator.opening.class_labels) == sorted(generator.classes)
     assert len(generator.opening_images) == 3
     assert ImageGenerator(str(model), max_minutes=1e-4).opening_images == []
+
+
+def test_the_first_images_are_of_drawn_classes_and_written_once_for_all_visitors(tmp_path):
+    names = {index: f"thing {index}" for index in range(20)}
+    parts = (tiny_transformer(num_classes=20, learn_sigma=False), make_scheduler("flow_euler"), tiny_vae())
+    DiTClassCondPipeline(*parts, names, {"num_inference_steps": 1}).save_pretrained(tmp_path / "model")
+    generator = ImageGenerator(str(tmp_path / "model"))
+    page = Page(generator, tmp_path, queue_size=4)
+    written = set(tmp_path.glob("*.png"))
+    images, status, settings = asyncio.run(page.open())
+    assert settings.class_labels == [names[index] for index in drawn_classes(20, 12)]
+    assert [caption for _, caption in images] == captions(settings) and "12 classes" in status
+    assert asyncio.run(page.open())[0] == images and len(set(tmp_path.glob("*.png")) - written) == 12
 
 
 def test_the_space_asks_for_the_gradio_that_is_tested():

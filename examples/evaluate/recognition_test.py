@@ -12,6 +12,7 @@ right one time in eight. The second command compares answers, a line `NUMBER NAM
 
 import json
 import random
+import re
 from pathlib import Path
 
 import torch
@@ -99,16 +100,22 @@ def make_test(args):
 
 
 def read_answers(text: str) -> dict[str, str]:
-    """Number -> name, from lines of both."""
-    lines = [line.split(maxsplit=1) for line in text.splitlines()]
-    return {line[0].rstrip(":."): line[1].strip() for line in lines if len(line) == 2}
+    """Number -> name, from lines of both; `ValueError` for a line of another kind."""
+    answers = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if (match := re.fullmatch(r"(\d+)\W+(.+)", line)) is None:
+            raise ValueError(f"--answers has the line {line!r}; each must be a number and a name, such as 1: sloth.")
+        answers[match[1]] = match[2]
+    return answers
 
 
 def evaluate_answers(args):
     """Prints the share of right answers, and the wrong ones."""
     key = read_json(args.output_dir / "key.json", list)
     with reading(args.answers, "text"):
-        answers = read_answers(args.answers.read_text(encoding="utf-8"))
+        answers = read_answers(args.answers.read_text(encoding="utf-8-sig"))
+    if unknown := sorted(answers.keys() - {str(number + 1) for number in range(len(key))}):
+        raise ValueError(f"--answers answers {', '.join(unknown)}; the questions are 1 to {len(key)}.")
     wrong = []
     for number, question in enumerate(key, start=1):
         right, given = question["class"].split(",")[0], answers.get(str(number), "no answer")

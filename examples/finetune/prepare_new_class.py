@@ -57,6 +57,8 @@ def main():
     check_names([args.class_name])
     dataset = new_class_dataset(args)
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    if not pipe.id2label:
+        raise ValueError(f"{args.pretrained_model_name_or_path} names no classes; save it with `id2label`.")
     if find_class(pipe.id2label, args.class_name) is not None:  # among the synonyms, and in any case, too
         raise ValueError(f"The model has a class {args.class_name!r} already; choose another --class_name.")
     names = [args.class_name, *pipe.id2label.values()]

@@ -27,10 +27,12 @@ from glyphs import NAMING_SETS, Glyphs, read_entries
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from dit_hf import DiTClassCondPipeline
+from dit_hf.bundled import resolve_pipeline
 from dit_hf.command_line import ArgumentParser, integer, run
 from dit_hf.data.pixels import open_image
 from dit_hf.files import check_writable, read_json, reading, writing
+from dit_hf.pipeline_dit_class_cond import ClassNames
+from dit_hf.training.finetuning import class_names
 
 
 ICON_SETS = ("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "fluent-emoji", "fxemoji", "emojione")
@@ -150,6 +152,16 @@ def drawn_by_enough(rows, num_sets):
     return {name: classes[name] for name in sorted(classes) if is_enough(classes[name])}
 
 
+def classes_of_pipeline(classes, id2label):
+    """Rows by class name, of the classes that a pipeline has, under its names and in its order."""
+    known, kept = ClassNames(id2label), {}
+    for label, rows in classes.items():
+        ids = [known.find(name) for name in (label, *label.split(","))]
+        if (found := next((key for key in ids if key is not None), None)) is not None:
+            kept.setdefault(found, []).extend(rows)
+    return {id2label[key]: [row | {"label": id2label[key]} for row in kept[key]] for key in sorted(kept)}
+
+
 def split_class(rows):
     """(training rows, held-out rows) of one class: a hash decides, so that it needs no list and never changes."""
     if len(rows) < MIN_IMAGES_TO_HOLD_OUT:
@@ -193,7 +205,7 @@ def parse_args():
     parser.add_argument("--icon_sets", nargs="+", default=ICON_SETS, help="Packages to take icons from.")
     parser.add_argument("--one_class", help="Give all icons this class, whatever they show.")
     parser.add_argument(
-        "--classes_of", help="Pipeline to fine-tune, such as emoji64: keep its classes, and no others, with their ids."
+        "--classes_of", help="Pipeline to fine-tune, such as emoji64: keep its classes, by name, and no others."
     )
     parser.add_argument("--resolution", type=integer(8, 1024), default=64, help="Pixels per side.")
     args = parser.parse_args()
@@ -204,8 +216,6 @@ def parse_args():
         parser.error(f"{args.output_dir} holds {there[0]}.parquet already; choose another --output_dir, or remove it")
     needed = dict.fromkeys((*args.icon_sets, *(() if args.one_class else (*REFERENCE_SETS, *NAMING_SETS))))
     missing = [name for name in needed if not (args.icons_dir / name / "icons.json").exists()]
-    if args.classes_of:
-        args.classes_of = list(DiTClassCondPipeline.from_pretrained(args.classes_of).id2label.values())
     if missing:
         parser.error(
             f"--icons_dir {args.icons_dir} lacks {', '.join(missing)}; the npm command is at the top of this file"
@@ -213,25 +223,39 @@ def parse_args():
     return args
 
 
+def read_classes(pretrained_model_name_or_path):
+    """The class names of a pipeline, by id."""
+    id2label = class_names(resolve_pipeline(pretrained_model_name_or_path))
+    if not id2label:
+        raise ValueError(f"--classes_of {pretrained_model_name_or_path} names no classes; omit it.")
+    return {key: id2label[key] for key in sorted(id2label)}
+
+
 def main():
     args = parse_args()
+    known = read_classes(args.classes_of) if args.classes_of else {}
     one = {"label": args.one_class}
     labels = (lambda name: one) if args.one_class else glyph_labels(args.icons_dir, args.icon_sets)
     rows = [row for name in args.icon_sets for row in rows_of_set(args.icons_dir, name, labels, args.resolution)]
     classes = drawn_by_enough(without_copies(rows), len(args.icon_sets))
-    names = args.classes_of or list(classes)
-    classes = {name: classes[name] for name in names if name in classes}
     if not classes:
-        known = "icon" if args.one_class else "glyph that enough of them share"
-        raise ValueError(f"There is no {known} in {', '.join(args.icon_sets)}; nothing is written.")
+        what = "icon" if args.one_class else "glyph that enough of them share"
+        raise ValueError(f"There is no {what} in {', '.join(args.icon_sets)}; nothing is written.")
+    if known:
+        classes = classes_of_pipeline(classes, known)
+        print(f"{len(classes)} of the {len(known)} classes of {args.classes_of} have images.")
+        if not classes:
+            raise ValueError(f"No glyph of {', '.join(args.icon_sets)} is a class of {args.classes_of}.")
+    names = list(known.values() if known else classes)
     splits = [(rows, []) if args.one_class else split_class(rows) for rows in classes.values()]
     train, held_out = ([row for split in splits for row in split[index]] for index in (0, 1))
-    held_out = without_near_copies(held_out, train)
+    chosen, held_out = len(held_out), without_near_copies(held_out, train)
+    print(f"{chosen - len(held_out)} of {chosen} held-out images nearly equal a training image and are dropped.")
     write_split(args.output_dir / "train.parquet", train, names)
     if held_out:
         write_split(args.output_dir / "test.parquet", held_out, names)
     else:
-        print("No class has four images, so none is held out; `--holdout 0.1` holds out a tenth for a training.")
+        print("There is no test split; `--holdout 0.1` of the training holds out a tenth of the images.")
     print(f"Dataset: {args.output_dir}")
 
 

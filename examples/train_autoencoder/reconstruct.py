@@ -20,6 +20,7 @@ from dit_hf.data.images import load_image_dataset
 from dit_hf.data.pixels import normalize_pixels
 from dit_hf.data.reader import ImageReader
 from dit_hf.files import check_writable, writing
+from dit_hf.pipeline_dit_class_cond import is_rae
 
 
 BATCH = 64
@@ -50,6 +51,8 @@ def reconstruct(vae, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def main():
     args = parse_args()
     vae = load_autoencoder(args.vae)
+    if is_rae(vae):
+        raise ValueError(f"--vae {args.vae} is an AutoencoderRAE, whose scales of pixels are others; pass a KL one.")
     images, _ = ImageReader(load_image_dataset(args.dataset_name, args.split), resolution=args.resolution).stack()
     parts = [reconstruct(vae, part) for part in images.split(BATCH)]
     made, psnr = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -43,4 +43,4 @@ def drawn_classes(num_classes: int, count: int, seed: int = 0) -> list[int]:
     """
     if num_classes <= count:
         return list(range(num_classes))
-    return torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    return torch.randperm(num_classes, generator=seeded_generator(seed))[:count].tolist()

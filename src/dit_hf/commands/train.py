@@ -155,7 +155,7 @@ class Training:
             SeededBatches(len(self.latents.labels), args.total_batch_size)
         elif not args.cache_latents:
             self.latents = EncodedImages(self.vae, self.reader, self.encoder)
-        check_speed(self.transformer, self.config, accelerator.device)
+        check_speed(self.transformer, self.config, accelerator.device, accelerator.mixed_precision)
         if args.proj_coeff:
             check_depth(self.transformer, args.alignment_depth)
         self.facts = {name: getattr(args, name) for name in COMPARED}

@@ -59,7 +59,7 @@ def caption_lines(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 
 def shortened(line, font, width):
     """The line, or as much of it as fits, with an ellipsis."""
-    text = line
+    text = line = line[:width]  # no letter is narrower than a pixel
     while text and font.getlength(text) > width:
         line = line[:-1]
         text = f"{line}…" if line else ""

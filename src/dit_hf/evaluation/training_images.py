@@ -45,7 +45,8 @@ def evaluate(
         rows = dict(zip(metrics, find_metrics(metrics, samples.extractor["name"]), strict=True))
         real = matched_training_images(samples, training, seed)
         few = too_few_images(metrics, samples.extractor["name"], {"samples": len(real.features)})
-        plain = [name for name, row in rows.items() if row.against != "training" and name not in few]
+        unlabelled = [name for name, row in rows.items() if row.labels and not real.labels]
+        plain = [name for name, row in rows.items() if row.against != "training" and name not in [*few, *unlabelled]]
         found["training images"] = {"count": len(real.features)}
         found["training images"] |= compute_metrics(real, reference, plain, statistics=statistics)
         found["nearest training image"] = compare_with_training(samples, reference, training)

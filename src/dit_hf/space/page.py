@@ -4,6 +4,7 @@ import asyncio
 import html
 import random
 import threading
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import asdict
@@ -43,6 +44,8 @@ settings."""
 # Where the page is too narrow for two columns, the images come above the controls.
 CSS = ".results-first { flex-wrap: wrap-reverse; }"
 POLLING = 0.1  # seconds
+# The files of the first images serve all visitors for so long; Gradio deletes them after ten minutes.
+OPENING_SECONDS = 300
 NOT_TEXT = ("Enter", "Escape", "Tab", "Shift", "ArrowDown", "ArrowUp", "ArrowLeft", "ArrowRight", "Home", "End")
 DELETING = ("Backspace", "Delete")
 
@@ -85,6 +88,8 @@ class Page:
         self._opening = [path.read_bytes() for path in self._files(generator.opening_images, generator.opening)]
         self._jobs: dict[str, list[Job]] = {}
         self._searched: dict[str, str] = {}
+        self._opened: list[str] = []
+        self._opened_at = 0.0
         self._cleaning: set[asyncio.Future] = set()
 
     async def generate(
@@ -150,7 +155,9 @@ class Page:
         if not self._opening:
             return [gr.skip()] * 3
         settings = self.generator.opening
-        files = await asyncio.to_thread(self._write_opening)
+        if not self._opened or time.monotonic() - self._opened_at > OPENING_SECONDS:
+            self._opened, self._opened_at = await asyncio.to_thread(self._write_opening), time.monotonic()
+        files = self._opened
         shown = list(zip(files, captions(settings), strict=True))
         return shown, f"An image of each of {len(files)} classes. Choose a class and press Generate.", settings
 
@@ -236,7 +243,6 @@ class Page:
         Args:
             session (`str`): The visitor's.
         """
-        self._searched.pop(session, None)
         for job in self._jobs.pop(session, []):
             job.stop.set()
         self._cleaning.add(task := asyncio.ensure_future(self._forget(session)))
@@ -279,6 +285,7 @@ class Page:
         await asyncio.sleep(POLLING)  # answers may overtake each other, so only the last key of several is answered
         if self._searched.get(session) != text:
             return gr.skip()
+        del self._searched[session]
         return gr.update(choices=with_none(self.generator.find_classes(text, [chosen])))
 
     def add(self, found, chosen):

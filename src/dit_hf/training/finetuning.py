@@ -1,5 +1,6 @@
 """A pretrained model for other classes than it was trained on."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from diffusers.utils import logging
 
 from ..models import DiTTransformer2DModel, PackagedModel, find_model_class
 from ..pipeline import DiTClassCondPipeline
-from ..pipeline_dit_class_cond import find_class
+from ..pipeline_dit_class_cond import ClassNames
 
 
 logger = logging.get_logger(__name__)
@@ -75,10 +76,11 @@ def match_names(names: list[str], known: dict[int, str]) -> list[int | None]:
     Raises:
         ValueError: if several old classes have the name.
     """
-    shared = {name for name in names if 1 < names.count(name) == list(known.values()).count(name)}
+    found, counts, known_counts = ClassNames(known), Counter(names), Counter(known.values())
+    shared = {name for name, count in counts.items() if 1 < count == known_counts[name]}
     places = {name: iter(key for key in sorted(known) if known[key] == name) for name in shared}
     try:
-        return [next(places[name]) if name in shared else find_class(known, name) for name in names]
+        return [next(places[name]) if name in shared else found.find(name) for name in names]
     except ValueError as error:
         raise ValueError(f"{error} of the pretrained model; use a synonym that only one of them has.") from None
 

@@ -185,8 +185,10 @@ def sampling_scheduler(
     if pretrained_model_name_or_path is not None:
         own = scheduler_config(pretrained_model_name_or_path)
         found = find_class({"scheduler": ["diffusers", own.get("_class_name")]}, "scheduler")
-        if found is None or takes_few_steps(own) != takes_few_steps({"_class_name": scheduler_class.__name__}):
-            reason = "no scheduler of diffusers" if found is None else "for models of another number of steps"
+        few = takes_few_steps(own)
+        if found is None or few != takes_few_steps({"_class_name": scheduler_class.__name__}):
+            of_models = f"for models of {'few' if few else 'many'} steps"
+            reason = "no scheduler of diffusers" if found is None else of_models
             logger.warning(f"{own['_class_name']} is {reason}; samples are made with {scheduler_class.__name__}.")
         else:
             check_numbers(own, f"The scheduler of {pretrained_model_name_or_path}")

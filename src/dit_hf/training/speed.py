@@ -15,11 +15,15 @@ from .config import TrainingConfig
 
 logger = logging.get_logger(__name__)
 
+# What accelerate's autocast gives the attention.
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Sides of matrices that the float8 products of GPUs take are multiples of this.
 FLOAT8_MULTIPLE = 16
 
 
-def speed_up(transformer: PackagedModel, config: TrainingConfig, device: torch.device) -> None:
+def speed_up(
+    transformer: PackagedModel, config: TrainingConfig, device: torch.device, mixed_precision: str = "no"
+) -> None:
     """
     Applies the settings of a run that concern speed alone, before the model is wrapped.
 
@@ -27,6 +31,7 @@ def speed_up(transformer: PackagedModel, config: TrainingConfig, device: torch.d
         transformer (`DiTTransformer2DModel`): Changed in place; its weights and their names stay.
         config (`TrainingConfig`): `allow_tf32`, `attention_backend`, `float8` and `compile_blocks`.
         device (`torch.device`): Where it is trained; what is not set is chosen for it.
+        mixed_precision (`str`, defaults to `"no"`): Of accelerate.
 
     Raises:
         ValueError: if the device has no float8, or there is no such attention backend here.
@@ -37,7 +42,7 @@ def speed_up(transformer: PackagedModel, config: TrainingConfig, device: torch.d
         allowed = config.allow_tf32 is not False
         torch.set_float32_matmul_precision("high" if allowed else "highest")
         torch.backends.cudnn.allow_tf32 = allowed
-    check_speed(transformer, config, device)
+    check_speed(transformer, config, device, mixed_precision)
     if config.float8:
         use_float8(transformer, device.type == "cpu")
     if (is_cuda and has_triton()) if config.compile_blocks is None else config.compile_blocks:
@@ -45,7 +50,9 @@ def speed_up(transformer: PackagedModel, config: TrainingConfig, device: torch.d
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
-def check_speed(transformer: PackagedModel, config: TrainingConfig, device: torch.device) -> None:
+def check_speed(
+    transformer: PackagedModel, config: TrainingConfig, device: torch.device, mixed_precision: str = "no"
+) -> None:
     """
     Checks, before any work, that a device has what the settings ask for; sets the attention backend.
 
@@ -53,17 +60,23 @@ def check_speed(transformer: PackagedModel, config: TrainingConfig, device: torc
         transformer (`DiTTransformer2DModel`): What will be trained.
         config (`TrainingConfig`): `attention_backend` and `float8`.
         device (`torch.device`): Where.
+        mixed_precision (`str`, defaults to `"no"`): Of accelerate.
 
     Raises:
         ValueError: if the device has no float8, or there is no such attention backend here.
         ImportError: if torchao is needed and not installed.
     """
     if config.attention_backend is not None:
+        name = f"--attention_backend {config.attention_backend}"
         try:
             transformer.set_attention_backend(config.attention_backend)
-            _try_attention(config.attention_backend, transformer.config.attention_head_dim, device)
         except (ValueError, RuntimeError, ImportError) as error:
-            reason = f"--attention_backend {config.attention_backend} does not run on {device}: {first_line(error)}"
+            raise ValueError(f"{name} can't be used: {first_line(error).rstrip('.')}.") from None
+        try:
+            dtype = PRECISIONS.get(mixed_precision, torch.float32)
+            _try_attention(config.attention_backend, transformer.config.attention_head_dim, device, dtype)
+        except (ValueError, RuntimeError, ImportError) as error:
+            reason = f"{name} does not run on {device} in {dtype}: {first_line(error).rstrip('.')}."
             raise ValueError(f"{reason} Omit it, or pass native.") from None
     if not config.float8:
         return
@@ -73,9 +86,8 @@ def check_speed(transformer: PackagedModel, config: TrainingConfig, device: torc
         raise ValueError(f"--float8 needs a GPU of compute capability 8.9 or newer, and this is {device}; omit it.")
 
 
-def _try_attention(backend, head_dim, device):
+def _try_attention(backend, head_dim, device, dtype):
     """A tiny attention, forwards and back: some backends say only then that they are for other devices."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     query = torch.ones(1, 16, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
     dispatch_attention_fn(query, query, query, backend=AttentionBackendName(backend)).sum().backward()
 

@@ -124,7 +124,7 @@ class Trainer:
         transformer.to(accelerator.device).train()
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        speed_up(transformer, config, accelerator.device)
+        speed_up(transformer, config, accelerator.device, accelerator.mixed_precision)
         self.alignment = None if alignment is None else alignment.to(accelerator.device)
         optimizer = build_optimizer(config, transformer, self.alignment)
         steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
