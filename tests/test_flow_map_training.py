@@ -154,7 +154,7 @@ def test_times_have_the_originals_distributions():
 
 
 def test_a_velocity_model_becomes_a_flow_map_of_the_same_output():
-    model = tiny_transformer(learn_sigma=False)
+    model = tiny_transformer()  # with channels of a variance, as SiT's
     flow_map = add_interval(model)
     noisy, labels = torch.randn(4, 4, 8, 8, generator=seeded_generator(0)), torch.tensor([0, 1, 2, 10])
     times, ends = torch.tensor([[1000.0, 700.0, 20.0, 0.0], [0.0, 300.0, 20.0, 0.0]])

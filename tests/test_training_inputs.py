@@ -111,6 +111,8 @@ def one_class(workspace, folder):
         ({"vae": "{tmp}/none"}, "{tmp}/none"),
         ({"transformer_config": None, "pretrained_model_name_or_path": "{tmp}/vae"}, "{tmp}/vae"),
         ({"dataset_name": None, "latents_dir": "{tmp}/none"}, "no cache of latents"),
+        ({"dataset_name": None, "latents_dir": "{tmp}/empty", "vae": None}, "{tmp}/empty has no folder vae; pass --vae"),
+        ({"transformer_config": "{tmp}/sized.json"}, "sets sample_size, which data, VAE and flags decide; remove it"),
         ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "vae": BUNDLED_VAE, "dry_run": ""},
          "emoji_latents is of 64 pixels; omit --resolution 32"),
         ({"transformer_config": None, "vae": None, "pretrained_model_name_or_path": "{tmp}/base", "resolution": 64},
@@ -158,6 +160,7 @@ def test_bad_input_is_named_before_the_first_step(workspace, tmp_path, flags, me
     with torch.no_grad():
         scaled.encoder.conv_in.weight.mul_(2)
     scaled.save_pretrained(tmp_path / "wide")
+    (tmp_path / "sized.json").write_text('{"sample_size": 8}')
     given = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in flags.items()}
     folder = given.pop("output_dir", tmp_path / "run")
     error = refused(train_command(workspace, folder, **given), monkeypatch, capsys)

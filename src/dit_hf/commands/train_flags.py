@@ -55,6 +55,10 @@ def parse_args() -> argparse.Namespace:
         args.pretrained_model_name_or_path = resolve_pipeline(args.pretrained_model_name_or_path)
     elif args.vae is None and args.latents_dir is not None:
         args.vae = str(args.latents_dir / "vae")
+        if args.latents_dir.is_dir() and not os.path.isdir(args.vae):
+            parser.error(
+                f"--latents_dir {args.latents_dir} has no folder vae; pass --vae, the autoencoder of the latents"
+            )
     return args
 
 

@@ -316,7 +316,10 @@ def new_transformer(preset: str | None, config_file: str | Path | None = None, *
     given = read_json(config_file)
     given.pop("_class_name", None)
     if clash := sorted(config.keys() & given.keys()):
-        raise ValueError(f"--transformer_config sets {', '.join(clash)}, which data, VAE and flags decide here.")
+        names = ", ".join(clash)
+        raise ValueError(
+            f"--transformer_config sets {names}, which data, VAE and flags decide; remove it from the file."
+        )
     try:
         return model_class(**(config | given))
     except (TypeError, ValueError) as error:

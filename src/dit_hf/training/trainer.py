@@ -201,8 +201,7 @@ class Trainer:
                 try:
                     batch = batches.take(step)
                 except (ValueError, OSError):
-                    for record in self._read_steps()[0] if self._unread else ():
-                        self._log(record)
+                    self._log(*(self._read_steps()[0] if self._unread else ()))
                     raise
                 self._step(step, batch)
                 step += 1
@@ -235,8 +234,7 @@ class Trainer:
     def _end_step(self, step, records, validate, saved):
         """The log of the steps since the last call, and after the newest of them a validation and a checkpoint."""
         *earlier, record = records
-        for line in earlier:
-            self._log(line)
+        self._log(*earlier)
         if validate is not None or saved:
             self._check_weights(step)
         if saved and self.profiles is not None:
@@ -342,16 +340,14 @@ class Trainer:
             try:
                 verdict = self.guard.verdict(step, row)
             except TrainingStopped:
-                for earlier in records:
-                    self._log(earlier)
+                self._log(*records)
                 raise
             if verdict != "step":
                 samples = self.batches.indices(step - 1 + self.guard.draw_offset).tolist()
                 self.accelerator.print(f"{verdict} at step {step}: {record}, samples {samples}")
                 others = others | {"skipped": True, "samples": samples}
             if verdict == "rewind" and list_checkpoints(self.output_dir):
-                for earlier in records:
-                    self._log(earlier)
+                self._log(*records)
                 return records, self._rewind(step, self.guard.as_of(row))
             records.append(record | {"grad_norm": row[1]} | others)
         return records, None
@@ -400,11 +396,14 @@ class Trainer:
             truncate_log(self.output_dir / LOG_FILE, step)
         return step
 
-    def _log(self, record):
-        """One line of the log, and accelerate's trackers."""
-        if self.accelerator.is_main_process:
-            append_record(self.output_dir / LOG_FILE, record)
-        self.accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+    def _log(self, *records):
+        """Lines of the log, and accelerate's trackers."""
+        for record in records:
+            if self.accelerator.is_main_process:
+                append_record(self.output_dir / LOG_FILE, record)
+            self.accelerator.log(
+                {name: value for name, value in record.items() if name != "step"}, step=record["step"]
+            )
 
     def _save_profiles(self):
         """Snapshots to choose an average from when training is over."""
