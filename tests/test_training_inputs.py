@@ -111,7 +111,7 @@ def one_class(workspace, folder):
         ({"vae": "{tmp}/none"}, "{tmp}/none"),
         ({"transformer_config": None, "pretrained_model_name_or_path": "{tmp}/vae"}, "{tmp}/vae"),
         ({"dataset_name": None, "latents_dir": "{tmp}/none"}, "no cache of latents"),
-        ({"dataset_name": None, "latents_dir": "{tmp}/empty", "vae": None}, "{tmp}/empty has no folder vae; pass --vae"),
+        ({"dataset_name": None, "latents_dir": "{tmp}/empty", "vae": None}, "empty has no folder vae; pass --vae"),
         ({"transformer_config": "{tmp}/sized.json"}, "sets sample_size, which data, VAE and flags decide; remove it"),
         ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "vae": BUNDLED_VAE, "dry_run": ""},
          "emoji_latents is of 64 pixels; omit --resolution 32"),

@@ -83,7 +83,7 @@ class FlowMapObjective(StraightPath):
     def predict(
         self, transformer: Callable[..., Any], noisy, time, until, label, drop: torch.Tensor | None
     ) -> torch.Tensor:
-        """u(noisy, time, until), `(B, C, h, w)`, for times of shape `(B,)`; what a head has beside, as SiT's, is cut."""
+        """u(noisy, time, until), `(B, C, h, w)`, for times of shape `(B,)`; without the variance of a SiT."""
         times = {"r_timestep": self.timestep(until), "force_drop_ids": drop}
         output = transformer(noisy, self.timestep(time), label, **times, return_dict=False)[0]
         return output[:, : noisy.shape[1]]
