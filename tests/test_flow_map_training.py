@@ -19,6 +19,7 @@ from dit_hf.seeds import seeded_generator
 from dit_hf.training.finetuning import add_interval
 from dit_hf.training.losses import adaptive_loss
 from dit_hf.training.objectives import MeanFlowObjective, SoFlowObjective, VelocityObjective
+from dit_hf.training.objectives.flow_maps import Points
 
 
 KINDS = {"meanflow": MeanFlowObjective, "soflow": SoFlowObjective}
@@ -57,8 +58,8 @@ def backward(model, objective, golden, until):
     }
     loss = objective.loss(model.train(), batch)
     loss.mean().backward()
-    noisy = objective.add_noise(batch["x_start"], batch["noise"], golden["t"])
-    return loss.detach(), objective.target_velocity(model, noisy, golden["t"], batch)
+    every = torch.arange(len(golden["t"]))
+    return loss.detach(), objective.guide(model, objective.points(batch), every).velocity
 
 
 @pytest.mark.parametrize("case", ["b2", "l2", "plain"])
@@ -66,7 +67,7 @@ def backward(model, objective, golden, until):
 def test_meanflows_loss_and_gradients_equal_the_original(case, checkpointing):
     golden, options = recorded("meanflow", case)
     mix = 1 - options["cfg_kappa"]
-    guidance = (options["cfg_omega"] / mix, mix, options["cfg_max_t"])
+    guidance = (options["cfg_omega"] / mix, mix, 0.0, options["cfg_max_t"])
     objective = MeanFlowObjective(0.75, *guidance, power=options["adaptive_p"])
     model = DiTTransformer2DModel.from_single_file(FIXTURES / "meanflow_p2.pt", 4)
     if checkpointing:
@@ -85,7 +86,7 @@ def test_meanflows_loss_and_gradients_equal_the_original(case, checkpointing):
 @pytest.mark.parametrize("case", ["imagenet.vel", "imagenet.con", "nomix.vel", "nomix.con"])
 def test_soflows_loss_and_gradients_equal_the_original(case):
     golden, options = recorded("soflow", case)
-    guidance = (options["cfg_scale"], options["mix_ratio"], options["cfg_decay_time"])
+    guidance = (options["cfg_scale"], options["mix_ratio"], 0.0, options["cfg_decay_time"])
     objective = SoFlowObjective(0.75, *guidance)
     model = DiTTransformer2DModel.from_single_file(FIXTURES / "soflow_p2.pt", 4, has_null_class=True)
     # Two of the originals' schedules are another curve than ours; what matters is the distance that was recorded.
@@ -122,12 +123,13 @@ def test_the_derivative_is_that_of_finite_differences():
     time, until = torch.tensor([[0.9, 0.5, 0.7], [0.1, 0.4, 0.7]], dtype=torch.float64)
     labels, keep = torch.tensor([1, 2, 10]), torch.zeros(3, dtype=torch.bool)
     objective = MeanFlowObjective()
-    derivative = objective.total_derivative(model, noisy, time, until, velocity, labels, keep)
+    points = Points(noisy, time, until, velocity, labels, keep)
+    derivative = objective.total_derivative(model, points)
     step = 0.02
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         near, far = (
-            objective.predict(model, noisy + by * velocity, time + by, until, labels, keep)
-            - objective.predict(model, noisy - by * velocity, time - by, until, labels, keep)
+            objective.predict(model, replace(points, noisy=noisy + by * velocity, time=time + by))
+            - objective.predict(model, replace(points, noisy=noisy - by * velocity, time=time - by))
             for by in (step, 2 * step)
         )
     torch.testing.assert_close(derivative, (8 * near - far) / (12 * step), rtol=1e-4, atol=1e-5)
@@ -172,6 +174,52 @@ def test_a_velocity_model_becomes_a_flow_map_of_the_same_output():
         batch |= {"label": labels, "drop": drop, "progress": torch.zeros(4)}
         objective.loss(flow_map.train(), batch).sum().backward()
         assert flow_map.interval_embed.linear_2.weight.grad.abs().max() > 0  # it learns from the first step
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_jumps_alone_are_guided(kind):
+    """By the network's own guided velocity, mixed with the sample's; samples without label keep theirs."""
+    model = tiny_transformer(interval_embedding=True, learn_sigma=False).train()
+    objective = kind(guidance_scale=3.0, guidance_mix=0.25, guidance_start=0.5, guided="jumps")
+    latents, noise = torch.randn(2, 5, 4, 8, 8, generator=seeded_generator(0))
+    time = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.1], [0.9, 0.9], [0.7, 0.6]])
+    drop = torch.tensor([False, True, False, False, False])
+    batch = {"x_start": latents, "noise": noise, "time": time, "label": torch.arange(5), "drop": drop}
+    points = objective.points(batch)
+    guided = objective.guide(model, points, torch.tensor([0, 1, 2, 4])).velocity
+    keep = torch.zeros(5, dtype=torch.bool)
+    with torch.no_grad():
+        label, null = (
+            model(points.noisy, 1000 * points.time, batch["label"], force_drop_ids=ids)[0] for ids in (keep, ~keep)
+        )
+    mixed = 0.25 * points.velocity + 0.75 * label
+    expected = torch.where(time[:, :1, None, None] < 0.5, mixed, null + 3 * (mixed - null))
+    expected[[1, 3]] = points.velocity[[1, 3]]
+    torch.testing.assert_close(guided, expected, rtol=1e-5, atol=1e-5)
+    assert objective.guidance_in_weights == "jumps" and kind(guided="jumps").guidance_in_weights is False
+    with pytest.raises(ValueError, match='pass a larger one, or `guided="jumps"`'):
+        kind(guidance_mix=0.0)
+
+
+def test_a_model_of_guided_jumps_keeps_its_velocity():
+    """Any scheduler and guidance scale of the velocity, as before; jumps are not guided once more."""
+    model = tiny_transformer(learn_sigma=False)
+    flow_map = add_interval(model)
+    flow_map.register_to_config(guidance_in_weights="jumps")
+    call = {"num_inference_steps": 3, "guidance_scale": 4.0}
+    options = {"output_type": "latent", "generator": [seeded_generator(0)]}
+    pipes = [DiTClassCondPipeline(part, make_scheduler("flow_euler"), None, None, call) for part in (model, flow_map)]
+    expected, latents = (pipe(1, **options | {"generator": [seeded_generator(0)]}).images for pipe in pipes)
+    assert torch.equal(latents, expected)
+    pipe = pipes[1]
+    for recipe in ("flow_lcm", "flow_map"):
+        pipe.scheduler = make_scheduler(recipe)
+        assert pipe.resolve_call() == pipe.resolve_call(num_inference_steps=3, guidance_scale=1.0)
+        assert pipe(1, num_inference_steps=1, **options).images.isfinite().all()
+        with pytest.raises(ValueError, match="would be guided twice"):
+            pipe(1, guidance_scale=4.0)
+    with pytest.raises(ValueError, match="`guidance_in_weights` is 'some'; it must be True, False or 'jumps'"):
+        tiny_transformer(guidance_in_weights="some")
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -227,11 +275,12 @@ def test_processes_and_micro_batches_do_not_change_the_result(name, workspace, t
 def test_a_velocity_pipeline_becomes_one_of_few_steps(workspace, tmp_path):
     run(train_command(workspace, tmp_path / "flow"))
     flags = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "flow" / "pipeline", "vae": None}
-    flags |= {"recipe": "soflow", "ema_decay": 0.5, "validation_inference_steps": None}
+    flags |= {"recipe": "soflow", "ema_decay": 0.5, "validation_inference_steps": None, "target_guided": "jumps"}
     result = run(train_command(workspace, tmp_path / "map", **flags))
     assert "FlowMatchEulerDiscreteScheduler is for models of many steps" in result.stderr
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "map" / "pipeline")
     assert pipe.transformer.config.interval_embedding and pipe.transformer.config.timestep_scale == 1
+    assert pipe.transformer.config.guidance_in_weights == "jumps"
     assert pipe.config.recommended_call == {"num_inference_steps": 1} and pipe("dark").images[0].size == (32, 32)
 
 

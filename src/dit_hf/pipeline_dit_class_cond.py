@@ -783,8 +783,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         return self.transformer.config.class_dropout_prob > 0
 
     @property
+    def _takes_jumps(self):
+        """Whether the sampler goes over intervals, of a model that predicts the mean velocity over them."""
+        is_flow_map = self.transformer.config.get("interval_embedding", False)
+        return is_flow_map and (isinstance(self.scheduler, FlowMatchLCMScheduler) or _takes_interval(self.scheduler))
+
+    @property
     def _guidance_in_weights(self):
-        return self.transformer.config.get("guidance_in_weights", False)
+        trained = self.transformer.config.get("guidance_in_weights", False)
+        return self._takes_jumps if trained == "jumps" else trained
 
     def resolve_call(self, **given) -> dict:
         """
@@ -806,7 +813,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         scale = CALL_DEFAULTS["guidance_scale"] if self.guide is None else AUTOGUIDANCE_SCALE
         takes_guidance = (self._has_null_class or self.guide is not None) and not self._guidance_in_weights
         settings = CALL_DEFAULTS | {"guidance_scale": scale if takes_guidance else 1.0}
-        settings |= self.config.get("recommended_call") or {}
+        recommended = self.config.get("recommended_call") or {}
+        # What is recommended for the velocity of a model is not for its jumps.
+        settings |= {name: value for name, value in recommended.items() if takes_guidance or name != "guidance_scale"}
         settings |= {name: value for name, value in given.items() if value is not None}
         if isinstance(settings["guidance_interval"], list):  # as JSON has it
             settings["guidance_interval"] = tuple(settings["guidance_interval"])
@@ -898,7 +907,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if guidance_scale > 1 and self._guidance_in_weights:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but this model was trained to predict the guided velocity "
-                "(`guidance_in_weights=True`) and would be guided twice; pass `guidance_scale=1`."
+                "(`guidance_in_weights`) and would be guided twice; pass `guidance_scale=1`."
             )
         if guidance_channels is not None:
             self._check_count("guidance_channels", guidance_channels, config.in_channels)
@@ -1222,11 +1231,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         again. Any other integrates the velocity itself, as with other models, and None is returned.
         """
         schedule = self.scheduler.timesteps
-        if not self.transformer.config.get("interval_embedding", False):
+        if not self._takes_jumps:
             return None
         if isinstance(self.scheduler, FlowMatchLCMScheduler):
             return torch.zeros_like(schedule)
-        return torch.cat([schedule[1:], schedule.new_zeros(1)]) if _takes_interval(self.scheduler) else None
+        return torch.cat([schedule[1:], schedule.new_zeros(1)])
 
     def _predict(
         self,

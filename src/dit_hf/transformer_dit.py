@@ -374,9 +374,12 @@ def check_config(config: Mapping) -> None:
     dropout = config["class_dropout_prob"]
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
         raise ValueError(f"`class_dropout_prob` is {dropout!r}; it must be from 0 to 1.")
-    for name in ("learn_sigma", "qk_norm", "modulation_shift", "interval_embedding", "guidance_in_weights"):
+    for name in ("learn_sigma", "qk_norm", "modulation_shift", "interval_embedding"):
         if not isinstance(config[name], bool):
             raise ValueError(f"`{name}` is {config[name]!r}; it must be True or False.")
+    if config["guidance_in_weights"] not in (True, False, "jumps"):
+        guidance = config["guidance_in_weights"]
+        raise ValueError(f"`guidance_in_weights` is {guidance!r}; it must be True, False or 'jumps'.")
     choices = {"conditioning": CONDITIONINGS, "position_embedding": POSITION_EMBEDDINGS}
     choices |= {"norm": NORMS, "ff": FEED_FORWARDS, "time_embedding": tuple(TIME_EMBEDDINGS)}
     for name, allowed in choices.items():
@@ -556,8 +559,9 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         interval_embedding (`bool`, defaults to `False`):
             Whether a second timestep embedder takes the length of an interval, `timestep − r_timestep`. The output is
             then the mean velocity over the interval (MeanFlow, SoFlow).
-        guidance_in_weights (`bool`, defaults to `False`):
-            Whether the model was trained to predict what guidance would give, so that sampling takes no guidance.
+        guidance_in_weights (`bool` or `str`, defaults to `False`):
+            Whether the model was trained to predict what guidance would give, so that sampling takes no guidance;
+            `"jumps"` if only over intervals, so that its velocity takes guidance as any other.
         time_embedding (`str`, defaults to `"sinusoidal"`):
             `"sinusoidal"`, or `"fourier"` with random frequencies, which are among the weights (RAE's LightningDiT).
 
@@ -601,7 +605,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         modulation_shift: bool = True,
         timestep_scale: float = 1.0,
         interval_embedding: bool = False,
-        guidance_in_weights: bool = False,
+        guidance_in_weights: bool | str = False,
         time_embedding: str = "sinusoidal",
     ):
         super().__init__()

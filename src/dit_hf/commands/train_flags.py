@@ -9,7 +9,7 @@ from ..command_line import ArgumentParser, real
 from ..training.config import COUNT, FRACTION, GUIDANCE, POSITIVE, RANGES, SCHEDULES, SNR_GAMMA
 from ..training.guard import POLICIES
 from ..training.model import PRESET_CLASSES
-from ..training.objectives import OBJECTIVES, TIME_SAMPLERS
+from ..training.objectives import GUIDED, OBJECTIVES, TIME_SAMPLERS
 from ..training.recipes import RECIPES
 from .latents import add_data_arguments
 
@@ -125,7 +125,16 @@ def add_training_arguments(parser):
         help="Weight of the sample's guided velocity in the target; the rest is the network's own.",
     )
     train.add_argument(
+        "--target_guidance_start", type=FRACTION, default=0.0, help="Noise level from which targets are guided."
+    )
+    train.add_argument(
         "--target_guidance_end", type=FRACTION, default=1.0, help="Noise level up to which targets are guided."
+    )
+    train.add_argument(
+        "--target_guided",
+        choices=GUIDED,
+        default="all",
+        help="Guide all targets, or those of jumps alone, so that the model keeps its velocity.",
     )
     train.add_argument(
         "--proj_coeff",

@@ -7,12 +7,13 @@ row of [`OBJECTIVES`]; `Trainer` takes any instance.
 from .base import Objective
 from .diffusion import EpsilonObjective, MinSNR
 from .flow import ClampedVelocityObjective, VelocityObjective
-from .flow_maps import FlowMapObjective, MeanFlowObjective, SoFlowObjective
+from .flow_maps import GUIDED, FlowMapObjective, MeanFlowObjective, SoFlowObjective
 from .table import OBJECTIVES, choose_objective
 from .times import TIME_SAMPLERS, LogitNormal, Shifted, Uniform
 
 
 __all__ = [
+    "GUIDED",
     "OBJECTIVES",
     "TIME_SAMPLERS",
     "ClampedVelocityObjective",

@@ -1,22 +1,20 @@
 """Objectives of flow maps, which sample in one or two steps: MeanFlow and SoFlow.
 
 The network u(x, t, r) takes two times, t for the noisy input and r <= t for where it goes: x_r = x_t - (t - r)·u. With
-r = t it is the velocity. Both objectives train a part of the samples on the velocity, so the targets of the others are
-right, and put classifier-free guidance into the target, so sampling needs none.
+r = t it is the velocity. A part of the samples is trained on the velocity, which the targets of the others need.
+Classifier-free guidance is put into the targets, so sampling needs none.
 
 Shapes: `B` samples, `C` latent channels, `h w` latent size.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers.models.attention_dispatch import attention_backend
 
-from ...command_line import real
 from ...schedulers import SchedulerRecipe
 from ..config import FRACTION, GUIDANCE
 from ..losses import adaptive_loss, with_value
@@ -27,7 +25,35 @@ from .times import LogitNormal
 # The smallest distance between two times of SoFlow's consistency loss.
 MIN_INTERVAL = 1e-4
 EPS = 0.01
-MIX = real(above=0, at_most=1)
+# What is guided: all targets, or those of intervals, where the velocity stays as it is.
+GUIDED = ("all", "jumps")
+
+
+@dataclass(frozen=True)
+class Points:
+    """
+    Noisy samples, where they go, and the direction in which they leave.
+
+    Args:
+        noisy (`torch.Tensor` of shape `(B, C, h, w)`): x_t.
+        time (`torch.Tensor` of shape `(B,)`): t.
+        until (`torch.Tensor` of shape `(B,)`): r, at most t.
+        velocity (`torch.Tensor` of shape `(B, C, h, w)`): dx/dt.
+        label (`torch.Tensor` of shape `(B,)`, int64): Class ids.
+        drop (`torch.Tensor` of shape `(B,)`, *optional*): Whose labels are dropped.
+    """
+
+    noisy: torch.Tensor
+    time: torch.Tensor
+    until: torch.Tensor
+    velocity: torch.Tensor
+    label: torch.Tensor
+    drop: torch.Tensor | None
+
+    def at(self, rows: torch.Tensor) -> "Points":
+        """The points of some rows."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return Points(**{name: None if value is None else value[rows] for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -39,29 +65,43 @@ class FlowMapObjective(StraightPath):
         flow_matching_ratio (`float`, defaults to 0.75): Fraction of samples that are trained on the velocity, r = t.
         guidance_scale (`float`, defaults to 1.0): Effective scale of the guidance in the targets; 1 is none.
         guidance_mix (`float`, defaults to 1.0):
-            Weight of the guided velocity of the sample in the target; the rest is the network's own velocity. Less
-            than 1 lowers the target's variance.
+            Weight of the sample's velocity in the target; the rest is the network's for its label. Less than 1 lowers
+            the target's variance.
+        guidance_start (`float`, defaults to 0.0): Noise level from which targets are guided.
         guidance_end (`float`, defaults to 1.0): Noise level up to which targets are guided.
+        guided (`str`, defaults to `"all"`):
+            `"all"` guides the velocity as well. `"jumps"` guides samples with r < t alone: the network remains a
+            velocity model, for any scheduler and guidance scale, and learns the jumps of its own guided samples.
     """
 
     flow_matching_ratio: float = 0.75
     guidance_scale: float = 1.0
     guidance_mix: float = 1.0
+    guidance_start: float = 0.0
     guidance_end: float = 1.0
+    guided: str = "all"
     # Arguments of a new model: its times are not multiplied by 1000, as derivatives by time would be.
     transformer_config: ClassVar[dict[str, Any]] = {"interval_embedding": True, "timestep_scale": 0.001}
     few_steps: ClassVar[bool] = True
 
     def __post_init__(self):
-        FRACTION.check("flow_matching_ratio", self.flow_matching_ratio)
+        for name in ("flow_matching_ratio", "guidance_mix", "guidance_start", "guidance_end"):
+            FRACTION.check(name, getattr(self, name))
         GUIDANCE.check("guidance_scale", self.guidance_scale)
-        MIX.check("guidance_mix", self.guidance_mix)
-        FRACTION.check("guidance_end", self.guidance_end)
+        if self.guided not in GUIDED:
+            raise ValueError(f"`guided` is {self.guided!r}; it must be {' or '.join(GUIDED)}.")
+        if self.guidance_mix == 0 and self.guided == "all":
+            raise ValueError(
+                "`guidance_mix` is 0, so that the velocity would be its own target; pass a larger one, or "
+                '`guided="jumps"`.'
+            )
 
     @property
-    def guidance_in_weights(self) -> bool:
-        """Whether targets are guided, so that sampling must not guide again."""
-        return self.guidance_scale != 1
+    def guidance_in_weights(self) -> bool | str:
+        """Whether targets are guided, so that sampling must not guide again; `"jumps"` if only those are."""
+        if self.guidance_scale == 1:
+            return False
+        return True if self.guided == "all" else self.guided
 
     def settings(self) -> dict[str, Any]:
         """All fields; distributions of times by name."""
@@ -76,44 +116,57 @@ class FlowMapObjective(StraightPath):
         # A product of decimals may miss a whole number by its rounding.
         return (places * self.flow_matching_ratio + 1e-6).floor().diff() > 0
 
-    @abstractmethod
+    def scale(self, time: torch.Tensor) -> torch.Tensor:
+        """The effective scale of the guidance at a noise level, `(B,)`."""
+        is_guided = (time >= self.guidance_start) & (time <= self.guidance_end)
+        return torch.where(is_guided, self.guidance_scale, 1.0)
+
     def guidance(self, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weights in the target of the sample's velocity, and of the network's with and without label, `(B,)` each."""
+        scale, mix = self.scale(time), self.guidance_mix
+        if self.guided == "jumps":
+            return mix * scale, (1 - mix) * scale, 1 - scale
+        # The network's own velocity is guided already.
+        return mix * scale, torch.full_like(time, 1 - mix), mix * (1 - scale)
 
-    def predict(
-        self, transformer: Callable[..., Any], noisy, time, until, label, drop: torch.Tensor | None
-    ) -> torch.Tensor:
-        """u(noisy, time, until), `(B, C, h, w)`, for times of shape `(B,)`; without the variance of a SiT."""
-        times = {"r_timestep": self.timestep(until), "force_drop_ids": drop}
-        output = transformer(noisy, self.timestep(time), label, **times, return_dict=False)[0]
-        return output[:, : noisy.shape[1]]
+    def predict(self, transformer: Callable[..., Any], points: Points) -> torch.Tensor:
+        """u at the points, `(B, C, h, w)`; without the variance of a SiT."""
+        times = {"r_timestep": self.timestep(points.until), "force_drop_ids": points.drop}
+        output = transformer(points.noisy, self.timestep(points.time), points.label, **times, return_dict=False)[0]
+        return output[:, : points.noisy.shape[1]]
+
+    def points(self, batch: dict[str, torch.Tensor]) -> Points:
+        """The points of a batch; they leave in the direction of their sample."""
+        time, until = batch["time"].unbind(dim=1)
+        noisy = self.add_noise(batch["x_start"], batch["noise"], time)
+        return Points(noisy, time, until, batch["noise"] - batch["x_start"], batch["label"], batch.get("drop"))
 
     @torch.no_grad()
-    def target_velocity(
-        self, transformer: Callable[..., Any], noisy: torch.Tensor, time: torch.Tensor, batch: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def guide(self, transformer: Callable[..., Any], points: Points, rows: torch.Tensor) -> Points:
         """
-        The guided velocity, and for samples without label their own.
+        Gives points the direction of the guided path; without a label they keep their own.
 
         Args:
             transformer (`DiTTransformer2DModel`): The network; its present weights, without gradient.
-            noisy (`torch.Tensor` of shape `(B, C, h, w)`): Inputs.
-            time (`torch.Tensor` of shape `(B,)`): Their noise levels.
-            batch (`dict[str, torch.Tensor]`): From [`draw_batch`].
+            points (`Points`): Of a batch.
+            rows (`torch.Tensor` of shape `(R,)`, int64): Which of them are no velocities.
 
         Returns:
-            `torch.Tensor` of shape `(B, C, h, w)`
+            `Points`
         """
-        velocity = batch["noise"] - batch["x_start"]
-        if self.guidance_scale == 1:
-            return velocity
-        of_sample, of_label, of_null = (weight[:, None, None, None] for weight in self.guidance(time))
-        dropped = batch["drop"].bool()
-        null = self.predict(transformer, noisy, time, time, batch["label"], torch.ones_like(dropped))
-        guided = of_sample * velocity + of_null * null
+        if self.guidance_scale == 1 or (self.guided == "jumps" and len(rows) == 0):
+            return points
+        part = points.at(rows) if self.guided == "jumps" else points
+        of_sample, of_label, of_null = (weight[:, None, None, None] for weight in self.guidance(part.time))
+        here = replace(part, until=part.time)
+        null = self.predict(transformer, replace(here, drop=torch.ones_like(part.drop)))
+        guided = of_sample * part.velocity + of_null * null
         if self.guidance_mix < 1:
-            guided += of_label * self.predict(transformer, noisy, time, time, batch["label"], dropped)
-        return torch.where(dropped[:, None, None, None], velocity, guided)
+            guided += of_label * self.predict(transformer, here)
+        guided = torch.where(part.drop.bool()[:, None, None, None], part.velocity, guided)
+        if part is not points:
+            guided = points.velocity.index_copy(0, rows, guided.to(points.velocity.dtype))
+        return replace(points, velocity=guided)
 
 
 @dataclass(frozen=True)
@@ -124,10 +177,12 @@ class MeanFlowObjective(FlowMapObjective):
     paper, `guidance_scale` is ω/(1 - κ) and `guidance_mix` is 1 - κ.
 
     Args:
-        flow_matching_ratio (`float`, defaults to 0.75): As of [`FlowMapObjective`].
-        guidance_scale (`float`, defaults to 1.0): As of [`FlowMapObjective`].
-        guidance_mix (`float`, defaults to 1.0): As of [`FlowMapObjective`].
-        guidance_end (`float`, defaults to 1.0): The velocity of noisier samples is not guided.
+        flow_matching_ratio (`float`, defaults to 0.75): This and the following as of [`FlowMapObjective`].
+        guidance_scale (`float`, defaults to 1.0): Likewise.
+        guidance_mix (`float`, defaults to 1.0): Likewise.
+        guidance_start (`float`, defaults to 0.0): Likewise.
+        guidance_end (`float`, defaults to 1.0): Likewise.
+        guided (`str`, defaults to `"all"`): Likewise.
         time_sampler (`Callable`, defaults to `LogitNormal(-0.4, 1.0)`): Draws two times, the larger of which is t.
         power (`float`, defaults to 1.0): Power of the adaptive weight.
     """
@@ -144,37 +199,38 @@ class MeanFlowObjective(FlowMapObjective):
         return torch.stack([time, torch.where(self.is_velocity(count), time, until)], dim=1)
 
     def guidance(self, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """ω, κ and 1 - ω - κ up to `guidance_end`; beyond it the velocity alone."""
-        is_guided = time <= self.guidance_end
-        of_sample = torch.where(is_guided, self.guidance_mix * self.guidance_scale, 1.0)
-        of_label = torch.where(is_guided, 1 - self.guidance_mix, 0.0)
-        return of_sample, of_label, 1 - of_sample - of_label
+        """As of [`FlowMapObjective`], but where the velocity is not guided, it is the sample's alone."""
+        weights = super().guidance(time)
+        if self.guided == "jumps":
+            return weights
+        is_guided = self.scale(time) != 1
+        return tuple(torch.where(is_guided, weight, own) for weight, own in zip(weights, (1.0, 0.0, 0.0), strict=True))
 
     def loss(self, transformer: Callable[..., Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """As [`Objective.loss`]; the value is the mean squared error, the gradient that of the adaptive loss."""
-        time, until = batch["time"].unbind(dim=1)
-        noisy, drop = self.add_noise(batch["x_start"], batch["noise"], time), batch.get("drop")
-        output = self.predict(transformer, noisy, time, until, batch["label"], drop)
-        target = self.target_velocity(transformer, noisy, time, batch)
-        rows = (until < time).nonzero()[:, 0]  # the others need no derivative
+        points = self.points(batch)
+        output = self.predict(transformer, points)
+        rows = (points.until < points.time).nonzero()[:, 0]  # the others need no derivative
+        points = self.guide(transformer, points, rows)
+        target = points.velocity
         if len(rows):
-            parts = (noisy, time, until, target, batch["label"], drop)
-            derivative = self.total_derivative(transformer, *(None if part is None else part[rows] for part in parts))
-            interval = (time - until)[rows, None, None, None]
-            target = target.index_add(0, rows, interval * derivative.to(target.dtype), alpha=-1)
+            part = points.at(rows)
+            change = (part.time - part.until)[:, None, None, None] * self.total_derivative(transformer, part)
+            target = target.index_add(0, rows, change.to(target.dtype), alpha=-1)
         return self.sample_losses(output, batch | {"target": target})
 
     @torch.no_grad()
-    def total_derivative(self, transformer, noisy, time, until, velocity, label, drop) -> torch.Tensor:
+    def total_derivative(self, transformer: Callable[..., Any], points: Points) -> torch.Tensor:
         """du/dt along the path, `(B, C, h, w)`, by one forward-mode pass of the bare model without compiled blocks."""
         model = extract_model_from_parallel(transformer)
 
         def mean_velocity(noisy, time):
-            return self.predict(model, noisy, time, until, label, drop)
+            return self.predict(model, replace(points, noisy=noisy, time=time))
 
         # Fused attention has no forward mode.
         with attention_backend("_native_math"), torch.compiler.set_stance("force_eager"):
-            return torch.func.jvp(mean_velocity, (noisy, time), (velocity, torch.ones_like(time)))[1]
+            inputs, direction = (points.noisy, points.time), (points.velocity, torch.ones_like(points.time))
+            return torch.func.jvp(mean_velocity, inputs, direction)[1]
 
     def sample_losses(self, output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The adaptively weighted squared error to `target`, summed over a sample's values."""
@@ -190,10 +246,12 @@ class SoFlowObjective(FlowMapObjective):
     interval. It needs no forward-mode derivative.
 
     Args:
-        flow_matching_ratio (`float`, defaults to 0.75): As of [`FlowMapObjective`].
-        guidance_scale (`float`, defaults to 1.0): As of [`FlowMapObjective`].
-        guidance_mix (`float`, defaults to 1.0): As of [`FlowMapObjective`].
-        guidance_end (`float`, defaults to 1.0): Beyond it the scale of the guidance falls to 1.
+        flow_matching_ratio (`float`, defaults to 0.75): This and the following as of [`FlowMapObjective`].
+        guidance_scale (`float`, defaults to 1.0): Likewise.
+        guidance_mix (`float`, defaults to 1.0): Likewise.
+        guidance_start (`float`, defaults to 0.0): Likewise.
+        guidance_end (`float`, defaults to 1.0): Likewise, but beyond it the scale falls smoothly to 1.
+        guided (`str`, defaults to `"all"`): Likewise.
         velocity_time_sampler (`Callable`, defaults to `LogitNormal(-0.2, 1.0)`): Draws t of velocities.
         time_sampler (`Callable`, defaults to `LogitNormal(0.2, 0.8)`): Draws t of solutions.
         until_time_sampler (`Callable`, defaults to `LogitNormal(-1.0, 0.8)`): Draws s, which is capped at t.
@@ -220,12 +278,11 @@ class SoFlowObjective(FlowMapObjective):
         times = (torch.where(is_velocity, velocity_time, drawn) for drawn in (time, until))
         return torch.stack([*times], dim=1)
 
-    def guidance(self, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As MeanFlow's, but beyond `guidance_end` the scale falls smoothly to 1, and the mixture stays."""
+    def scale(self, time: torch.Tensor) -> torch.Tensor:
+        """As of [`FlowMapObjective`], but beyond `guidance_end` it falls smoothly to 1."""
         past = ((1 - time) / (1 - self.guidance_end or 1.0)).clamp(0, 1 - 1e-6)
         decay = torch.where(time <= self.guidance_end, 1.0, 1 - torch.exp(-0.025 * past / (1 - past)))
-        of_null = self.guidance_mix * (1 - self.guidance_scale) * decay
-        return self.guidance_mix - of_null, torch.full_like(time, 1 - self.guidance_mix), of_null
+        return torch.where(time >= self.guidance_start, 1 + decay * (self.guidance_scale - 1), 1.0)
 
     def step(self, progress: torch.Tensor) -> torch.Tensor:
         """Distance of the two points, as a fraction of the interval, when so much of the training is done."""
@@ -236,22 +293,20 @@ class SoFlowObjective(FlowMapObjective):
         As [`Objective.loss`]; the values are the mean squared error of a velocity and the mean squared rate of change
         of a solution, the gradients those of the adaptive losses.
         """
-        time, until = batch["time"].unbind(dim=1)
-        noisy, drop = self.add_noise(batch["x_start"], batch["noise"], time), batch.get("drop")
-        output = self.predict(transformer, noisy, time, until, batch["label"], drop)
-        velocity = self.target_velocity(transformer, noisy, time, batch)
-        losses = self.sample_losses(output, batch | {"target": velocity})
-        rows = (until < time).nonzero()[:, 0]
+        points = self.points(batch)
+        output = self.predict(transformer, points)
+        rows = (points.until < points.time).nonzero()[:, 0]
+        points = self.guide(transformer, points, rows)
+        losses = self.sample_losses(output, batch | {"target": points.velocity})
         if len(rows) == 0:
             return losses
-        parts = (output, noisy, time, until, velocity, batch["label"], drop, batch["progress"])
-        change = self.rate_of_change(transformer, *(None if part is None else part[rows] for part in parts))
+        change = self.rate_of_change(transformer, points.at(rows), output[rows], self.step(batch["progress"][rows]))
         squared = change.square().flatten(1).mean(dim=1)
         # The solution changes against the output, so this has the gradient of half the weighted squared rate of
         # change, over the part of the interval that is left.
         product = -(output[rows] * change).flatten(1).mean(dim=1)
         consistency = with_value(product * (squared + EPS).pow(-self.power), squared)
-        return losses.index_put((rows,), consistency)
+        return losses.index_copy(0, rows, consistency.to(losses.dtype))
 
     def sample_losses(self, output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The adaptively weighted squared error to `target`, the mean over a sample's values."""
@@ -259,10 +314,15 @@ class SoFlowObjective(FlowMapObjective):
         return with_value(adaptive_loss(error, EPS, 1.0), error)
 
     @torch.no_grad()
-    def rate_of_change(self, transformer, output, noisy, time, until, velocity, label, drop, progress) -> torch.Tensor:
-        """Difference of the solutions from `time` and from a nearer point, over their distance, `(B, C, h, w)`."""
-        nearer = (time - self.step(progress) * (time - until)).minimum(time - MIN_INTERVAL)
-        distance, rest, whole = (times[:, None, None, None] for times in (time - nearer, nearer - until, time - until))
-        point = noisy - distance * velocity
-        solution = point - rest * self.predict(transformer, point, nearer, until, label, drop)
-        return (noisy - whole * output - solution) / distance
+    def rate_of_change(
+        self, transformer: Callable[..., Any], points: Points, output: torch.Tensor, step: torch.Tensor
+    ) -> torch.Tensor:
+        """Difference of the solutions from the points and from nearer ones, over their distance, `(B, C, h, w)`."""
+        nearer = (points.time - step * (points.time - points.until)).minimum(points.time - MIN_INTERVAL)
+        distance, rest, whole = (
+            times[:, None, None, None]
+            for times in (points.time - nearer, nearer - points.until, points.time - points.until)
+        )
+        moved = replace(points, noisy=points.noisy - distance * points.velocity, time=nearer)
+        solution = moved.noisy - rest * self.predict(transformer, moved)
+        return (points.noisy - whole * output - solution) / distance

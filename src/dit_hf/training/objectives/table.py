@@ -23,17 +23,24 @@ def _build_epsilon(scheduler, config, snr_gamma):
     return EpsilonObjective(scheduler, None if snr_gamma is None else MinSNR(snr_gamma))
 
 
+# In the order of the fields of `FlowMapObjective`.
+FLOW_MAP_FLAGS = (
+    *("flow_matching_ratio", "target_guidance_scale", "target_guidance_mix"),
+    *("target_guidance_start", "target_guidance_end", "target_guided"),
+)
+
+
 def _flow_map(kind: type[FlowMapObjective]):
     """How an objective of flow maps is built."""
 
     def build(scheduler, config, flow_matching_ratio, target_guidance_scale, **guidance):
+        """An objective of the kind; `ValueError` if the model has no null class for its guidance."""
         if target_guidance_scale != 1 and config["class_dropout_prob"] == 0:
             raise ValueError(
                 f"--target_guidance_scale {target_guidance_scale} needs the null class; pass a --class_dropout_prob "
                 "above 0, or --target_guidance_scale 1."
             )
-        mix, end = guidance["target_guidance_mix"], guidance["target_guidance_end"]
-        return kind(flow_matching_ratio, target_guidance_scale, mix, end)
+        return kind(flow_matching_ratio, target_guidance_scale, *(guidance[flag] for flag in FLOW_MAP_FLAGS[2:]))
 
     return build
 
@@ -52,7 +59,6 @@ class ObjectiveRow:
 
 
 FLOW_FLAGS = ("time_sampling", "time_mean", "time_std", "time_shift", "cosine_loss")
-FLOW_MAP_FLAGS = ("flow_matching_ratio", "target_guidance_scale", "target_guidance_mix", "target_guidance_end")
 # A model's objective, if none is asked for, is the first that it can be trained on.
 OBJECTIVES = {
     "velocity": ObjectiveRow(
