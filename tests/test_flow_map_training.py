@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from testing_utils.training_runs import kill_after, losses, refused, run, train, train_command
 
-from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
+from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, optimize, restore
 from dit_hf.checkpoints.meanflow import MEANFLOW
 from dit_hf.checkpoints.saving import original_state_dict
 from dit_hf.checkpoints.soflow import SOFLOW
@@ -218,6 +218,11 @@ def test_a_model_of_guided_jumps_keeps_its_velocity():
         assert pipe(1, num_inference_steps=1, **options).images.isfinite().all()
         with pytest.raises(ValueError, match="would be guided twice"):
             pipe(1, guidance_scale=4.0)
+    pipe.scheduler = make_scheduler("flow_euler")
+    optimize(pipe, "fastest")
+    assert pipe.resolve_call()["num_inference_steps"] == 1 and pipe.resolve_call()["guidance_scale"] == 1
+    restore(pipe)
+    assert pipe.resolve_call()["num_inference_steps"] == 3 and pipe.resolve_call()["guidance_scale"] == 4
     with pytest.raises(ValueError, match="`guidance_in_weights` is 'some'; it must be True, False or 'jumps'"):
         tiny_transformer(guidance_in_weights="some")
 

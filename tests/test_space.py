@@ -26,7 +26,7 @@ from dit_hf import DiTClassCondPipeline, __version__, make_scheduler, mix_classe
 from dit_hf.seeds import drawn_classes, seeded_generator
 from dit_hf.space.generation import ImageGenerator
 from dit_hf.space.page import Page, captions
-from dit_hf.space.settings import Settings
+from dit_hf.space.settings import OWN_SAMPLER, Settings
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +279,23 @@ def test_the_space_asks_for_the_gradio_that_is_tested():
     asked = re.search(r"sdk_version: (\S+)", (APP.parent / "README.md").read_text())[1]
     assert asked == version("gradio")
     assert f"gradio=={asked}" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+def test_a_model_of_guided_jumps_is_served_with_one_step(tmp_path):
+    """The fastest preset is one jump, which is not guided once more; every sampler works."""
+    options = {"interval_embedding": True, "guidance_in_weights": "jumps", "learn_sigma": False}
+    transformer = tiny_transformer(num_classes=2, **options)
+    call = {"num_inference_steps": 3, "guidance_scale": 4.0}
+    parts = (transformer, make_scheduler("flow_euler"), tiny_vae(), {0: "crane", 1: "shark"}, call)
+    DiTClassCondPipeline(*parts).save_pretrained(tmp_path / "m")
+    generator = ImageGenerator(str(tmp_path / "m"))
+    assert generator.speed_settings("fastest") == [1, "flow_lcm", 0.0, 1.0]
+    assert generator.speed_settings("balanced") == [3, OWN_SAMPLER, 0.0, 1.0]
+    settings = replace(generator.opening, sampler="flow_lcm", steps=1)
+    assert settings.guidance_scale == 4.0 and "guidance_scale=1.0" in generator.snippet(settings)
+    assert generator.estimate(settings) < generator.estimate(replace(settings, sampler=OWN_SAMPLER))
+    for sampler in generator.samplers:
+        assert list(generator.generate(replace(settings, sampler=sampler), threading.Event()))[-1].finished
 
 
 @pytest.mark.parametrize("name", ["jit", "ddt"])

@@ -63,7 +63,8 @@ def optimize(
             `"balanced"` and `"fastest"` compute in bfloat16, which older processors are slow at, use a solver for few
             steps, and guide in a part of them only. Their steps and interval become the pipeline's
             `recommended_call`, so that `pipe(labels)` uses them. Models of the mean velocity over an interval keep
-            their own sampler.
+            their own sampler; one that guides its jumps alone (`guidance_in_weights="jumps"`) takes one jump with
+            `"fastest"`.
         device (`str` or `torch.device`, *optional*): Where to move the pipeline.
 
     Raises:
@@ -83,9 +84,7 @@ def optimize(
     check_pipeline(pipe)
     if not isinstance(preset, str) or preset not in SPEED_PRESETS:
         raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(SPEED_PRESETS)}.")
-    settings = SPEED_PRESETS[preset]
-    if pipe.transformer.config.get("interval_embedding", False):  # its own sampler takes fewer steps than any solver
-        settings = SpeedPreset(settings.precision, None, None, None)
+    settings = speed_preset(pipe, preset)
     if settings.precision == "int8" and importlib.util.find_spec("torchao") is None:
         raise ImportError(f"The preset {preset!r} needs torchao: pip install 'dit_hf[quantize]'.")
     try:
@@ -103,6 +102,26 @@ def optimize(
         f"{names} will be compiled by the first call of each batch size: on two CPU cores about half a minute for a "
         "small model, two minutes for XL/2."
     )
+
+
+def speed_preset(pipe: DiTClassCondPipeline, name: SpeedPresetName) -> SpeedPreset:
+    """
+    What a preset is for a pipeline.
+
+    Args:
+        pipe (`DiTClassCondPipeline`): The pipeline.
+        name (`str`): A name of `SPEED_PRESETS`.
+
+    Returns:
+        `SpeedPreset`
+    """
+    settings, config = SPEED_PRESETS[name], pipe.transformer.config
+    if not config.get("interval_embedding", False):
+        return settings
+    if name == "fastest" and config.guidance_in_weights == "jumps":
+        return settings._replace(solver="lcm", num_inference_steps=1, guidance_interval=None)
+    # Its own sampler takes fewer steps than any solver.
+    return settings._replace(solver=None, num_inference_steps=None, guidance_interval=None)
 
 
 def _apply(pipe, settings, networks, device):
@@ -242,6 +261,6 @@ def quantize_blocks(transformer):
 
 
 def few_step_scheduler(pipe, solver):
-    """A multistep solver of the pipeline's own diffusion or flow."""
+    """A solver of few steps for the pipeline's own diffusion or flow."""
     name = f"flow_{solver}" if pipe.is_flow_matching else solver
     return make_scheduler(name, **trained_options(name, pipe.scheduler.config))

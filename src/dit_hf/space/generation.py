@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..files import printable
 from ..mixing import mix_classes
-from ..optimization import SPEED_PRESETS, SpeedPresetName
+from ..optimization import SpeedPresetName, speed_preset
 from ..pipeline import DiTClassCondPipeline
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import drawn_classes, seeded_generator
@@ -34,6 +34,7 @@ MAX_MINUTES = 5.0  # per set: the next visitor waits for it
 PREVIEWS, PREVIEWED_IMAGES = 8, 8
 OPENING_CLASSES, OPENING_SECONDS = 12, 30.0  # what the page shows first, unless it would take longer
 FLOW_SAMPLERS = ("flow_euler", "flow_heun", "flow_dpm++", "flow_unipc")
+JUMP_SAMPLERS = ("flow_lcm", "flow_map")  # of flow maps
 DIFFUSION_SAMPLERS = ("dpm++", "unipc", "ddim", "ddpm")
 
 
@@ -75,7 +76,7 @@ class ImageGenerator:
         config = self.pipe.transformer.config
         if self.pipe.vae is None and config.in_channels not in (1, 3):
             raise ValueError(f"{model} generates {config.in_channels} channels and has no VAE to decode them.")
-        takes_guidance = config.class_dropout_prob > 0 and not config.get("guidance_in_weights")
+        takes_guidance = config.class_dropout_prob > 0 and config.get("guidance_in_weights") is not True
         self.max_scale = MAX_SCALE if takes_guidance else 1.0
         self._overrides = self._sampler_overrides()
         self._schedulers = {OWN_SAMPLER: self.pipe.scheduler}
@@ -89,6 +90,8 @@ class ImageGenerator:
     def _sampler_overrides(self):
         """Samplers that fit the model, with the options of its own scheduler's diffusion or flow."""
         samplers = FLOW_SAMPLERS if self.pipe.is_flow_matching else DIFFUSION_SAMPLERS
+        if self.pipe.transformer.config.get("interval_embedding"):
+            samplers = (*samplers, *JUMP_SAMPLERS)
         overrides = {name: trained_options(name, self.pipe.scheduler.config) for name in samplers}
         if "ddpm" in overrides and not self.pipe.transformer.config.get("learn_sigma"):
             overrides["ddpm"]["variance_type"] = "fixed_large"
@@ -131,9 +134,17 @@ class ImageGenerator:
 
     def speed_settings(self, name: SpeedPresetName) -> list:
         """Steps, sampler and guidance interval of a preset of `dit_hf.optimize` that has them."""
-        preset = SPEED_PRESETS[name]
+        preset = speed_preset(self.pipe, name)
+        if preset.solver is None:
+            own = self.opening
+            return [own.steps, OWN_SAMPLER, own.guidance_start, own.guidance_end]
         solver = f"flow_{preset.solver}" if self.pipe.is_flow_matching else preset.solver
         return [preset.num_inference_steps, solver, *(preset.guidance_interval or (0.0, 1.0))]
+
+    def scale(self, settings: Settings) -> float:
+        """The guidance scale of a set; jumps that were trained with guidance take none."""
+        jumps = settings.sampler in JUMP_SAMPLERS and self.pipe.transformer.config.get("guidance_in_weights")
+        return 1.0 if jumps else settings.guidance_scale
 
     def check(self, settings: Settings) -> None:
         """Raises a `ValueError` if a value is out of its bounds, or the set would take too long."""
@@ -145,7 +156,7 @@ class ImageGenerator:
     def estimate(self, settings: Settings) -> float:
         """Seconds that a set takes, by the time that the first images took."""
         calls = settings.steps * self._schedulers[settings.sampler].order
-        if settings.guidance_scale != 1:
+        if self.scale(settings) != 1:
             calls *= 1 + settings.guidance_end - settings.guidance_start
         return len(settings.labels) * (calls * self._seconds_per_call + self._seconds_per_decoding)
 
@@ -215,7 +226,7 @@ class ImageGenerator:
                 labels,
                 num_images_per_label=settings.images,
                 num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
+                guidance_scale=self.scale(settings),
                 guidance_interval=(settings.guidance_start, settings.guidance_end),
                 generator=generators,
                 callback_on_step_end=on_step,
@@ -264,7 +275,7 @@ class ImageGenerator:
     {labels},  # {", ".join(printable(name.split(",")[0]) for name in settings.class_labels)}
     num_images_per_label={settings.images},
     num_inference_steps={settings.steps},
-    guidance_scale={settings.guidance_scale},
+    guidance_scale={self.scale(settings)},
     guidance_interval=({settings.guidance_start}, {settings.guidance_end}),
     generator=[seeded_generator({settings.seed}, index) for index in range({len(settings.labels)})],
 ).images"""

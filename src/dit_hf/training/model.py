@@ -381,13 +381,13 @@ def pretrained_transformer(
     return model
 
 
-def record_guidance(model: PackagedModel, guidance_in_weights: bool) -> None:
+def record_guidance(model: PackagedModel, guidance_in_weights: bool | str) -> None:
     """
     Writes into a model's config whether its training puts guidance into the weights; warns if that gets lost.
 
     Args:
         model (`DiTTransformer2DModel`): What will be trained; others than it have no such guidance.
-        guidance_in_weights (`bool`): Of the objective.
+        guidance_in_weights (`bool` or `str`): Of the objective.
     """
     if model.config.get("guidance_in_weights", False) == guidance_in_weights:
         return

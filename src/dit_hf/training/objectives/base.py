@@ -34,7 +34,7 @@ class Objective(ABC):
     few_steps: ClassVar[bool] = False
 
     @property
-    def guidance_in_weights(self) -> bool:
+    def guidance_in_weights(self) -> bool | str:
         """Whether targets are guided, so that sampling must not guide again."""
         return False
 

@@ -157,6 +157,8 @@ class FlowMapObjective(StraightPath):
         if self.guidance_scale == 1 or (self.guided == "jumps" and len(rows) == 0):
             return points
         part = points.at(rows) if self.guided == "jumps" else points
+        if part.drop is None:
+            raise ValueError("Guided targets need the null class; train a model that has one.")
         of_sample, of_label, of_null = (weight[:, None, None, None] for weight in self.guidance(part.time))
         here = replace(part, until=part.time)
         null = self.predict(transformer, replace(here, drop=torch.ones_like(part.drop)))
@@ -204,7 +206,8 @@ class MeanFlowObjective(FlowMapObjective):
         if self.guided == "jumps":
             return weights
         is_guided = self.scale(time) != 1
-        return tuple(torch.where(is_guided, weight, own) for weight, own in zip(weights, (1.0, 0.0, 0.0), strict=True))
+        of_sample, of_label, of_null = weights
+        return torch.where(is_guided, of_sample, 1.0), is_guided * of_label, is_guided * of_null
 
     def loss(self, transformer: Callable[..., Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """As [`Objective.loss`]; the value is the mean squared error, the gradient that of the adaptive loss."""
