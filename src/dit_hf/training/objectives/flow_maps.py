@@ -52,8 +52,9 @@ class Points:
 
     def at(self, rows: torch.Tensor) -> "Points":
         """The points of some rows."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return Points(**{name: None if value is None else value[rows] for name, value in values.items()})
+        drop = None if self.drop is None else self.drop[rows]
+        times = self.time[rows], self.until[rows]
+        return Points(self.noisy[rows], *times, self.velocity[rows], self.label[rows], drop)
 
 
 @dataclass(frozen=True)
