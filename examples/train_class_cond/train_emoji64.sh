@@ -17,7 +17,7 @@ export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 "$PYTHON" examples/train_class_cond/precompute_latents.py --dataset_name "$DATA" --vae "$VAE" --output_dir "$OUTPUT/latents"
 "$PYTHON" examples/train_class_cond/train_dit.py --latents_dir "$OUTPUT/latents" \
     --transformer_config examples/train_class_cond/emoji64.json --recipe fast --learning_rate 2.5e-3 \
-    --flip_probability 0 --total_batch_size "${BATCH:-64}" --max_train_steps "${STEPS:-8000}" \
+    --flip_probability 0 --total_batch_size "${BATCH:-64}" --max_train_steps "${STEPS:-10000}" \
     --mixed_precision bf16 --compile_blocks --validation_steps 1000 --output_dir "$OUTPUT/run"
 "$PYTHON" - "$OUTPUT" <<'CODE'
 import sys
