@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from testing_utils.hub_server import HubServer
-from testing_utils.scripts import run_forked
 
 
 README = (ROOT / "README.md").read_text()
@@ -57,9 +55,6 @@ def test_python_snippets_run(snippet, checkout, hub):
     command = [sys.executable, "-c", snippet]
     result = subprocess.run(command, cwd=checkout, env=os.environ | hub, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    promised = [line.split("#")[1].split(",")[0].strip() for line in snippet.splitlines() if line.startswith("print")]
-    for words in promised:
-        assert words.split(" as ")[0] in result.stdout or words in result.stdout.replace("\n", " ")
 
 
 def test_python_snippets_pass_a_strict_type_checker(tmp_path):
@@ -91,7 +86,8 @@ def test_python_snippets_pass_a_strict_type_checker(tmp_path):
 
 
 def test_shell_snippets_are_known():
-    assert sorted({line.split()[0] for line in SHELL_LINES}) == ["dit-hf", "hf", "make", "pip", "python", "source"]
+    assert sorted({line.split()[0] for line in SHELL_LINES}) == ["dit-hf", "make", "pip"]
+    assert len(README.splitlines()) < 150
 
 
 def test_make_demo_draws_the_grid(checkout):
@@ -108,22 +104,12 @@ def test_make_demo_draws_the_grid(checkout):
 
 def test_the_console_command_runs(checkout):
     lines = [line for line in SHELL_LINES if line.startswith("dit-hf")]
+    assert [line.split()[1] for line in lines] == ["convert", "verify", "export", "generate"]
     for line in lines:
         result = run_shell(line, checkout)
         assert result.returncode == 0 and result.stdout, result.stderr
-    assert (checkout / "outputs" / "two.png").stat().st_size > 3_000
-
-
-def test_conversion_commands_run(checkout, hub):
-    lines = [line for line in SHELL_LINES if "conversion/" in line]
-    assert len(lines) == 5
-    *local, published = lines
-    for line in local:
-        run_forked(shlex.split(line), checkout, check=True)
-    result = run_shell(published, checkout, **hub)
-    assert result.returncode == 0, result.stderr
-    assert (checkout / "outputs" / "dit-tiny" / "model_index.json").exists()
-    assert "Published: http" in result.stdout
+    for name, size in (("sit-tiny/model_index.json", 100), ("sit-tiny.pt", 100_000), ("two.png", 3_000)):
+        assert (checkout / "outputs" / name).stat().st_size > size
 
 
 def test_files_and_links_exist():
@@ -163,6 +149,7 @@ def test_table_says_what_is_measured():
     assert dropout["ours"]["draws"] == 1
     assert dropout["ours"]["mixed"] == 0
     assert dropout["ours"]["unconditional"] == pytest.approx(0.1, abs=0.02)
+    # The rest of the table is in benchmarks/README.md.
     for row, outcomes in {
         "null class of 10 classes": ("IndexError", "runs"),
         "8×16 latents": ("RuntimeError", [1, 8, 8, 16]),
