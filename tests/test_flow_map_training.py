@@ -16,7 +16,9 @@ from dit_hf.checkpoints.meanflow import MEANFLOW
 from dit_hf.checkpoints.saving import original_state_dict
 from dit_hf.checkpoints.soflow import SOFLOW
 from dit_hf.seeds import seeded_generator
-from dit_hf.training.finetuning import add_interval
+from dit_hf.training.alignment import AlignmentHead
+from dit_hf.training.finetuning import add_interval, record_guidance
+from dit_hf.training.lora import add_lora
 from dit_hf.training.losses import adaptive_loss
 from dit_hf.training.objectives import MeanFlowObjective, SoFlowObjective, VelocityObjective
 from dit_hf.training.objectives.flow_maps import Points
@@ -118,6 +120,7 @@ def test_the_derivative_is_that_of_finite_differences():
     model = tiny_transformer(interval_embedding=True, timestep_scale=0.001, learn_sigma=False).double().train()
     model.enable_gradient_checkpointing()
     model.compile_repeated_blocks()
+    model.set_attention_backend("native")
     generator = seeded_generator(0)
     noisy, velocity = torch.randn(2, 3, 4, 8, 8, generator=generator, dtype=torch.float64)
     time, until = torch.tensor([[0.9, 0.5, 0.7], [0.1, 0.4, 0.7]], dtype=torch.float64)
@@ -132,6 +135,7 @@ def test_the_derivative_is_that_of_finite_differences():
             - objective.predict(model, replace(points, noisy=noisy - by * velocity, time=time - by))
             for by in (step, 2 * step)
         )
+    assert model.transformer_blocks[0].attn.processor._attention_backend is not None  # as before
     torch.testing.assert_close(derivative, (8 * near - far) / (12 * step), rtol=1e-4, atol=1e-5)
 
 
@@ -197,6 +201,8 @@ def test_jumps_alone_are_guided(kind):
     expected[[1, 3]] = points.velocity[[1, 3]]
     torch.testing.assert_close(guided, expected, rtol=1e-5, atol=1e-5)
     assert objective.guidance_in_weights == "jumps" and kind(guided="jumps").guidance_in_weights is False
+    distilled = kind(guidance_mix=0.0, guided="jumps").guide(model, points, torch.tensor([0, 2, 4])).velocity
+    torch.testing.assert_close(distilled[[0, 2, 4]], label[[0, 2, 4]], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match='pass a larger one, or `guided="jumps"`'):
         kind(guidance_mix=0.0)
 
@@ -279,6 +285,9 @@ def test_processes_and_micro_batches_do_not_change_the_result(name, workspace, t
 
 def test_a_velocity_pipeline_becomes_one_of_few_steps(workspace, tmp_path):
     run(train_command(workspace, tmp_path / "flow"))
+    flow = DiTClassCondPipeline.from_pretrained(tmp_path / "flow" / "pipeline")
+    flow.register_to_config(recommended_call={"num_inference_steps": 20, "guidance_scale": 4.5})
+    flow.save_pretrained(tmp_path / "flow" / "pipeline")
     flags = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "flow" / "pipeline", "vae": None}
     flags |= {"recipe": "soflow", "ema_decay": 0.5, "validation_inference_steps": None, "target_guided": "jumps"}
     result = run(train_command(workspace, tmp_path / "map", **flags))
@@ -286,7 +295,12 @@ def test_a_velocity_pipeline_becomes_one_of_few_steps(workspace, tmp_path):
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "map" / "pipeline")
     assert pipe.transformer.config.interval_embedding and pipe.transformer.config.timestep_scale == 1
     assert pipe.transformer.config.guidance_in_weights == "jumps"
-    assert pipe.config.recommended_call == {"num_inference_steps": 1} and pipe("dark").images[0].size == (32, 32)
+    assert pipe.config.recommended_call == {"num_inference_steps": 1, "guidance_scale": 4.5}
+    assert pipe.resolve_call()["guidance_scale"] == 1.0
+    pipe.scheduler = make_scheduler("flow_euler")
+    assert pipe.resolve_call()["guidance_scale"] == 4.5
+    pipe.scheduler = make_scheduler("flow_lcm")
+    assert pipe("dark").images[0].size == (32, 32)
 
 
 @pytest.mark.parametrize(
@@ -298,19 +312,64 @@ def test_a_velocity_pipeline_becomes_one_of_few_steps(workspace, tmp_path):
             {"objective": "meanflow", "target_guidance_scale": 2, "class_dropout_prob": 0},
             "--target_guidance_scale 2.0 needs the null class",
         ),
-        ({"objective": "meanflow", "target_guidance_mix": 0}, "guidance_mix"),
+        ({"objective": "meanflow", "target_guidance_mix": 0, "target_guidance_scale": 2}, "`guidance_mix` is 0"),
+        ({"objective": "soflow", "target_guidance_mix": 0.5}, "--target_guidance_mix has no effect without"),
+        ({"objective": "soflow", "target_guidance_start": 0.5}, "--target_guidance_start has no effect without"),
+        ({"objective": "soflow", "target_guided": "jumps"}, "--target_guided has no effect without"),
+        ({"objective": "meanflow", "float8": ""}, "--float8 can't be differentiated as --objective meanflow needs"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(flags, message, workspace, tmp_path, monkeypatch, capsys):
     assert message in refused(train_command(workspace, tmp_path / "run", **flags), monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_alignment_reaches_the_model(kind, tmp_path):
+    """It is of the forward pass with gradient, not of those for the targets."""
+    model = tiny_transformer(interval_embedding=True, learn_sigma=False, in_channels=8, sample_size=16)
+    head = AlignmentHead(model, 1, 16)
+    generator = seeded_generator(0)
+    batch = {"x_start": torch.randn(8, 8, 16, 16, generator=generator), "label": torch.arange(8)}
+    objective = kind(guidance_scale=2.0, guidance_mix=0.5)
+    batch |= {"noise": torch.randn(8, 8, 16, 16, generator=generator), "time": objective.draw_time(8, generator)}
+    batch |= {"drop": torch.zeros(8, dtype=torch.bool), "progress": torch.zeros(8)}
+    objective.loss(model.train(), batch)
+    head(torch.randn(8, 16, 4, 4, generator=generator)).sum().backward()
+    assert model.pos_embed.proj.weight.grad.abs().max() > 0
+
+
+def test_a_run_whose_loss_rises_by_its_schedule_ends(tmp_path):
+    """The rate of change of ever shorter distances is no sign of a training that made things worse."""
+    assert not SoFlowObjective.loss_falls and MeanFlowObjective.loss_falls
+    model = {"interval_embedding": True}
+    trainer = train(
+        tmp_path, SoFlowObjective(0.0, guidance_scale=2.0), model=model, max_train_steps=200, learning_rate=0
+    )
+    recorded = losses(tmp_path)
+    assert recorded[-50:].mean() > 1.2 * recorded[:50].mean()
+    assert trainer.transformer.config.guidance_in_weights is True
+
+
+def test_adapters_cannot_change_where_guidance_is(tmp_path):
+    model = tiny_transformer(interval_embedding=True, learn_sigma=False)
+    add_lora(model, 2, 2)
+    record_guidance(model, False)
+    with pytest.raises(ValueError, match="which adapters can't; train all weights"):
+        record_guidance(model, True)
+
+
 def test_settings_are_those_of_the_objective():
     settings = SoFlowObjective(guidance_scale=2.0).settings()
-    assert settings["objective"] == "soflow" and settings["guidance_scale"] == 2.0
+    assert settings["objective"] == "soflow" and settings["target_guidance_scale"] == 2.0
+    assert "guidance_scale" not in settings  # of the samples
     assert settings["until_time_sampler"] == "logit_normal(-1.0, 0.8)"
     json.dumps(settings)
     assert not VelocityObjective().guidance_in_weights and SoFlowObjective(guidance_scale=2.0).guidance_in_weights
     for kind in KINDS.values():
-        with pytest.raises(ValueError, match="guidance_end"):
-            kind(guidance_end=1.5)
+        for wrong, message in (
+            ({"guidance_end": 1.5}, "guidance_end"),
+            ({"guidance_start": 0.9, "guidance_end": 0.1}, "nothing is guided"),
+            ({"flow_matching_ratio": 1.0, "guided": "jumps"}, "there are no jumps"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                kind(**wrong)

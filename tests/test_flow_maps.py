@@ -10,7 +10,8 @@ from diffusers.schedulers import scheduling_flow_match_lcm
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, optimize, restore
 from dit_hf.checkpoints import meanflow
 from dit_hf.checkpoints.parsing import parse_checkpoint
-from dit_hf.training.model import pretrained_transformer, record_guidance
+from dit_hf.training.finetuning import record_guidance
+from dit_hf.training.model import pretrained_transformer
 
 
 # Fixture -> its heads, whether it has a null class, the name of the second time, the recipe of its sampler.

@@ -286,11 +286,17 @@ def test_a_model_of_guided_jumps_is_served_with_one_step(tmp_path):
     options = {"interval_embedding": True, "guidance_in_weights": "jumps", "learn_sigma": False}
     transformer = tiny_transformer(num_classes=2, **options)
     call = {"num_inference_steps": 3, "guidance_scale": 4.0}
-    parts = (transformer, make_scheduler("flow_euler"), tiny_vae(), {0: "crane", 1: "shark"}, call)
-    DiTClassCondPipeline(*parts).save_pretrained(tmp_path / "m")
+    parts = (tiny_vae(), {0: "crane", 1: "shark"}, call)
+    DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), *parts).save_pretrained(tmp_path / "m")
+    DiTClassCondPipeline(transformer, make_scheduler("flow_lcm"), *parts).save_pretrained(tmp_path / "own")
+    own = ImageGenerator(str(tmp_path / "own"))  # its own sampler jumps
+    assert (
+        own.scale(Settings(["crane"], guidance_scale=3.0)) == 1.0 and own.speed_settings("fastest")[1] == OWN_SAMPLER
+    )
+    assert list(own.generate(Settings(["crane"], steps=1), threading.Event()))[-1].finished
     generator = ImageGenerator(str(tmp_path / "m"))
     assert generator.speed_settings("fastest") == [1, "flow_lcm", 0.0, 1.0]
-    assert generator.speed_settings("balanced") == [3, OWN_SAMPLER, 0.0, 1.0]
+    assert generator.speed_settings("balanced") == [8, "flow_unipc", 0.0, 0.5]
     settings = replace(generator.opening, sampler="flow_lcm", steps=1)
     assert settings.guidance_scale == 4.0 and "guidance_scale=1.0" in generator.snippet(settings)
     assert generator.estimate(settings) < generator.estimate(replace(settings, sampler=OWN_SAMPLER))

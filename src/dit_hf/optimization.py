@@ -11,6 +11,7 @@ from torch import nn
 
 from .modulation_table import ModulationTable
 from .pipeline import DiTClassCondPipeline
+from .pipeline_dit_class_cond import takes_jumps
 from .schedulers import make_scheduler, trained_options
 
 
@@ -62,9 +63,9 @@ def optimize(
             too;
             `"balanced"` and `"fastest"` compute in bfloat16, which older processors are slow at, use a solver for few
             steps, and guide in a part of them only. Their steps and interval become the pipeline's
-            `recommended_call`, so that `pipe(labels)` uses them. Models of the mean velocity over an interval keep
-            their own sampler; one that guides its jumps alone (`guidance_in_weights="jumps"`) takes one jump with
-            `"fastest"`.
+            `recommended_call`, so that `pipe(labels)` uses them. A model of the mean velocity over an interval keeps
+            its own sampler; one with a sampler of its velocity and guided jumps (`guidance_in_weights="jumps"`)
+            takes one jump with `"fastest"`.
         device (`str` or `torch.device`, *optional*): Where to move the pipeline.
 
     Raises:
@@ -118,8 +119,9 @@ def speed_preset(pipe: DiTClassCondPipeline, name: SpeedPresetName) -> SpeedPres
     settings, config = SPEED_PRESETS[name], pipe.transformer.config
     if not config.get("interval_embedding", False):
         return settings
-    if name == "fastest" and config.guidance_in_weights == "jumps":
-        return settings._replace(solver="lcm", num_inference_steps=1, guidance_interval=None)
+    if config.guidance_in_weights == "jumps" and not takes_jumps(pipe.scheduler):
+        one_jump = settings._replace(solver="lcm", num_inference_steps=1, guidance_interval=None)
+        return one_jump if name == "fastest" else settings
     # Its own sampler takes fewer steps than any solver.
     return settings._replace(solver=None, num_inference_steps=None, guidance_interval=None)
 

@@ -206,6 +206,11 @@ def _takes_interval(scheduler):
     return "r_timestep" in inspect.signature(scheduler.step).parameters
 
 
+def takes_jumps(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler is for flow maps: along a mean velocity, or to the data and back by fresh noise."""
+    return isinstance(scheduler, FlowMatchLCMScheduler) or _takes_interval(scheduler)
+
+
 def is_rae(vae: ModelMixin) -> bool:
     """Whether an autoencoder is an `AutoencoderRAE`: pixels in [0, 1], latents of one size that it normalises."""
     return "encoder_input_size" in vae.config
@@ -785,8 +790,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     @property
     def _takes_jumps(self):
         """Whether the sampler goes over intervals, of a model that predicts the mean velocity over them."""
-        is_flow_map = self.transformer.config.get("interval_embedding", False)
-        return is_flow_map and (isinstance(self.scheduler, FlowMatchLCMScheduler) or _takes_interval(self.scheduler))
+        return self.transformer.config.get("interval_embedding", False) and takes_jumps(self.scheduler)
 
     @property
     def _guidance_in_weights(self):
@@ -813,9 +817,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         scale = CALL_DEFAULTS["guidance_scale"] if self.guide is None else AUTOGUIDANCE_SCALE
         takes_guidance = (self._has_null_class or self.guide is not None) and not self._guidance_in_weights
         settings = CALL_DEFAULTS | {"guidance_scale": scale if takes_guidance else 1.0}
-        recommended = self.config.get("recommended_call") or {}
-        # What is recommended for the velocity of a model is not for its jumps.
-        settings |= {name: value for name, value in recommended.items() if takes_guidance or name != "guidance_scale"}
+        recommended = dict(self.config.get("recommended_call") or {})
+        if self._guidance_in_weights and self.transformer.config.guidance_in_weights == "jumps":
+            recommended.pop("guidance_scale", None)  # it is for the velocity
+        settings |= recommended
         settings |= {name: value for name, value in given.items() if value is not None}
         if isinstance(settings["guidance_interval"], list):  # as JSON has it
             settings["guidance_interval"] = tuple(settings["guidance_interval"])

@@ -8,6 +8,7 @@ from signal import Signals
 
 import torch
 from accelerate.utils import DistributedType, set_seed
+from diffusers.utils import logging
 
 from ..command_line import run
 from ..data.autoencoders import Pixels, latent_channels, vae_statistics
@@ -23,6 +24,7 @@ from ..training.batches import SeededBatches, check_batch
 from ..training.checkpointing import check_resumable
 from ..training.config import TrainingConfig
 from ..training.data import checksums, latent_size, open_latents, write_latents
+from ..training.finetuning import record_guidance
 from ..training.model import (
     DEFAULT_RESOLUTION,
     check_architecture,
@@ -34,7 +36,6 @@ from ..training.model import (
     preset_resolution,
     pretrained_transformer,
     recommended_call,
-    record_guidance,
     sampling_scheduler,
     trained_class,
     training_scheduler,
@@ -53,6 +54,10 @@ from .latents import image_data
 from .train_flags import parse_args
 
 
+logger = logging.get_logger(__name__)
+
+# Models whose times are scaled by more are not smooth in them.
+TIMES_FOR_DERIVATIVES = 0.01
 # Flags that make a run what it is, beside the fields of `TrainingConfig`, the transformer, the objective and the data.
 COMPARED = ("lora_rank", "lora_alpha", "freeze", "alignment_encoder", "alignment_depth", "cache_latents")
 # And those that decide which images there are, if there are images. The fingerprint tells only that they have changed.
@@ -111,6 +116,7 @@ class Training:
         flags = {flag: getattr(args, flag) for flag in row.flags}
         self.objective = row.build(trained, self.transformer.config, **flags)
         record_guidance(self.transformer, self.objective.guidance_in_weights)
+        self.check_objective()
 
     def resolution(self):
         """Pixels per side: what the latents or the pretrained weights are of, or else what is asked for."""
@@ -135,6 +141,21 @@ class Training:
         if self.model_class is DiTTransformer2DModel:  # the others predict no variance
             classes |= {"learn_sigma": kind.learn_sigma, **kind.transformer_config}
         return new_transformer(args.preset, args.transformer_config, **size, **classes)
+
+    def check_objective(self):
+        """Refuses or warns of what the objective does not go well with."""
+        if self.objective.forward_mode and self.args.float8:
+            raise ValueError(f"--float8 can't be differentiated as --objective {self.args.objective} needs; omit it.")
+        if self.objective.forward_mode and self.transformer.config.timestep_scale > TIMES_FOR_DERIVATIVES:
+            logger.warning(
+                "The model multiplies its times by 1000, and so the derivative by time, which makes the targets of "
+                "meanflow noisy; soflow suits this model better."
+            )
+        if self.args.mixed_precision != "no" and not self.objective.loss_falls:
+            logger.warning(
+                f"{self.args.mixed_precision} rounds what {self.args.objective} divides by a short distance; late in "
+                "the training its targets are better without mixed precision."
+            )
 
     def read(self):
         """All that the run reads before it writes, and whether it may resume."""
@@ -198,8 +219,9 @@ class Training:
 
     def pipeline(self, transformer):
         """The pipeline that is sampled during training and saved at its end."""
-        pretrained = self.args.pretrained_model_name_or_path
-        call = recommended_call(pretrained, self.is_guided, self.objective.few_steps)
+        # Guidance of the velocity is recommended still where jumps alone have it in their weights.
+        guided = self.args.class_dropout_prob > 0 and self.objective.guidance_in_weights is not True
+        call = recommended_call(self.args.pretrained_model_name_or_path, guided, self.objective.few_steps)
         vae = None if isinstance(self.vae, Pixels) else self.vae
         pipe = DiTClassCondPipeline(transformer, self.scheduler, vae, dict(enumerate(self.names)), call)
         pipe.set_progress_bar_config(disable=True)

@@ -27,6 +27,20 @@ IGNORED = (
     ("holdout", lambda args: args.latents_dir is not None, "with --latents_dir, whose images were chosen before"),
     ("cache_latents", lambda args: args.latents_dir is not None, "with --latents_dir"),
     ("validation_split", lambda args: args.latents_dir is not None, "with --latents_dir, which holds no images"),
+    *(
+        (f"target_guidance_{part}", lambda args: args.target_guidance_scale == 1, "without --target_guidance_scale")
+        for part in ("start", "end")
+    ),
+    (
+        "target_guidance_mix",
+        lambda args: args.target_guidance_scale == 1 and args.target_guided == "all",
+        "without --target_guidance_scale",
+    ),
+    (
+        "target_guided",
+        lambda args: args.target_guidance_scale == 1 and args.target_guidance_mix == 1,
+        "without --target_guidance_scale",
+    ),
     ("alignment_depth", lambda args: args.proj_coeff == 0, "without --proj_coeff"),
 )
 

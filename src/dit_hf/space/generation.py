@@ -19,8 +19,9 @@ from PIL import Image
 
 from ..files import printable
 from ..mixing import mix_classes
-from ..optimization import SpeedPresetName, speed_preset
+from ..optimization import SPEED_PRESETS, SpeedPresetName, speed_preset
 from ..pipeline import DiTClassCondPipeline
+from ..pipeline_dit_class_cond import takes_jumps
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import drawn_classes, seeded_generator
 from .settings import MAX_STEPS, OWN_SAMPLER, Settings
@@ -83,6 +84,7 @@ class ImageGenerator:
         self._schedulers |= {name: make_scheduler(name, **options) for name, options in self._overrides.items()}
         self.samplers = list(self._schedulers)
         self._lock = threading.Lock()
+        self._presets = {name: speed_preset(self.pipe, name) for name in SPEED_PRESETS}
         self._measure()
         self.opening = self._opening_settings()
         self.opening_images = self._opening_images()
@@ -134,7 +136,7 @@ class ImageGenerator:
 
     def speed_settings(self, name: SpeedPresetName) -> list:
         """Steps, sampler and guidance interval of a preset of `dit_hf.optimize` that has them."""
-        preset = speed_preset(self.pipe, name)
+        preset = self._presets[name]
         if preset.solver is None:
             own = self.opening
             return [own.steps, OWN_SAMPLER, own.guidance_start, own.guidance_end]
@@ -143,7 +145,8 @@ class ImageGenerator:
 
     def scale(self, settings: Settings) -> float:
         """The guidance scale of a set; jumps that were trained with guidance take none."""
-        jumps = settings.sampler in JUMP_SAMPLERS and self.pipe.transformer.config.get("guidance_in_weights")
+        in_weights = self.pipe.transformer.config.get("guidance_in_weights")
+        jumps = in_weights == "jumps" and takes_jumps(self._schedulers[settings.sampler])
         return 1.0 if jumps else settings.guidance_scale
 
     def check(self, settings: Settings) -> None:

@@ -104,7 +104,8 @@ class AlignmentHead(nn.Module):
         transformer.transformer_blocks[depth - 1].register_forward_hook(self._keep)
 
     def _keep(self, block, args, output):
-        self._tokens[:] = [output[0] if isinstance(output, tuple) else output]  # beside context tokens
+        if torch.is_grad_enabled():  # targets may take further forward passes
+            self._tokens[:] = [output[0] if isinstance(output, tuple) else output]  # beside context tokens
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """

@@ -125,6 +125,32 @@ def add_interval(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
     return flow_map.train(model.training)
 
 
+def record_guidance(model: PackagedModel, guidance_in_weights: bool | str) -> None:
+    """
+    Writes into a model's config whether its training puts guidance into the weights; warns if that gets lost.
+
+    Args:
+        model (`DiTTransformer2DModel`): What will be trained; others than it have no such guidance.
+        guidance_in_weights (`bool` or `str`): Of the objective.
+
+    Raises:
+        ValueError: if the model has adapters, which are saved without a config.
+    """
+    if model.config.get("guidance_in_weights", False) == guidance_in_weights:
+        return
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"The model's `guidance_in_weights` is {model.config.guidance_in_weights}, and the training would make it "
+            f"{guidance_in_weights}, which adapters can't; train all weights."
+        )
+    if not guidance_in_weights:
+        logger.warning(
+            "The guidance that was trained into the weights gets lost in training without it; sample the result with "
+            "a guidance_scale above 1."
+        )
+    model.register_to_config(guidance_in_weights=guidance_in_weights)
+
+
 def frozen_names(names: Iterable[str], prefixes: Iterable[str]) -> set[str]:
     """Names of parameters that begin with one of some prefixes, up to a dot."""
     return {name for name in names for prefix in prefixes if f"{name}.".startswith(f"{prefix}.")}

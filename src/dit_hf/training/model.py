@@ -381,24 +381,6 @@ def pretrained_transformer(
     return model
 
 
-def record_guidance(model: PackagedModel, guidance_in_weights: bool | str) -> None:
-    """
-    Writes into a model's config whether its training puts guidance into the weights; warns if that gets lost.
-
-    Args:
-        model (`DiTTransformer2DModel`): What will be trained; others than it have no such guidance.
-        guidance_in_weights (`bool` or `str`): Of the objective.
-    """
-    if model.config.get("guidance_in_weights", False) == guidance_in_weights:
-        return
-    if not guidance_in_weights:
-        logger.warning(
-            "The guidance that was trained into the weights gets lost in training without it; sample the result with "
-            "a guidance_scale above 1."
-        )
-    model.register_to_config(guidance_in_weights=guidance_in_weights)
-
-
 def classes_of_adapters(pretrained_model_name_or_path: str | Path, names: list[str]) -> tuple[list[str], torch.Tensor]:
     """
     The classes of a pipeline, which adapters keep, and the ids of the data's classes among them.

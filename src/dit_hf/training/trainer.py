@@ -25,6 +25,7 @@ from .batches import SeededBatches, check_batch, draw_batch
 from .checkpointing import list_checkpoints, resume_from, save_checkpoint
 from .config import TrainingConfig
 from .ema import PowerAverages, WeightAverage
+from .finetuning import record_guidance
 from .guard import LossGuard, TrainingStopped, check_losses
 from .objectives import Objective
 from .optimizer import build_optimizer
@@ -93,6 +94,7 @@ class Trainer:
             )
         if (alignment is not None) != (config.proj_coeff > 0):
             raise ValueError("An alignment head and a positive `proj_coeff` go together; pass both or neither.")
+        record_guidance(transformer, objective.guidance_in_weights)
         self.class_ids = class_ids
         balanced = latents.labels if config.balance_classes else None
         self.batches = SeededBatches(len(latents.labels), config.total_batch_size, config.seed, balanced)
@@ -282,7 +284,8 @@ class Trainer:
                 f"Every one of the {step} steps was skipped, as its loss or gradient was not finite: nothing was "
                 f"trained. {self.output_dir / LOG_FILE} has the losses."
             )
-        on_main(self.accelerator, lambda: check_losses(read_losses(self.output_dir / LOG_FILE), must_fall))
+        if self.objective.loss_falls:
+            on_main(self.accelerator, lambda: check_losses(read_losses(self.output_dir / LOG_FILE), must_fall))
 
     def _start(self):
         """Resumes, and records the settings; returns the number of finished steps."""

@@ -7,7 +7,8 @@ Classifier-free guidance is put into the targets, so sampling needs none.
 Shapes: `B` samples, `C` latent channels, `h w` latent size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -27,6 +28,22 @@ MIN_INTERVAL = 1e-4
 EPS = 0.01
 # What is guided: all targets, or those of intervals, where the velocity stays as it is.
 GUIDED = ("all", "jumps")
+
+
+@contextmanager
+def forward_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Inside of it a model can be differentiated in forward mode: fused attention and compiled blocks can't be."""
+    processors: list[Any] = [getattr(module, "processor", None) for module in model.modules()]
+    chosen = [part for part in processors if getattr(part, "_attention_backend", None) is not None]
+    backends = [processor._attention_backend for processor in chosen]
+    try:
+        for processor in chosen:
+            processor._attention_backend = None
+        with attention_backend("_native_math"), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for processor, backend in zip(chosen, backends, strict=True):
+            processor._attention_backend = backend
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,13 @@ class FlowMapObjective(StraightPath):
         GUIDANCE.check("guidance_scale", self.guidance_scale)
         if self.guided not in GUIDED:
             raise ValueError(f"`guided` is {self.guided!r}; it must be {' or '.join(GUIDED)}.")
+        if self.guidance_start >= self.guidance_end:
+            raise ValueError(
+                f"`guidance_start` is {self.guidance_start}, which must be less than `guidance_end`, "
+                f"{self.guidance_end}, or nothing is guided."
+            )
+        if self.flow_matching_ratio == 1 and self.guided == "jumps":
+            raise ValueError('`flow_matching_ratio` is 1, so that there are no jumps for `guided="jumps"`; lower it.')
         if self.guidance_mix == 0 and self.guided == "all":
             raise ValueError(
                 "`guidance_mix` is 0, so that the velocity would be its own target; pass a larger one, or "
@@ -105,10 +129,13 @@ class FlowMapObjective(StraightPath):
         return True if self.guided == "all" else self.guided
 
     def settings(self) -> dict[str, Any]:
-        """All fields; distributions of times by name."""
+        """All fields, those of guidance under the names of their flags; distributions of times by name."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {"objective": self.name} | {
-            name: value if isinstance(value, float) else str(value) for name, value in values.items()
+            f"target_{name}" if name.startswith("guid") else name: float(value)
+            if isinstance(value, (int, float))
+            else str(value)
+            for name, value in values.items()
         }
 
     def is_velocity(self, count: int) -> torch.Tensor:
@@ -155,7 +182,8 @@ class FlowMapObjective(StraightPath):
         Returns:
             `Points`
         """
-        if self.guidance_scale == 1 or (self.guided == "jumps" and len(rows) == 0):
+        is_plain = self.guidance_scale == 1 and (self.guided == "all" or self.guidance_mix == 1)
+        if is_plain or (self.guided == "jumps" and len(rows) == 0):
             return points
         part = points.at(rows) if self.guided == "jumps" else points
         if part.drop is None:
@@ -193,6 +221,7 @@ class MeanFlowObjective(FlowMapObjective):
     time_sampler: Callable[[int, torch.Generator], torch.Tensor] = LogitNormal(-0.4, 1.0)
     power: float = 1.0
     name: ClassVar[str] = "meanflow"
+    forward_mode: ClassVar[bool] = True
     sampler: ClassVar[SchedulerRecipe] = "flow_map"
 
     def draw_time(self, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -231,8 +260,7 @@ class MeanFlowObjective(FlowMapObjective):
         def mean_velocity(noisy, time):
             return self.predict(model, replace(points, noisy=noisy, time=time))
 
-        # Fused attention has no forward mode.
-        with attention_backend("_native_math"), torch.compiler.set_stance("force_eager"):
+        with forward_mode(model):
             inputs, direction = (points.noisy, points.time), (points.velocity, torch.ones_like(points.time))
             return torch.func.jvp(mean_velocity, inputs, direction)[1]
 
@@ -271,6 +299,7 @@ class SoFlowObjective(FlowMapObjective):
     last_step: float = 0.002
     power: float = 1.0
     name: ClassVar[str] = "soflow"
+    loss_falls: ClassVar[bool] = False  # the rate of change is of an ever shorter distance
     sampler: ClassVar[SchedulerRecipe] = "flow_lcm"
 
     def draw_time(self, count: int, generator: torch.Generator) -> torch.Tensor:
