@@ -20,7 +20,7 @@ def mix_classes(transformer, label: int, weight: float) -> Iterator[None]:
     Args:
         transformer (`DiTTransformer2DModel`): The model.
         label (`int`): Class to mix in.
-        weight (`float`): From 0, the given class alone, to 1, the other alone.
+        weight (`float`): From 0, the class that the pipeline is asked for, to 1, the class to mix in.
 
     Raises:
         ValueError: if there is no such class, the weight is out of range, or the model is compiled with its label
@@ -33,9 +33,13 @@ def mix_classes(transformer, label: int, weight: float) -> Iterator[None]:
         >>> with mix_classes(pipe.transformer, pipe.labels["lion"], 0.5):
         ...     image = pipe("cat", num_inference_steps=4).images[0]
     """
+    if not hasattr(transformer, "class_embed"):
+        raise ValueError(f"`transformer` is a {type(transformer).__name__}; pass the model, `pipe.transformer`.")
     num_classes = transformer.config.num_classes
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
-        raise ValueError(f"`label` is {label!r}; the model's classes are 0 to {num_classes - 1}.")
+        raise ValueError(
+            f"`label` is {label!r}; it must be an id from 0 to {num_classes - 1}, such as `pipe.labels[name]`."
+        )
     if not is_finite(weight) or not 0 <= weight <= 1:
         raise ValueError(f"`weight` is {weight!r}; it must be from 0 to 1.")
     compiled = transformer._compiled_call_impl

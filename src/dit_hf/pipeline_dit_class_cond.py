@@ -931,10 +931,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         name, config = type(self.scheduler).__name__, self.scheduler.config
         prediction = self._scheduler_prediction()
         if prediction != self._trained_prediction:
+            recipe = "flow_euler" if self._trained_prediction == "velocity" else "ddim"
             raise ValueError(
                 f"{name} samples models that predict {prediction!r}, and this pipeline was built for "
-                f"{self._trained_prediction!r}; `dit_hf.make_scheduler` builds schedulers of both kinds. Solvers of "
-                "diffusion sample flow matching with use_flow_sigmas=True and prediction_type='flow_prediction'."
+                f"{self._trained_prediction!r}; `dit_hf.make_scheduler({recipe!r})` fits. DPM-Solver++ "
+                "and UniPC sample flow matching with use_flow_sigmas=True and prediction_type='flow_prediction'."
             )
         try:
             inspect.signature(self.scheduler.step).bind("model_output", "timestep", "sample")

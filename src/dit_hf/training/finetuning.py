@@ -33,9 +33,11 @@ def load_for_classes(
     model = load_trainable(pretrained_model_name_or_path)
     mapped = match_names(names, known)
     if mapped != [*range(model.config.num_classes)]:
+        kept = len({key for key in mapped if key is not None})
         logger.warning(
-            f"The label table is remapped: {len(names) - mapped.count(None)} of {len(names)} classes keep their row "
-            "by name, the others start from the mean."
+            f"The new model has the classes of the data alone: {len(names) - mapped.count(None)} of {len(names)} keep "
+            f"their row of the label table by name, {mapped.count(None)} start from the mean, and "
+            f"{model.config.num_classes - kept} of the pretrained model are dropped."
         )
     remap_classes(model, mapped, class_dropout_prob)
     return model
