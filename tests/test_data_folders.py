@@ -268,3 +268,8 @@ def test_datasets_saved_to_disk_are_loaded(tmp_path, streaming):
     assert len(list(load_image_dataset(train_data_dir=tmp_path / "two", split="test", streaming=streaming))) == 1
     with pytest.raises(ValueError, match="has no split 'test'; it has train"):
         load_image_dataset(str(tmp_path / "one"), "test", streaming=streaming)
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing():
+    with pytest.raises(ValueError, match="dataset 'pictures/of/none': .* There is no folder of this name here"):
+        load_image_dataset("pictures/of/none")
