@@ -187,9 +187,7 @@ def _load_library(source, split, streaming, **arguments):
     except Exception as error:
         which = "" if split is None else f"split {split!r} of "
         reason = first_line(error) + (f" ({first_line(error.__cause__)})" if error.__cause__ else "")
-        missing = (
-            "" if Path(source).exists() else " There is no folder of this name here."
-        )
+        missing = "" if Path(source).exists() else " There is no folder of this name here."
         raise ValueError(f"Can't load {which}dataset {source!r}: {reason.rstrip('.')}.{missing}") from error
     return dataset[_only(dataset)] if split is None else dataset
 
