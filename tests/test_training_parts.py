@@ -30,6 +30,7 @@ from dit_hf.hub import CardFacts, write_card
 from dit_hf.hub.model_card import PIPELINE_TAG
 from dit_hf.training.alignment import AlignmentHead, load_encoder
 from dit_hf.training.ema import PowerAverages, average_after_training, profile_exponent
+from dit_hf.training.objectives import EpsilonObjective
 from dit_hf.training.result import training_facts
 
 
@@ -267,7 +268,9 @@ def test_the_recommended_call_outlives_fine_tuning(tmp_path):
     DiTClassCondPipeline(*parts, call).save_pretrained(tmp_path)
     for source, dropout, expected in ((tmp_path, 0.1, call), (tmp_path, 0.0, {"num_inference_steps": 7})):
         args = SimpleNamespace(pretrained_model_name_or_path=source, class_dropout_prob=dropout)
-        training = SimpleNamespace(args=args, scheduler=parts[1], vae=None, names=["a", "b"])
+        training = SimpleNamespace(
+            args=args, objective=EpsilonObjective(), scheduler=parts[1], vae=None, names=["a", "b"]
+        )
         model = tiny_transformer(num_classes=2, class_dropout_prob=dropout)
         assert train_command_module.Training.pipeline(training, model).config.recommended_call == expected
 

@@ -91,5 +91,7 @@ def choose_objective(name: str | None, model: str) -> str:
     """
     fitting = [objective for objective, row in OBJECTIVES.items() if model in row.models]
     if name is not None and name not in fitting:
-        raise ValueError(f"A {model} is not trained with --objective {name}; pass --objective {' or '.join(fitting)}.")
+        *others, last = fitting
+        choice = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"A {model} is not trained with --objective {name}; pass --objective {choice}.")
     return name or fitting[0]
