@@ -66,7 +66,13 @@ def test_classes_have_names_and_synonyms(pipe):
     assert len(names) == len({name.casefold() for name in names})
     assert set(names) <= set(pipe.labels)
     assert pipe.get_label_ids("hugging face") == pipe.get_label_ids("smiling face with open hands")
-    for name, suggested in {"apple": "red apple", "Japan flag": "flag: Japan", "clock": "alarm clock"}.items():
+    for name, suggested in {
+        "aple": "red apple",
+        "apple": "red apple",
+        "Japan flag": "flag: Japan",
+        "clock": "alarm clock",
+        "German flag": "flag: Germany",
+    }.items():
         with pytest.raises(ValueError, match=f"There is no class '{name}'. Did you mean '{suggested}'"):
             pipe(name)
 

@@ -296,11 +296,17 @@ def words_of(text: str) -> set[str]:
 
 
 def nearest_names(name: str, known: Mapping[str, int]) -> list[str]:
-    """Names of up to three classes: those that hold all words of a name, the shortest first, then similar ones."""
+    """Names of up to three classes: those that hold all words of a name or words like them, then similar names."""
     spelling = {other.casefold(): other for other in known}
-    words = words_of(name)
-    holding = sorted((other for other in spelling if words and words <= words_of(other)), key=len)
-    similar = difflib.get_close_matches(name.casefold(), spelling, n=6, cutoff=0.5)
+    vocabulary = {word for other in spelling for word in words_of(other)}
+    # Each word of the name, or if no class has it, the words like it.
+    wanted = [
+        {word} & vocabulary or set(difflib.get_close_matches(word, sorted(vocabulary), cutoff=0.75))
+        for word in words_of(name)
+    ]
+    holding = [other for other in spelling if wanted and all(words & words_of(other) for words in wanted)]
+    holding.sort(key=len)
+    similar = difflib.get_close_matches(name.casefold(), spelling, n=6, cutoff=0.6)
     nearest: dict[int, str] = {}  # one name a class
     for other in (*holding, *similar):
         nearest.setdefault(known[spelling[other]], spelling[other])
