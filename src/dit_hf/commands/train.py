@@ -219,7 +219,7 @@ class Training:
 
     def pipeline(self, transformer):
         """The pipeline that is sampled during training and saved at its end."""
-        # Guidance of the velocity is recommended still where jumps alone have it in their weights.
+        # A model whose jumps alone are guided keeps the recommended guidance of its velocity.
         guided = self.args.class_dropout_prob > 0 and self.objective.guidance_in_weights is not True
         call = recommended_call(self.args.pretrained_model_name_or_path, guided, self.objective.few_steps)
         vae = None if isinstance(self.vae, Pixels) else self.vae

@@ -136,7 +136,7 @@ def add_training_arguments(parser):
         "--target_guidance_mix",
         type=FRACTION,
         default=1.0,
-        help="Weight of the sample's guided velocity in the target; the rest is the network's own.",
+        help="Weight of the training image's velocity in the target; the rest is the network's own prediction.",
     )
     train.add_argument(
         "--target_guidance_start", type=FRACTION, default=0.0, help="Noise level from which targets are guided."

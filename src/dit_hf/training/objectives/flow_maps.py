@@ -177,7 +177,7 @@ class FlowMapObjective(StraightPath):
         Args:
             transformer (`DiTTransformer2DModel`): The network; its present weights, without gradient.
             points (`Points`): Of a batch.
-            rows (`torch.Tensor` of shape `(R,)`, int64): Which of them are no velocities.
+            rows (`torch.Tensor` of shape `(R,)`, int64): Which of them jump, r < t.
 
         Returns:
             `Points`
