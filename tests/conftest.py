@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from dit_hf import DDTTransformer2DModel, DiTTransformer2DModel, JiTTransformer2DModel
+from dit_hf.pipeline_dit_class_cond import ScaleGuidance
 from dit_hf.presets import RAE_DIT_DH
 from dit_hf.transformer_dit import CONDITIONINGS
 
@@ -68,6 +69,15 @@ ARCHITECTURES = TWO_STREAMS | {
         "t_eps": 0.5,  # a division by small sigmas would enlarge rounding errors
     },
 }
+
+
+def predict(pipe, latents, timestep, labels, scale=1.0, channels=None):
+    """One evaluation of a pipeline's model, guided by a scale."""
+    guidance = ScaleGuidance()
+    guidance.guidance_scale = scale
+    guidance.set_state(0, 1, timestep)
+    with torch.no_grad():
+        return pipe._predict(guidance, latents, labels, {"timestep": torch.as_tensor(timestep)}, channels)
 
 
 def tiny_design(name, **overrides):

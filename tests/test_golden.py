@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FIXTURES, load_golden
+from conftest import FIXTURES, load_golden, predict
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.training.losses import diffusion_loss, min_snr_weight, velocity_loss
@@ -35,13 +35,11 @@ def test_guided_forward_equals_the_original(name):
     transformer = load_original(name)
     variance = "learned_range" if transformer.config.learn_sigma else "fixed_small"
     pipe = DiTClassCondPipeline(transformer, make_scheduler("ddpm", variance_type=variance))
-    pipe._guidance_scale = 4.0
     half = len(golden["cfg_x"]) // 2
     for index in range(half):
         row = slice(index, index + 1)
-        output = pipe._predict(
-            golden["cfg_x"][row], golden["cfg_t"][index], golden["cfg_y"][row], guidance_channels=3, guided=True
-        )
+        inputs = golden["cfg_x"][row], golden["cfg_t"][index], golden["cfg_y"][row]
+        output = predict(pipe, *inputs, scale=4.0, channels=3)
         torch.testing.assert_close(output, golden["cfg_out"][row], rtol=0, atol=3e-5)
 
 

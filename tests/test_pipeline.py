@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, load_golden, tiny_transformer
+from conftest import FIXTURES, load_golden, predict, tiny_transformer
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -129,10 +129,9 @@ def test_guidance_by_hand(scale, channels, interval, guided_steps):
 def test_guidance_leaves_the_variance_conditional():
     """The variance that DDPM takes is never extrapolated: guiding no channel apart, it is the conditional half's."""
     pipe = tiny_pipeline("ddpm")
-    pipe._guidance_scale = 4.0
     latents, labels = torch.randn(2, 4, 8, 8, generator=seeded(0)), torch.tensor([3, 7])
+    guided = predict(pipe, latents, 500, labels, scale=4.0)
     with torch.no_grad():
-        guided = pipe._predict(latents, torch.tensor(500), labels, None, True)
         conditional = pipe.transformer(latents, 500, labels).sample
     torch.testing.assert_close(guided[:, 4:], conditional[:, 4:], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(guided[:, :4], conditional[:, :4], atol=1e-2)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, load_golden, tiny_design, tiny_transformer
+from conftest import FIXTURES, ROOT, load_golden, predict, tiny_design, tiny_transformer
 from diffusers import AutoencoderRAE
 from diffusers.hooks import FirstBlockCacheConfig
 from safetensors import safe_open
@@ -202,15 +202,11 @@ def test_one_step_with_a_guide_as_the_original(name):
     golden = load_golden(f"{name}.io")
     pipe = build(name)
     pipe.guide = build_guide(name)
-    pipe._guidance_scale = golden["ag_scale"].item()
     low, high = golden["cfg_interval"].tolist()
     for row, time in enumerate(golden["cfg_t"]):
-        inputs = {"model_input": golden["cfg_x"][row : row + 1], "class_labels": golden["cfg_y"][row : row + 1]}
-        with torch.no_grad():
-            outputs = {
-                guided: pipe._predict(**inputs, timestep=1000 * time, guidance_channels=None, guided=guided)
-                for guided in (True, False)
-            }
+        inputs = golden["cfg_x"][row : row + 1], 1000 * time, golden["cfg_y"][row : row + 1]
+        scales = {True: golden["ag_scale"].item(), False: 1.0}
+        outputs = {guided: predict(pipe, *inputs, scale=scale) for guided, scale in scales.items()}
         inside = low <= time <= high
         assert relative_error(outputs[True], golden["ag_out"][row : row + 1]) < 1e-4
         assert relative_error(outputs[bool(inside)], golden["ag_interval_out"][row : row + 1]) < 1e-4

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_transformer
+from conftest import predict, tiny_transformer
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -316,9 +316,7 @@ def test_callback_sees_and_changes_tensors():
         [1, 2], callback_on_step_end=callback, callback_on_step_end_tensor_inputs=tensor_inputs, **options
     ).images
     assert calls == [(0, 500, sorted(tensor_inputs)), (1, 0, sorted(tensor_inputs))]
-    pipe._guidance_scale = 2.0
-    with torch.no_grad():
-        prediction = pipe._predict(torch.ones(2, 4, 8, 8), torch.tensor(0), torch.tensor([5, 6]), None, True)
+    prediction = predict(pipe, torch.ones(2, 4, 8, 8), 0, torch.tensor([5, 6]), scale=2.0)
     expected = pipe.scheduler.step(prediction, 0, torch.ones(2, 4, 8, 8)).prev_sample
     torch.testing.assert_close(output, expected)
 

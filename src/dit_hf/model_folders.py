@@ -13,6 +13,7 @@ from zipfile import is_zipfile
 
 import diffusers
 import torch
+from diffusers import BaseGuidance
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers import DiffusersAutoQuantizer
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -69,7 +70,8 @@ def read_index(path: str | Path, transformers: Mapping[str, Sequence[str]] = Map
             Names of classes that its transformer and its guide may have; any if not given.
 
     Returns:
-        `dict`: whose `transformer` and `scheduler`, and `vae` and `guide` if there are any, are a library and a class.
+        `dict`: whose `transformer` and `scheduler`, and if there are any `vae`, `guide` and `guider`, are a library
+        and a class.
 
     Raises:
         ValueError: naming the file and the key that holds something else.
@@ -148,7 +150,7 @@ def check_pipeline_folder(
     trust_remote_code: bool = False,
 ) -> None:
     """
-    Checks the scheduler and the autoencoder of a pipeline; transformer and guide are checked where they are loaded.
+    Checks scheduler, autoencoder and guider of a pipeline; transformer and guide are checked where they are loaded.
 
     Args:
         folder (`str` or `Path`): The folder of the pipeline.
@@ -161,7 +163,7 @@ def check_pipeline_folder(
         ValueError: naming the file and what is wrong with it.
     """
     folder = Path(folder)
-    for name, kind in (("scheduler", "scheduler"), ("vae", "autoencoder")):
+    for name, kind in (("scheduler", "scheduler"), ("vae", "autoencoder"), ("guider", "guider")):
         library = index.get(name, [None, None])[0]
         if name in given or library is None or (trust_remote_code and library not in LIBRARIES):
             continue
@@ -172,6 +174,8 @@ def check_pipeline_folder(
             )
         if name == "scheduler":
             check_scheduler(folder / name / SCHEDULER_CONFIG, found)
+        elif name == "guider":
+            check_guider(folder / name / found.config_name, found)
         else:
             accept_old_encoders(found)
             check_autoencoder(folder / name / MODEL_CONFIG, found, variant)
@@ -184,6 +188,14 @@ def check_scheduler(path: Path, scheduler_class: Any) -> None:
     check_train_timesteps(path, config)
     with reading(path, f"the config of a {scheduler_class.__name__}"):
         try_scheduler(scheduler_class, config)
+
+
+def check_guider(path: Path, guider_class: Any) -> None:
+    """Raises `ValueError` for a guider's config that can't be used."""
+    config = read_config(path)
+    check_numbers(config, path)
+    with reading(path, f"the config of a {guider_class.__name__}"):
+        guider_class.from_config(config)
 
 
 def check_autoencoder(path: Path, vae_class: Any, variant: str | None = None) -> None:
@@ -218,7 +230,7 @@ def find_class(index: Mapping[str, Any], name: str) -> Any:
     library, class_name = index[name]
     own = {scheduler.__name__: scheduler for scheduler in OWN_SCHEDULERS.values()}
     found = own.get(class_name) or getattr(diffusers, class_name, None) if library in LIBRARIES else None
-    kind = SchedulerMixin if name == "scheduler" else ModelMixin
+    kind = {"scheduler": SchedulerMixin, "guider": BaseGuidance}.get(name, ModelMixin)
     fits = isinstance(found, type) and issubclass(found, kind) and (name != "vae" or hasattr(found, "decode"))
     return found if fits else None
 

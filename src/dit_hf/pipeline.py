@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 LOADABLE_CLASSES.setdefault("dit_hf", LOADABLE_CLASSES["diffusers"])
 
 COMPONENTS = ("transformer", "scheduler", *pipeline_dit_class_cond.OPTIONAL)
+# Bases of the classes that diffusers accepts as a component; a model if it is not named.
+BASES = {"scheduler": "SchedulerMixin", "guider": "BaseGuidance"}
 # Components given to the `from_pretrained` under way, for which diffusers would look up the class in the index.
 _GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given components", default=())
 
@@ -57,11 +59,12 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
         recommended_call: dict[str, Any] | None = None,
         guide: ModelMixin | None = None,
+        guider: Any = None,
     ):
         if isinstance(transformer, StockDiTTransformer2DModel):
             transformer = diffusers_dit.correct_stock_model(DiTTransformer2DModel, transformer)
             logger.warning(f"{diffusers_dit.CORRECTED[0].upper()}{diffusers_dit.CORRECTED[1:]}.")
-        super().__init__(transformer, scheduler, vae, id2label, recommended_call, guide)
+        super().__init__(transformer, scheduler, vae, id2label, recommended_call, guide, guider)
 
     if TYPE_CHECKING:
 
@@ -77,7 +80,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         def __call__(
             self,
             class_labels: int | str | None | Sequence[int | str | None] | torch.Tensor,
-            guidance_scale: float | None = None,
+            guidance_scale: float | Sequence[tuple[float, float]] | Callable[[float], float] | None = None,
             guidance_channels: int | None = None,
             guidance_interval: tuple[float, float] | None = None,
             num_inference_steps: int | None = None,
@@ -94,6 +97,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             callback_on_step_end_tensor_inputs: list[str] = ["latents"],
             return_dict: Literal[True] = True,
             encoder_refresh_steps: int = 1,
+            guider: Any = None,
         ) -> ImagePipelineOutput: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -183,7 +187,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             if (name := config.get(part, [None, None])[1]) is not None:
                 config[part] = ["dit_hf", name if name in MODELS else DiTTransformer2DModel.__name__]
         for part in _GIVEN.get():
-            config[part] = ["diffusers", "SchedulerMixin" if part == "scheduler" else "ModelMixin"]
+            config[part] = ["diffusers", BASES.get(part, "ModelMixin")]
         config.pop("auto_map", None)
         return config
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -71,7 +72,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 # Components that a pipeline may lack.
-OPTIONAL = ("vae", "guide")
+OPTIONAL = ("vae", "guide", "guider")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 LEARNED_VARIANCE = ("learned", "learned_range")
 # Settings of a call that neither the caller nor `recommended_call` gives.
@@ -340,12 +341,25 @@ def check_id2label(id2label: Any) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
+def is_guider(part: Any) -> bool:
+    """Whether a value has the methods of diffusers' guiders, whose base class is experimental and may move."""
+    methods = ("set_state", "prepare_inputs", "prepare_models", "cleanup_models", "__call__", "enable", "disable")
+    return not isinstance(part, type) and all(callable(getattr(part, name, None)) for name in methods)
+
+
 def check_component(name: str, part: Any) -> None:
     """Raises `ValueError` for what can't be that component of a pipeline."""
-    kind = SchedulerMixin if name == "scheduler" else torch.nn.Module
-    if not isinstance(part, kind) and not (name in OPTIONAL and part is None):
-        what = "scheduler" if name == "scheduler" else "model"
-        raise ValueError(f"`{name}` is a {type(part).__name__}; it must be a diffusers {what}.")
+    if part is None and name in OPTIONAL:
+        return
+    if name == "guider":
+        fits, what = is_guider(part), "guider, such as diffusers.AdaptiveProjectedGuidance()"
+    elif name == "scheduler":
+        fits, what = isinstance(part, SchedulerMixin), "scheduler"
+    else:
+        fits, what = isinstance(part, torch.nn.Module), "model"
+    if not fits:
+        given = f"the class {part.__name__}" if isinstance(part, type) else f"a {type(part).__name__}"
+        raise ValueError(f"`{name}` is {given}; it must be a diffusers {what}.")
 
 
 def check_changed(tensors: Any) -> None:
@@ -449,6 +463,60 @@ def check_adapters(weights: Mapping, metadata: Any, prefix: str, layers: Mapping
                 raise ValueError(f"The adapters' metadata has {key}: {value!r}; it must be {allowed}.")
 
 
+class ScaleGuidance:
+    """
+    Guidance by a scale: from a weaker prediction through the model's own, which a scale of 1 keeps. It has the
+    methods of diffusers' guiders, any of which can take its place.
+    """
+
+    def __init__(self):
+        self.guidance_scale = 1.0
+        self.keeps_both = False  # whether both predictions are wanted by a step without guidance too
+        self.enable()
+
+    def enable(self):
+        self._enabled = True
+
+    def disable(self):
+        self._enabled = False
+
+    def set_state(self, step, num_inference_steps, timestep):
+        self.is_guided = self._enabled and self.guidance_scale != 1
+
+    def prepare_inputs(self, data):
+        count = 2 if self.is_guided or self.keeps_both else 1
+        return [SimpleNamespace(class_labels=labels) for labels in data["class_labels"][:count]]
+
+    def __call__(self, batches):
+        strong, *weak = (batch.noise_pred for batch in batches)
+        return (weak[0] + self.guidance_scale * (strong - weak[0]) if self.is_guided else strong,)
+
+
+def changes_model(guidance: Any) -> bool:
+    """Whether a guider changes the model between its predictions, which are then no single batch."""
+    classes = [each for each in type(guidance).__mro__ if each.__name__ != "BaseGuidance"]
+    return any("prepare_models" in vars(each) for each in classes)
+
+
+def count_hooks(model: torch.nn.Module) -> int:
+    """How many hooks of diffusers a model's modules have."""
+    registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    return sum(len(registry.hooks) for registry in registries if registry is not None)
+
+
+def scale_schedule(table: Sequence[tuple[float, float]]) -> Callable[[float], float]:
+    """The scale at a noise level, linear between the rows `(noise level, scale)` of a table and constant beyond."""
+    rows = sorted((float(level), float(scale)) for level, scale in table)
+
+    def scale_at(level):
+        for (low, scale), (high, following) in zip(rows, rows[1:], strict=False):
+            if low < level < high:
+                return scale + (following - scale) * (level - low) / (high - low)
+        return min(rows, key=lambda row: abs(row[0] - level))[1]
+
+    return scale_at
+
+
 class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
     """Loads, fuses and saves LoRA adapters of the transformer."""
 
@@ -546,6 +614,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         guide (`DiTTransformer2DModel`, *optional*):
             A weaker model of the same latents and classes. Guidance leads away from what it predicts for the same
             class (autoguidance, https://arxiv.org/abs/2406.02507), and not from the null class.
+        guider (`diffusers.BaseGuidance`, *optional*):
+            How predictions are combined, such as `AdaptiveProjectedGuidance`, in the place of `guidance_scale` alone.
 
     Raises:
         ValueError: if the components don't fit together; the message names what differs.
@@ -563,9 +633,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         id2label: dict[int, str] | dict[str, str] | None = None,
         recommended_call: dict | None = None,
         guide: ModelMixin | None = None,
+        guider: Any = None,
     ):
         super().__init__()
-        parts = {"transformer": transformer, "scheduler": scheduler, "vae": vae, "guide": guide}
+        parts = {"transformer": transformer, "scheduler": scheduler, "vae": vae, "guide": guide, "guider": guider}
         for name, part in parts.items():
             check_component(name, part)
         self.register_modules(**parts)
@@ -685,8 +756,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)  # may be a path of this machine
         index["_class_name"] = [Path(__file__).stem, type(self).__name__]
-        if self.guide is None:
-            del index["guide"]
+        for name in ("guide", "guider"):
+            if getattr(self, name) is None:
+                del index[name]
         for name in ("scheduler", "guide", "transformer"):
             part = getattr(self, name)
             auto_map = None if part is None else json.loads(part.to_json_string()).get("auto_map")
@@ -803,17 +875,18 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         trained = self.transformer.config.get("guidance_in_weights", False)
         return self._takes_jumps if trained == "jumps" else trained
 
-    def resolve_call(self, **given) -> dict:
+    def resolve_call(self, guider: Any = None, **given) -> dict:
         """
         The settings that a call uses.
 
         Args:
+            guider (`diffusers.BaseGuidance`, *optional*): That of the call; the pipeline's if not given.
             given: `num_inference_steps`, `guidance_scale`, `guidance_channels`, `guidance_interval`; None counts as
                 not given.
 
         Returns:
-            `dict`: all four: those given, else those of `recommended_call`, else 50 steps at scale 4, or 1.5 with a
-            guide, or 1 for a model without a null class or with guidance in its weights.
+            `dict`: all four: those given, else the guider's scale, else those of `recommended_call`, else 50 steps at
+            scale 4, or 1.5 with a guide, or 1 for a model without a null class or with guidance in its weights.
 
         Raises:
             ValueError: if a setting is unknown or out of range.
@@ -826,6 +899,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         recommended = dict(self.config.get("recommended_call") or {})
         if self._guidance_in_weights and self.transformer.config.guidance_in_weights == "jumps":
             recommended.pop("guidance_scale", None)  # it is for the velocity
+        guider = self.guider if guider is None else guider
+        if guider is not None:
+            check_component("guider", guider)
+            recommended["guidance_scale"] = getattr(guider, "guidance_scale", 1.0)
         settings |= recommended
         settings |= {name: value for name, value in given.items() if value is not None}
         if isinstance(settings["guidance_interval"], list):  # as JSON has it
@@ -833,6 +910,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         steps = self._check_count("num_inference_steps", settings["num_inference_steps"], MAX_STEPS)
         settings["num_inference_steps"] = steps
         self._check_guidance(*(settings[f"guidance_{name}"] for name in ("scale", "channels", "interval")))
+        if settings["guidance_scale"] != 1 and guider is not None and not hasattr(guider, "guidance_scale"):
+            raise ValueError(
+                f"`guidance_scale` is {shown(settings['guidance_scale'])}, but {type(guider).__name__} has scales of "
+                "its own; give them to it."
+            )
         return settings
 
     def check_components(self) -> None:
@@ -905,27 +987,92 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _check_guidance(self, guidance_scale, guidance_channels, guidance_interval):
         config = self.transformer.config
-        if not is_finite(guidance_scale) or not 0 <= float(guidance_scale) <= MAX_GUIDANCE_SCALE:
-            raise ValueError(
-                f"`guidance_scale` is {shown(guidance_scale)}; it must be a number from 0 to {MAX_GUIDANCE_SCALE} (0 "
-                "ignores the class, 1 is no guidance)."
-            )
-        if guidance_scale != 1 and not self._has_null_class and self.guide is None:
-            raise ValueError(
-                f"`guidance_scale` is {guidance_scale}, but the model was built with `class_dropout_prob=0` and has "
-                "no null class to guide away from; pass `guidance_scale=1`."
-            )
-        if guidance_scale > 1 and self._guidance_in_weights:
-            raise ValueError(
-                f"`guidance_scale` is {guidance_scale}, but this model was trained to predict the guided velocity "
-                "(`guidance_in_weights`) and would be guided twice; pass `guidance_scale=1`."
-            )
+        for scale in self._table_scales(guidance_scale):
+            self._check_scale(scale)
         if guidance_channels is not None:
             self._check_count("guidance_channels", guidance_channels, config.in_channels)
         ends = guidance_interval if isinstance(guidance_interval, (tuple, list)) else ()
         if len(ends) != 2 or not all(map(is_finite, ends)) or not 0.0 <= ends[0] < ends[1] <= 1.0:
             raise ValueError(
                 f"`guidance_interval` is {shown(guidance_interval)}; it must be (start, end) with 0 ≤ start < end ≤ 1."
+            )
+
+    def _table_scales(self, guidance_scale):
+        """The scales of a table by noise level, the one of a number, none of a function."""
+        if callable(guidance_scale):
+            return []
+        if not isinstance(guidance_scale, (list, tuple)):
+            return [guidance_scale]
+        rows = [row if isinstance(row, (list, tuple)) and len(row) == 2 else (None, None) for row in guidance_scale]
+        levels = [level for level, _ in rows]
+        if not rows or not all(is_finite(level) and 0 <= level <= 1 for level in levels):
+            raise ValueError(
+                f"`guidance_scale` is {shown(guidance_scale)}; a table of it must hold pairs (noise level from 0, the "
+                "data, to 1, pure noise; scale)."
+            )
+        return [scale for _, scale in rows]
+
+    def _check_scale(self, scale):
+        if not is_finite(scale) or not 0 <= float(scale) <= MAX_GUIDANCE_SCALE:
+            raise ValueError(
+                f"`guidance_scale` is {shown(scale)}; it must be a number from 0 to {MAX_GUIDANCE_SCALE} (0 ignores "
+                "the class, 1 is no guidance), or a table or a function of the noise level with such numbers."
+            )
+        if scale != 1 and not self._has_null_class and self.guide is None:
+            raise ValueError(
+                f"`guidance_scale` is {scale}, but the model was built with `class_dropout_prob=0` and has no null "
+                "class to guide away from; pass `guidance_scale=1`."
+            )
+        if scale > 1 and self._guidance_in_weights:
+            raise ValueError(
+                f"`guidance_scale` is {scale}, but this model was trained to predict the guided velocity "
+                "(`guidance_in_weights`) and would be guided twice; pass `guidance_scale=1`."
+            )
+
+    def _scales(self, guidance_scale, schedule):
+        """The scale of each step; those that a function gives are checked."""
+        if not callable(guidance_scale) and not isinstance(guidance_scale, (list, tuple)):
+            return [float(guidance_scale)] * len(schedule)
+        scheduler = self.scheduler
+        if type(scheduler).__name__.startswith("EDM"):
+            raise ValueError(
+                f"`guidance_scale` depends on the noise level, and the timesteps of {type(scheduler).__name__} are no "
+                "fractions of it; give one number."
+            )
+        levels = (schedule.double() / scheduler.config.get("num_train_timesteps", 1000)).tolist()
+        if not callable(guidance_scale):
+            return list(map(scale_schedule(guidance_scale), levels))
+        scales = list(map(guidance_scale, levels))
+        for scale in scales:
+            self._check_scale(scale)
+        return list(map(float, scales))
+
+    def _check_guider(self, guider, steps):
+        """Goes through a guider's steps without the model; refuses one that asks for what this model can't predict."""
+        labels, prepared, is_changed = (torch.zeros(1), torch.ones(1)), 0, not changes_model(guider)
+        hooks_before = count_hooks(self.transformer)
+        prediction = torch.ones(1, self.transformer.config.in_channels, 16, 16)
+        with errors_of_values(f"{type(guider).__name__} can't guide this pipeline"):
+            guider = copy.deepcopy(guider)
+            for step in range(steps):
+                guider.set_state(step=step, num_inference_steps=steps, timestep=torch.zeros(()))
+                batches = guider.prepare_inputs({"class_labels": labels})
+                takes_null = any(batch.class_labels is labels[1] for batch in batches)
+                if takes_null and not self._has_null_class and self.guide is None:
+                    raise ValueError("it needs the null class, which this model was trained without")
+                if len(batches) == prepared:
+                    continue
+                prepared = len(batches)
+                for batch in batches:
+                    guider.prepare_models(self.transformer)
+                    is_changed |= count_hooks(self.transformer) > hooks_before
+                    guider.cleanup_models(self.transformer)
+                    batch.noise_pred = prediction
+                guider(batches)
+        if not is_changed:
+            logger.warning(
+                f"{type(guider).__name__} changes the model at none of these {steps} steps, and so guides as plain "
+                "guidance does: give it another start and stop, or more steps; or this diffusers does not apply it."
             )
 
     def _scheduler_prediction(self):
@@ -1097,12 +1244,13 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if self.guide is not None:
             check_guide(self.guide.config, self.transformer.config)
 
-    def _check_encoder_refresh(self, steps):
+    def _check_encoder_refresh(self, steps, guider):
         """The number of steps of one encoder state; refused where there is none, or another reuse beside it."""
         steps = self._check_count("encoder_refresh_steps", steps, MAX_STEPS)
         reasons = {
             f"{type(self.transformer).__name__} has no encoder": "num_encoder_layers" not in self.transformer.config,
             "the pipeline has a guide, which is weaker by itself": self.guide is not None,
+            "a guider decides what is predicted": guider is not None,
             "a cache of blocks is enabled": getattr(self.transformer, "is_cache_enabled", False),
         }
         if steps > 1 and any(reasons.values()):
@@ -1249,40 +1397,48 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             return torch.zeros_like(schedule)
         return torch.cat([schedule[1:], schedule.new_zeros(1)])
 
-    def _predict(
-        self,
-        model_input,
-        timestep,
-        class_labels,
-        guidance_channels,
-        guided,
-        position=None,
-        r_timestep=None,
-        both=False,
-        shared=None,
-    ):
+    def _predict(self, guidance, model_input, class_labels, times, guidance_channels=None, position=None, shared=None):
         """
-        One model evaluation, `(B, C, H, W)` or with the variance a scheduler takes `(B, 2C, H, W)`, float32; of both
-        halves where a later step needs the state of both.
+        What the scheduler steps by, `(B, C, H, W)` or with the variance that it takes `(B, 2C, H, W)`, float32: the
+        first channels as a guider combines the predictions it asks for, the rest of the conditional one.
         """
-        channels, times = model_input.shape[1], {"timestep": timestep, "r_timestep": r_timestep}
-        if (guided or both) and self.guide is None:
+        channels = model_input.shape[1]
+        count = guidance_channels or channels
+        null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
+        batches = guidance.prepare_inputs({"class_labels": (class_labels, null_labels)})
+        evaluate = partial(self._evaluate, times=times, position=position)
+        if self.guide is None and not changes_model(guidance):
             # Unconditional first: the order diffusers' caches expect.
-            null_labels = torch.full_like(class_labels, self.transformer.config.num_classes)
-            inputs = torch.cat([model_input, model_input]), torch.cat([null_labels, class_labels])
-            weak, output = self._evaluate(self.transformer, *inputs, times, "guided", position, shared).chunk(2)
+            labels = torch.cat([batch.class_labels for batch in reversed(batches)])
+            inputs, context = torch.cat([model_input] * len(batches)), "guided" if len(batches) > 1 else "conditional"
+            outputs = evaluate(self.transformer, inputs, labels, context=context, shared=shared).chunk(len(batches))
+            outputs = outputs[::-1]
         else:
-            inputs = model_input, class_labels
-            output = self._evaluate(self.transformer, *inputs, times, "conditional", position, shared)
-            weak = self._evaluate(self.guide, *inputs, times, "guide", position) if guided else None
-        if guided:
-            count = guidance_channels or channels
-            mean = weak[:, :count] + self._guidance_scale * (output[:, :count] - weak[:, :count])
-            output = torch.cat([mean, output[:, count:]], dim=1)  # the rest, variance too, is conditional
+            outputs = [
+                self._evaluate_alone(guidance, batch, index, class_labels, null_labels, model_input, evaluate)
+                for index, batch in enumerate(batches)
+            ]
+        for batch, output in zip(batches, outputs, strict=True):
+            batch.noise_pred = output[:, :count]
+        output = torch.cat([guidance(batches)[0], outputs[0][:, count:]], dim=1)
         return output if takes_variance(self.scheduler) else output[:, :channels]
 
+    def _evaluate_alone(self, guidance, batch, index, class_labels, null_labels, model_input, evaluate):
+        """One of a guider's predictions: by the guide in the place of the null class, or by a model it has changed."""
+        is_null = batch.class_labels is null_labels
+        if is_null and self.guide is not None:
+            return evaluate(self.guide, model_input, class_labels, context="guide")
+        context = "unconditional" if is_null else "perturbed" if index else "conditional"
+        if not changes_model(guidance):
+            return evaluate(self.transformer, model_input, batch.class_labels, context=context)
+        guidance.prepare_models(self.transformer)
+        try:
+            return evaluate(self.transformer, model_input, batch.class_labels, context=context)
+        finally:
+            guidance.cleanup_models(self.transformer)
+
     @staticmethod
-    def _evaluate(model, model_input, class_labels, times, context, position, shared=None):
+    def _evaluate(model, model_input, class_labels, times, context, position=None, shared=None):
         """What a model predicts, float32; its encoder's state is taken from `shared` if it is there, or put there."""
         times = {name: time.expand(len(model_input)) for name, time in times.items() if time is not None}
         if "kwargs" not in inspect.signature(model.cache_context).parameters:
@@ -1379,7 +1535,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     def __call__(
         self,
         class_labels: int | str | None | Sequence[int | str | None] | torch.Tensor,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[tuple[float, float]] | Callable[[float], float] | None = None,
         guidance_channels: int | None = None,
         guidance_interval: tuple[float, float] | None = None,
         num_inference_steps: int | None = None,
@@ -1396,6 +1552,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         return_dict: bool = True,
         encoder_refresh_steps: int = 1,
+        guider: Any = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generates images of the given classes. Calls from several threads wait for each other; a callback must not call
@@ -1404,10 +1561,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         Args:
             class_labels (`int`, `str`, None, `list` of these, or `torch.Tensor` of shape `(B,)`):
                 Class ids or names (see `labels`); None is the null class.
-            guidance_scale (`float`, *optional*):
+            guidance_scale (`float`, `list` of pairs or `Callable`, *optional*):
                 Classifier-free guidance, or away from the guide if there is one, at most 1000: 0 is what it leads
-                away from, without a class or the guide's, 1 is no guidance. The pipeline's recommended one if not
-                given (see `resolve_call`), as the next three.
+                away from, without a class or the guide's, 1 is no guidance. A table of pairs (noise level, scale),
+                linear in between, or a function of the noise level: 1 is pure noise, 0 the data (the timestep over
+                `num_train_timesteps`). The pipeline's recommended one if not given (see `resolve_call`), as the next
+                three.
             guidance_channels (`int`, *optional*):
                 How many of the first channels are guided. The paper's results guide 3 of 4.
             guidance_interval (`tuple[float, float]`, *optional*):
@@ -1431,6 +1590,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             encoder_refresh_steps (`int`, defaults to 1):
                 For models with an encoder (DDT): it runs once in this many evaluations of the model, and those between
                 take the state of the last one, which saves the larger part of their time.
+            guider (`diffusers.BaseGuidance`, *optional*):
+                Combines the predictions in the place of the pipeline's `guider`, or of plain guidance by
+                `guidance_scale`, which sets the scale of a guider that has one. `guidance_channels` and
+                `guidance_interval` hold for it as well. The call works on a copy of it.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: `images`.
@@ -1458,7 +1621,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             guidance_scale=guidance_scale,
             guidance_channels=guidance_channels,
             guidance_interval=guidance_interval,
+            guider=guider,
         )
+        guider = self.guider if guider is None else guider
         num_inference_steps = settings["num_inference_steps"]
         guidance_channels, guidance_interval = settings["guidance_channels"], settings["guidance_interval"]
         generator = list(generator) if isinstance(generator, tuple) else generator
@@ -1471,10 +1636,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._check_guide()
         self._check_scheduler(timesteps, sigmas, eta)
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        encoder_refresh_steps = self._check_encoder_refresh(encoder_refresh_steps)
+        encoder_refresh_steps = self._check_encoder_refresh(encoder_refresh_steps, guider)
         shape = self._check_size(height, width, latents, len(class_ids) * count)
         class_ids = [label for label in class_ids for _ in range(count)]
-        self._guidance_scale = float(settings["guidance_scale"])
         self._interrupt = False
 
         # 2. Prepare schedule, labels and noise
@@ -1485,6 +1649,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         with errors_of_values(f"{type(self.scheduler).__name__} can't make this schedule"):
             schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, "cpu")
         self._check_schedule(num_inference_steps)
+        if guider is not None:
+            self._check_guider(guider, len(schedule))
+        guidance = ScaleGuidance() if guider is None else copy.deepcopy(guider)
+        scales = self._scales(settings["guidance_scale"], schedule)
+        may_guide = getattr(guidance, "_enabled", True)
+        in_interval = [
+            guidance_interval[0] <= step / len(schedule) < guidance_interval[1] for step in range(len(schedule))
+        ]
         model_schedule = schedule.float().to(device)
         interval_ends = self._interval_ends()
         interval_ends = [None] * len(schedule) if interval_ends is None else interval_ends.float().to(device)
@@ -1502,28 +1674,23 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                     if self._interrupt:
                         break
                     self._current_timestep = timestep
-                    # Steps of one encoder state are guided or not, and the state is of both halves if any of them is.
-                    first = index - index % encoder_refresh_steps
-                    if shared is not None and first == index:
+                    self._guidance_scale = scales[index]
+                    if shared is not None and index % encoder_refresh_steps == 0:
                         shared.clear()
-                    scales = self.do_classifier_free_guidance
-                    guided, *others = (
-                        scales and guidance_interval[0] <= step / len(schedule) < guidance_interval[1]
-                        for step in (index, *range(first, first + encoder_refresh_steps))
-                    )
+                        # The encoder's state is of both predictions if any step that takes it is guided.
+                        steps = range(index, min(index + encoder_refresh_steps, len(schedule)))
+                        guidance.keeps_both = any(in_interval[step] and scales[step] != 1 for step in steps)
+                    guidance.guidance_scale = scales[index]
+                    (guidance.enable if may_guide and in_interval[index] else guidance.disable)()
+                    guidance.set_state(step=index, num_inference_steps=len(schedule), timestep=timestep)
                     model_input = latents
                     if hasattr(self.scheduler, "scale_model_input"):
                         model_input = self.scheduler.scale_model_input(latents, timestep)
-                    guidance = {
-                        "class_labels": class_labels,
-                        "guidance_channels": guidance_channels,
-                        "guided": guided,
-                        "both": any(others),
-                        "shared": shared,
-                    }
                     position = self._position(index, model_schedule)
                     times = {"timestep": model_schedule[index], "r_timestep": interval_ends[index]}
-                    output = self._predict(model_input, **times, **guidance, position=position)
+                    output = self._predict(
+                        guidance, model_input, class_labels, times, guidance_channels, position, shared
+                    )
                     overflows |= ~torch.isfinite(output).flatten(1).all(dim=1)  # a scheduler that clips would hide it
                     latents = self.scheduler.step(output, timestep, latents, **step_options)[0]
                     if callback_on_step_end is not None:
@@ -1531,6 +1698,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                         tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                         changed = callback_on_step_end(self, index, timestep, tensors) or {}
                         check_changed(changed)
+                        if self._guidance_scale != scales[index]:  # as callbacks that end guidance set it
+                            scales[index:] = [self._guidance_scale] * (len(scales) - index)
                         latents = changed.get("latents", latents)
                         class_labels = changed.get("class_labels", class_labels)
                         if shared is not None and class_labels is not available["class_labels"]:
