@@ -258,6 +258,24 @@ def test_distribution(name):
     assert_distributed(sample(*copy.deepcopy(CASES[name])))
 
 
+FROM_NOISE_ONLY = {"lms", "lms_karras", "pndm", "pndm_plms", "sasolver", "flow_sasolver", "flow_euler_ancestral"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_images_with_half_of_the_steps_keep_their_distribution(name):
+    """Images of N(m, s²), given the noise of the step that a strength begins at: another amount changes the spread."""
+    images = MEAN + STD * torch.randn(8, 4, 32, 32, generator=torch.Generator().manual_seed(2))
+    options = {"image": images, "strength": 0.5}
+    if name in FROM_NOISE_ONLY:
+        with pytest.raises(ValueError, match="begins with pure noise only"):
+            sample(*copy.deepcopy(CASES[name]), **options)
+        return
+    output = sample(*copy.deepcopy(CASES[name]), **options)
+    assert_distributed(output, mean_tolerance=0.012, std_tolerance=0.014)
+    kept = torch.corrcoef(torch.stack([images.flatten(), output.flatten()]))[0, 1]
+    assert kept < 0.98
+
+
 def test_all_families_are_covered():
     covered = {type(scheduler).__name__ for scheduler, _, _ in CASES.values()} | {"DDPMScheduler"}
     assert {member.name for member in KarrasDiffusionSchedulers} == (

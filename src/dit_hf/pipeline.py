@@ -98,6 +98,8 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             return_dict: Literal[True] = True,
             encoder_refresh_steps: int = 1,
             guider: Any = None,
+            image: Any = None,
+            strength: float | None = None,
         ) -> ImagePipelineOutput: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

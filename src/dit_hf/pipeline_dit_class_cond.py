@@ -83,6 +83,10 @@ CALL_DEFAULTS = {
     "guidance_interval": (0.0, 1.0),
 }
 AUTOGUIDANCE_SCALE = 1.5
+# Schedulers of diffusers that go wrong from the middle of their schedule on.
+START_AT_NOISE = ("LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler")
+# How far back towards noise an image is taken, if the caller gives none.
+STRENGTH = 0.8
 # Options that a guide has as the transformer, with their defaults where not every model has them.
 GUIDE_SHARES = {"in_channels": None, "num_classes": None, "noise_scale": 1.0, "interval_embedding": False}
 
@@ -1371,12 +1375,63 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             scheduler.set_begin_index(0)  # looking the first timestep up fails where it occurs twice
         return scheduler.timesteps
 
-    def _prepare_latents(self, shape, latents, generator, device):
-        """Unit noise (drawn or given) at the scheduler's starting scale, float32."""
+    def _check_strength(self, strength, image):
+        """The part of the steps that is run; 1 without an image."""
+        if image is None and strength is not None:
+            raise ValueError(f"`strength` is {shown(strength)}, but no `image` was given; give both or neither.")
+        strength = (STRENGTH if image is not None else 1) if strength is None else strength
+        if not is_finite(strength) or not 0 < float(strength) <= 1:
+            raise ValueError(f"`strength` is {shown(strength)}; it must be a number above 0, at most 1.")
+        adds_noise = any(hasattr(self.scheduler, name) for name in ("scale_noise", "add_noise"))
+        if strength < 1 and (type(self.scheduler).__name__ in START_AT_NOISE or not adds_noise):
+            raise ValueError(
+                f"`image` was given, but {type(self.scheduler).__name__} begins with pure noise only; use another "
+                "scheduler, such as 'dpm++' or 'flow_euler' of `dit_hf.make_scheduler`."
+            )
+        return float(strength)
+
+    def _encode_start(self, image, shape, count):
+        """Latents of a shape, of the images to start from, each `count` times."""
+        is_tensor = isinstance(image, torch.Tensor) and has_values(image) and image.ndim == 4
+        channels, sides = shape[1], [side * self.vae_scale_factor for side in shape[2:]]
+        if is_tensor and image.shape[1] == channels and (self.vae is not None or channels not in (1, 3)):
+            encoded = image.float().to(getattr(self, "_execution_device", self.device))
+            self._check_finite("given latents", encoded, "They must be finite numbers.")
+        else:
+            encoded = self.encode_images(image, *sides)
+        labels = shape[0] // count
+        if encoded.shape[1:] != shape[1:] or len(encoded) not in (1, labels):
+            raise ValueError(
+                f"`image` gives latents {tuple(encoded.shape)} for {labels} labels; these arguments need one, or one "
+                f"per label, of {tuple(shape[1:])}."
+            )
+        return encoded.expand(labels, *shape[1:]).repeat_interleave(count, dim=0)
+
+    def _first_step(self, strength, evaluations):
+        """The index of the first evaluation that a strength leaves, of a scheduler that may need several a step."""
+        order = getattr(self.scheduler, "order", 1)
+        steps = -(-evaluations // order)
+        left = int(steps * strength)
+        if left < 1:
+            raise ValueError(
+                f"`strength` is {strength}, which leaves none of {steps} steps; give more steps or a strength of at "
+                f"least {1 / steps:g}."
+            )
+        return (steps - left) * order
+
+    def _prepare_latents(self, shape, latents, generator, device, start=None, first=0):
+        """Unit noise (drawn or given) at the scheduler's starting scale, float32; or images with noise of a step."""
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32) * self.transformer.config.get("noise_scale", 1.0)
-        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        if start is None:
+            return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+        timesteps = self.scheduler.timesteps[first : first + 1].expand(len(latents))
+        if hasattr(self.scheduler, "scale_noise"):  # of flow matching
+            return self.scheduler.scale_noise(start, timesteps, latents)
+        return self.scheduler.add_noise(start, latents, timesteps.to(device))
 
     def _position(self, index, schedule):
         """Where the trajectory is, for caches of blocks."""
@@ -1518,6 +1573,53 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             latents = latents * std + mean
         return latents + (config.get("shift_factor") or 0.0)
 
+    @torch.no_grad()
+    def encode_images(self, image: Any, height: int | None = None, width: int | None = None) -> torch.Tensor:
+        """
+        Encodes images as the latents that the transformer works on; `decode_latents` is the way back.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a `list` of these):
+                As diffusers' image-to-image pipelines take it: arrays `(B, height, width, 3)` and tensors
+                `(B, 3, height, width)` with values in [0, 1]. Images of another size are resized.
+            height, width (`int`, *optional*): Pixels; the model's own size if not given.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, H, W)`, float32: the mean where the encoder predicts a distribution.
+
+        Raises:
+            ValueError: if `image` can't be read or encoded.
+        """
+        size = self.transformer.config.sample_size * self.vae_scale_factor
+        with errors_of_values("`image` can't be read"):
+            pixels = self.image_processor.preprocess(image, height or size, width or size)
+        channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.get("in_channels", 3)
+        if pixels.ndim != 4 or pixels.shape[1] != channels:
+            raise ValueError(
+                f"`image` has shape {tuple(pixels.shape)}; it must be (batch, {channels}, height, width)."
+            )
+        self._check_finite("given images", pixels, "They must be finite numbers.")
+        pixels = pixels.to(getattr(self, "_execution_device", self.device))
+        if self.vae is None:
+            return pixels.float()
+        if not callable(getattr(self.vae, "encode", None)):
+            raise ValueError(f"`image` was given, but {type(self.vae).__name__} has no encoder.")
+        pixels = pixels.to(self.vae.dtype)
+        if is_rae(self.vae):
+            return (self.vae.encode((pixels + 1) / 2).latent / rae_scale(self.vae).to(pixels)).float()
+        output = self.vae.encode(pixels)
+        latents = output.latent_dist.mode() if "latent_dist" in output else output[0]
+        return self._normalize(latents.float())
+
+    def _normalize(self, latents):
+        """The inverse of `_denormalize`, of a VAE that does not normalise by itself."""
+        one, zero = (
+            torch.ones(1, latents.shape[1], 1, 1).to(latents),
+            torch.zeros(1, latents.shape[1], 1, 1).to(latents),
+        )
+        shift = self._denormalize(zero)
+        return (latents - shift) / (self._denormalize(one) - shift)
+
     def _decode(self, latents, generator):
         """Pixels in [-1, 1]."""
         takes_generator = "generator" in inspect.signature(self.vae.decode).parameters
@@ -1553,6 +1655,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         return_dict: bool = True,
         encoder_refresh_steps: int = 1,
         guider: Any = None,
+        image: Any = None,
+        strength: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generates images of the given classes. Calls from several threads wait for each other; a callback must not call
@@ -1594,6 +1698,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 Combines the predictions in the place of the pipeline's `guider`, or of plain guidance by
                 `guidance_scale`, which sets the scale of a guider that has one. `guidance_channels` and
                 `guidance_interval` hold for it as well. The call works on a copy of it.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a `list` of these, *optional*):
+                Images to start from in the place of pure noise, as `encode_images` takes them, or their latents `(B,
+                C, H, W)`: one, or one per label.
+            strength (`float`, *optional*):
+                With `image`, the part of the steps that is run, above 0, at most 1; 0.8 if not given. 1 ignores the
+                image. `guidance_interval` is counted on all steps.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: `images`.
@@ -1637,7 +1747,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._check_scheduler(timesteps, sigmas, eta)
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         encoder_refresh_steps = self._check_encoder_refresh(encoder_refresh_steps, guider)
+        strength = self._check_strength(strength, image)
         shape = self._check_size(height, width, latents, len(class_ids) * count)
+        start = None if strength == 1 else self._encode_start(image, shape, count)
         class_ids = [label for label in class_ids for _ in range(count)]
         self._interrupt = False
 
@@ -1650,7 +1762,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, "cpu")
         self._check_schedule(num_inference_steps)
         if guider is not None:
-            self._check_guider(guider, len(schedule))
+            self._check_guider(guider, len(schedule) - self._first_step(strength, len(schedule)))
         guidance = ScaleGuidance() if guider is None else copy.deepcopy(guider)
         scales = self._scales(settings["guidance_scale"], schedule)
         may_guide = getattr(guidance, "_enabled", True)
@@ -1660,29 +1772,30 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         model_schedule = schedule.float().to(device)
         interval_ends = self._interval_ends()
         interval_ends = [None] * len(schedule) if interval_ends is None else interval_ends.float().to(device)
-        self._num_timesteps = len(schedule)
+        first = self._first_step(strength, len(schedule))
+        self._num_timesteps = len(schedule) - first
         class_labels = torch.tensor(class_ids, device=device)
-        latents = self._prepare_latents(shape, latents, generator, device)
+        latents = self._prepare_latents(shape, latents, generator, device, start, first)
         step_options = self._step_options(eta=eta, generator=generator, return_dict=False)
 
         # 3. Denoise
         overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
         shared: dict | None = {} if encoder_refresh_steps > 1 else None
         with self._trajectory():
-            with self.progress_bar(total=len(schedule)) as progress_bar:
-                for index, timestep in enumerate(schedule):
+            with self.progress_bar(total=self._num_timesteps) as progress_bar:
+                for index, timestep in enumerate(schedule[first:], start=first):
                     if self._interrupt:
                         break
                     self._current_timestep = timestep
                     self._guidance_scale = scales[index]
-                    if shared is not None and index % encoder_refresh_steps == 0:
+                    if shared is not None and (index - first) % encoder_refresh_steps == 0:
                         shared.clear()
                         # The encoder's state is of both predictions if any step that takes it is guided.
                         steps = range(index, min(index + encoder_refresh_steps, len(schedule)))
                         guidance.keeps_both = any(in_interval[step] and scales[step] != 1 for step in steps)
                     guidance.guidance_scale = scales[index]
                     (guidance.enable if may_guide and in_interval[index] else guidance.disable)()
-                    guidance.set_state(step=index, num_inference_steps=len(schedule), timestep=timestep)
+                    guidance.set_state(index - first, self._num_timesteps, timestep)
                     model_input = latents
                     if hasattr(self.scheduler, "scale_model_input"):
                         model_input = self.scheduler.scale_model_input(latents, timestep)
@@ -1696,7 +1809,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                     if callback_on_step_end is not None:
                         available = {"latents": latents, "class_labels": class_labels}
                         tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                        changed = callback_on_step_end(self, index, timestep, tensors) or {}
+                        changed = callback_on_step_end(self, index - first, timestep, tensors) or {}
                         check_changed(changed)
                         if self._guidance_scale != scales[index]:  # as callbacks that end guidance set it
                             scales[index:] = [self._guidance_scale] * (len(scales) - index)

@@ -1,0 +1,127 @@
+"""Images as the start of sampling, by `image` and `strength`."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_transformer, tiny_vae
+from PIL import Image
+
+from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.schedulers import RECIPES
+
+
+LABELS = [3, 7]
+NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def build(recipe="flow_euler", vae=True, **options):
+    options = {"learn_sigma": False} | options
+    return DiTClassCondPipeline(
+        tiny_transformer(**options), make_scheduler(recipe, **VARIANCE.get(recipe, {})), tiny_vae() if vae else None
+    )
+
+
+VARIANCE = {"ddpm": {"variance_type": "fixed_small"}}
+
+
+def sample(pipe, **options):
+    call = {"latents": NOISE, "num_inference_steps": 10, "output_type": "latent"} | options
+    return pipe(LABELS, generator=torch.Generator().manual_seed(0), **call).images
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_a_strength_of_one_is_sampling_without_an_image(recipe):
+    pipe = build(recipe)
+    expected = sample(pipe)
+    assert torch.equal(sample(pipe, image=IMAGES, strength=1), expected)
+    assert torch.equal(sample(pipe), expected)
+    assert not torch.allclose(sample(pipe, image=IMAGES, strength=0.5), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.8, 8), (0.55, 5), (0.1, 1), (None, 8)])
+def test_flow_matching_by_hand(strength, steps):
+    """Euler's last steps from (1 − sigma)·image + sigma·noise, guided in the part of all steps that is asked for."""
+    pipe, calls = build(), []
+    sigmas = torch.linspace(1, 0, 11)[-steps - 1 :]
+    latents = (1 - sigmas[0]) * pipe.encode_images(IMAGES) + sigmas[0] * NOISE
+    labels, null = torch.tensor(LABELS), torch.tensor([10, 10])
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        with torch.no_grad():
+            prediction = pipe.transformer(latents, 1000 * sigma, labels).sample
+            if sigma > 0.61:  # the first four of ten steps
+                weak = pipe.transformer(latents, 1000 * sigma, null).sample
+                prediction = weak + 4 * (prediction - weak)
+        latents = latents + (following - sigma) * prediction
+    output = sample(
+        pipe,
+        image=IMAGES,
+        strength=strength,
+        guidance_interval=(0.0, 0.4),
+        callback_on_step_end=lambda pipe, index, timestep, tensors: calls.append((index, round(float(timestep)))),
+    )
+    assert (output - latents).norm() / latents.norm() < 1e-5
+    assert calls == [(index, round(1000 * sigma)) for index, sigma in enumerate(sigmas[:-1].tolist())]
+    assert pipe.num_timesteps == steps
+
+
+def test_images_of_any_kind_are_the_same_start():
+    pipe = build()
+    arrays = (IMAGES.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    exact = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
+    expected = sample(pipe, image=exact)
+    for image in ([Image.fromarray(array) for array in arrays], arrays / 255.0, pipe.encode_images(exact)):
+        torch.testing.assert_close(sample(pipe, image=image), expected, atol=1e-5, rtol=1e-5)
+    one = sample(pipe, image=Image.fromarray(arrays[0]))
+    torch.testing.assert_close(one[0], expected[0])
+    assert not torch.allclose(one[1], expected[1], atol=1e-2)
+    twice = pipe(
+        LABELS, image=exact, num_images_per_label=2, latents=NOISE.repeat_interleave(2, 0), output_type="latent"
+    ).images
+    assert torch.equal(twice[0], twice[1]) and not torch.equal(twice[1], twice[2])
+
+
+def test_encoding_undoes_decoding_with_statistics():
+    pipe = build()
+    for options in (
+        {"scaling_factor": 0.5, "shift_factor": 0.1},
+        {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 0.7]},
+    ):
+        pipe.vae.register_to_config(**options)
+        latents = pipe.encode_images(IMAGES)
+        with torch.no_grad():
+            raw = pipe.vae.encode(2 * IMAGES - 1).latent_dist.mode()
+        torch.testing.assert_close(pipe._denormalize(latents), raw)
+
+
+def test_a_pixel_model_starts_from_pixels():
+    pipe = build(vae=False, in_channels=3, sample_size=32, patch_size=8)
+    torch.testing.assert_close(pipe.encode_images(IMAGES), 2 * IMAGES - 1)
+    noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    near = sample(pipe, image=IMAGES, strength=0.1, latents=noise)
+    assert (near - (2 * IMAGES - 1)).abs().mean() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"strength": 0.5}, "no `image` was given"),
+        ({"image": IMAGES, "strength": 0}, "`strength` is 0; it must be a number above 0"),
+        ({"image": IMAGES, "strength": 1.5}, "at most 1"),
+        ({"image": IMAGES, "strength": "half"}, "`strength` is 'half'"),
+        (
+            {"image": IMAGES, "strength": 0.05},
+            "leaves none of 10 steps; give more steps or a strength of at least 0.1",
+        ),
+        ({"image": "sloth.png"}, "`image` can't be read"),
+        ({"image": IMAGES[:, :2]}, "`image` has shape"),
+        ({"image": IMAGES.repeat(2, 1, 1, 1)}, "for 2 labels; these arguments need one, or one per label"),
+        ({"image": IMAGES * float("nan")}, "The given images .* are not finite"),
+        ({"image": NOISE[:, :, :4]}, "`image` gives latents"),
+    ],
+)
+def test_what_can_not_be_a_start_is_refused(options, words):
+    pipe = build()
+    pipe.transformer.register_forward_pre_hook(lambda *args: pytest.fail("computed"))
+    with pytest.raises(ValueError, match=words):
+        sample(pipe, **options)
