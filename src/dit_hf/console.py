@@ -15,6 +15,7 @@ SUMMARIES = {
     "latents": "Encode a dataset's images once, for training.",
     "train": "Train or fine-tune a class-conditional DiT.",
     "sample": "Generate a seeded set of images for evaluation.",
+    "sweep": "Compare sampling settings by a metric, and plot them.",
     "metrics": "Compute FID and other metrics of a set of images.",
     "generate": "Generate a labelled grid of images.",
     "space": "Open the Gradio page of a pipeline.",
@@ -36,6 +37,8 @@ def load_command(name: str) -> Callable[[], None]:
             from .commands.train import main as command
         case "sample":
             from .commands.sample import main as command
+        case "sweep":
+            from .commands.sweep import main as command
         case "metrics":
             from .commands.metrics import main as command
         case "generate":

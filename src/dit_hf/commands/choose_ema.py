@@ -15,20 +15,24 @@ from ..training.records import read_settings, read_snapshots
 from ..training.settings import LOG_FILE, SETTINGS_FILE
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(flags: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="Output folder of the training.")
     width = real(above=0, below=12**-0.5)  # no profile is wider
     parser.add_argument("--sigma_rel", type=width, required=True, help="Width over the training's length, below 0.28.")
     parser.add_argument("--step", type=integer(at_least=1), help="Last step that counts; the newest if not given.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Where the pipeline goes; a new folder.")
-    return parser.parse_args()
+    return parser.parse_args(flags)
+
+
+def main() -> None:
+    """Saves the average that the flags name."""
+    save_average(parse_args())
 
 
 @torch.no_grad()
-def main() -> None:
+def save_average(args: argparse.Namespace) -> None:
     """Loads the trained pipeline, replaces its weights by the average, and saves it."""
-    args = parse_args()
     if is_occupied(check_folder(args.output_dir, "--output_dir")):
         raise ValueError(f"--output_dir {args.output_dir} is not empty; choose a new folder.")
     kept = read_snapshots(args.run / LOG_FILE)

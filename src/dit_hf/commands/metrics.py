@@ -43,7 +43,7 @@ from ..pipeline import DiTClassCondPipeline
 PAIR = {"sample": "samples", "training": "training"}
 
 
-def parse_args():
+def parse_args(flags=None):
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     source = "an .npz of images, a folder of images, a dataset, or with `precomputed` a .safetensors of features"
     parser.add_argument("--samples", required=True, help=source.capitalize() + ".")
@@ -89,7 +89,7 @@ def parse_args():
     parser.add_argument("--dataset_title", default="held-out images", help="What the card calls the reference.")
     parser.add_argument("--push_to_hub", action="store_true", help="Publish that folder.")
     parser.add_argument("--hub_model_id", help="Repository; the folder's name if not given.")
-    args = parser.parse_args()
+    args = parser.parse_args(flags)
     if args.push_to_hub and args.update_card is None:
         parser.error("--push_to_hub publishes the folder of --update_card")
     if args.hub_model_id is not None and not args.push_to_hub:

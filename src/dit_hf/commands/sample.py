@@ -48,7 +48,7 @@ MAY_CHANGE = ("batch_size", "versions")
 POLICIES = ("balanced", "random")
 
 
-def parse_args():
+def parse_args(flags=None):
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--pretrained_model_name_or_path",
@@ -81,8 +81,8 @@ def parse_args():
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="Images, samples.npz and recipe.json.")
     parser.add_argument("--dry_run", action="store_true", help="Print the cost, and write nothing.")
-    parser.set_defaults(**SAMPLING_RECIPES.get(parser.parse_known_args()[0].recipe, {}))
-    args = parser.parse_args()
+    parser.set_defaults(**SAMPLING_RECIPES.get(parser.parse_known_args(flags)[0].recipe, {}))
+    args = parser.parse_args(flags)
     if args.holdout and args.labels in POLICIES:
         parser.error(f"--holdout has no effect with --labels {args.labels}, which is no dataset")
     if not args.dry_run:
@@ -177,8 +177,11 @@ def print_cost(args, pipe, settings, num_processes):
 
 
 def main():
-    args = parse_args()
-    accelerator = start_accelerator()
+    generate(parse_args(), start_accelerator())
+
+
+def generate(args, accelerator):
+    """The set of samples that the flags ask for, or what it would cost."""
     pipe = load_pipeline(args, accelerator.device)
     settings = call_settings(pipe, args)
     if args.dry_run:

@@ -1,0 +1,105 @@
+"""Sweeps of sampling settings: the cells, what is best, resuming, averages of a run."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny_transformer, tiny_vae
+from PIL import Image
+from testing_utils.scripts import run_forked
+from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
+
+from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.evaluation.sweeps import best, cell_name, grid, markdown_table, plot
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    """A tiny DINOv2 with random weights, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("extractor") / "dino"
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    transformer = tiny_transformer(num_classes=3, learn_sigma=False)
+    DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), tiny_vae()).save_pretrained(folder)
+    return folder
+
+
+def command(pipeline, workspace, folder, *flags):
+    words = ["--pretrained_model_name_or_path", pipeline, "--reference", workspace / "data", "--num_samples", 6]
+    words += ["--output_dir", folder / "sweep", "--cache_dir", folder / "cache", *flags]
+    return [sys.executable, ROOT / "examples" / "evaluate" / "sweep.py", *map(str, words)]
+
+
+def test_a_sweep_measures_every_cell_and_resumes(pipeline, workspace, dino, tmp_path):
+    flags = ["--guidance_scale", 1, 3, "--num_inference_steps", 1, 2, "--guidance_interval", "0,0.5"]
+    flags += ["--held_out_extractor", dino, "--metrics", "kid"]
+    result = run_forked(command(pipeline, workspace, tmp_path, *flags))
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    rows = found["rows"]
+    assert len(rows) == 4 and {len(row) for row in rows} == {5}
+    assert [row["kid_efficientnet_lite0"] for row in rows] == sorted(row["kid_efficientnet_lite0"] for row in rows)
+    name = cell_name({"guidance_scale": 3.0, "guidance_interval": (0.0, 0.5), "num_inference_steps": 2})
+    cell = tmp_path / "sweep" / name
+    recipe = json.loads((cell / "recipe.json").read_text())
+    assert (recipe["guidance_scale"], recipe["guidance_interval"]) == (3.0, [0.0, 0.5])
+    nearest = min(rows, key=lambda row: row["fd_dino"])
+    assert found["best"]["fd_dino"]["cell"] == {
+        name: nearest[name] for name in nearest if name[-4:] not in ("dino", "ite0")
+    }
+    assert (
+        result.stdout.startswith("| guidance_scale |")
+        and "Best by kid_efficientnet_lite0: dit-hf sample" in result.stdout
+    )
+    assert Image.open(tmp_path / "sweep" / "plot.png").size[0] > 300
+    # A cell that lost its end is completed, and all others keep their images.
+    kept, lost = cell / "images" / "000001.png", cell / "images" / "000005.png"
+    before = kept.stat().st_mtime_ns, lost.read_bytes()
+    lost.unlink()
+    again = run_forked(command(pipeline, workspace, tmp_path, *flags))
+    assert again.returncode == 0, again.stderr
+    assert (kept.stat().st_mtime_ns, lost.read_bytes()) == before
+    assert json.loads((tmp_path / "sweep" / "results.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--scheduler", "flow_euler", "ddim"], "samples models that predict 'epsilon'"),
+        (["--guidance_interval", "0.5,0.2"], "`guidance_interval` is"),
+        (["--guidance_interval", "half"], "argument --guidance_interval"),
+        (["--metrics", "beauty"], "There is no metric 'beauty'"),
+        (["--sigma_rel", 0.1], "--run and --sigma_rel belong together"),
+        (["--output_dir", "{data}"], "--output_dir"),
+    ],
+)
+def test_a_cell_that_can_not_run_is_refused_before_the_first_image(flags, words, pipeline, workspace, tmp_path):
+    flags = [str(flag).format(data=workspace / "data") for flag in flags]
+    result = run_forked(command(pipeline, workspace, tmp_path, *flags))
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_cells_tables_and_plots(tmp_path):
+    cells = grid({"guidance_scale": [1.0, 2.0], "num_inference_steps": [5, 10, 20]})
+    assert cells[1] == {"guidance_scale": 1.0, "num_inference_steps": 10} and len(cells) == 6
+    rows = [cell | {"fd": abs(cell["guidance_scale"] - 2) + 1 / cell["num_inference_steps"]} for cell in cells]
+    ranked = best(rows, "fd")
+    assert ranked[0] == {"guidance_scale": 2.0, "num_inference_steps": 20, "fd": 0.05}
+    assert best(rows, "fd", higher_is_better=True)[0]["fd"] == 1.2
+    assert markdown_table(ranked, ["fd"]).splitlines()[2] == "| 2.0 | 20 | 0.05 |"
+    assert plot(ranked, "fd", tmp_path / "contours.png")
+    assert plot([row for row in ranked if row["guidance_scale"] == 2], "fd", tmp_path / "curve.png")
+    assert not plot(ranked[:1], "fd", tmp_path / "none.png") and not (tmp_path / "none.png").exists()
+    pixels = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("contours", "curve")]
+    assert pixels[0].std() > 20 and pixels[1].std() > 5
