@@ -48,19 +48,15 @@ def test_a_sweep_measures_every_cell_and_resumes(pipeline, workspace, dino, tmp_
     found = json.loads((tmp_path / "sweep" / "results.json").read_text())
     rows = found["rows"]
     assert len(rows) == 4 and {len(row) for row in rows} == {5}
-    assert [row["kid_efficientnet_lite0"] for row in rows] == sorted(row["kid_efficientnet_lite0"] for row in rows)
+    assert [row["kid"] for row in rows] == sorted(row["kid"] for row in rows)
     name = cell_name({"guidance_scale": 3.0, "guidance_interval": (0.0, 0.5), "num_inference_steps": 2})
     cell = tmp_path / "sweep" / name
     recipe = json.loads((cell / "recipe.json").read_text())
     assert (recipe["guidance_scale"], recipe["guidance_interval"]) == (3.0, [0.0, 0.5])
     nearest = min(rows, key=lambda row: row["fd_dino"])
-    assert found["best"]["fd_dino"]["cell"] == {
-        name: nearest[name] for name in nearest if name[-4:] not in ("dino", "ite0")
-    }
-    assert (
-        result.stdout.startswith("| guidance_scale |")
-        and "Best by kid_efficientnet_lite0: dit-hf sample" in result.stdout
-    )
+    settings = {name: value for name, value in nearest.items() if name not in ("kid", "fd_dino")}
+    assert found["best"]["fd_dino"]["cell"] == settings
+    assert result.stdout.startswith("| guidance_scale |") and "Best by kid: dit-hf sample" in result.stdout
     assert Image.open(tmp_path / "sweep" / "plot.png").size[0] > 300
     # A cell that lost its end is completed, and all others keep their images.
     kept, lost = cell / "images" / "000001.png", cell / "images" / "000005.png"

@@ -12,6 +12,7 @@ import itertools
 import json
 import shlex
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from ..command_line import ArgumentParser, integer, real, run
@@ -130,7 +131,8 @@ def measure_cell(args, accelerator, cell, names):
     """Generates the samples of a cell, or what is missing of them, and measures them."""
     flags = cell_flags(args, cell)
     asked = sample.parse_args(flags)
-    sample.generate(asked, accelerator)
+    with redirect_stdout(sys.stderr):  # the table alone goes to stdout
+        sample.generate(asked, accelerator)
     found = {}
     if accelerator.is_main_process:
         for extractor, each in names.items():
