@@ -266,6 +266,9 @@ def test_a_table_and_a_guider_are_saved(tmp_path):
     assert torch.equal(sample(without), sample(build(), guidance_scale=table))
     given = DiTClassCondPipeline.from_pretrained(tmp_path, guider=ClassifierFreeGuidance(5.0))
     assert torch.equal(sample(given), sample(build(), guidance_scale=5.0))
+    given.guider = MagnitudeAwareGuidance()
+    with pytest.raises(ValueError, match="The guider is a MagnitudeAwareGuidance, .* would not load again"):
+        given.save_pretrained(tmp_path / "other")
     index = json.loads((tmp_path / "model_index.json").read_text())
     index["guider"] = ["diffusers", "AutoencoderKL"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch.distributed.tensor import DTensor
@@ -18,6 +19,12 @@ def check_loads_again(components: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the component, a key and what undoes the change.
     """
+    guider = components.get("guider")
+    if guider is not None and getattr(diffusers, type(guider).__name__, None) is not type(guider):
+        raise ValueError(
+            f"The guider is a {type(guider).__name__}, which `import diffusers` does not have: the folder would not "
+            "load again; pass it as `guider=` to the calls instead."
+        )
     for name, component in components.items():
         model = getattr(component, "_orig_mod", component)  # diffusers saves what `torch.compile(model)` wraps
         if not isinstance(model, ModelMixin) or getattr(model, "hf_quantizer", None) is not None:
