@@ -98,9 +98,9 @@ def test_a_run_leaves_a_whole_pipeline_or_none(tmp_path):
     (tmp_path / "samples" / "step-000002.png").write_bytes(b"grid")
     before, facts = sorted(tmp_path.rglob("*")), CardFacts(recipe={"seed": 0})
     with file_size_limit(140_000), pytest.raises(OSError, match="pipeline can't be written"):
-        save_pipeline(tiny_pipeline(), tmp_path, facts)
+        save_pipeline(tiny_pipeline(), tmp_path, facts, 2)
     assert sorted(tmp_path.rglob("*")) == before
-    card = (save_pipeline(tiny_pipeline(), tmp_path, facts) / "README.md").read_text()
+    card = (save_pipeline(tiny_pipeline(), tmp_path, facts, 2) / "README.md").read_text()
     assert f"# {tmp_path.name}\n" in card and "(samples.png)" in card and "(loss.png)" in card
 
 

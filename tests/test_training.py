@@ -63,11 +63,14 @@ def test_micro_batches_and_processes_do_not_change_the_result(workspace, tmp_pat
     run(train_command(workspace, tmp_path / "one", **flags))
     run(train_command(workspace, tmp_path / "micro", **flags, gradient_accumulation_steps=2))
     per_process = {"total_batch_size": None, "train_batch_size": 1, "gradient_accumulation_steps": 2}
-    command = train_command(workspace, tmp_path / "two", **flags, **per_process)
+    best = {"validation_split": "test", "validation_metrics": "kid", "metric_for_best_model": "kid"}
+    best |= {"load_best_model_at_end": ""}
+    command = train_command(workspace, tmp_path / "two", **flags, **per_process, **best)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     # `accelerate launch --cpu --num_processes 2` would start one process.
     result = run([*launch, *command[1:]], env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
     assert "2 processes" in result.stdout
+    assert f"Best kid: {read_log(tmp_path / 'two')[-1]['kid']:.6g} at step 12, kept as checkpoint-12." in result.stdout
     assert json.loads((tmp_path / "two" / "training_config.json").read_text())["total_batch_size"] == 4
     for folder in ("micro", "two"):
         torch.testing.assert_close(losses(tmp_path / folder), losses(tmp_path / "one"), rtol=1e-6, atol=1e-6)

@@ -277,7 +277,7 @@ def test_the_recommended_call_outlives_fine_tuning(tmp_path):
 
 def test_training_and_the_metrics_command_write_one_row(tmp_path):
     pipe = DiTClassCondPipeline(tiny_transformer(num_classes=2), make_scheduler("ddim"), None, {0: "a", 1: "b"})
-    write_card(pipe, tmp_path, facts=training_facts({}, 0, distance=600.0))
+    write_card(pipe, tmp_path, facts=training_facts({}, 0, metrics={"fd_efficientnet_lite0": 600.0}))
     measured = {"fd_efficientnet_lite0": {"value": 500.0}}
     recipe = {"extractor": {"name": "efficientnet-lite0"}, "samples": "samples.npz"}
     results = card_results(measured, recipe, "held-out images", PIPELINE_TAG)

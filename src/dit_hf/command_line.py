@@ -98,6 +98,14 @@ def integer(at_least: int | None = None, at_most: int | None = None) -> Range:
     return Range(True, at_least, at_most)
 
 
+def names(text: str) -> list[str]:
+    """The names of a flag, separated by commas, each once."""
+    found = [name.strip() for name in text.split(",")]
+    if len(set(found)) < len(found) or "" in found:
+        raise argparse.ArgumentTypeError(f"{text!r} must be names separated by commas, each once")
+    return found
+
+
 def real(
     at_least: float | None = None, at_most: float | None = None, above: float | None = None, below: float | None = None
 ) -> Range:

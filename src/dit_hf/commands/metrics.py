@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..command_line import ArgumentParser, integer, real, run
+from ..command_line import ArgumentParser, integer, names, real, run
 from ..evaluation.accuracy import check_classes
 from ..evaluation.cards import card_results
 from ..evaluation.extractors import PRECOMPUTED, Features, load_extractor
@@ -71,6 +71,7 @@ def parse_args(flags=None):
     titles = ", ".join(metric.full_name("EXTRACTOR") for metric in METRICS)
     parser.add_argument(
         "--metrics",
+        type=names,
         help=f"Separated by commas, of {titles}; with inception fid, sfid, is, kid. By default those that the "
         "extractor and the reference allow, without density, coverage and the accuracies.",
     )
@@ -94,11 +95,6 @@ def parse_args(flags=None):
         parser.error("--push_to_hub publishes the folder of --update_card")
     if args.hub_model_id is not None and not args.push_to_hub:
         parser.error("--hub_model_id has no effect without --push_to_hub")
-    if args.metrics is not None:
-        names = [name.strip() for name in args.metrics.split(",")]
-        if len(set(names)) < len(names) or "" in names:
-            parser.error(f"--metrics {args.metrics!r} must be names separated by commas, each once")
-        args.metrics = names
     check_outputs(args)
     return args
 

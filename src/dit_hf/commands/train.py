@@ -44,12 +44,12 @@ from ..training.model import (
 from ..training.objectives import OBJECTIVES, choose_objective
 from ..training.optimizer import build_optimizer
 from ..training.plan import training_plan
-from ..training.result import check_hub, logged_distance, save_pipeline, training_facts
+from ..training.result import check_hub, logged_metrics, save_pipeline, training_facts
 from ..training.running import local_share, on_main, only_run, start_accelerator
 from ..training.settings import check_resume, run_settings
 from ..training.speed import check_speed
 from ..training.trainer import Trainer
-from ..training.validation import Validation, check_sampling
+from ..training.validation import HeldOutMetrics, Validation, check_sampling
 from .latents import image_data
 from .train_flags import parse_args
 
@@ -163,7 +163,7 @@ class Training:
         self.held_out = self.encoder = self.latents = None
         if args.validation_split:
             counts = (args.validation_split, self.found, self.class_ids, args.validation_images)
-            self.held_out = self.data.held_out(*counts)
+            self.held_out = HeldOutMetrics(*self.data.held_out(*counts), args.validation_metrics)
         if self.reader is not None and not args.streaming:
             SeededBatches(len(self.reader.dataset), args.total_batch_size)  # too large a batch, before the work
         if args.proj_coeff:
@@ -284,10 +284,23 @@ class Training:
             name = Signals(trainer.stopped_by).name
             self.accelerator.print(f"Stopped at step {step} by {name}; run the same command again to resume.")
         else:
-            self.save(trainer)
+            self.save(trainer, self.choose_step(trainer, step))
         return trainer.stopped_by
 
-    def save(self, trainer):
+    def choose_step(self, trainer, last):
+        """The step whose weights are saved: the last, or the best, which is loaded."""
+        best = trainer.best.step()
+        if best is None:
+            return last
+        if self.accelerator.is_main_process:
+            print(trainer.best.describe(best))
+        if self.args.load_best_model_at_end:
+            return trainer.load_best_model()
+        if best != last:
+            self.accelerator.print("To save its weights, run the same command with --load_best_model_at_end.")
+        return last
+
+    def save(self, trainer, step):
         """The pipeline folder with its card and, if asked for, its copy on the Hub; or the adapters."""
         args = self.args
         with trainer.averaged_transformer() as transformer:
@@ -298,9 +311,10 @@ class Training:
 
                 print(f"Adapters: {save_lora(transformer, args.output_dir)}")
                 return
-            pipe, distance = self.pipeline(transformer), logged_distance(args.output_dir)
-            facts = training_facts(trainer.settings, trainer.guard.skipped, args.license, distance)
-            folder = save_pipeline(pipe, args.output_dir, facts)
+            pipe, metrics = self.pipeline(transformer), logged_metrics(args.output_dir, step)
+            best = None if step == args.max_train_steps else step
+            facts = training_facts(trainer.settings, trainer.guard.skipped, args.license, metrics, best)
+            folder = save_pipeline(pipe, args.output_dir, facts, step)
             print(f"Pipeline: {folder}")
         if args.push_to_hub:
             print(f"Published: {publish_folder(folder, args.hub_model_id, pipe, facts)}")

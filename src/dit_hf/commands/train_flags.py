@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 
 from ..bundled import resolve_pipeline
-from ..command_line import ArgumentParser, real
+from ..command_line import ArgumentParser, names, real
+from ..evaluation.extractors import EFFICIENTNET
 from ..training.config import COUNT, FRACTION, GUIDANCE, POSITIVE, RANGES, SCHEDULES, SNR_GAMMA
 from ..training.guard import POLICIES
 from ..training.model import PRESET_CLASSES
 from ..training.objectives import GUIDED, OBJECTIVES, TIME_SAMPLERS
 from ..training.recipes import RECIPES
+from ..training.validation import HELD_OUT_METRICS, validation_metrics
 from .latents import add_data_arguments
 
 
@@ -27,6 +29,9 @@ IGNORED = (
     ("holdout", lambda args: args.latents_dir is not None, "with --latents_dir, whose images were chosen before"),
     ("cache_latents", lambda args: args.latents_dir is not None, "with --latents_dir"),
     ("validation_split", lambda args: args.latents_dir is not None, "with --latents_dir, which holds no images"),
+    ("validation_metrics", lambda args: args.validation_split is None, "without --validation_split"),
+    ("metric_for_best_model", lambda args: args.validation_split is None, "without --validation_split"),
+    ("load_best_model_at_end", lambda args: args.metric_for_best_model is None, "without --metric_for_best_model"),
     *(
         (f"target_guidance_{part}", lambda args: args.target_guidance_scale == 1, "without --target_guidance_scale")
         for part in ("start", "end")
@@ -63,6 +68,7 @@ def parse_args() -> argparse.Namespace:
     for flag, without_effect, why in IGNORED:
         if getattr(args, flag) != parser.get_default(flag) and without_effect(args):
             parser.error(f"--{flag} has no effect {why}")
+    resolve_best_metric(parser, args)
     if args.hub_model_id is None:
         args.hub_model_id = os.path.basename(os.path.realpath(args.output_dir))
     if args.pretrained_model_name_or_path is not None:
@@ -74,6 +80,18 @@ def parse_args() -> argparse.Namespace:
                 f"--latents_dir {args.latents_dir} has no folder vae; pass --vae, the autoencoder of the latents"
             )
     return args
+
+
+def resolve_best_metric(parser, args):
+    """Checks the metrics of the validation; finds name in the log and direction of the one for the best checkpoint."""
+    rows = {row.name: row for row in validation_metrics(args.validation_metrics)}
+    args.greater_is_better = False
+    if args.metric_for_best_model is not None:
+        if args.metric_for_best_model not in rows:
+            given = f"--metric_for_best_model {args.metric_for_best_model}"
+            parser.error(f"{given} is none of --validation_metrics {','.join(rows)}; add it there")
+        row = rows[args.metric_for_best_model]
+        args.metric_for_best_model, args.greater_is_better = row.full_name(EFFICIENTNET), row.higher_is_better
 
 
 def add_model_arguments(parser):
@@ -263,7 +281,22 @@ def add_output_arguments(parser):
     output.add_argument(
         "--validation_inference_steps", type=COUNT, help="Sampler steps of a grid; 25, for flow maps 1 by default."
     )
-    output.add_argument("--validation_split", help="Split whose images the samples' Fréchet distance is taken to.")
+    output.add_argument("--validation_split", help="Split of held-out images that samples are compared with.")
+    output.add_argument(
+        "--validation_metrics",
+        type=names,
+        default=["fd"],
+        help=f"How they are compared: names separated by commas, of {', '.join(HELD_OUT_METRICS)}.",
+    )
+    output.add_argument(
+        "--metric_for_best_model",
+        help="One of them: the best checkpoint by it is kept beside the last ones; none if not given.",
+    )
+    output.add_argument(
+        "--load_best_model_at_end",
+        action="store_true",
+        help="Save the weights of the best checkpoint instead of the last ones.",
+    )
     output.add_argument("--validation_images", type=COUNT, default=1000, help="How many of them at most.")
     output.add_argument("--guidance_scale", type=GUIDANCE, default=3.0, help="Guidance of a grid, at most 1000.")
     output.add_argument("--dry_run", action="store_true", help="Print what the run would take, and write nothing.")

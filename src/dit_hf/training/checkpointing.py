@@ -77,6 +77,7 @@ def save_checkpoint(
     step: int,
     total_limit: int | None = None,
     states: Mapping[str, Any] | None = None,
+    best: int | None = None,
 ) -> Path:
     """
     Saves everything the accelerator knows (models, optimizers, RNG) and other states, atomically.
@@ -87,6 +88,7 @@ def save_checkpoint(
         step (`int`): Number of finished optimizer steps.
         total_limit (`int`, *optional*): Keep this many of the newest checkpoints.
         states (`Mapping[str, Any]`, *optional*): Objects with `state_dict`, by name: averages, schedule …
+        best (`int`, *optional*): Step of a checkpoint that is kept beside them.
 
     Returns:
         `Path`: `output_dir/checkpoint-step`.
@@ -119,7 +121,8 @@ def save_checkpoint(
         os.replace(partial, final)
         remove(Path(output_dir) / BEFORE_CHECKPOINT)
         for old in list_checkpoints(output_dir)[:-total_limit] if total_limit is not None else ():
-            if (old / MANIFEST).exists() or (old / "custom_checkpoint_0.pkl").exists():  # it is one of this package
+            ours = (old / MANIFEST).exists() or (old / "custom_checkpoint_0.pkl").exists()
+            if ours and checkpoint_step(old) != best:
                 remove(old)
     accelerator.wait_for_everyone()
     return final

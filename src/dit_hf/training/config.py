@@ -90,6 +90,10 @@ class TrainingConfig:
             `"latest"` resumes from the newest checkpoint, if there is one; a checkpoint's folder or name resumes from
             that one; `"never"` refuses a folder that holds checkpoints.
         validation_steps (`int`, defaults to 500): Steps between calls of the validation.
+        metric_for_best_model (`str`, *optional*):
+            A name that the validation returns. A step that is better than all checkpoints gets a checkpoint, and the
+            best one is kept beside the last `checkpoints_total_limit`.
+        greater_is_better (`bool`, defaults to `False`): Direction of `metric_for_best_model`.
         logging_steps (`int`, *optional*):
             Steps between writes of the log, for which the host waits for the device; 1 on a CPU, 50 on a GPU if not
             given. The log has a line for every step all the same.
@@ -130,6 +134,8 @@ class TrainingConfig:
     checkpoints_total_limit: int | None = _may_change(2)
     resume_from_checkpoint: str | Path = _may_change("latest")
     validation_steps: int = _may_change(500)
+    metric_for_best_model: str | None = _may_change(None)
+    greater_is_better: bool = _may_change(False)
     logging_steps: int | None = _may_change(None)
     dataloader_num_workers: int | None = _may_change(None)
     seed: int = 0

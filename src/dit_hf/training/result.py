@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..evaluation.cards import card_results
 from ..evaluation.extractors import EFFICIENTNET
+from ..evaluation.metrics import METRICS
 from ..files import first_line, writing_folder
 from ..hub import CardFacts, write_card
 from ..hub.connection import check_answers, hub_answers, unreachable
@@ -18,7 +19,7 @@ from ..hub.model_card import PIPELINE_TAG
 from .objectives import OBJECTIVES
 from .records import read_log
 from .settings import LOG_FILE
-from .validation import DISTANCE, plot_losses
+from .validation import grid_path, plot_losses
 
 
 # What a model card shows of the settings, in this order.
@@ -31,12 +32,16 @@ ON_CARD = (
     *("class_dropout_prob", "flip_probability", "balance_classes", "mixed_precision", "seed"),
 )
 
-# The data of the distance on the card: the default of `dit-hf metrics --dataset_title`, which then updates its row.
+# The data of the metrics on the card: the default of `dit-hf metrics --dataset_title`, which then updates their rows.
 HELD_OUT = "held-out images"
 
 
 def training_facts(
-    settings: Mapping[str, Any], skipped: int, license: str | None = None, distance: float | None = None
+    settings: Mapping[str, Any],
+    skipped: int,
+    license: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    best_step: int | None = None,
 ) -> CardFacts:
     """
     What the card of a trained pipeline says.
@@ -45,7 +50,8 @@ def training_facts(
         settings (`Mapping`): Of the run.
         skipped (`int`): Steps that the guard skipped.
         license (`str`, *optional*): The Hub's identifier of a licence.
-        distance (`float`, *optional*): Fréchet distance to held-out images.
+        metrics (`Mapping[str, float]`, *optional*): Against held-out images, from [`logged_metrics`].
+        best_step (`int`, *optional*): The step whose weights are saved, if they are not the last.
 
     Returns:
         `CardFacts`
@@ -58,21 +64,22 @@ def training_facts(
     if not settings.get("proj_coeff"):
         recipe = {name: value for name, value in recipe.items() if not name.startswith("alignment_")}
     recipe["steps skipped by the guard"] = skipped
-    results = []
-    if distance is not None:
-        made_by = {"extractor": {"name": EFFICIENTNET}}
-        results = card_results({DISTANCE: {"value": distance}}, made_by, HELD_OUT, PIPELINE_TAG)
+    if best_step is not None:
+        recipe["weights of step"] = best_step
+    measured = {name: {"value": value} for name, value in (metrics or {}).items()}
+    results = card_results(measured, {"extractor": {"name": EFFICIENTNET}}, HELD_OUT, PIPELINE_TAG)
     return CardFacts(license=license, recipe=recipe, results=results)
 
 
-def save_pipeline(pipe, output_dir: str | Path, facts: CardFacts) -> Path:
+def save_pipeline(pipe, output_dir: str | Path, facts: CardFacts, step: int) -> Path:
     """
-    Writes the pipeline of a finished run, with its last sample grid and its loss curve.
+    Writes the pipeline of a finished run, with the sample grid of its step and the loss curve.
 
     Args:
         pipe (`DiTClassCondPipeline`): With the weights to save.
         output_dir (`str` or `Path`): The run's folder.
         facts (`CardFacts`): For the card.
+        step (`int`): The step of the weights.
 
     Returns:
         `Path`: `output_dir/pipeline`.
@@ -80,8 +87,8 @@ def save_pipeline(pipe, output_dir: str | Path, facts: CardFacts) -> Path:
     folder = Path(output_dir) / "pipeline"
     with writing_folder(folder) as partial:
         pipe.save_pretrained(partial)
-        if grids := sorted((Path(output_dir) / "samples").glob("step-*.png")):
-            shutil.copyfile(grids[-1], partial / "samples.png")
+        if (grid := grid_path(output_dir, step)).exists():
+            shutil.copyfile(grid, partial / "samples.png")
         plot_losses(*loss_curve(output_dir), partial / "loss.png")
         write_card(pipe, partial, facts=facts, place=folder)
     return folder
@@ -93,10 +100,11 @@ def loss_curve(output_dir: str | Path) -> tuple[list[int], list[float]]:
     return [record["step"] for record in records], [record["loss"] for record in records]
 
 
-def logged_distance(output_dir: str | Path) -> float | None:
-    """The Fréchet distance of a run's last step, if it was measured."""
-    *_, last = read_log(Path(output_dir) / LOG_FILE)
-    return last.get(DISTANCE)
+def logged_metrics(output_dir: str | Path, step: int) -> dict[str, float]:
+    """The metrics against held-out images that a run has logged for a step."""
+    records = [record for record in read_log(Path(output_dir) / LOG_FILE) if record["step"] == step]
+    names = [metric.full_name(EFFICIENTNET) for metric in METRICS]
+    return {name: record[name] for record in records for name in names if name in record}
 
 
 def check_hub(repo_id: str) -> None:

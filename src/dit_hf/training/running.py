@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, PrecisionType, broadcast_object_list
@@ -134,7 +135,7 @@ class DeepSpeedAccelerator(Accelerator):
         return self.engine.optimizer.scaled_global_norm()
 
 
-def on_main(accelerator: Accelerator, check: Callable[[], None]) -> None:
+def on_main(accelerator: Accelerator, check: Callable[[], Any]) -> Any:
     """
     Runs a check on the main process alone; what it refuses ends all processes.
 
@@ -142,18 +143,23 @@ def on_main(accelerator: Accelerator, check: Callable[[], None]) -> None:
         accelerator (`accelerate.Accelerator`): The processes, all of which have to call this.
         check (`Callable`): Raises what is to be raised.
 
+    Returns:
+        What the check returns, on every process.
+
     Raises:
         ValueError, OSError: of the check.
     """
-    refused: list[Exception | None] = [None]
+    outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            check()
+            outcome[0] = check()
         except (ValueError, OSError) as error:
-            refused[0] = error
-    broadcast_object_list(refused)
-    if refused[0] is not None:
-        raise refused[0]
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    found, refused = outcome
+    if refused is not None:
+        raise refused
+    return found
 
 
 def local_share(accelerator: Accelerator) -> tuple[int, int]:

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from ..models import DiTTransformer2DModel
 from .alignment import AlignmentHead
 from .batches import SeededBatches, check_batch, draw_batch
-from .checkpointing import list_checkpoints, resume_from, save_checkpoint
+from .best import BestCheckpoint
+from .checkpointing import list_checkpoints, load_checkpoint, resume_from, save_checkpoint
 from .config import TrainingConfig
 from .ema import PowerAverages, WeightAverage
 from .finetuning import record_guidance
@@ -114,6 +115,8 @@ class Trainer:
             )
         self.settings = {**(notes or {}), **settings}
         self._prepare(transformer, alignment)
+        metric = config.metric_for_best_model
+        self.best = BestCheckpoint(self.accelerator, self.output_dir, metric, config.greater_is_better)
         self.metrics: dict[str, float] = {}
         self.stopped_by = 0
         # Steps whose losses are still on the device, and when the run started.
@@ -239,14 +242,14 @@ class Trainer:
         self._log(*earlier)
         if validate is not None or saved:
             self._check_weights(step)
-        if saved and self.profiles is not None:
-            record["snapshot"] = self.profiles.steps
         if validate is not None:
             record |= self._validate(validate, step, record)
             self.accelerator.print(json.dumps(record))
-        self._log(record)
+            saved = self.best.improves(record) or saved
         if saved:
-            self._save(step)
+            self._save(step, record)
+        else:
+            self._log(record)
 
     def _validate(self, validate, step, record):
         """Metrics of the averaged weights; if they can't be had, the steps are saved all the same."""
@@ -255,15 +258,18 @@ class Trainer:
                 self.metrics = validate(step)
         except Exception:
             if self.accelerator.num_processes == 1:  # others would wait for this one
-                self._log(record)
-                self._save(step)
+                self._save(step, record)
             raise
         return self.metrics
 
-    def _save(self, step):
+    def _save(self, step, record):
         """A checkpoint, and before it what a run that is killed in between would not come back for."""
+        if self.profiles is not None:
+            record["snapshot"] = self.profiles.steps
+        self._log(record)
         self._save_profiles()
-        save_checkpoint(self.accelerator, self.output_dir, step, self.config.checkpoints_total_limit, self.states)
+        limit, best = self.config.checkpoints_total_limit, self.best.step(step)
+        save_checkpoint(self.accelerator, self.output_dir, step, limit, self.states, best)
 
     def _check_weights(self, step):
         """Neither a checkpoint nor a sample is made of weights that are not finite."""
@@ -298,6 +304,7 @@ class Trainer:
             self.accelerator.print(f"Resuming from step {step} of {self.config.max_train_steps} in {self.output_dir}.")
         if self.accelerator.is_main_process:
             truncate_log(self.output_dir / LOG_FILE, step)
+            self.best.read()
             PowerAverages.drop_snapshots(self.output_dir / "ema", step)
             record_settings(self.output_dir / SETTINGS_FILE, self.settings)
             begin(self.output_dir, resumed=step > 0)
@@ -397,6 +404,7 @@ class Trainer:
         self.guard.rewound(from_step, step, before)
         if self.accelerator.is_main_process:
             truncate_log(self.output_dir / LOG_FILE, step)
+            self.best.read()
         return step
 
     def _log(self, *records):
@@ -413,6 +421,18 @@ class Trainer:
         if self.profiles is not None:
             names = [name for name, parameter in self.transformer.named_parameters() if parameter.requires_grad]
             self.profiles.save_snapshot(self.output_dir / "ema", names, self.accelerator.is_main_process)
+
+    def load_best_model(self) -> int | None:
+        """
+        Loads the best checkpoint by `config.metric_for_best_model`. Every process has to call it.
+
+        Returns:
+            `int`: its step, `None` if no checkpoint has a value of the metric.
+        """
+        step = self.best.step()
+        if step is not None:
+            load_checkpoint(self.accelerator, self.output_dir / f"checkpoint-{step}", self.states)
+        return step
 
     def averaged(self):
         """A context manager: the averaged weights in the transformer, in eval mode."""

@@ -1,24 +1,34 @@
-"""Validation during training: averaged weights, sample grids, distances to held-out images, the loss curve."""
+"""Validation during training: averaged weights, sample grids, metrics against held-out images, the loss curve.
+
+Shapes: `N` held-out images, `H W` pixels.
+"""
 
 import math
+from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import make_image_grid
 
-from ..evaluation.extractors import EFFICIENTNET, extract, load_extractor
-from ..evaluation.frechet import frechet_distance
-from ..evaluation.metrics import METRICS
+from ..evaluation.extractors import EFFICIENTNET, EfficientNetExtractor, Features, extract, load_extractor
+from ..evaluation.metrics import METRICS, Available, Metric, compute_metrics, too_few_images
+from ..evaluation.reference import ReferenceStatistics
 from ..evaluation.samples import sample_images
+from ..evaluation.statistics import gaussian
 from ..files import first_line
 from ..hub import BackgroundUploads
 from ..seeds import seeded_generator
 
 
-# What the distance to held-out images is called, in the log and on the card, as `dit-hf metrics` calls it.
-DISTANCE = next(metric for metric in METRICS if metric.name == "fd").full_name(EFFICIENTNET)
+# Metrics of samples and held-out images; those that need training images are for `dit-hf metrics`.
+HELD_OUT_METRICS = {
+    metric.name: metric
+    for metric in METRICS
+    if Available(EfficientNetExtractor.parts, True, (), False).missing(metric) is None
+}
 
 
 @contextmanager
@@ -86,9 +96,81 @@ def sample_grid(pipe, classes: list[int], columns: int, seed: int, **options):
     return make_image_grid(images, rows=len(classes), cols=columns)
 
 
+def validation_metrics(names: Sequence[str]) -> list[Metric]:
+    """
+    Rows of the table of metrics that a validation can compute.
+
+    Args:
+        names (`Sequence[str]`): Names in [`HELD_OUT_METRICS`], such as `"fd"`, `"kid"`, `"precision"`.
+
+    Returns:
+        `list[Metric]`
+
+    Raises:
+        ValueError: if a name is none of them.
+    """
+    for name in names:
+        if name not in HELD_OUT_METRICS:
+            raise ValueError(
+                f"{name!r} is no metric of a validation, which has samples and held-out images; choose from "
+                f"{', '.join(HELD_OUT_METRICS)}."
+            )
+    return [HELD_OUT_METRICS[name] for name in names]
+
+
+class HeldOutMetrics:
+    """
+    Metrics against held-out images, by EfficientNet-Lite0's features. Those of the held-out images are extracted once.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, 3, H, W)`): uint8.
+        labels (`torch.Tensor` of shape `(N,)`, int64): Their class ids, of which the samples must be.
+        metrics (`Sequence[str]`, defaults to `("fd",)`): As for [`validation_metrics`].
+
+    Raises:
+        ValueError: if there is no such metric, or it needs more images.
+        ImportError: if the network is not installed.
+    """
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, metrics: Sequence[str] = ("fd",)):
+        rows = validation_metrics(metrics)
+        self.labels, self.names = labels, [row.full_name(EFFICIENTNET) for row in rows]
+        few = too_few_images(self.names, EFFICIENTNET, dict.fromkeys(("samples", "reference"), len(images)))
+        for name, reason in few.items():
+            raise ValueError(f"{name} {reason}; hold out more images.")
+        with torch.random.fork_rng(devices=()):  # the network draws weights before it loads its own
+            self.extractor = load_extractor(EFFICIENTNET)
+        self.reference = self._features(images)
+        of_statistics = {row.needs for row in rows if row.against == "statistics"}
+        parts = {part: gaussian(getattr(self.reference, part)) for part in of_statistics}
+        self.statistics = ReferenceStatistics(parts, self.reference.extractor, self.reference.image_size, True)
+
+    def _features(self, images: torch.Tensor) -> Features:
+        return replace(extract(images, self.extractor), labels=[str(label) for label in self.labels.tolist()])
+
+    def measure(self, samples: torch.Tensor) -> dict[str, float]:
+        """
+        The metrics of samples.
+
+        Args:
+            samples (`torch.Tensor` of shape `(N, 3, H, W)`): uint8, one of each label.
+
+        Returns:
+            `dict[str, float]`: by the names of `dit-hf metrics`: `fd_efficientnet_lite0`, `kid` …
+        """
+        seen = self._features(samples)
+        found = compute_metrics(seen, self.reference, self.names, statistics=self.statistics)
+        return {name: result["value"] for name, result in found.items()}
+
+
+def grid_path(output_dir: str | Path, step: int) -> Path:
+    """The sample grid of a step."""
+    return Path(output_dir) / "samples" / f"step-{step:06d}.png"
+
+
 class Validation:
     """
-    A sample grid and, with held-out images, a Fréchet distance; for `Trainer.train`.
+    A sample grid and, with held-out images, metrics; for `Trainer.train`.
 
     Args:
         pipe (`DiTClassCondPipeline`): With the transformer that is trained.
@@ -96,7 +178,7 @@ class Validation:
         seed (`int`): Of the noise, the same at every step.
         classes (`int`, defaults to 10): Rows of a grid at most.
         images_per_class (`int`, defaults to 8): Its columns.
-        held_out (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Images `(N, 3, H, W)`, uint8, and class ids `(N,)`.
+        held_out (`HeldOutMetrics`, *optional*): The metrics, of one sample for each held-out image.
         uploads (`BackgroundUploads`, *optional*): Sends the grids to the Hub.
         is_main_process (`bool`, defaults to `True`): Who writes; all processes have to sample.
         options: For the pipeline: `guidance_scale`, `num_inference_steps` …
@@ -109,17 +191,15 @@ class Validation:
         seed: int,
         classes: int = 10,
         images_per_class: int = 8,
-        held_out: tuple[torch.Tensor, torch.Tensor] | None = None,
+        held_out: HeldOutMetrics | None = None,
         uploads: BackgroundUploads | None = None,
         is_main_process: bool = True,
         **options,
     ):
         check_sampling(pipe, **options)
-        self.pipe, self.folder, self.seed, self.options = pipe, Path(output_dir) / "samples", seed, options
+        self.pipe, self.output_dir, self.seed, self.options = pipe, output_dir, seed, options
         self.classes, self.images_per_class = list(pipe.id2label)[:classes], images_per_class
         self.held_out, self.uploads, self.is_main_process = held_out, uploads, is_main_process
-        if held_out is not None:
-            self.extractor = load_extractor(EFFICIENTNET)
 
     def __call__(self, step: int) -> dict[str, float]:
         """
@@ -129,17 +209,14 @@ class Validation:
             step (`int`): Finished steps.
 
         Returns:
-            `dict[str, float]`: `fd_efficientnet_lite0`, if there are held-out images.
+            `dict[str, float]`: what `held_out` measures, if it is given.
         """
         grid = sample_grid(self.pipe, self.classes, self.images_per_class, self.seed, **self.options)
         metrics = {}
         if self.held_out is not None:
-            images, labels = self.held_out
-            samples = sample_images(self.pipe, labels, self.seed, **self.options)
-            seen = [extract(part, self.extractor).features for part in (samples, images)]
-            metrics = {DISTANCE: frechet_distance(*seen)}
+            metrics = self.held_out.measure(sample_images(self.pipe, self.held_out.labels, self.seed, **self.options))
         if self.is_main_process:
-            path = self.folder / f"step-{step:06d}.png"
+            path = grid_path(self.output_dir, step)
             path.parent.mkdir(parents=True, exist_ok=True)
             grid.save(path)
             if self.uploads is not None:
