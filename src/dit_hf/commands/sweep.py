@@ -15,7 +15,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from ..command_line import ArgumentParser, integer, real, run
+from ..command_line import ArgumentParser, integer, names, real, run
 from ..evaluation.extractors import EFFICIENTNET
 from ..evaluation.metrics import METRICS, find_metrics
 from ..evaluation.samples import SAMPLES
@@ -57,7 +57,7 @@ def parse_args():
     parser.add_argument("--holdout", type=real(at_least=0, below=1), default=0.0, help="Of a dataset with one split.")
     sample.add_seed_flag(parser, "The same for every cell.")
     parser.add_argument("--batch_size", type=integer(at_least=1, at_most=2**16), default=48, help="Images in a batch.")
-    parser.add_argument("--metrics", default=FD.name, help="Separated by commas; the first decides.")
+    parser.add_argument("--metrics", type=names, default=[FD.name], help="Separated by commas; the first decides.")
     parser.add_argument("--feature_extractor", default=EFFICIENTNET, help="As `dit-hf metrics` takes it.")
     parser.add_argument("--held_out_extractor", help="A second one, by whose Fréchet distance the choice is checked.")
     parser.add_argument("--cache_dir", type=Path, default=Path("outputs/features"), help="Where features are kept.")
@@ -84,10 +84,10 @@ def cell_flags(args, cell):
     return words
 
 
-def metric_flags(args, samples, extractor, names):
+def metric_flags(args, samples, extractor, asked):
     """The flags of `dit-hf metrics` for the samples of a cell."""
     flags = ["--samples", str(samples), "--reference", args.reference, "--feature_extractor", extractor]
-    flags += ["--metrics", ",".join(names), "--cache_dir", str(args.cache_dir), "--bootstrap", "0"]
+    flags += ["--metrics", ",".join(asked), "--cache_dir", str(args.cache_dir), "--bootstrap", "0"]
     return flags + (["--holdout", str(args.holdout)] if args.holdout else [])
 
 
@@ -108,14 +108,13 @@ def save_averages(args):
 def metric_names(args):
     """The metrics by extractor, as `dit-hf metrics` calls them."""
     rows = {metric.name: metric for metric in METRICS}
-    asked = [name.strip() for name in args.metrics.split(",")]
     extractor = args.feature_extractor
-    names = {extractor: [rows[name].full_name(extractor) if name in rows else name for name in asked]}
+    found = {extractor: [rows[name].full_name(extractor) if name in rows else name for name in args.metrics]}
     if args.held_out_extractor:
-        names[args.held_out_extractor] = [FD.full_name(args.held_out_extractor)]
-    for extractor, each in names.items():
+        found[args.held_out_extractor] = [FD.full_name(args.held_out_extractor)]
+    for extractor, each in found.items():
         find_metrics(each, extractor)  # refuses unknown ones
-    return names
+    return found
 
 
 def check_cells(args, cells):
@@ -127,19 +126,19 @@ def check_cells(args, cells):
             sample.call_settings(pipe, asked)
 
 
-def measure_cell(args, accelerator, cell, names):
+def measure_cell(args, accelerator, cell, asked):
     """Generates the samples of a cell, or what is missing of them, and measures them."""
     flags = cell_flags(args, cell)
-    asked = sample.parse_args(flags)
+    wanted = sample.parse_args(flags)
     with redirect_stdout(sys.stderr):  # the table alone goes to stdout
-        sample.generate(asked, accelerator)
+        sample.generate(wanted, accelerator)
     found = {}
     if accelerator.is_main_process:
-        for extractor, each in names.items():
-            wanted = metric_flags(args, asked.output_dir / SAMPLES, extractor, each)
-            result, recipe = metrics.measure(metrics.parse_args(wanted))
+        for extractor, each in asked.items():
+            compared = metric_flags(args, wanted.output_dir / SAMPLES, extractor, each)
+            result, recipe = metrics.measure(metrics.parse_args(compared))
             found |= {name: result[name]["value"] for name in each}
-        write_json(asked.output_dir / "metrics.json", found | {"command": command(flags), "recipe": recipe})
+        write_json(wanted.output_dir / "metrics.json", found | {"command": command(flags), "recipe": recipe})
     return found
 
 
@@ -154,12 +153,12 @@ def write_json(path, value):
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
 
 
-def finish(args, rows, names):
+def finish(args, rows, asked):
     """Writes results, table and plot; prints the table and the best cell by each extractor's first metric."""
-    chosen = [(extractor, each[0], find_metrics(each[:1], extractor)[0]) for extractor, each in names.items()]
+    chosen = [(extractor, each[0], find_metrics(each[:1], extractor)[0]) for extractor, each in asked.items()]
     _, metric, row = chosen[0]
     rows = best(rows, metric, row.higher_is_better)
-    table = markdown_table(rows, [name for each in names.values() for name in each])
+    table = markdown_table(rows, [name for each in asked.values() for name in each])
     with writing(args.output_dir / "table.md") as partial:
         partial.write_text(table + "\n", "utf-8")
     print(printable(table))
@@ -176,7 +175,7 @@ def finish(args, rows, names):
 
 def main():
     args = parse_args()
-    names = metric_names(args)
+    asked = metric_names(args)
     cells = grid({name: getattr(args, name) for name in SETTINGS if getattr(args, name)})
     accelerator = start_accelerator()
     if accelerator.is_main_process:
@@ -185,11 +184,11 @@ def main():
     check_cells(args, cells)
     rows = []
     for number, cell in enumerate(cells, start=1):
-        rows.append(cell | measure_cell(args, accelerator, cell, names))
+        rows.append(cell | measure_cell(args, accelerator, cell, asked))
         if accelerator.is_main_process:
             print(printable(f"{number} of {len(cells)}: {rows[-1]}"), file=sys.stderr)
     if accelerator.is_main_process:
-        finish(args, rows, names)
+        finish(args, rows, asked)
 
 
 if __name__ == "__main__":
