@@ -64,6 +64,13 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
 
         Raises:
             ValueError: if there is no such preset.
+
+        Example:
+
+            >>> from dit_hf import DiTTransformer2DModel
+            >>> model = DiTTransformer2DModel.from_preset("DiT-S/8", num_classes=10)
+            >>> model.config.num_layers, model.config.patch_size, model.config.num_classes
+            (12, 8, 10)
         """
         return cls(**(preset_config(name, cls._presets) | overrides))
 

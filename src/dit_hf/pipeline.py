@@ -112,6 +112,13 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
 
         Raises:
             ValueError: if there is no such pipeline.
+
+        Example:
+
+            >>> from dit_hf import DiTClassCondPipeline
+            >>> pipe = DiTClassCondPipeline.from_bundled("emoji64")
+            >>> pipe("red apple", num_inference_steps=4).images[0].size
+            (64, 64)
         """
         if name not in bundled_names():
             have = ", ".join(bundled_names()) or "none"
@@ -134,6 +141,16 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         Raises:
             ValueError: if an argument is not possible, or the folder holds another kind of pipeline.
             OSError: if the folder or repository does not exist, or the Hub can't be reached.
+
+        Example:
+
+            >>> import tempfile
+            >>> from dit_hf import DiTClassCondPipeline
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     DiTClassCondPipeline.from_bundled("emoji64").save_pretrained(folder)
+            ...     pipe = DiTClassCondPipeline.from_pretrained(folder)
+            >>> pipe.get_label_ids("flag: Japan") == [pipe.labels["flag: Japan"]]
+            True
         """
         kwargs = parse_dtype(kwargs)
         model_folders.check_options(**kwargs)

@@ -106,6 +106,13 @@ def make_scheduler(name: SchedulerRecipe, **overrides: Any) -> SchedulerMixin:
         ValueError: if there is no such recipe, or the scheduler can't run with an override.
         TypeError: if the scheduler has no such option.
         ImportError: if this diffusers does not have the scheduler.
+
+    Example:
+
+        >>> from dit_hf import DiTClassCondPipeline, make_scheduler
+        >>> pipe = DiTClassCondPipeline.from_bundled("emoji64")
+        >>> pipe.scheduler = make_scheduler("flow_unipc")
+        >>> images = pipe("cat", num_inference_steps=8).images
     """
     scheduler_class, config = _recipe(name)
     if scheduler_class is None:

@@ -564,6 +564,17 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
     Raises:
         ValueError: if an option is unknown or sizes do not fit; the message names the option.
+
+    Example:
+
+        >>> import torch
+        >>> from dit_hf import DDTTransformer2DModel
+        >>> model = DDTTransformer2DModel(
+        ...     sample_size=8, num_layers=3, num_encoder_layers=2, num_attention_heads=4, attention_head_dim=12
+        ... )
+        >>> latents, labels = torch.randn(2, 4, 8, 8), torch.tensor([207, 88])
+        >>> model(latents, 500, labels).sample.shape  # a velocity
+        torch.Size([2, 4, 8, 8])
     """
 
     _supports_gradient_checkpointing = True

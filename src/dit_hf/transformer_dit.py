@@ -567,6 +567,15 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
     Raises:
         ValueError: if an option is unknown or sizes do not fit; the message names the option.
+
+    Example:
+
+        >>> import torch
+        >>> from dit_hf import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(sample_size=8, num_layers=2, num_attention_heads=4, attention_head_dim=12)
+        >>> latents, labels = torch.randn(2, 4, 8, 8), torch.tensor([207, 88])
+        >>> model(latents, 500, labels).sample.shape  # noise and variance, 4 channels each
+        torch.Size([2, 8, 8, 8])
     """
 
     _supports_gradient_checkpointing = True

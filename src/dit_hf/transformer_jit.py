@@ -480,6 +480,18 @@ class JiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
     Raises:
         ValueError: if an option is out of range or sizes do not fit; the message names the option.
+
+    Example:
+
+        >>> import torch
+        >>> from dit_hf import JiTTransformer2DModel
+        >>> model = JiTTransformer2DModel(
+        ...     sample_size=32, patch_size=8, num_layers=2, num_attention_heads=4, attention_head_dim=12,
+        ...     in_context_start=1,
+        ... )
+        >>> images, labels = torch.randn(2, 3, 32, 32), torch.tensor([207, 88])
+        >>> model(images, 500, labels).sample.shape  # a velocity
+        torch.Size([2, 3, 32, 32])
     """
 
     _supports_gradient_checkpointing = True

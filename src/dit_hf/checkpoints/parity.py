@@ -73,6 +73,23 @@ def measure_parity(checkpoint: Checkpoint, model, training_only: str | Path | No
 
     Raises:
         ValueError: if the two are of different models.
+
+    Example:
+
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from dit_hf import DiTTransformer2DModel
+        >>> from dit_hf.checkpoints import FAMILIES
+        >>> from dit_hf.checkpoints.parity import measure_parity
+        >>> from dit_hf.checkpoints.parsing import parse_checkpoint
+        >>> from dit_hf.checkpoints.saving import save_original
+        >>> model = DiTTransformer2DModel(sample_size=8, num_layers=2, num_attention_heads=4, attention_head_dim=12)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "tiny.pt")
+        ...     save_original(model.eval(), FAMILIES["dit"], file)
+        ...     parity = measure_parity(parse_checkpoint(file, num_attention_heads=4, family="dit"), model)
+        >>> parity.holds
+        True
     """
     family, config = checkpoint.family, model.config
     for name, value in checkpoint.config.items():

@@ -111,6 +111,21 @@ def save_original(model, family: Family, path: str | Path, training_only: str | 
 
     Raises:
         ValueError: if the model is none of this family's, or the ending is unknown.
+
+    Example:
+
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from dit_hf import DiTTransformer2DModel
+        >>> from dit_hf.checkpoints import FAMILIES
+        >>> from dit_hf.checkpoints.saving import save_original
+        >>> model = DiTTransformer2DModel(sample_size=8, num_layers=2, num_attention_heads=4, attention_head_dim=12)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "tiny.pt")
+        ...     save_original(model, FAMILIES["dit"], file)
+        ...     again = DiTTransformer2DModel.from_single_file(file, num_attention_heads=4, family="dit")
+        >>> again.config.num_layers
+        2
     """
     path = check_new_file(path, family)
     weights = family.file_keys(original_state_dict(model, family, training_only))

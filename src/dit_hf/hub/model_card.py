@@ -55,6 +55,11 @@ class CardFacts:
 
     Raises:
         ValueError: naming the fact that has another type.
+
+    Example:
+
+        >>> from dit_hf.hub import CardFacts
+        >>> facts = CardFacts(license="apache-2.0", datasets=["user/icons"], limits="Letters are not legible.")
     """
 
     license: str | None = None
@@ -169,6 +174,17 @@ def write_card(
 
     Raises:
         ValueError: if there is a card that can't be read, or it is a link to a file outside of the folder.
+
+    Example:
+
+        >>> import tempfile
+        >>> from dit_hf import DiTClassCondPipeline
+        >>> from dit_hf.hub import CardFacts, read_card, write_card
+        >>> pipe = DiTClassCondPipeline.from_bundled("emoji64")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     card = read_card(write_card(pipe, folder, facts=CardFacts(license="apache-2.0")))
+        >>> card.data.license
+        'apache-2.0'
     """
     folder = Path(folder)
     place = Path(os.path.realpath(place or folder))

@@ -103,6 +103,13 @@ class TrainingConfig:
 
     Raises:
         ValueError: if a number is out of range, or a policy unknown.
+
+    Example:
+
+        >>> from dit_hf.training.config import TrainingConfig
+        >>> config = TrainingConfig("outputs/dit", total_batch_size=32, max_train_steps=2000, ema_warmup=True)
+        >>> config.learning_rate
+        0.001
     """
 
     output_dir: str | Path = _may_change()

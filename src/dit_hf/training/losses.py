@@ -66,6 +66,15 @@ def velocity_loss(model_output: torch.Tensor, x_start: torch.Tensor, noise: torc
 
     Raises:
         ValueError: if the channels of the output are neither those of `x_start` nor twice as many.
+
+    Example:
+
+        >>> import torch
+        >>> from dit_hf.training.losses import velocity_loss
+        >>> x_start, noise = torch.randn(2, 16, 4, 8, 8)  # latents of zero mean and unit variance
+        >>> losses = velocity_loss(noise - x_start, x_start, noise)  # of a model that predicts the target exactly
+        >>> losses["loss"].max().item()
+        0.0
     """
     target, velocity = noise - x_start, _prediction(model_output, x_start.shape[1])
     mse = _mean_over_values((velocity - target).square())
