@@ -1,4 +1,4 @@
-"""The figures of bench.py as Markdown."""
+"""The results of bench.py as Markdown."""
 
 import statistics
 

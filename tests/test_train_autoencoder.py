@@ -101,7 +101,7 @@ def test_it_refuses_before_it_writes(data, tmp_path, monkeypatch, capsys):
         ("run", {"learning_rate": "nan"}, "--learning_rate: 'nan' is not a finite number at least 0"),
         ("run", {"max_grad_norm": -1}, "--max_grad_norm: '-1' is not a finite number at least 1e-06"),
         ("run", {"resolution": 30}, "--resolution 30 must be divisible by 4"),
-        ("run", {"train_batch_size": 64}, "A batch of 64 can't be drawn"),
+        ("run", {"train_batch_size": 64}, "A batch of 64 can't be sampled"),
         ("run", {"holdout": 1}, "--holdout: '1' is not a finite number at least 0 and below 1"),
     ):
         assert message in refused(command(data, tmp_path / folder, **flags), monkeypatch, capsys)

@@ -126,7 +126,7 @@ def one_class(workspace, folder):
          "trained with 0.5; omit --vae"),
         ({"transformer_config": None, "vae": None, "pretrained_model_name_or_path": "{tmp}/base", "lora_rank": 2},
          "has no class 'light', and adapters can't add one"),
-        ({"total_batch_size": 64}, "A batch of 64 can't be drawn from 20 samples"),
+        ({"total_batch_size": 64}, "A batch of 64 can't be sampled from 20 samples"),
         ({"validation_split": "nothing"}, "split 'nothing'"),
         ({"objective": "epsilon", "validation_inference_steps": 2000},
          "`num_inference_steps` is 2000, which DDPMScheduler can't take"),

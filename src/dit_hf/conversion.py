@@ -194,7 +194,7 @@ def build_original_vae(
 
 def load_transformer(name: str, dtype: torch.dtype | None = None) -> tuple[PackagedModel, bool]:
     """
-    The transformer of a pipeline or of a folder of its own.
+    The transformer of a pipeline, or of a folder that holds it alone.
 
     Args:
         name (`str`): Folder of a pipeline or transformer, Hub id of a pipeline, or name of a bundled one.

@@ -85,7 +85,7 @@ def read_index(path: str | Path, transformers: Mapping[str, Sequence[str]] = Map
             raise ValueError(f'{path} has {name}: {entry!r}; it must be a library and a class, ["diffusers", "…"].')
         if name in transformers and not none and pair[1] not in transformers[name]:
             raise ValueError(
-                f"{path}: its {name} is a {pair[1]}, not a {transformers[name][0]}. To use one of your own, load it "
+                f"{path}: its {name} is a {pair[1]}, not a {transformers[name][0]}. To use your own, load it "
                 f"and pass it as `{name}=`."
             )
     if index["scheduler"][0] in OWN_SCHEDULERS:
@@ -168,7 +168,7 @@ def check_pipeline_folder(
         if (found := find_class(index, name)) is None:
             raise ValueError(
                 f"{folder / 'model_index.json'} has {name}: {index[name]!r}, and diffusers {diffusers.__version__} "
-                f"has no such {kind}. To use one of your own, load it and pass it as `{name}=`."
+                f"has no such {kind}. To use your own, load it and pass it as `{name}=`."
             )
         if name == "scheduler":
             check_scheduler(folder / name / SCHEDULER_CONFIG, found)

@@ -17,7 +17,7 @@ from .schedulers import make_scheduler, trained_options
 
 logger = logging.get_logger(__name__)
 
-# Guided and unguided steps of some batch sizes each are a compilation of their own; torch's default is 8.
+# Guided and unguided steps of each batch size are separate compilations; torch's default is 8.
 RECOMPILE_LIMIT = 64
 
 
@@ -245,7 +245,7 @@ def compile_network(network, device_type, bfloat16):
     from torch._inductor.compile_fx import compile_fx
 
     def backend(graph, inputs):
-        """Inductor, under a name of its own: what an earlier call has compiled holds that call's weights."""
+        """Inductor, under a separate name: what an earlier call has compiled holds that call's weights."""
         return compile_fx(graph, inputs)
 
     compiled = torch.compile(network._call_impl, backend=backend, dynamic=False)

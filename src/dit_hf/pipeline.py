@@ -264,7 +264,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         with writing_folder(folder, (f"transformer/{TRAINING_ONLY_FILE}", "scheduler/scheduling_*.py")) as partial:
             super().save_pretrained(partial, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack)
             for name in ("transformer",) if self.guide is None else ("transformer", "guide"):
-                (partial / name / "README.md").unlink(missing_ok=True)  # a component needs no card of its own
+                (partial / name / "README.md").unlink(missing_ok=True)  # a component needs no separate card
                 hub.carry_over(self, partial, f"{name}/{TRAINING_ONLY_FILE}")
             hub.write_card(self, partial, facts=card, place=folder)
         if push_to_hub:

@@ -40,7 +40,7 @@ AXES = {
     "y_embedder.embedding_table.weight": 2,
     "blocks.0.attn.q_norm.weight": 1,
 }
-# Width and blocks -> blocks of the encoder, of the published models: it leaves no trace in the weights.
+# Width and blocks -> blocks of the encoder, of the published models: the weights do not tell.
 KNOWN_ENCODERS = {(1152, 28): 22}
 # The published models have 16×16 patches.
 PATCHES = 16

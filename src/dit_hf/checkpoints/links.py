@@ -18,7 +18,7 @@ from ..hub.connection import TIMEOUT, hub_answers, unreachable, without_secrets
 logger = logging.get_logger(__name__)
 
 HUB_HOSTS = ("huggingface.co", "hf.co")
-# Of a file in the cache; its ending tells the format.
+# Of a file in the cache; its suffix tells the format.
 NAME_LENGTH = 100
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # Path of a link to a file on the Hub: `USER/NAME/blob/REVISION/PATH`, or `resolve`.

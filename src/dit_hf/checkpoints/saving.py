@@ -15,7 +15,7 @@ from .reading import find_problem
 
 # Beside a converted model: what only the original's training needs.
 TRAINING_ONLY_FILE = "projectors.safetensors"
-ENDINGS = (".pt", ".safetensors")
+SUFFIXES = (".pt", ".safetensors")
 
 
 def check_exportable(model, family: Family) -> None:
@@ -105,12 +105,12 @@ def save_original(model, family: Family, path: str | Path, training_only: str | 
         family (`Family`): To be written as.
         path (`str` or `Path`):
             `.safetensors` or `.pt` (with the entry that the family's code takes the weights from, if it does). Without
-            such an ending the stock diffusers format becomes a folder that
+            such a suffix the stock diffusers format becomes a folder that
             `diffusers.DiTTransformer2DModel.from_pretrained` loads.
         training_only (`str` or `Path`, *optional*): File of the weights that only training needs.
 
     Raises:
-        ValueError: if the model is none of this family's, or the ending is unknown.
+        ValueError: if the model is none of this family's, or the suffix is unknown.
 
     Example:
 
@@ -129,7 +129,7 @@ def save_original(model, family: Family, path: str | Path, training_only: str | 
     """
     path = check_new_file(path, family)
     weights = family.file_keys(original_state_dict(model, family, training_only))
-    if path.suffix in ENDINGS:
+    if path.suffix in SUFFIXES:
         save_weights(weights, path, tuple(filter(None, (family.wrapper, *family.other_wrappers))))
     elif family.save_folder:
         with writing_folder(path) as partial:
@@ -152,25 +152,25 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path, wrappers: tuple[s
             torch.save(dict.fromkeys(wrappers, weights) if wrappers else weights, partial)
 
 
-def check_new_file(path: str | Path, family: Family | None = None, endings: tuple[str, ...] = ENDINGS) -> Path:
+def check_new_file(path: str | Path, family: Family | None = None, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
     """
     That a checkpoint can be written, before any work.
 
     Args:
         path (`str` or `Path`): As [`save_original`] takes it.
         family (`Family`, *optional*): To be written as, which may allow a folder.
-        endings (`tuple[str, ...]`): That the name of a file may have.
+        suffixes (`tuple[str, ...]`): The allowed suffixes of a file.
 
     Returns:
         `Path`
 
     Raises:
-        ValueError: if the ending is unknown, there is something already, or nothing can be written there.
+        ValueError: if the suffix is unknown, there is something already, or nothing can be written there.
     """
     path = Path(path)
-    if path.suffix not in endings and not (family and family.save_folder):
-        raise ValueError(f"The file {path} must end in {' or '.join(endings)}.")
+    if path.suffix not in suffixes and not (family and family.save_folder):
+        raise ValueError(f"The file {path} must end in {' or '.join(suffixes)}.")
     check_writable(path)
-    if os.path.lexists(path) if path.suffix in endings else is_occupied(path):
+    if os.path.lexists(path) if path.suffix in suffixes else is_occupied(path):
         raise ValueError(f"{path} exists; choose a new name.")
     return path

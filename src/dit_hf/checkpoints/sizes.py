@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Width -> heads of the paper's sizes and of LightningDiT's larger ones: heads leave no trace in most weights.
+# Width -> heads of the paper's sizes and of LightningDiT's larger ones: most weights do not tell them.
 KNOWN_HEADS = {
     preset.num_attention_heads * preset.attention_head_dim: preset.num_attention_heads for preset in PRESETS.values()
 } | {1536: 24, 1792: 28}

@@ -84,7 +84,7 @@ def add_model_arguments(parser):
         "--cache_latents",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="Encode once into OUTPUT_DIR/latents, or as images are drawn.",
+        help="Encode once into OUTPUT_DIR/latents, or each time an image is sampled.",
     )
     data.add_argument(
         "--flip_probability", type=RANGES["flip_probability"], default=0.5, help="Fraction of mirrored images."
@@ -157,7 +157,7 @@ def add_training_arguments(parser):
         help="Weight of REPA's alignment, at most 1000; 0 is none.",
     )
     train.add_argument("--alignment_depth", type=COUNT, default=4, help="Block whose tokens are aligned, from 1.")
-    train.add_argument("--balance_classes", action="store_true", help="Draw all classes equally often.")
+    train.add_argument("--balance_classes", action="store_true", help="Sample all classes equally often.")
     batch = train.add_mutually_exclusive_group()
     batch.add_argument(
         "--total_batch_size",
@@ -223,7 +223,7 @@ def add_training_arguments(parser):
     )
     train.add_argument("--attention_backend", help="A backend of diffusers: native, _native_cudnn, flash ...")
     train.add_argument("--float8", action="store_true", help="Let the blocks multiply in float8; needs torchao.")
-    train.add_argument("--seed", type=RANGES["seed"], default=0, help="Seed of weights, order and draws.")
+    train.add_argument("--seed", type=RANGES["seed"], default=0, help="Seed of weights, order and random numbers.")
 
 
 def add_output_arguments(parser):

@@ -148,7 +148,7 @@ def verify(checkpoint: Checkpoint, name: str | Path, dtype: str, label: str | Pa
 def verify_autoencoder(
     autoencoder: Autoencoder, name: str | Path, dtype: str, label: str | Path | None = None
 ) -> None:
-    """As [`verify`], for an autoencoder of its own."""
+    """As [`verify`], for an autoencoder alone."""
     report(measure_autoencoder_parity(autoencoder, load_autoencoder(name, dtype=DTYPES[dtype])), label or name)
 
 

@@ -18,7 +18,7 @@ from diffusers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# torchvision's endings and those of other formats that Pillow decodes.
+# torchvision's suffixes and those of other formats that Pillow decodes.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     *(".jfif", ".gif", ".avif", ".jp2", ".tga"),
@@ -248,7 +248,7 @@ def read_tree(folder: str | Path) -> tuple[Folder, dict[str, list[str]]]:
                 check_name(entry)
                 known[path].images.append(entry.name)
             else:
-                note(skipped, "files without an image's ending", [entry.path])
+                note(skipped, "files without the suffix of an image", [entry.path])
     return root, skipped
 
 

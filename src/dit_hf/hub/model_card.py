@@ -30,7 +30,7 @@ END = "<!-- dit_hf: to here -->"
 TAGS = ["diffusers", "dit_hf", "class-conditional-image-generation", "diffusion-transformer"]
 # The Hub has no pipeline tag for classes.
 PIPELINE_TAG = "unconditional-image-generation"
-# Pictures that lie in the folder under these names are shown.
+# The card shows images of these names in the folder.
 SAMPLES, LOSS = "samples.png", "loss.png"
 PICTURES = {SAMPLES: "Samples, one row per class", LOSS: "Training loss"}
 NAMES_SHOWN = 40
@@ -218,7 +218,7 @@ def read_card(file: str | Path) -> ModelCard:
         return card
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(
-            f"The model card {file} can't be read ({first_line(error)}); mend its metadata or remove it."
+            f"The model card {file} can't be read ({first_line(error)}); fix its metadata or remove it."
         ) from None
 
 
@@ -317,7 +317,7 @@ def _join(old, new):
 
 
 def _join_results(old, new):
-    """A new figure takes the place of the old one of the same metric on the same data."""
+    """A new value replaces the old one of the same metric on the same data."""
     joined = {}
     for result in (*old, *new):
         result.dataset_config = result.dataset_config or result.dataset_name  # or all data of a type were the same

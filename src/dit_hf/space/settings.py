@@ -25,7 +25,7 @@ LABELS = {
     "guidance_end": "Guidance until",
     "sampler": "Sampler",
     "mix_with": "Mix with",
-    "mix_share": "Share of the mixed class",
+    "mix_share": "Weight of the mixed class",
 }
 
 

@@ -67,7 +67,7 @@ def parse_autoencoder(
         path (`str` or `Path`):
             A `.pt`, `.ckpt`, `.bin` or `.safetensors` file: the state dict itself, or a training checkpoint with it
             under `state_dict`, or `vae` (REPA-E). Weights that only training needs are dropped.
-        hints (`AutoencoderHints`, *optional*): What leaves no trace in the weights.
+        hints (`AutoencoderHints`, *optional*): What the weights do not tell.
         content (`dict`, *optional*): What [`read_checkpoint`] gave, if the file is open already.
         weights (`str`, defaults to `"auto"`): As [`find_entry`] takes it.
         family (`str`, defaults to `"auto"`): A name of `AUTOENCODERS`; the keys tell it.

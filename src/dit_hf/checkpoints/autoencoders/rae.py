@@ -31,7 +31,7 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class RAEDecoderFamily(AutoencoderFamily):
-    """RAE's decoder; the statistics of its latents are a file of their own."""
+    """RAE's decoder; the statistics of its latents are a separate file."""
 
     name = "rae"
     model = AutoencoderRAE
