@@ -202,7 +202,7 @@ def test_no_row_is_lost_by_the_flag(tmp_path):
     ],
 )
 def test_another_family_than_the_keys_say_is_refused(name, asked, looks):
-    with pytest.raises(ValueError, match=f"is no {asked} model; its keys look like {looks}"):
+    with pytest.raises(ValueError, match=f"is not a {asked} model; its keys look like {looks}"):
         parse_checkpoint(FIXTURES / f"{name}.pt", 4, asked)
 
 

@@ -62,7 +62,7 @@ def test_it_resumes_from_where_it_is_told(data, tmp_path, monkeypatch, capsys):
     for asked, message in (
         ("never", "holds checkpoint-1, checkpoint-2; resume from the newest"),
         ("checkpoint-1", "also holds checkpoint-2, which resuming from checkpoint-1 would overwrite"),
-        ("best", "best is no checkpoint of"),
+        ("best", "best is not a checkpoint of"),
     ):
         again = command(data, tmp_path / "a", max_train_steps=3, resume_from_checkpoint=asked)
         assert message in refused(again, monkeypatch, capsys)

@@ -139,7 +139,7 @@ def test_training_publishes_its_model(workspace, tmp_path):
             text=True,
         )
         assert result.returncode == 2
-        assert "Nothing is lost: run the same again" in result.stderr
+        assert "Nothing is lost: repeat the same command or call" in result.stderr
         assert "step-000001.png was not sent to user/trained" in result.stderr
         assert (tmp_path / "down" / "pipeline" / "model_index.json").exists()
         hub.faults.clear()

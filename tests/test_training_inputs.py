@@ -130,12 +130,12 @@ def one_class(workspace, folder):
         ({"validation_split": "nothing"}, "split 'nothing'"),
         ({"objective": "epsilon", "validation_inference_steps": 2000},
          "`num_inference_steps` is 2000, which DDPMScheduler can't take"),
-        ({"push_to_hub": "", "hub_model_id": "no name"}, "--hub_model_id 'no name' is no name of a repository"),
+        ({"push_to_hub": "", "hub_model_id": "no name"}, "--hub_model_id 'no name' is not the name of a repository"),
         ({"output_dir": "{tmp}/broken/a/x.png"}, "x.png is a file, not a folder"),
         ({"output_dir": "{tmp}/broken/a/x.png/run"}, "x.png is a file"),
         ({"output_dir": "{tmp}/loop"}, "{tmp}/loop can't be written: Too many levels of symbolic links"),
         ({"output_dir": "{tmp}/loop/run"}, "can't be written: Too many levels of symbolic links"),
-        ({"resume_from_checkpoint": "{tmp}/loop"}, "{tmp}/loop is no checkpoint of"),
+        ({"resume_from_checkpoint": "{tmp}/loop"}, "{tmp}/loop is not a checkpoint of"),
         ({"dataset_name": None, "latents_dir": "{tmp}/empty", "output_dir": "{tmp}/empty/run"},
          "is in the folder {tmp}/empty that is read"),
         ({"dataset_name": None, "train_data_dir": "{tmp}/broken", "output_dir": "{tmp}/broken/run"},
@@ -219,7 +219,7 @@ def test_training_from_another_architecture_is_one_line(workspace, tmp_path, mon
         ({"vae": None}, "--vae is missing"),
         ({"objective": "epsilon", "time_sampling": "uniform"}, "--time_sampling has no effect on epsilon"),
         ({"train_batch_size": 2}, "not allowed with argument --total_batch_size"),
-        ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7 is no checkpoint of"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7 is not a checkpoint of"),
     ],
 )
 def test_flags_are_never_ignored_in_silence(workspace, tmp_path, flags, message, monkeypatch, capsys):

@@ -120,7 +120,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path} has {name}: {value!r}; it must be a list of names.")
     for name in RESERVED:
         if name in config:
-            raise ValueError(f"{path} has {name}: {shown(config[name])}, which is no option; remove it.")
+            raise ValueError(f"{path} has {name}: {shown(config[name])}, which is not an option; remove it.")
     if config.get("quantization_config") is None:
         config.pop("quantization_config", None)
     elif not isinstance(config["quantization_config"], dict):
@@ -264,7 +264,7 @@ def check_weights(folder: Path, model: torch.nn.Module, variant: str | None = No
             found.add(key)
             if key not in expected:
                 if all_known:
-                    raise ValueError(f"{file}: {key!r} is no weight of the model that the config describes.")
+                    raise ValueError(f"{file}: {key!r} is not a weight of the model that the config describes.")
                 continue
             wanted, wanted_dtype = expected[key]
             if wanted_dtype.is_floating_point and dtype not in FLOATS:

@@ -138,7 +138,7 @@ def sincos_positions(height: int, width: int, dim: int) -> torch.Tensor:
 
 # Copied from dit_hf.transformer_dit.check_tensors
 def check_tensors(optional: bool = False, **tensors: Any) -> None:
-    """Raises `ValueError` for an input that is no dense tensor, by its name."""
+    """Raises `ValueError` for an input that is not a dense tensor, by its name."""
     for name, tensor in tensors.items():
         if tensor is None and optional:
             continue

@@ -148,12 +148,16 @@ def parse_checkpoint(
     path = find_file(Path(path))
     content = read_checkpoint(path) if content is None else content
     if autoencoder := find_autoencoder(content):
-        raise ValueError(f"Checkpoint {path} is an autoencoder, no transformer; `--family {autoencoder}` converts it.")
+        raise ValueError(
+            f"Checkpoint {path} is an autoencoder, not a transformer; `--family {autoencoder}` converts it."
+        )
     entry = find_entry(content, weights, path)
     original = select_weights(content, entry, path)
     arguments = training_arguments(content)
     if "time_embed.linear_1.weight" in original:
-        raise ValueError(f"Checkpoint {path} is in this package's format already; load it with `from_pretrained`.")
+        raise ValueError(
+            f"Checkpoint {path} is already in the format of this package; load it with `from_pretrained`."
+        )
     source = choose_family(family, original, arguments, path)
     try:
         hints.check_fit(source)
@@ -178,7 +182,7 @@ def parse_checkpoint(
     except ValueError as error:
         raise ValueError(f"Checkpoint {path}: {error}") from None
     if mismatch := source.find_mismatch(config):
-        raise ValueError(f"Checkpoint {path} is no {source.name} model: it has {mismatch}.")
+        raise ValueError(f"Checkpoint {path} is not a {source.name} model: it has {mismatch}.")
     check_finite(original | training_only, path)
     if entry is not None:
         logger.info(f"Checkpoint {path}: the weights are those of {entry!r}.")
@@ -234,5 +238,8 @@ def choose_family(asked: str, state_dict: Mapping[str, torch.Tensor], arguments:
     if asked == detected.code_base:
         return detected
     if asked != detected.name and not (lacks_marks and FAMILIES[asked].can_lack_marks):
-        raise ValueError(f"Checkpoint {path} is no {asked} model; its keys look like {detected.name}.")
+        raise ValueError(
+            f"Checkpoint {path} is not a {asked} model; its keys look like {detected.name}. Pass `--family "
+            f"{detected.name}`."
+        )
     return FAMILIES[asked]

@@ -36,13 +36,13 @@ def read_id2label(path):
     names = read_json(path, (dict, list))
     pairs = list(enumerate(names) if isinstance(names, list) else names.items())
     if len(pairs) > SIZES["num_classes"][1]:
-        raise ValueError(f"{path} has {len(pairs):,} names.")
+        raise ValueError(f"{path} has {len(pairs):,} names; at most {SIZES['num_classes'][1]:,} are read.")
     id2label = {}
     for key, name in pairs:
         if not isinstance(name, str):
             raise ValueError(f"{path}: the name of class {key} is {name!r:.80}; write it in quotes.")
         if not re.fullmatch(r"[0-9]{1,9}", str(key)):
-            raise ValueError(f"{path}: {key!r:.80} is no class id; ids are whole numbers from 0.")
+            raise ValueError(f"{path}: {key!r:.80} is not a class id; ids are whole numbers from 0.")
         if int(key) in id2label:
             raise ValueError(f"{path} names class {int(key)} twice.")
         id2label[int(key)] = name
@@ -79,7 +79,10 @@ def read_guide(checkpoint, args):
             source = parse_checkpoint(path, family=args.family, weights=args.weights)
             guide = build_model(MODELS[source.family.model], source, path, DTYPES[args.dtype])
             if source.family.predictions != checkpoint.family.predictions:
-                raise ValueError(f"it is read as {source.family.name}, whose output is another than the model's.")
+                raise ValueError(
+                    f"it is read as {source.family.name}, whose output differs from the model's; pass a guide of the "
+                    "same kind."
+                )
         check_guide(guide.config, checkpoint.config)
     except ValueError as error:
         hint = (

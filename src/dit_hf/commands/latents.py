@@ -73,7 +73,7 @@ def check_output(folder: Path, source: str | Path | None) -> None:
     check_writable(folder)
     check_apart(folder, source, "--output_dir")
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is no folder, and no link to one.")
+        raise ValueError(f"--output_dir {folder} is neither a folder nor a link to one; choose another path.")
     ours = (folder / INDEX).exists() or any(map(shard_facts, folder.glob("shard-*.safetensors")))
     if (folder / "vae").exists() and not ours:
         raise ValueError(f"{folder / 'vae'} was not written by this command; choose another --output_dir.")

@@ -119,7 +119,7 @@ def check_outputs(args):
         raise ValueError(f"--output and --save_statistics are both {args.output}; name two files.")
     if args.update_card is not None:
         if not (args.update_card / "model_index.json").is_file():
-            raise ValueError(f"--update_card {args.update_card} is no pipeline folder.")
+            raise ValueError(f"--update_card {args.update_card} is not a pipeline folder: it has no model_index.json.")
         check_links(args.update_card, "README.md")
 
 
@@ -197,7 +197,7 @@ def enough_images(args, names, extractor, counts):
             raise ValueError(f"{name} {reason}.")
         print(f"Omitted: {name} {reason}.", file=sys.stderr)
     if len(reasons) == len(names):
-        raise ValueError("There are too few images for any metric.")
+        raise ValueError("There are too few images for any metric; --metrics NAME says what one needs.")
     return [name for name in names if name not in reasons]
 
 

@@ -84,7 +84,7 @@ def parse_args():
     parser.set_defaults(**SAMPLING_RECIPES.get(parser.parse_known_args()[0].recipe, {}))
     args = parser.parse_args()
     if args.holdout and args.labels in POLICIES:
-        parser.error(f"--holdout has no effect with --labels {args.labels}, which is no dataset")
+        parser.error(f"--holdout has no effect with --labels {args.labels}, which is not a dataset; omit it")
     if not args.dry_run:
         check_output(args)
     return args

@@ -65,7 +65,9 @@ def walk(folder: str | Path) -> Iterator[tuple[str, list[os.DirEntry], list[os.D
             continue
         ways[this] += 1
         if len(parents) >= MAX_DEPTH:
-            raise ValueError(f"{str(folder)!r} has folders more than {MAX_DEPTH} levels deep: {path[:200]!r} …")
+            raise ValueError(
+                f"{str(folder)!r} has folders more than {MAX_DEPTH} levels deep: {path[:200]!r} …; move it up."
+            )
         if ways[this] > MAX_WAYS:
             raise ValueError(f"{path!r} is reached in more than {MAX_WAYS} ways; remove links between folders.")
         parents = (*parents, this)

@@ -164,7 +164,7 @@ def read_index(cache_dir: str | Path) -> dict:
         )
     for key, check in INDEX_KEYS.items():
         if key not in index or not check(index[key]):
-            raise ValueError(f"{file} is no index of a cache of latents: {key!r} is missing, or of another kind.")
+            raise ValueError(f"{file} is not the index of a latents cache: {key!r} is missing or has another type.")
     if len(index["latents_mean"]) != len(index["latents_std"]):
         raise ValueError(f"{file}: 'latents_mean' and 'latents_std' are of different lengths.")
     names = [shard["file"] for shard in index["shards"]]

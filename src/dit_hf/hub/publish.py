@@ -134,8 +134,8 @@ def publish_folder(
             commit = create_commit(repo_id, operations, commit_message=message, token=token, create_pr=create_pr)
     except UPLOAD_ERRORS as error:
         raise OSError(
-            f"Publishing to {repo_id} failed: {_reason(error)}. Nothing is lost: run the same again. Files that have "
-            "arrived are not sent twice."
+            f"Publishing to {repo_id} failed: {_reason(error)}. Nothing is lost: repeat the same command or call. "
+            "Files that have arrived are not sent twice."
         ) from None
     return str(commit)
 
@@ -176,7 +176,7 @@ def select_files(folder: Path) -> dict[str, Path]:
     found = {name: path for name, path in paths.items() if path.is_file() or path.is_symlink()}
     if not found.keys() & {"model_index.json", "config.json"}:
         raise ValueError(
-            f"{folder} is no folder of a pipeline or model: it has no model_index.json and no config.json."
+            f"{folder} is not the folder of a pipeline or model: it has no model_index.json and no config.json."
         )
     for path in map(found.get, COMPONENTS):  # whose files are not found
         if path is not None:

@@ -164,8 +164,8 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | P
     inside = Path(os.path.realpath(given)).parent == Path(os.path.realpath(output_dir)) or given == Path(given.name)
     if not inside or given.name not in names:
         raise ValueError(
-            f"{given} is no checkpoint of {output_dir}, which holds {', '.join(names) or 'none'}; pass one of them, "
-            "or --resume_from_checkpoint latest."
+            f"{given} is not a checkpoint of {output_dir}, which holds {', '.join(names) or 'none'}; pass one of "
+            "them, or --resume_from_checkpoint latest."
         )
     if later := names[names.index(given.name) + 1 :]:
         raise ValueError(

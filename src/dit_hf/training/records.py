@@ -115,7 +115,7 @@ def read_log(file: str | Path) -> Iterator[dict[str, Any]]:
             record = None
         well_formed = isinstance(record, dict) and {type(record.get("step")), type(record.get("snapshot", 0))} == {int}
         if not well_formed or not isinstance(record.get("loss", 0.0), int | float):
-            raise ValueError(f"{file} is damaged: line {number} is no record of a step; remove that line.")
+            raise ValueError(f"{file} is damaged: line {number} is not the record of a step; remove that line.")
         yield record
 
 

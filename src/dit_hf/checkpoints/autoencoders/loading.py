@@ -138,7 +138,7 @@ def build_autoencoder(
     if any(len(values) != channels for values in statistics):
         raise ValueError(
             f"The latents' statistics are of {len(statistics[0])} channels, and the autoencoder {path} has latents of "
-            f"{channels}; give those that were published with it."
+            f"{channels}; pass those that were published with it."
         )
     arguments, others = family.complete(autoencoder.config, autoencoder.original, statistics, encoder)
     with torch.device("meta"):
