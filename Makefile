@@ -41,7 +41,8 @@ style: $(STAMP)  ## Formats, and fixes what ruff can fix.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-quality: $(STAMP)  ## Checks format, lint and the types of the public API.
+quality: $(STAMP)  ## Checks format, lint, spelling and the types of the public API.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/mypy
