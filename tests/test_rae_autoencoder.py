@@ -143,7 +143,10 @@ CHANGES = {
         {"decoder_embed.weight": torch.ones(46, 64)},
         "width is 46; the table of positions takes multiples of 4",
     ),
-    "pixels": ({"decoder_pred.weight": torch.ones(13, 48)}, "gives 13 values per token, which are not a square of RGB"),
+    "pixels": (
+        {"decoder_pred.weight": torch.ones(13, 48)},
+        "gives 13 values per token, which are not a square of RGB",
+    ),
     "tokens": ({"decoder_pos_embed": torch.ones(1, 16, 48)}, "is of 15 tokens, which is not a square number"),
     "table": ({"decoder_pos_embed": torch.ones(1, 17, 48)}, "is not the table that rae computes"),
     "channels": ({"decoder_embed.weight": torch.ones(48, 60)}, "60 channels; AutoencoderRAE takes multiples of 64"),
