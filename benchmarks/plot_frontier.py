@@ -58,7 +58,7 @@ def draw(found, batch, path):
     axes.set_xscale("log")
     ticks = [1, 2, 4, 8, 16, 32]
     axes.set_xticks(ticks, [f"{tick}×" for tick in ticks])
-    axes.set_xlabel(f"times as fast as diffusers' DiTPipeline with 50 DDIM steps, images a call: {batch}")
+    axes.set_xlabel(f"times as fast as diffusers' DiTPipeline with 50 DDIM steps, images per call: {batch}")
     axes.set_ylabel("Fréchet distance over DDIM's (less is better)")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

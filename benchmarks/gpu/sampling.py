@@ -15,7 +15,7 @@ from dit_hf.complexity import count_macs
 from .training import compile_blocks
 
 
-# A guided step computes two rows an image.
+# A guided step computes two rows per image.
 ROWS = 2
 
 

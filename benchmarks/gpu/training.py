@@ -109,7 +109,7 @@ def throughput(preset, size, batch, gemm, device, seconds, beside=True, checkpoi
             return _throughput(preset, size, batch, gemm, device, seconds, beside, checkpointing)
         free()
         batch //= 2
-    raise MemoryError(f"{preset} does not fit with one image a step.")
+    raise MemoryError(f"{preset} does not fit with one image per step.")
 
 
 def _throughput(preset, size, batch, gemm, device, seconds, beside, checkpointing):

@@ -1,4 +1,4 @@
-"""Files of the user: checked before they are opened, read as data, written whole or not at all."""
+"""Files of the user: checked before they are opened, read as data, written atomically."""
 
 import errno
 import json

@@ -156,13 +156,13 @@ def _apply(pipe, settings, networks, device):
 
 def restore(pipe: DiTClassCondPipeline) -> None:
     """
-    Undoes `optimize`: weights, scheduler and device are what they were; nothing happens without one.
+    Undoes `optimize`: restores weights, scheduler and device. Does nothing without a call of it before.
 
     Args:
         pipe (`DiTClassCondPipeline`): The pipeline.
 
     Raises:
-        ValueError: if weights were cast to another type since, and so are not what they were; the rest is undone.
+        ValueError: if weights were cast to another type since then, so they can't be restored; the rest is undone.
 
     Example:
 

@@ -247,7 +247,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             save_directory (`str` or `Path`): Created if it does not exist.
             safe_serialization, variant, max_shard_size, use_flashpack: As with every pipeline.
             push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
-            card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
+            card (`dit_hf.hub.CardFacts`, *optional*): Facts for the card that can't be derived from the model.
             kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
 
         Raises:
@@ -277,12 +277,12 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         Args:
             repo_id (`str`): `"name"` or `"user/name"`; created if it does not exist.
             kwargs: `commit_message`, `private`, `token`, `create_pr`, `variant`, `max_shard_size` as with every
-                pipeline, and `card` ([`dit_hf.hub.CardFacts`]), what the model can't tell of itself.
+                pipeline, and `card` ([`dit_hf.hub.CardFacts`]), facts for the card.
 
         Returns:
             `str`: address of the commit.
 
         Raises:
-            OSError: if the upload fails; the message says how to go on.
+            OSError: if the upload fails; the message says how to continue.
         """
         return hub.push(self, repo_id, **kwargs)

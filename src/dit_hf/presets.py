@@ -143,7 +143,7 @@ def preset_config(name: str, presets: Mapping[Any, NamedTuple] = PRESETS) -> dic
         presets (`Mapping`, defaults to `PRESETS`): The table of the model's architecture.
 
     Returns:
-        `dict`: all of the row but what is reported of the size.
+        `dict`: the row without the reported values (parameters, Gflops, FID).
 
     Raises:
         ValueError: if there is no such preset.

@@ -380,7 +380,7 @@ def stream_sizes(config: Mapping) -> tuple[tuple[int, int, int], tuple[int, int,
 
 def count_weights(config: Mapping) -> int:
     """
-    Parameters of a model, biases and norms left out.
+    Parameters of a model, without biases and norms.
 
     Args:
         config (`Mapping`): A `DDTTransformer2DModel`'s config.
@@ -710,7 +710,7 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         return self.time_embed(frequencies.to(self.time_embed.linear_1.weight.dtype))
 
     def _embed_class(self, class_labels, force_drop_ids):
-        """`(B, E)`; labels are dropped, once a sample."""
+        """`(B, E)`; labels are dropped, once per sample."""
         if force_drop_ids is None and self.training and self.config.class_dropout_prob > 0:
             force_drop_ids = torch.rand(len(class_labels), device=class_labels.device) < self.config.class_dropout_prob
         if force_drop_ids is not None:

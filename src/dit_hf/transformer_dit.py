@@ -331,7 +331,7 @@ def count_modulation_vectors(conditioning: str, modulation_shift: bool) -> int:
 
 def count_weights(config: Mapping) -> int:
     """
-    Parameters of a model, biases and norms left out.
+    Parameters of a model, without biases and norms.
 
     Args:
         config (`Mapping`): A `DiTTransformer2DModel`'s config.
@@ -723,7 +723,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         return embedder(frequencies.to(embedder.linear_1.weight.dtype))
 
     def _embed_condition(self, timestep, r_timestep, class_labels, force_drop_ids, batch_size):
-        """Time and class as one vector `(B, D)`, or as two tokens `(B, 2, D)`; labels are dropped, once a sample."""
+        """Time and class as one vector `(B, D)`, or as two tokens `(B, 2, D)`; labels are dropped, once per sample."""
         timestep = torch.as_tensor(timestep, device=class_labels.device)
         time_embedding = self._embed_time(self.time_embed, timestep, batch_size)
         if self.interval_embed is not None:

@@ -361,7 +361,7 @@ class JiTAdaLayerNormOut(nn.Module):
 
 def count_weights(config: Mapping) -> int:
     """
-    Parameters of a model, biases and norms left out.
+    Parameters of a model, without biases and norms.
 
     Args:
         config (`Mapping`): A `JiTTransformer2DModel`'s config.
@@ -619,7 +619,7 @@ class JiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         return self.time_embed(self.time_proj(1 - sigma).to(self.time_embed.linear_1.weight.dtype))
 
     def _embed_class(self, class_labels, force_drop_ids):
-        """The embedding `(B, D)` of the labels; in training some are dropped, once a sample."""
+        """The embedding `(B, D)` of the labels; in training some are dropped, once per sample."""
         if force_drop_ids is None and self.training and self.config.class_dropout_prob > 0:
             drop = torch.rand(len(class_labels), device=class_labels.device)
             force_drop_ids = drop < self.config.class_dropout_prob

@@ -54,7 +54,7 @@ def read_latents_stats(
     Args:
         path (`str` or `Path`): The file; its tensors have shape `(1, C, 1, 1)` or `(C,)`, those of RAE `(C, h, w)`.
         latent_multiplier (`float`, defaults to 1.0):
-            What LightningDiT multiplies normalised latents by; its configuration has it.
+            Factor on normalised latents in LightningDiT's configuration.
         forms (`Sequence[str]`, defaults to `("vavae", "repae")`): Names of `FORMS` that are looked for.
 
     Returns:

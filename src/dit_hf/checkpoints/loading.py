@@ -16,7 +16,7 @@ def load_model(
     model_class, pretrained_model_link_or_path: str | Path, dtype: torch.dtype | None = None, **options: Any
 ):
     """
-    Builds the model that a checkpoint file holds.
+    Builds the model of a checkpoint file.
 
     Args:
         model_class (`type`): The class of the model.
@@ -29,7 +29,7 @@ def load_model(
         The model, in eval mode.
 
     Raises:
-        ValueError: if the file is no such checkpoint; the message names the file and the key.
+        ValueError: if the file is not a checkpoint of a known family; the message names the file and the key.
         OSError: if a link can't be downloaded.
     """
     path = pretrained_model_link_or_path

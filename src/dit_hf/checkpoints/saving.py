@@ -20,11 +20,11 @@ SUFFIXES = (".pt", ".safetensors")
 
 def check_exportable(model, family: Family) -> None:
     """
-    That a model is one that a family's code can build.
+    Checks that a family's code can build a model.
 
     Args:
-        model (`DiTTransformer2DModel`): To be written.
-        family (`Family`): To be written as.
+        model (`DiTTransformer2DModel`): The model to write.
+        family (`Family`): The format to write.
 
     Raises:
         ValueError: naming the option that does not fit, and the families that do.
@@ -43,7 +43,7 @@ def fitting_families(model, prediction: str | None = None) -> str:
     The families whose code can build a model, as the end of an error.
 
     Args:
-        model (`DiTTransformer2DModel`): To be written.
+        model (`DiTTransformer2DModel`): The model to write.
         prediction (`str`, *optional*): What it predicts; any if not given.
 
     Returns:
@@ -64,16 +64,15 @@ def original_state_dict(model, family: Family, training_only: str | Path | None 
     A model's weights with a family's keys, complete: with computed tables and the weights that only training needs.
 
     Args:
-        model (`DiTTransformer2DModel`): To be written.
-        family (`Family`): To be written as.
+        model (`DiTTransformer2DModel`): The model to write.
+        family (`Family`): The format to write.
         training_only (`str` or `Path`, *optional*): File of the weights that only training needs.
 
     Returns:
         `dict[str, torch.Tensor]`
 
     Raises:
-        ValueError: if the model is none of this family's, or the family's code needs training-only weights and there
-            are none.
+        ValueError: if the family's code can't build the model, or needs training-only weights and there are none.
     """
     check_exportable(model, family)
     weights = family.to_original(model.state_dict(), model.config)
@@ -98,11 +97,11 @@ def original_state_dict(model, family: Family, training_only: str | Path | None 
 
 def save_original(model, family: Family, path: str | Path, training_only: str | Path | None = None) -> None:
     """
-    Writes a checkpoint file, or for the stock diffusers format a model folder, whole or not at all.
+    Writes a checkpoint file, or a model folder for the stock diffusers format, atomically.
 
     Args:
-        model (`DiTTransformer2DModel`): To be written.
-        family (`Family`): To be written as.
+        model (`DiTTransformer2DModel`): The model to write.
+        family (`Family`): The format to write.
         path (`str` or `Path`):
             `.safetensors` or `.pt` (with the entry that the family's code takes the weights from, if it does). Without
             such a suffix the stock diffusers format becomes a folder that
@@ -110,7 +109,7 @@ def save_original(model, family: Family, path: str | Path, training_only: str | 
         training_only (`str` or `Path`, *optional*): File of the weights that only training needs.
 
     Raises:
-        ValueError: if the model is none of this family's, or the suffix is unknown.
+        ValueError: if the family's code can't build the model, or the suffix is unknown.
 
     Example:
 
@@ -138,7 +137,7 @@ def save_original(model, family: Family, path: str | Path, training_only: str | 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path, wrappers: tuple[str, ...] = ()) -> None:
     """
-    Writes a file of weights, whole or not at all.
+    Writes a file of weights, atomically.
 
     Args:
         weights (`dict[str, torch.Tensor]`): Any.

@@ -123,7 +123,7 @@ def _load_shards(folder, root, shards, split, streaming):
 
 def load_unlabelled_folder(folder: str | Path):
     """
-    All images below a folder, in the order of their paths, whatever its folders mean.
+    Loads all images below a folder without labels, in the order of their paths.
 
     Args:
         folder (`str` or `Path`): The folder.

@@ -453,12 +453,12 @@ class EncodedImages:
 
 def normalise_latents(latents: torch.Tensor, latents_mean: list[float], latents_std: list[float]) -> torch.Tensor:
     """
-    Latents to zero mean and unit variance a channel; the pipeline undoes it before decoding.
+    Latents to zero mean and unit variance per channel; the pipeline undoes it before decoding.
 
     Args:
         latents (`torch.Tensor` of shape `(N, C, h, w)`): As the VAE encodes them.
-        latents_mean (`list[float]`): A value a channel, or one for all.
-        latents_std (`list[float]`): A value a channel, or one for all.
+        latents_mean (`list[float]`): One value per channel, or one for all.
+        latents_std (`list[float]`): One value per channel, or one for all.
 
     Returns:
         `torch.Tensor`: same shape.

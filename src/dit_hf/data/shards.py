@@ -176,7 +176,7 @@ def read_index(cache_dir: str | Path) -> dict:
 
 
 def index_checksum(index: dict[str, Any]) -> str:
-    """The SHA-256 of an index, its own entry `checksum` left out."""
+    """The SHA-256 of an index, without its own entry `checksum`."""
     content = {key: value for key, value in index.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -283,7 +283,7 @@ def check_cache(cache_dir: str | Path, fingerprint: str, settings: dict[str, Any
         `bool`: whether the cache is there already, with all shards.
 
     Raises:
-        ValueError: naming the file, or what has changed, and how to go on.
+        ValueError: naming the file, or what has changed, and how to continue.
     """
     cache_dir, listed = Path(cache_dir), []
     another = "Choose another folder, or remove this one to encode again."

@@ -1,4 +1,4 @@
-"""Model cards: what a published model is, how to use it, how it was made, measured, and where it fails."""
+"""Model cards: what a published model is, how to use it, how it was trained and evaluated, and its limits."""
 
 import os
 import re
@@ -43,7 +43,7 @@ HEADINGS = ("Use", "Classes", "Model", "Training", "Results", "Limits")
 @dataclass(frozen=True)
 class CardFacts:
     """
-    What a model can't tell of itself.
+    Facts for a model card that can't be derived from the model.
 
     Args:
         license (`str`, *optional*): The Hub's identifier, such as `"apache-2.0"` or `"cc-by-nc-4.0"`.
@@ -91,7 +91,7 @@ def build_card(
     Args:
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What is published.
         title (`str`): Heading, and what the example loads: a repository or a folder.
-        facts (`CardFacts`, *optional*): What the model can't tell of itself.
+        facts (`CardFacts`, *optional*): Facts for the card that can't be derived from the model.
         known (`ModelCard`, *optional*):
             A card to update: its owner's text is kept, its metadata and what this package wrote but for what `facts`
             say anew; tags, data sets and results are joined.
@@ -159,13 +159,13 @@ def write_card(
     place: str | Path | None = None,
 ) -> Path:
     """
-    Writes or updates the `README.md` of a folder that was saved; a card of where it was loaded from is built on.
+    Writes or updates the `README.md` of a saved folder; a card of the folder or repository it was loaded from is kept.
 
     Args:
-        model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What was saved.
-        folder (`str` or `Path`): Where.
+        model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): The saved pipeline or model.
+        folder (`str` or `Path`): The saved folder.
         title (`str`, *optional*): The name of `place` if not given; its parent's where it is called `pipeline`.
-        facts (`CardFacts`, *optional*): What the model can't tell of itself.
+        facts (`CardFacts`, *optional*): Facts for the card that can't be derived from the model.
         place (`str` or `Path`, *optional*): Where the folder will be, and the card that is updated; `folder` if not
             given.
 
@@ -273,7 +273,7 @@ def carry_over(model, folder: str | Path, name: str) -> None:
 
     Args:
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): That is saved.
-        folder (`str` or `Path`): Where.
+        folder (`str` or `Path`): The saved folder.
         name (`str`): Path in both.
     """
     source, target = source_file(model, name), Path(folder) / name

@@ -61,13 +61,13 @@ def push(
         commit_message, private, token, create_pr, safe_serialization, variant, subfolder, max_shard_size: As with
         every
             diffusers model.
-        card (`CardFacts`, *optional*): What the model can't tell of itself.
+        card (`CardFacts`, *optional*): Facts for the card that can't be derived from the model.
 
     Returns:
         `str`: address of the commit.
 
     Raises:
-        OSError: if the upload fails; the message says how to go on.
+        OSError: if the upload fails; the message says how to continue.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
@@ -95,7 +95,7 @@ def publish_folder(
         repo_id (`str`, *optional*):
             `"name"` or `"user/name"`, created if it does not exist; the folder's name if not given.
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What is in the folder.
-        card (`CardFacts`, *optional*): What the model can't tell of itself.
+        card (`CardFacts`, *optional*): Facts for the card that can't be derived from the model.
         commit_message, private, token, create_pr, subfolder: As with every diffusers model.
 
     Returns:
@@ -103,7 +103,7 @@ def publish_folder(
 
     Raises:
         ValueError: if the folder holds no model, or a link to a file outside of it.
-        OSError: if the upload fails; the message says how to go on.
+        OSError: if the upload fails; the message says how to continue.
     """
     folder = Path(folder)
     repo_id = repo_id or os.path.basename(os.path.realpath(folder))
@@ -197,7 +197,7 @@ def select_files(folder: Path) -> dict[str, Path]:
 
 class BackgroundUploads:
     """
-    Single files sent to a repository while work goes on; a failure is a line of warning, never an exception.
+    Single files sent to a repository in the background; a failure logs a warning and never raises.
 
     Args:
         repo_id (`str`): `"name"` or `"user/name"`; created with the first file if it does not exist.

@@ -92,7 +92,7 @@ def save_checkpoint(
         `Path`: `output_dir/checkpoint-step`.
 
     Raises:
-        OSError: if it can't be written; what was written of it is removed, and earlier checkpoints are as they were.
+        OSError: if it can't be written; the partial checkpoint is removed, and earlier checkpoints are unchanged.
     """
     main = accelerator.is_main_process
     final = Path(output_dir) / f"checkpoint-{step}"
@@ -229,7 +229,7 @@ def resume_from(
 
 def load_checkpoint(accelerator, checkpoint: Path, states: Mapping[str, Any]) -> None:
     """
-    Loads a checkpoint once it is checked in full; nothing is loaded of one that is refused.
+    Checks a checkpoint in full, then loads it; nothing is loaded if the check fails.
 
     Args:
         accelerator (`accelerate.Accelerator`): Prepared as when the checkpoint was saved.

@@ -22,11 +22,11 @@ LAYERS = (
 
 def add_lora(model: DiTTransformer2DModel, rank: int, alpha: int) -> None:
     """
-    Freezes a model and puts trainable adapters on it that change nothing yet.
+    Freezes a model and adds trainable LoRA adapters, which change nothing before training.
 
     Args:
         model (`DiTTransformer2DModel`): Changed in place.
-        rank (`int`): Of the adapters.
+        rank (`int`): Rank of the adapters.
         alpha (`int`): The adapters' output is scaled by alpha / rank.
 
     Raises:

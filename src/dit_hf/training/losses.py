@@ -1,6 +1,6 @@
 """Training losses: the paper's (epsilon MSE + variational bound) and velocity flow matching.
 
-Shapes: `B` batch, `C` channels, `H W` latent size. Every loss is one value a sample, `(B,)`.
+Shapes: `B` batch, `C` channels, `H W` latent size. Every loss has one value per sample, `(B,)`.
 
 Sources: Improved DDPM (Nichol & Dhariwal, https://arxiv.org/abs/2102.09672) for the bound and the learned variance,
 DDPM (Ho et al., https://arxiv.org/abs/2006.11239) for the decoder's likelihood.

@@ -76,7 +76,7 @@ def parse_autoencoder(
         `Autoencoder`
 
     Raises:
-        ValueError: if the file is no such autoencoder; the message names the file and the key.
+        ValueError: if the file is not an autoencoder of a known family; the message names the file and the key.
     """
     if family not in ("auto", *AUTOENCODERS):
         raise ValueError(f"`family` is {family!r}; it must be one of auto, {', '.join(AUTOENCODERS)}.")
