@@ -334,7 +334,7 @@ CHANGES = {
     "integers": ({"quant_conv.bias": torch.ones(8, dtype=torch.int64)}, "'quant_conv.bias' holds torch.int64"),
     "diffusers": (
         {"encoder.down_blocks.0.resnets.0.conv1.weight": torch.ones(4)},
-        "is in diffusers' format already; give the folder",
+        "is already in diffusers' format; pass the folder",
     ),
 }
 

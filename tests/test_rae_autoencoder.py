@@ -269,7 +269,7 @@ def test_what_the_original_can_not_have_is_not_exported(flags, tmp_path, monkeyp
     for key, value, message in (
         ("reshape_to_2d", False, "it has reshape_to_2d=False"),
         ("scaling_factor", 2.0, "it has scaling_factor=2.0"),
-        ("latents_std", [[[2.0] * 4] * 4] * 64, "another latents_std than its weights"),
+        ("latents_std", [[[2.0] * 4] * 4] * 64, "have different latents_std"),
     ):
         (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {key: value}))
         line = refused(export, monkeypatch, capsys, tmp_path, **given, latents_stats=tmp_path / "stat.pt")

@@ -121,7 +121,7 @@ def one_class(workspace, folder):
           "proj_coeff": 0.5}, "precompute it with --features"),
         ({"proj_coeff": 0.5, "alignment_depth": 9}, "blocks 1 to 2"),
         ({"dataset_name": None, "latents_dir": FIXTURES / "emoji_latents", "resolution": 64, "vae": "{tmp}/wide"},
-         "made with another vae than --vae"),
+         "was not made with the vae of --vae"),
         ({"transformer_config": None, "pretrained_model_name_or_path": "{tmp}/base", "vae": "{tmp}/vae"},
          "trained with 0.5; omit --vae"),
         ({"transformer_config": None, "vae": None, "pretrained_model_name_or_path": "{tmp}/base", "lora_rank": 2},
