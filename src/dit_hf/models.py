@@ -122,6 +122,21 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
         Raises:
             ValueError: if the file is not such a checkpoint; the message names the file and the key.
             OSError: if a link can't be downloaded.
+
+        Example:
+
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> from dit_hf import DiTTransformer2DModel
+            >>> from dit_hf.checkpoints import FAMILIES
+            >>> from dit_hf.checkpoints.saving import save_original
+            >>> model = DiTTransformer2DModel.from_preset("DiT-S/8", num_layers=2, num_classes=10)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     file = Path(folder, "tiny.pt")
+            ...     save_original(model, FAMILIES["dit"], file)
+            ...     loaded = DiTTransformer2DModel.from_single_file(file)
+            >>> loaded.config.num_layers
+            2
         """
         _check_memory_option(low_cpu_mem_usage)
         dtype = parse_dtype({"dtype": dtype, "torch_dtype": torch_dtype}).get(DTYPE_ARGUMENT)
