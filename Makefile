@@ -18,13 +18,13 @@ $(STAMP): $(BASE)
 	$(INSTALL) --editable ".[dev]"
 	touch $@
 
-demo: $(BASE)  ## Draws outputs/demo.png with the bundled model.
+demo: $(BASE)  ## Generates outputs/demo.png with the bundled model.
 	$(BIN)/python examples/generate.py --output outputs/demo.png
 
 test: $(STAMP)  ## Runs the whole suite but the browser's.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/browser
 
-test-browser: $(STAMP)  ## Tries the Space's page in Debian's Chromium, which it installs if there is none.
+test-browser: $(STAMP)  ## Tests the Space's page in Debian's Chromium, which it installs if there is none.
 	command -v chromium > /dev/null || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq -y chromium fonts-dejavu-core > /dev/null; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
@@ -37,11 +37,12 @@ bench: $(STAMP)  ## Measures the tables of benchmarks/README.md, in some four ho
 docs: $(STAMP)  ## Builds the site into site/, without a warning; open site/index.html.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-style: $(STAMP)  ## Formats and mends what can be mended.
+style: $(STAMP)  ## Formats, and fixes what ruff can fix.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-quality: $(STAMP)  ## Checks format, lint and the types of the public API.
+quality: $(STAMP)  ## Checks format, lint, spelling and the types of the public API.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/mypy

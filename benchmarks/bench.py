@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""All figures of benchmarks/README.md, each a ratio against a baseline of the same run.
+"""All results of benchmarks/README.md, each a ratio to a baseline of the same run.
 
     python benchmarks/bench.py --output outputs/bench.json
 
 Expected: two hours on 2 CPU cores, and as long again for `quality`; `--parts` picks some, `--quick` tries everything
 in small in some minutes. A part that is done is written at once and replaces what the file held of it, but rows of
-`quality` are kept and not drawn again, if setting, weights, versions, samples and held-out images are the same.
+`quality` are kept and not generated again, if setting, weights, versions, samples and held-out images are the same.
 Tables of all parts go to stdout at the end. Quality needs the held-out emoji of examples/train_autoencoder
 (`--reference`). Runs on a GPU as it is (`--device cuda`).
 """
@@ -33,7 +33,7 @@ PARTS = ("memory", "forward", "compiled", "training", "sampling", "growth", "qua
 
 
 def measure(part, args, known, save):
-    """One part's figures; a part that takes long hands `save` what it has, and goes on from what is `known`."""
+    """The results of one part; a long part passes `save` what it has, and continues from what is `known`."""
     device = torch.device(args.device)
     sizes = ["DiT-S/8"] if args.quick else args.sizes
     largest = "DiT-S/8" if args.quick else "DiT-XL/2"
@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="What to measure.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where.")
     parser.add_argument("--reference", type=Path, default="outputs/emoji64", help="Held-out images.")
-    parser.add_argument("--num_samples", type=int, default=2000, help="Of every figure of quality.")
+    parser.add_argument("--num_samples", type=int, default=2000, help="Samples per value of quality.")
     parser.add_argument(
         "--sizes",
         nargs="+",
@@ -88,7 +88,9 @@ def main():
         default=list(sampling.SETTINGS),
         help="Of sampling, quality.",
     )
-    parser.add_argument("--quick", action="store_true", help="Tries everything in small; the figures mean nothing.")
+    parser.add_argument(
+        "--quick", action="store_true", help="Runs a small version of everything; the results mean nothing."
+    )
     args = parser.parse_args()
     if "quality" in args.parts and not args.reference.exists():
         raise ValueError(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures what diffusers' own DiT computes differently, beside ours; the README's table holds these figures.
+"""Measures what diffusers' own DiT computes differently from ours; the README's table holds these values.
 
     python benchmarks/compare_with_stock.py
 
@@ -69,7 +69,7 @@ def null_labels(model, tables, null_class, samples):
 
 
 def label_dropout(samples=4096):
-    """Look-ups a forward, and the shares of samples that mix real and null labels or are wholly unconditional."""
+    """Look-ups a forward, and the fractions of samples that mix real and null labels or are wholly unconditional."""
     stock, ours = stock_model(num_layers=28), our_model(num_layers=28)
     embedders = [module for module in stock.modules() if type(module).__name__ == "LabelEmbedding"]
     tables = {"stock": (stock, [module.embedding_table for module in embedders]), "ours": (ours, [ours.class_embed])}

@@ -5,7 +5,7 @@
     python benchmarks/conversion_memory.py --preset JiT-B/16 --family jit
 
 Expected: at most 1.3, beyond what the imports take; a minute and 5 GB of disk for XL/2. Prints JSON. Linux only: the
-figure is the peak of `RssAnon`, sampled every 5 ms.
+value is the peak of `RssAnon`, sampled every 5 ms.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def measure(preset, family, folder):
         flags = ["--family", family]
         if "in_context_start" in model.config:
             flags += ["--in_context_start", str(model.config.in_context_start)]
-    # Otherwise glibc keeps freed tensors for itself, as many as chance has it: the figure varied by 34 MB.
+    # Otherwise glibc keeps freed tensors for itself, as many as chance has it: the value varied by 34 MB.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
     baseline = peak_memory([sys.executable, "-c", "import dit_hf.commands.convert, time; time.sleep(0.5)"])
     started = time.time()

@@ -63,7 +63,7 @@ def eager_pass(models, product, batch, sample_size, device, seconds):
 
 
 def forward(presets, product, device, seconds, **overrides):
-    """Eager float32 forward passes: ours over stock, and the share of the GEMM peak."""
+    """Eager float32 forward passes: ours over stock, and the fraction of the GEMM peak."""
     rows = []
     for preset in presets:
         for pixels, sample_size in LATENT_SIZES.items():
@@ -195,7 +195,7 @@ def memory(preset, folder):
 def private_memory(action, presets, options):
     """
     Peak of private memory beyond the imports, in GB: of a training step of 8 with gradients, without an optimizer, or
-    of the first picture under a speed preset, guided, its compilation included.
+    of the first image under a speed preset, guided, its compilation included.
     """
     return {
         preset: {option: (run_action(action, preset, option) - imported()) / 1e9 for option in options}
@@ -204,7 +204,7 @@ def private_memory(action, presets, options):
 
 
 def run_action(action, what="", option="", kinds=("RssAnon",)):
-    """Peak of memory of one of `ACTIONS` in an interpreter of its own."""
+    """Peak of memory of one of `ACTIONS` in a separate interpreter."""
     return peak_memory([sys.executable, "-c", ACTIONS, action, what, option], kinds)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws docs/speed.png, speed against quality, from bench.py's figures.
+"""Plots docs/speed.png, speed vs. quality, from the results of bench.py.
 
 python benchmarks/plot_frontier.py --results benchmarks/results/epyc.json --output docs/speed.png
 """
@@ -58,7 +58,7 @@ def draw(found, batch, path):
     axes.set_xscale("log")
     ticks = [1, 2, 4, 8, 16, 32]
     axes.set_xticks(ticks, [f"{tick}×" for tick in ticks])
-    axes.set_xlabel(f"times as fast as diffusers' DiTPipeline with 50 DDIM steps, images a call: {batch}")
+    axes.set_xlabel(f"times as fast as diffusers' DiTPipeline with 50 DDIM steps, images per call: {batch}")
     axes.set_ylabel("Fréchet distance over DDIM's (less is better)")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
@@ -69,7 +69,7 @@ def main():
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--results", type=Path, default="benchmarks/results/epyc.json", help="Of bench.py.")
-    parser.add_argument("--output", type=Path, default="docs/speed.png", help="The picture.")
+    parser.add_argument("--output", type=Path, default="docs/speed.png", help="The plot.")
     args = parser.parse_args()
     results = json.loads(args.results.read_text(encoding="utf-8"))
     if missing := {"sampling", "quality"} - set(results):

@@ -2,7 +2,7 @@
 
 The bundled model is a flow-matching model, whose DDIM is the first-order solver: 50 steps of it, guided at 5, are the
 baseline. The stock pipeline gets the same weights in its own format, with its timestep embedding set right and the
-latents' statistics inside the decoder, so that it draws the same pictures.
+latents' statistics inside the decoder, so that it generates the same images.
 """
 
 import copy
@@ -38,7 +38,7 @@ ALL = (0.0, 1.0)
 
 
 class Setting(NamedTuple):
-    """How to draw: solver with its options, steps, guidance interval, what is switched on."""
+    """How to sample: solver with its options, steps, guidance interval, what is switched on."""
 
     solver: str = "flow_dpm++"
     options: dict = DDIM
@@ -74,7 +74,7 @@ SETTINGS = {
     "fastest": Setting("flow_unipc", {}, _FASTEST.num_inference_steps, _FASTEST.guidance_interval, "fastest"),
     "fastest, int8": Setting("flow_unipc", {}, _FASTEST.num_inference_steps, _FASTEST.guidance_interval, "int8"),
 }
-# Those that only round differently from another row have its figures of quality.
+# Those that only round differently from another row have its values of quality.
 ROUNDING = {
     "DDIM, modulation ahead": "DDIM",
     "DDIM, compiled (exact)": "DDIM",
@@ -122,7 +122,7 @@ def call(setting: Setting) -> dict:
 
 
 def stock_pipeline(device: torch.device) -> DiTPipeline:
-    """diffusers' DiTPipeline with the bundled weights and its first 1,000 classes, drawing what ours draws."""
+    """diffusers' DiTPipeline with the bundled weights and its first 1,000 classes, generating what ours generates."""
     pipe = DiTClassCondPipeline.from_bundled("emoji64")
     ours = pipe.transformer
     weights = dict(ours.state_dict())
@@ -151,7 +151,7 @@ def draw_stock(pipe, labels, generator=None):
 
 
 def times(device, seconds, names, quick=False, batches=(1, 8)):
-    """Seconds a call of every setting over the stock pipeline's, and that both draw the same."""
+    """Seconds a call of every setting over the stock pipeline's, and that both generate the same."""
     stock = stock_pipeline(device)
     chosen = {name: SETTINGS[name] for name in ("DDIM", *names)}  # the baseline always
     chosen = dict(list(chosen.items())[:2]) if quick else chosen
@@ -190,8 +190,9 @@ def growth(device, seconds, quick=False):
 
 def quality(device, reference, num_samples, names, known, save, quick=False):
     """
-    Fréchet distance and more of every setting's samples to held-out images with the same share of classes. `save` is
-    given what there is after each setting; what `known`, an earlier run, has of the same setting is not drawn again.
+    Fréchet distance and more of every setting's samples to held-out images with the same class frequencies. `save` is
+    given what there is after each setting; what `known`, an earlier run, has of the same setting is not measured
+    again.
     """
     source = ImageSource(reference)
     extractor = load_extractor("efficientnet-lite0")
@@ -200,7 +201,7 @@ def quality(device, reference, num_samples, names, known, save, quick=False):
     classes = [pipe.labels[name] for name in source.labels()]
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor(classes).repeat(1 + num_samples // len(classes))[:num_samples][order]
-    # The baseline's pictures are drawn compiled, which only rounds differently.
+    # The baseline's images are generated compiled, which only rounds differently.
     chosen = {"DDIM": SETTINGS["DDIM" if quick else "DDIM, compiled (exact)"]}
     stand_ins = [ROUNDING.get(name, name) for name in names]
     chosen |= {name: SETTINGS[name] for name in stand_ins if name != "DDIM"}

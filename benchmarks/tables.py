@@ -1,4 +1,4 @@
-"""The figures of bench.py as Markdown."""
+"""The results of bench.py as Markdown."""
 
 import statistics
 
@@ -76,7 +76,7 @@ def training(part):
     ratios = [row["ours"]["ratio"] for row in part["rows"]]
     text = (
         f"Ratio to the stock model's time: geometric mean {statistics.geometric_mean(ratios):.3f}, largest "
-        f"{max(ratios):.3f}. Without the optimizer; at 512² batches that take minutes a step are left out.\n\n"
+        f"{max(ratios):.3f}. Without the optimizer; at 512² batches that take minutes a step are omitted.\n\n"
     )
     rows = [
         [
@@ -109,10 +109,10 @@ def memory(part):
         ["our, int8", "", f"{int8['file_over_float32_file']:.2f}", f"{int8['load_over_float32_file']:.2f}", ""]
     )
     header = [part["model"], "parameters", "file", "peak of loading and a first pass", "s of both"]
-    text = "File and memory as shares of our float32 file.\n\n" + _rows(header, loading)
+    text = "File and memory as fractions of our float32 file.\n\n" + _rows(header, loading)
     private = [
         [f"{name} of {preset}", option, f"{gigabytes:.1f}"]
-        for key, name in (("training", "training step of 8"), ("drawing", "first picture"))
+        for key, name in (("training", "training step of 8"), ("drawing", "first image"))
         for preset, options in part[key].items()
         for option, gigabytes in options.items()
     ]
@@ -155,7 +155,8 @@ def quality(part):
     ]
     text = (
         f"{part['num_samples']} samples, {part['held_out']} held-out images, {part['extractor']}. Rows are kept from "
-        "one run to the next: the command is that of the last, and `--settings` with a row's name draws that row.\n\n"
+        "one run to the next: the command is that of the last, and `--settings` with a row's name measures that "
+        "row.\n\n"
     )
     return text + _rows(["setting", distance, "over DDIM's", kernel, "precision", "recall"], rows)
 

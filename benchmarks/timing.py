@@ -19,7 +19,7 @@ PACKAGES = ("torch", "diffusers", "torchao")
 
 
 def environment(device: torch.device) -> dict:
-    """What a figure depends on: hardware, versions, command, date."""
+    """What a result depends on: hardware, versions, command, date."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:

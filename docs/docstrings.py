@@ -38,9 +38,26 @@ def _entry(line):
     return f"- `{name}`{f' {kind}' if kind else ''}: {words or ''}".rstrip()
 
 
+def _inherit(subclass, base):
+    """What has no docstring gets the base's; `forward = __call__`, for type checkers, makes way for the base's."""
+    if subclass.docstring is None:
+        subclass.docstring = base.docstring
+    if "forward" in base.members:
+        subclass.members.pop("forward", None)
+    for name in subclass.members.keys() & base.members.keys():
+        if subclass.members[name].docstring is None:
+            subclass.members[name].docstring = base.members[name].docstring
+
+
 class Docstrings(griffe.Extension):
-    """Rewrites every docstring as it is found."""
+    """Rewrites every docstring as it is found, and gives subclasses that only declare types those of their bases."""
 
     def on_object(self, *, obj, **kwargs):
         if obj.docstring is not None:
             obj.docstring.value = to_markdown(obj.docstring.value)
+
+    def on_package(self, *, pkg, **kwargs):
+        for module in ("models", "pipeline"):
+            for subclass in pkg[module].classes.values():
+                for base in reversed(subclass.resolved_bases):  # the carried class is the last
+                    _inherit(subclass, base)

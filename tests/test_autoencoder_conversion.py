@@ -334,7 +334,7 @@ CHANGES = {
     "integers": ({"quant_conv.bias": torch.ones(8, dtype=torch.int64)}, "'quant_conv.bias' holds torch.int64"),
     "diffusers": (
         {"encoder.down_blocks.0.resnets.0.conv1.weight": torch.ones(4)},
-        "is in diffusers' format already; give the folder",
+        "is already in diffusers' format; pass the folder",
     ),
 }
 
@@ -354,8 +354,8 @@ PIXELS = {"checkpoint_path": FIXTURES / "dit_p8_in3.pt", "family": "dit", "num_a
 FLAGS = {
     "groups": (VAVAE | {"norm_num_groups": None}, r"its width 6 is not divisible by 32 groups; .*--norm_num_groups"),
     "no statistics": (VAVAE | {"latents_stats": None}, "has no statistics of its latents; pass --latents_stats FILE"),
-    "family": (VAVAE | {"family": "sit"}, "is an autoencoder, no transformer; `--family vavae` converts it"),
-    "a transformer": (SIT | {"family": "vavae"}, "is no original AutoencoderKL: the key 'encoder.down.0.block"),
+    "family": (VAVAE | {"family": "sit"}, "is an autoencoder, not a transformer; `--family vavae` converts it"),
+    "a transformer": (SIT | {"family": "vavae"}, "is not an original AutoencoderKL: the key 'encoder.down.0.block"),
     "a VAE of a VAE": (VAVAE | {"vae": "x"}, "--vae is for pipelines, and .*vavae.pt is an autoencoder; omit it"),
     "license": (VAVAE | {"license": "mit"}, "--license is for pipelines"),
     "no file of statistics": (VAVAE | {"latents_stats": "nope"}, "--latents_stats: Can't read checkpoint nope"),
@@ -372,7 +372,7 @@ FLAGS = {
     "no file of a VAE": (SIT | {"vae": "nope.pt", "latents_stats": "nope"}, "--vae nope.pt must be the folder or the"),
     "other file": (
         SIT | {"vae": SIT["checkpoint_path"], "latents_stats": VAVAE["latents_stats"]},
-        "sit_p2.pt is no original AutoencoderKL",
+        "sit_p2.pt is not an original AutoencoderKL",
     ),
     "channels": (
         PIXELS | {"vae": FIXTURES / "vavae.pt", "latents_stats": VAVAE["latents_stats"], "norm_num_groups": 3},

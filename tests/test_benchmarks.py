@@ -35,7 +35,7 @@ def test_the_benchmarks_in_small(tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(output.read_text())
     assert set(found) == set(parts)
-    assert found["sampling"]["largest_difference_of_pixels"] < 1e-4  # stock and ours draw the same
+    assert found["sampling"]["largest_difference_of_pixels"] < 1e-4  # stock and ours generate the same
     assert len(found["forward"]["rows"]) == 6
     assert all(f"## {part}" in result.stdout for part in parts)
     assert found["forward"]["environment"]["versions"]["torch"] == torch.__version__

@@ -298,7 +298,7 @@ def test_links_are_downloaded_once(tmp_path, file_server):
         assert lines[:3] == ["torch.bfloat16 10"] * 3
         assert lines[3].startswith(f"OSError: Can't download {address}/absent.pt: ") and "404" in lines[3]
         assert lines[4].startswith("OSError: Can't download absent.pt of user/dit: ")
-        assert lines[5].startswith("ValueError: ") and "is no link to a model's file" in lines[5]
+        assert lines[5].startswith("ValueError: ") and "is not a link to a model file" in lines[5]
         assert lines[6].startswith("OSError: Can't download dit.pt of user/absent: ")
         assert len(lines) == 7  # one line each
         assert asked.count(("GET", "/dit_p2.pt")) == 1
@@ -311,7 +311,7 @@ def test_links_are_downloaded_once(tmp_path, file_server):
     "link", ["http://x:y/dit.pt", "http://\0/dit.pt", "http://x/a\nb.pt", "https://x:99999/dit.pt"]
 )
 def test_what_is_no_address_is_named(link):
-    with pytest.raises(ValueError, match="is no address of a file"):
+    with pytest.raises(ValueError, match="is not the address of a file"):
         DiTTransformer2DModel.from_single_file(link)
 
 

@@ -217,7 +217,7 @@ def test_a_cache_of_others_is_not_overwritten(workspace, tmp_path):
             cache(tmp_path / "mine", vae, dataset)
     (tmp_path / "mine" / "shard-00003.safetensors").unlink()
     (tmp_path / "mine" / "index.json").write_text("{}")
-    with pytest.raises(ValueError, match="index.json is no index of a cache of latents: 'fingerprint' is missing"):
+    with pytest.raises(ValueError, match="index.json is not the index of a latents cache: 'fingerprint' is missing"):
         cache(tmp_path / "mine", vae, dataset)
     reader = ImageReader(dataset, ["dark", "light"], 32)
     for options in ({"shard_size": 0}, {"shard_size": 2**21}, {"batch_size": 0}):

@@ -186,7 +186,7 @@ def test_what_was_found_is_described(tmp_path):
     assert lines[0] == "3 images in 2 classes: cats 2, dogs 1"
     assert lines[1].startswith("split test: 1 images without class folders")
     assert lines[2] == f"split train: 3 images in 2 classes, from {tmp_path / 'train'}"
-    assert lines[3].startswith("skipped 1 files without an image's ending: ")
+    assert lines[3].startswith("skipped 1 files without the suffix of an image: ")
     assert lines[4].startswith("skipped 1 images beside the class folders: ")
     features = Features({"image": Image(), "label": ClassLabel(names=list("abc"))})
     subset = Dataset.from_dict({"image": [None] * 3, "label": [0, 2, 2]}, features=features)
@@ -199,7 +199,7 @@ def test_long_lists_are_cut(tmp_path):
     for index in range(30):
         (tmp_path / f"{index}.txt").write_text("")
     text = str(find_image_folders(tmp_path))
-    assert "skipped 30 files without an image's ending" in text
+    assert "skipped 30 files without the suffix of an image" in text
     assert text.endswith("and 22 more")
 
 

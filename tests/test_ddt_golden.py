@@ -348,7 +348,7 @@ def test_keys_and_shapes_that_do_not_fit_are_named(name):
 def test_streams_of_ddt_have_one_width():
     original = read("ddt_lightning")[1]
     wider = original | {"x_embedder.proj.weight": torch.zeros(64, 16), "blocks.1.mlp.w2.weight": torch.zeros(64, 170)}
-    with pytest.raises(ValueError, match="other widths or heads"):
+    with pytest.raises(ValueError, match="differ in width or heads"):
         ddt.infer_config(wider, num_encoder_blocks=1)
 
 

@@ -43,7 +43,7 @@ def extractor():
 
 @pytest.fixture(scope="module")
 def dataset_folder(tmp_path_factory):
-    """Glyphs drawn by the real script from small icon packages: squares are flags, circles are food."""
+    """Glyphs rendered by the real script from small icon packages: squares are flags, circles are food."""
     folder = tmp_path_factory.mktemp("emoji")
     for number, icon_set in enumerate(ICON_SETS):
         icons, names = {}, {}
@@ -59,7 +59,7 @@ def dataset_folder(tmp_path_factory):
                 icons[name] = {"body": CIRCLE.format(f"rgb(0,{100 * number},0)")}
         if icon_set == "emojione":  # which knows a glyph by another name
             icons["first-fruit"] = icons.pop("fruit-0")
-        for name in ("twin", "other-twin"):  # one picture under two names
+        for name in ("twin", "other-twin"):  # one image under two names
             icons[name] = {"body": SQUARE.format(f"rgb({len(name)},{36 * number},0)"), "width": 20}
         names |= {"1f3c1": "flag-rare", "1f3c2": "rare", "1f3c3": "twin", "1f3c4": "other-twin"}
         metadata = {
@@ -77,7 +77,7 @@ def dataset_folder(tmp_path_factory):
 
 
 def test_rasterised_dataset(dataset_folder):
-    """A class a glyph that enough sets draw, with its names; held out is one image each, no near copies."""
+    """One class per glyph that enough sets contain, with its names; held out is one image each, no near copies."""
     splits = {name: load_image_dataset(str(dataset_folder / "data"), name) for name in ("train", "test")}
     names = splits["train"].features["label"].names
     assert names == splits["test"].features["label"].names
@@ -109,7 +109,7 @@ def test_a_set_of_its_own(dataset_folder, tmp_path):
 
 
 def test_the_classes_of_a_pipeline(dataset_folder, tmp_path):
-    """They keep their order, and others are dropped; what is no pipeline is refused before any icon is drawn."""
+    """They keep their order, and others are dropped; what is no pipeline is refused before any icon is rendered."""
     names = {0: "First Fruit", 1: "sloth", 2: "flag: Land 2"}  # a synonym, in another case
     parts = (tiny_transformer(num_classes=3), make_scheduler("ddim"), tiny_vae(), names)
     DiTClassCondPipeline(*parts).save_pretrained(tmp_path / "model")

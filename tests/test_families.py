@@ -202,7 +202,7 @@ def test_no_row_is_lost_by_the_flag(tmp_path):
     ],
 )
 def test_another_family_than_the_keys_say_is_refused(name, asked, looks):
-    with pytest.raises(ValueError, match=f"is no {asked} model; its keys look like {looks}"):
+    with pytest.raises(ValueError, match=f"is not a {asked} model; its keys look like {looks}"):
         parse_checkpoint(FIXTURES / f"{name}.pt", 4, asked)
 
 
@@ -347,7 +347,7 @@ def test_what_is_not_of_one_model_is_told(tmp_path):
     assert result.returncode == 2
     assert "patch_size=4 and the model 2" in result.stderr
     file = tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(ValueError, match="in this package's format already"):
+    with pytest.raises(ValueError, match="already in the format of this package"):
         parse_checkpoint(file)
 
 

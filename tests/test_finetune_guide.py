@@ -26,7 +26,7 @@ OLD_CLASSES = ("sloth", "lion", "cat")
 
 
 def write_dataset(folder, names, count):
-    """Random pictures of 64 pixels in the layout of prepare_emoji.py."""
+    """Random images of 64 pixels in the layout of prepare_emoji.py."""
     generator = np.random.default_rng(0)
     folder.mkdir(parents=True)
     features = Features({"image": Image(), "label": ClassLabel(names=names)})

@@ -420,7 +420,7 @@ def test_a_failed_upload_costs_only_another_try(published, tmp_path, repo, fault
     assert failed.returncode != 0
     last = failed.stderr.strip().splitlines()[-1]
     assert "Publishing to" in last
-    assert "run the same again" in last
+    assert "repeat the same command or call" in last
     assert TOKEN not in failed.stderr + failed.stdout
     after = snapshot(tmp_path)
     assert after == before

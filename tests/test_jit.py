@@ -220,7 +220,7 @@ def test_an_unknown_noise_scale_is_that_of_the_published_models(caplog):
     [
         ({"class_embed.weight": None}, "'net.y_embedder.embedding_table.weight' is missing"),
         ({"pos_embed.proj.weight": torch.zeros(64, 16)}, r"'net.x_embedder.proj2.weight' has shape \(64, 16\)"),
-        ({"pos_embed.positions": torch.zeros(1, 15, 64)}, "15 tokens, which is no square"),
+        ({"pos_embed.positions": torch.zeros(1, 15, 64)}, "15 tokens, which is not a square number"),
         ({"transformer_blocks.0.attn.norm_q.weight": torch.ones(12)}, "64 is not divisible by 12"),
         ({"transformer_blocks.0.ff.gate_proj.weight": torch.ones(0, 64)}, r"'net.blocks.0.mlp.w12.weight'"),
     ],

@@ -238,7 +238,7 @@ def test_broken_images_are_skipped_and_named(images):
     folder, pixels = images
     (folder / "folder" / "002.png").write_bytes((folder / "folder" / "002.png").read_bytes()[:60])
     (folder / "folder" / "notes.txt").write_text("no image")
-    PILImage.fromarray(pixels[4]).save(folder / "folder" / "004.TIFF")  # endings as training reads them
+    PILImage.fromarray(pixels[4]).save(folder / "folder" / "004.TIFF")  # suffixes as training reads them
     (folder / "folder" / "004.png").unlink()
     source = ImageSource(folder / "folder")
     found = torch.cat(list(source.batches(5))).permute(0, 2, 3, 1).numpy()

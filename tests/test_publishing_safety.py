@@ -140,7 +140,7 @@ def test_only_what_belongs_to_a_pipeline_is_published(folder, caplog):
 
 
 def test_a_folder_without_a_model_is_not_published(tmp_path):
-    with pytest.raises(ValueError, match="is no folder of a pipeline or model"):
+    with pytest.raises(ValueError, match="is not the folder of a pipeline or model"):
         publish_folder(tmp_path, "user/name", tiny_pipeline())
 
 

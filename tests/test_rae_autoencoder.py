@@ -143,8 +143,11 @@ CHANGES = {
         {"decoder_embed.weight": torch.ones(46, 64)},
         "width is 46; the table of positions takes multiples of 4",
     ),
-    "pixels": ({"decoder_pred.weight": torch.ones(13, 48)}, "gives 13 values a token, which are no square of RGB"),
-    "tokens": ({"decoder_pos_embed": torch.ones(1, 16, 48)}, "is of 15 tokens, which is no square"),
+    "pixels": (
+        {"decoder_pred.weight": torch.ones(13, 48)},
+        "gives 13 values per token, which are not a square of RGB",
+    ),
+    "tokens": ({"decoder_pos_embed": torch.ones(1, 16, 48)}, "is of 15 tokens, which is not a square number"),
     "table": ({"decoder_pos_embed": torch.ones(1, 17, 48)}, "is not the table that rae computes"),
     "channels": ({"decoder_embed.weight": torch.ones(48, 60)}, "60 channels; AutoencoderRAE takes multiples of 64"),
     "NaN": ({"decoder_norm.bias": torch.full((48,), torch.nan)}, "48 of 48 values of 'decoder_norm.bias' are NaN"),
@@ -266,7 +269,7 @@ def test_what_the_original_can_not_have_is_not_exported(flags, tmp_path, monkeyp
     for key, value, message in (
         ("reshape_to_2d", False, "it has reshape_to_2d=False"),
         ("scaling_factor", 2.0, "it has scaling_factor=2.0"),
-        ("latents_std", [[[2.0] * 4] * 4] * 64, "another latents_std than its weights"),
+        ("latents_std", [[[2.0] * 4] * 4] * 64, "have different latents_std"),
     ):
         (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {key: value}))
         line = refused(export, monkeypatch, capsys, tmp_path, **given, latents_stats=tmp_path / "stat.pt")
@@ -289,8 +292,8 @@ FLAGS = {
     "heads": ({"decoder_num_attention_heads": None}, "the heads of a decoder of width 48 are unknown"),
     "other heads": ({"decoder_num_attention_heads": 5}, "its width 48 is not divisible by 5 attention heads"),
     "no statistics": ({"latents_stats": None}, "has no statistics of its latents; pass --latents_stats FILE"),
-    "family": ({"family": "vavae"}, "is no original AutoencoderKL"),
-    "other family": ({"family": "dit"}, "is an autoencoder, no transformer; `--family rae` converts it"),
+    "family": ({"family": "vavae"}, "is not an original AutoencoderKL"),
+    "other family": ({"family": "dit"}, "is an autoencoder, not a transformer; `--family rae` converts it"),
     "model's flag": ({"num_attention_heads": 3}, "--num_attention_heads is for transformers"),
     "VAE's encoder": (
         {"checkpoint_path": FIXTURES / "vavae.pt", "latents_stats": FIXTURES / "vavae-latents-stats.pt"}
@@ -299,7 +302,7 @@ FLAGS = {
     ),
     "VAE's heads": (
         {"checkpoint_path": FIXTURES / "vavae.pt", "encoder": None, "norm_num_groups": 3},
-        "vavae.pt is no decoder of RAE; omit decoder_num_attention_heads",
+        "vavae.pt is not a decoder of RAE; omit decoder_num_attention_heads",
     ),
     "no VAE": (DIT_DH | {"vae": None, "latents_stats": None}, "--encoder is for an original autoencoder"),
 }

@@ -1,4 +1,4 @@
-"""Saving over a folder that holds an older save: it is replaced whole or not at all, and what is not of it stays."""
+"""Saving over a folder that holds an older save: it is replaced atomically, and other files stay."""
 
 import os
 import resource

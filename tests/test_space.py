@@ -172,7 +172,7 @@ def test_twenty_at_once_each_get_their_own(address, model, tmp_path):
         ({"class_labels": 5}, "Class must be a name or a list of names"),
         ({"class_labels": [["shark"]]}, "Class: there is no class"),
         ({"mix_with": 3}, "Mix with: there is no class '3'"),
-        ({"mix_share": "x"}, "Share of the mixed class must be a number from 0 to 1"),
+        ({"mix_share": "x"}, "Weight of the mixed class must be a number from 0 to 1"),
         ({"guidance_scale": None}, "Guidance scale must be a number from 0 to 20"),
         ({"random_seed": 1}, "Random must be true or false"),
         ({"sampler": "ddim"}, "no sampler 'ddim'"),

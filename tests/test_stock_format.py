@@ -86,7 +86,7 @@ def test_stock_folders_are_read_and_corrected(tmp_path, caplog):
 
 
 def test_stock_folder_through_custom_pipeline(tmp_path):
-    """The entry in `pipelines/` gives the picture of the corrected stock model."""
+    """The entry in `pipelines/` gives the image of the corrected stock model."""
     stock_pipeline(tmp_path)
     pipe = diffusers.DiffusionPipeline.from_pretrained(
         tmp_path, custom_pipeline=str(ROOT / "pipelines" / "dit_class_cond"), trust_remote_code=True

@@ -62,7 +62,7 @@ def test_it_resumes_from_where_it_is_told(data, tmp_path, monkeypatch, capsys):
     for asked, message in (
         ("never", "holds checkpoint-1, checkpoint-2; resume from the newest"),
         ("checkpoint-1", "also holds checkpoint-2, which resuming from checkpoint-1 would overwrite"),
-        ("best", "best is no checkpoint of"),
+        ("best", "best is not a checkpoint of"),
     ):
         again = command(data, tmp_path / "a", max_train_steps=3, resume_from_checkpoint=asked)
         assert message in refused(again, monkeypatch, capsys)
@@ -101,7 +101,7 @@ def test_it_refuses_before_it_writes(data, tmp_path, monkeypatch, capsys):
         ("run", {"learning_rate": "nan"}, "--learning_rate: 'nan' is not a finite number at least 0"),
         ("run", {"max_grad_norm": -1}, "--max_grad_norm: '-1' is not a finite number at least 1e-06"),
         ("run", {"resolution": 30}, "--resolution 30 must be divisible by 4"),
-        ("run", {"train_batch_size": 64}, "A batch of 64 can't be drawn"),
+        ("run", {"train_batch_size": 64}, "A batch of 64 can't be sampled"),
         ("run", {"holdout": 1}, "--holdout: '1' is not a finite number at least 0 and below 1"),
     ):
         assert message in refused(command(data, tmp_path / folder, **flags), monkeypatch, capsys)

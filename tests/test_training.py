@@ -142,7 +142,7 @@ def test_training_publishes_its_model(workspace, tmp_path):
             text=True,
         )
         assert result.returncode == 2
-        assert "Nothing is lost: run the same again" in result.stderr
+        assert "Nothing is lost: repeat the same command or call" in result.stderr
         assert "step-000001.png was not sent to user/trained" in result.stderr
         assert (tmp_path / "down" / "pipeline" / "model_index.json").exists()
         hub.faults.clear()
@@ -199,7 +199,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(workspace, tmp_path):
     output = run(command).stdout
     plan = json.loads(output[output.rindex("{") :])
     assert plan["steps"] == 1000
-    assert plan["hours"] == pytest.approx(plan["seconds a step, forward and backward"] / 3.6, abs=0.01)
+    assert plan["hours"] == pytest.approx(plan["seconds per step, forward and backward"] / 3.6, abs=0.01)
     assert plan["parameters (M)"] == plan["trained (M)"] > 0
     assert not (tmp_path / "run").exists()
     run(train_command(workspace, tmp_path / "run", max_train_steps=1))

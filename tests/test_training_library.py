@@ -150,7 +150,7 @@ def test_the_checkpoint_to_resume_from(tmp_path):
     with pytest.raises(ValueError, match="also holds checkpoint-4, which resuming from checkpoint-2 would overwrite"):
         checkpoint_to_resume(tmp_path, tmp_path / "checkpoint-2")
     for other in ("checkpoint-3", tmp_path / "elsewhere" / "checkpoint-4"):
-        with pytest.raises(ValueError, match="is no checkpoint of .*, which holds checkpoint-2, checkpoint-4"):
+        with pytest.raises(ValueError, match="is not a checkpoint of .*, which holds checkpoint-2, checkpoint-4"):
             checkpoint_to_resume(tmp_path, other)
 
 

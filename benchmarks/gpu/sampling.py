@@ -15,7 +15,7 @@ from dit_hf.complexity import count_macs
 from .training import compile_blocks
 
 
-# A guided step computes two rows an image.
+# A guided step computes two rows per image.
 ROWS = 2
 
 
@@ -84,7 +84,7 @@ def cuda_graphs(pipe):
 
 
 def sampling(preset, size, batch, steps, gemm, device, seconds, dtype=torch.bfloat16) -> dict:
-    """Images per second, and the share of the measured product rate, of each way to sample one batch."""
+    """Images per second, and the fraction of the measured product rate, of each way to sample one batch."""
     stock, ours = pipelines(preset, size, device, dtype)
     sampler = Sampler(ours, batch, steps)
     macs = count_macs(ours.transformer.config)

@@ -101,15 +101,15 @@ class PlainLoop:
 
 def throughput(preset, size, batch, gemm, device, seconds, beside=True, checkpointing=False) -> dict:
     """
-    Images per second of a size, and its share of the measured product rate; `beside`: with the stock model and plain
-    loops in turn in the same rounds. A batch that does not fit is halved.
+    Images per second of a size, and its fraction of the measured product rate; `beside`: with the stock model and
+    plain loops in turn in the same rounds. A batch that does not fit is halved.
     """
     while batch:
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             return _throughput(preset, size, batch, gemm, device, seconds, beside, checkpointing)
         free()
         batch //= 2
-    raise MemoryError(f"{preset} does not fit with one image a step.")
+    raise MemoryError(f"{preset} does not fit with one image per step.")
 
 
 def _throughput(preset, size, batch, gemm, device, seconds, beside, checkpointing):

@@ -110,7 +110,7 @@ def read_answers(text: str) -> dict[str, str]:
 
 
 def evaluate_answers(args):
-    """Prints the share of right answers, and the wrong ones."""
+    """Prints the fraction of correct answers, and the wrong ones."""
     key = read_json(args.output_dir / "key.json", list)
     with reading(args.answers, "text"):
         answers = read_answers(args.answers.read_text(encoding="utf-8-sig"))

@@ -5,7 +5,7 @@
         examples/scaling_study/run_study.py --latents_dir outputs/latents --reference outputs/emoji64 \
         --mixed_precision bf16 --output_dir outputs/scaling_study
 
-Expected: an hour on 2 cores for everything; run the same command again to go on. Results are rows of
+Expected: an hour on 2 cores for everything; re-run the same command to resume. Results are rows of
 OUTPUT_DIR/results.csv; `plot_study.py` plots them.
 """
 
@@ -83,7 +83,7 @@ def train(args, size, patch, conditioning):
         result = subprocess.run([sys.executable, TRAIN, *map(str, flags)], stdout=subprocess.DEVNULL)
         if result.returncode or not index.exists():
             raise ValueError(
-                f"{TRAIN.name} ended early (exit code {result.returncode}); run the same command to go on."
+                f"{TRAIN.name} ended early (exit code {result.returncode}); re-run the same command to resume."
             )
     return index.parent
 

@@ -103,6 +103,6 @@ class Glyphs:
 
 
 def _aliases(folder):
-    """Pairs of an icon's other name and its name; a mirrored or rotated alias is another picture."""
+    """Pairs of an icon's other name and its name; a mirrored or rotated alias is another image."""
     aliases = read_entries(folder / "icons.json", "aliases", dict, {})
     return [(alias, str(entry["parent"])) for alias, entry in aliases.items() if entry.keys() == {"parent"}]

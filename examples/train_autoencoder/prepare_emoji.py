@@ -6,10 +6,10 @@
     python examples/train_autoencoder/prepare_emoji.py --icons_dir outputs/npm/node_modules/@iconify-json \
         --output_dir outputs/emoji64
 
-Expected: two minutes; 10 thousand images in 1,898 classes. A class is a glyph that three sets draw (two, for a flag),
-in one skin tone: "red apple", "flag: Japan", "woman cook". The column `group` has Unicode's nine groups. The split
-`test` has one image of each glyph that has four or more, chosen by hash, unless it nearly equals a training image.
-Blank icons and exact copies are dropped.
+Expected: two minutes; 10 thousand images in 1,898 classes. A class is a glyph that three sets contain (two, for a
+flag), in one skin tone: "red apple", "flag: Japan", "woman cook". The column `group` has Unicode's nine groups. The
+split `test` has one image of each glyph that has four or more, chosen by hash, unless it nearly equals a training
+image. Blank icons and exact copies are dropped.
 """
 
 import hashlib
@@ -140,7 +140,7 @@ def without_copies(rows):
 
 
 def drawn_by_enough(rows, num_sets):
-    """Rows of the classes that enough of the sets draw, by class name."""
+    """Rows of the classes that enough of the sets contain, by class name."""
     classes = defaultdict(list)
     for row in rows:
         classes[row["label"]].append(row)

@@ -130,7 +130,7 @@ def check_vae(name: str, model: Mapping) -> None:
     if Path(name).is_dir():
         file = Path(name, "config.json")
         if not file.is_file():
-            raise ValueError(f"--vae {name} has no config.json; give the folder of the autoencoder itself.")
+            raise ValueError(f"--vae {name} has no config.json; pass the folder of the autoencoder itself.")
     elif is_hub_id(name):
         file = download_from_hub(name, "config.json")
     else:
@@ -148,12 +148,12 @@ def check_latents(name: str, channels: int, size: int | None, model: Mapping) ->
     if channels != model["in_channels"]:
         raise ValueError(
             f"--vae {name} has latents of {channels} channels, and the checkpoint's model takes "
-            f"{model['in_channels']}; give the autoencoder that it was trained with."
+            f"{model['in_channels']}; pass the autoencoder that it was trained with."
         )
     if size is not None and size != model["sample_size"]:
         raise ValueError(
             f"--vae {name} has latents of {size}×{size}, and the checkpoint's model takes those of "
-            f"{model['sample_size']}×{model['sample_size']}; give the autoencoder that it was trained with."
+            f"{model['sample_size']}×{model['sample_size']}; pass the autoencoder that it was trained with."
         )
 
 
@@ -194,7 +194,7 @@ def build_original_vae(
 
 def load_transformer(name: str, dtype: torch.dtype | None = None) -> tuple[PackagedModel, bool]:
     """
-    The transformer of a pipeline or of a folder of its own.
+    The transformer of a pipeline, or of a folder that holds it alone.
 
     Args:
         name (`str`): Folder of a pipeline or transformer, Hub id of a pipeline, or name of a bundled one.

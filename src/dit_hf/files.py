@@ -1,4 +1,4 @@
-"""Files of the user: checked before they are opened, read as data, written whole or not at all."""
+"""Files of the user: checked before they are opened, read as data, written atomically."""
 
 import errno
 import json
@@ -215,7 +215,7 @@ def writing(path: str | Path, one_of_many: bool = False) -> Iterator[Path]:
             Whether leftovers stay, as looking for them lists the folder; call [`remove_leftovers`] before the first.
 
     Yields:
-        `Path`: of the same name, in a folder of its own, as libraries leave temporary files beside what they write.
+        `Path`: of the same name, in a separate folder, as libraries leave temporary files beside what they write.
 
     Raises:
         OSError: if it can't be written, whatever error the library that writes has for it.

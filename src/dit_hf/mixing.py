@@ -14,13 +14,13 @@ _ACTIVE: ContextVar[tuple[object, ...]] = ContextVar("active mixtures", default=
 @contextmanager
 def mix_classes(transformer, label: int, weight: float) -> Iterator[None]:
     """
-    Inside of it, every class that the model is given is mixed with another; guidance's null class is not. Other
-    threads, which use the model at the same time, don't see it.
+    A context manager in which another class is mixed into every class that the model is given, except guidance's null
+    class. Other threads that use the model at the same time are not affected.
 
     Args:
         transformer (`DiTTransformer2DModel`): The model.
         label (`int`): Class to mix in.
-        weight (`float`): From 0, the class that the pipeline is asked for, to 1, the class to mix in.
+        weight (`float`): From 0 (the class of the call) to 1 (the class to mix in).
 
     Raises:
         ValueError: if there is no such class, the weight is out of range, or the model is compiled with its label

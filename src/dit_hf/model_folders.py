@@ -87,7 +87,7 @@ def read_index(path: str | Path, transformers: Mapping[str, Sequence[str]] = Map
             raise ValueError(f'{path} has {name}: {entry!r}; it must be a library and a class, ["diffusers", "…"].')
         if name in transformers and not none and pair[1] not in transformers[name]:
             raise ValueError(
-                f"{path}: its {name} is a {pair[1]}, not a {transformers[name][0]}. To use one of your own, load it "
+                f"{path}: its {name} is a {pair[1]}, not a {transformers[name][0]}. To use your own, load it "
                 f"and pass it as `{name}=`."
             )
     if index["scheduler"][0] in OWN_SCHEDULERS:
@@ -122,7 +122,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path} has {name}: {value!r}; it must be a list of names.")
     for name in RESERVED:
         if name in config:
-            raise ValueError(f"{path} has {name}: {shown(config[name])}, which is no option; remove it.")
+            raise ValueError(f"{path} has {name}: {shown(config[name])}, which is not an option; remove it.")
     if config.get("quantization_config") is None:
         config.pop("quantization_config", None)
     elif not isinstance(config["quantization_config"], dict):
@@ -170,7 +170,7 @@ def check_pipeline_folder(
         if (found := find_class(index, name)) is None:
             raise ValueError(
                 f"{folder / 'model_index.json'} has {name}: {index[name]!r}, and diffusers {diffusers.__version__} "
-                f"has no such {kind}. To use one of your own, load it and pass it as `{name}=`."
+                f"has no such {kind}. To use your own, load it and pass it as `{name}=`."
             )
         if name == "scheduler":
             check_scheduler(folder / name / SCHEDULER_CONFIG, found)
@@ -276,7 +276,7 @@ def check_weights(folder: Path, model: torch.nn.Module, variant: str | None = No
             found.add(key)
             if key not in expected:
                 if all_known:
-                    raise ValueError(f"{file}: {key!r} is no weight of the model that the config describes.")
+                    raise ValueError(f"{file}: {key!r} is not a weight of the model that the config describes.")
                 continue
             wanted, wanted_dtype = expected[key]
             if wanted_dtype.is_floating_point and dtype not in FLOATS:

@@ -52,7 +52,7 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
     @classmethod
     def from_preset(cls, name: Any, **overrides: Any) -> Self:
         """
-        A freshly initialised model of a size of the paper.
+        Builds a model of a published size with random weights.
 
         Args:
             name (`str`): `"DiT-S/8"` … `"DiT-XL/2"`, `"JiT-B/16"` … `"JiT-H/32"`, `"DDT-XL/2"`,
@@ -64,6 +64,13 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
 
         Raises:
             ValueError: if there is no such preset.
+
+        Example:
+
+            >>> from dit_hf import DiTTransformer2DModel
+            >>> model = DiTTransformer2DModel.from_preset("DiT-S/8", num_classes=10)
+            >>> model.config.num_layers, model.config.patch_size, model.config.num_classes
+            (12, 8, 10)
         """
         return cls(**(preset_config(name, cls._presets) | overrides))
 
@@ -90,10 +97,10 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
             pretrained_model_link_or_path (`str` or `Path`):
                 A `.pt` or `.safetensors` file, or the link to one on the Hub or another server.
             num_attention_heads (`int` or `Sequence[int]`, *optional*):
-                Heads can't be read off most weights; the widths of the paper are known, others need this. Two numbers
-                for a model of two streams.
+                Number of attention heads, which most weights do not tell. Needed for widths that were never published;
+                two numbers for a model of two streams.
             family (`str`, defaults to `"auto"`):
-                Code base the file comes from, a name of `dit_hf.checkpoints.FAMILIES`; most are told by their keys.
+                Code base the file comes from, a name of `dit_hf.checkpoints.FAMILIES`; by default its keys decide.
             weights (`str`, defaults to `"auto"`):
                 Which of a training checkpoint's weights, `"ema"` or `"model"`; `"auto"` takes the average where there
                 is one, and logs which it took.
@@ -115,6 +122,21 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
         Raises:
             ValueError: if the file is not such a checkpoint; the message names the file and the key.
             OSError: if a link can't be downloaded.
+
+        Example:
+
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> from dit_hf import DiTTransformer2DModel
+            >>> from dit_hf.checkpoints import FAMILIES
+            >>> from dit_hf.checkpoints.saving import save_original
+            >>> model = DiTTransformer2DModel.from_preset("DiT-S/8", num_layers=2, num_classes=10)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     file = Path(folder, "tiny.pt")
+            ...     save_original(model, FAMILIES["dit"], file)
+            ...     loaded = DiTTransformer2DModel.from_single_file(file)
+            >>> loaded.config.num_layers
+            2
         """
         _check_memory_option(low_cpu_mem_usage)
         dtype = parse_dtype({"dtype": dtype, "torch_dtype": torch_dtype}).get(DTYPE_ARGUMENT)
@@ -231,7 +253,7 @@ class PackagedModel(ModelMixin if TYPE_CHECKING else object):  # type: ignore[mi
             is_main_process, save_function, safe_serialization, variant, max_shard_size, use_flashpack: As with every
                 model.
             push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
-            card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
+            card (`dit_hf.hub.CardFacts`, *optional*): Facts for the card that can't be derived from the model.
             kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
 
         Raises:

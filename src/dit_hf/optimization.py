@@ -17,7 +17,7 @@ from .schedulers import make_scheduler, trained_options
 
 logger = logging.get_logger(__name__)
 
-# Guided and unguided steps of some batch sizes each are a compilation of their own; torch's default is 8.
+# Guided and unguided steps of each batch size are separate compilations; torch's default is 8.
 RECOMPILE_LIMIT = 64
 
 
@@ -156,13 +156,22 @@ def _apply(pipe, settings, networks, device):
 
 def restore(pipe: DiTClassCondPipeline) -> None:
     """
-    Undoes `optimize`: weights, scheduler and device are what they were; nothing happens without one.
+    Undoes `optimize`: restores weights, scheduler and device. Does nothing without a call of it before.
 
     Args:
         pipe (`DiTClassCondPipeline`): The pipeline.
 
     Raises:
-        ValueError: if weights were cast to another type since, and so are not what they were; the rest is undone.
+        ValueError: if weights were cast to another type since then, so they can't be restored; the rest is undone.
+
+    Example:
+
+        >>> import dit_hf
+        >>> pipe = dit_hf.DiTClassCondPipeline.from_bundled("emoji64")
+        >>> dit_hf.optimize(pipe, "fastest")
+        >>> dit_hf.restore(pipe)
+        >>> pipe.resolve_call()["num_inference_steps"]
+        25
     """
     check_pipeline(pipe)
     with pipe._occupied():
@@ -236,7 +245,7 @@ def compile_network(network, device_type, bfloat16):
     from torch._inductor.compile_fx import compile_fx
 
     def backend(graph, inputs):
-        """Inductor, under a name of its own: what an earlier call has compiled holds that call's weights."""
+        """Inductor, under a separate name: what an earlier call has compiled holds that call's weights."""
         return compile_fx(graph, inputs)
 
     compiled = torch.compile(network._call_impl, backend=backend, dynamic=False)

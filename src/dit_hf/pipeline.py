@@ -118,6 +118,13 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
 
         Raises:
             ValueError: if there is no such pipeline.
+
+        Example:
+
+            >>> from dit_hf import DiTClassCondPipeline
+            >>> pipe = DiTClassCondPipeline.from_bundled("emoji64")
+            >>> pipe("red apple", num_inference_steps=4).images[0].size
+            (64, 64)
         """
         if name not in bundled_names():
             have = ", ".join(bundled_names()) or "none"
@@ -140,6 +147,16 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         Raises:
             ValueError: if an argument is not possible, or the folder holds another kind of pipeline.
             OSError: if the folder or repository does not exist, or the Hub can't be reached.
+
+        Example:
+
+            >>> import tempfile
+            >>> from dit_hf import DiTClassCondPipeline
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     DiTClassCondPipeline.from_bundled("emoji64").save_pretrained(folder)
+            ...     pipe = DiTClassCondPipeline.from_pretrained(folder)
+            >>> pipe.get_label_ids("flag: Japan") == [pipe.labels["flag: Japan"]]
+            True
         """
         kwargs = parse_dtype(kwargs)
         model_folders.check_options(**kwargs)
@@ -236,7 +253,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
             save_directory (`str` or `Path`): Created if it does not exist.
             safe_serialization, variant, max_shard_size, use_flashpack: As with every pipeline.
             push_to_hub (`bool`, defaults to `False`): Whether to publish the folder as well.
-            card (`dit_hf.hub.CardFacts`, *optional*): What the model can't tell of itself.
+            card (`dit_hf.hub.CardFacts`, *optional*): Facts for the card that can't be derived from the model.
             kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for `push_to_hub`.
 
         Raises:
@@ -253,7 +270,7 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         with writing_folder(folder, (f"transformer/{TRAINING_ONLY_FILE}", "scheduler/scheduling_*.py")) as partial:
             super().save_pretrained(partial, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack)
             for name in ("transformer",) if self.guide is None else ("transformer", "guide"):
-                (partial / name / "README.md").unlink(missing_ok=True)  # a component needs no card of its own
+                (partial / name / "README.md").unlink(missing_ok=True)  # a component needs no separate card
                 hub.carry_over(self, partial, f"{name}/{TRAINING_ONLY_FILE}")
             hub.write_card(self, partial, facts=card, place=folder)
         if push_to_hub:
@@ -266,12 +283,12 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         Args:
             repo_id (`str`): `"name"` or `"user/name"`; created if it does not exist.
             kwargs: `commit_message`, `private`, `token`, `create_pr`, `variant`, `max_shard_size` as with every
-                pipeline, and `card` ([`dit_hf.hub.CardFacts`]), what the model can't tell of itself.
+                pipeline, and `card` ([`dit_hf.hub.CardFacts`]), facts for the card.
 
         Returns:
             `str`: address of the commit.
 
         Raises:
-            OSError: if the upload fails; the message says how to go on.
+            OSError: if the upload fails; the message says how to continue.
         """
         return hub.push(self, repo_id, **kwargs)

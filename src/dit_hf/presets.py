@@ -143,10 +143,17 @@ def preset_config(name: str, presets: Mapping[Any, NamedTuple] = PRESETS) -> dic
         presets (`Mapping`, defaults to `PRESETS`): The table of the model's architecture.
 
     Returns:
-        `dict`: all of the row but what is reported of the size.
+        `dict`: the row without the reported values (parameters, Gflops, FID).
 
     Raises:
         ValueError: if there is no such preset.
+
+    Example:
+
+        >>> from dit_hf.presets import preset_config
+        >>> config = preset_config("DiT-XL/2")
+        >>> config["num_layers"], config["num_attention_heads"], config["attention_head_dim"], config["patch_size"]
+        (28, 16, 72, 2)
     """
     if not isinstance(name, str) or name not in presets:
         raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(presets)}.")

@@ -35,7 +35,7 @@ __all__ = ["RECIPES", "SchedulerRecipe", "make_scheduler", "trained_options", "t
 TRAINING_DIFFUSION = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 # What a scheduler's config says of the diffusion that its model was trained with.
 DIFFUSION = (*TRAINING_DIFFUSION, "trained_betas", "rescale_betas_zero_snr", "prediction_type")
-# The original's respaced sampling: 250 DDPM steps with learned variance make the paper's figures.
+# The original's respaced sampling: 250 DDPM steps with learned variance give the paper's results.
 DDPM = {"variance_type": "learned_range", "clip_sample": False, "timestep_spacing": "linspace"}
 DDIM = {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "leading"}
 MULTISTEP = {"timestep_spacing": "linspace", "lower_order_final": True}
@@ -106,6 +106,13 @@ def make_scheduler(name: SchedulerRecipe, **overrides: Any) -> SchedulerMixin:
         ValueError: if there is no such recipe, or the scheduler can't run with an override.
         TypeError: if the scheduler has no such option.
         ImportError: if this diffusers does not have the scheduler.
+
+    Example:
+
+        >>> from dit_hf import DiTClassCondPipeline, make_scheduler
+        >>> pipe = DiTClassCondPipeline.from_bundled("emoji64")
+        >>> pipe.scheduler = make_scheduler("flow_unipc")
+        >>> images = pipe("cat", num_inference_steps=8).images
     """
     scheduler_class, config = _recipe(name)
     if scheduler_class is None:

@@ -38,6 +38,14 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps (`int`, defaults to 1000): Timesteps are sigmas times this.
         shift (`float`, defaults to 1.0): Sigmas become `shift · sigma / (1 + (shift − 1) · sigma)`.
         last_step_size (`float`, defaults to 0.04): The sigma of the last step, before the shift.
+
+    Example:
+
+        >>> from dit_hf import FlowMatchSDEScheduler
+        >>> scheduler = FlowMatchSDEScheduler()
+        >>> scheduler.set_timesteps(4)
+        >>> [round(sigma, 2) for sigma in scheduler.sigmas.tolist()]
+        [1.0, 0.68, 0.36, 0.04, 0.0]
     """
 
     order = 1

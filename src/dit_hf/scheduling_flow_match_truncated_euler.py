@@ -38,6 +38,14 @@ class FlowMatchTruncatedEulerScheduler(SchedulerMixin, ConfigMixin):
         shift (`float`, defaults to 1.0): Sigmas become `shift · sigma / (1 + (shift − 1) · sigma)`.
         last_sigma (`float`, defaults to 0.001): The last of the equally spaced sigmas, before the shift.
         ends_at_data (`bool`, defaults to `False`): Whether the last step goes from there to the data.
+
+    Example:
+
+        >>> from dit_hf import FlowMatchTruncatedEulerScheduler
+        >>> scheduler = FlowMatchTruncatedEulerScheduler(last_sigma=0.04, ends_at_data=True)  # DDT's
+        >>> scheduler.set_timesteps(4)
+        >>> [round(sigma, 2) for sigma in scheduler.sigmas.tolist()]
+        [1.0, 0.68, 0.36, 0.04, 0.0]
     """
 
     order = 1

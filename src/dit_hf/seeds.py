@@ -39,7 +39,7 @@ def drawn_classes(num_classes: int, count: int, seed: int = 0) -> list[int]:
         seed (`int`, defaults to 0): Of the choice.
 
     Returns:
-        `list[int]`: ids, in the order in which they were drawn.
+        `list[int]`: ids, in the order of sampling.
     """
     if num_classes <= count:
         return list(range(num_classes))

@@ -177,7 +177,7 @@ def sincos_positions(height: int, width: int, dim: int) -> torch.Tensor:
 
 # Copied from dit_hf.transformer_dit.check_tensors
 def check_tensors(optional: bool = False, **tensors: Any) -> None:
-    """Raises `ValueError` for an input that is no dense tensor, by its name."""
+    """Raises `ValueError` for an input that is not a dense tensor, by its name."""
     for name, tensor in tensors.items():
         if tensor is None and optional:
             continue
@@ -380,7 +380,7 @@ def stream_sizes(config: Mapping) -> tuple[tuple[int, int, int], tuple[int, int,
 
 def count_weights(config: Mapping) -> int:
     """
-    Parameters of a model, biases and norms left out.
+    Parameters of a model, without biases and norms.
 
     Args:
         config (`Mapping`): A `DDTTransformer2DModel`'s config.
@@ -564,6 +564,17 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
     Raises:
         ValueError: if an option is unknown or sizes do not fit; the message names the option.
+
+    Example:
+
+        >>> import torch
+        >>> from dit_hf import DDTTransformer2DModel
+        >>> model = DDTTransformer2DModel(
+        ...     sample_size=8, num_layers=3, num_encoder_layers=2, num_attention_heads=4, attention_head_dim=12
+        ... )
+        >>> latents, labels = torch.randn(2, 4, 8, 8), torch.tensor([207, 88])
+        >>> model(latents, 500, labels).sample.shape  # a velocity
+        torch.Size([2, 4, 8, 8])
     """
 
     _supports_gradient_checkpointing = True
@@ -699,7 +710,7 @@ class DDTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         return self.time_embed(frequencies.to(self.time_embed.linear_1.weight.dtype))
 
     def _embed_class(self, class_labels, force_drop_ids):
-        """`(B, E)`; labels are dropped, once a sample."""
+        """`(B, E)`; labels are dropped, once per sample."""
         if force_drop_ids is None and self.training and self.config.class_dropout_prob > 0:
             force_drop_ids = torch.rand(len(class_labels), device=class_labels.device) < self.config.class_dropout_prob
         if force_drop_ids is not None:

@@ -151,7 +151,7 @@ def sincos_positions(height: int, width: int, dim: int) -> torch.Tensor:
 
 
 def check_tensors(optional: bool = False, **tensors: Any) -> None:
-    """Raises `ValueError` for an input that is no dense tensor, by its name."""
+    """Raises `ValueError` for an input that is not a dense tensor, by its name."""
     for name, tensor in tensors.items():
         if tensor is None and optional:
             continue
@@ -331,7 +331,7 @@ def count_modulation_vectors(conditioning: str, modulation_shift: bool) -> int:
 
 def count_weights(config: Mapping) -> int:
     """
-    Parameters of a model, biases and norms left out.
+    Parameters of a model, without biases and norms.
 
     Args:
         config (`Mapping`): A `DiTTransformer2DModel`'s config.
@@ -567,6 +567,15 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
     Raises:
         ValueError: if an option is unknown or sizes do not fit; the message names the option.
+
+    Example:
+
+        >>> import torch
+        >>> from dit_hf import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(sample_size=8, num_layers=2, num_attention_heads=4, attention_head_dim=12)
+        >>> latents, labels = torch.randn(2, 4, 8, 8), torch.tensor([207, 88])
+        >>> model(latents, 500, labels).sample.shape  # noise and variance, 4 channels each
+        torch.Size([2, 8, 8, 8])
     """
 
     _supports_gradient_checkpointing = True
@@ -714,7 +723,7 @@ class DiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         return embedder(frequencies.to(embedder.linear_1.weight.dtype))
 
     def _embed_condition(self, timestep, r_timestep, class_labels, force_drop_ids, batch_size):
-        """Time and class as one vector `(B, D)`, or as two tokens `(B, 2, D)`; labels are dropped, once a sample."""
+        """Time and class as one vector `(B, D)`, or as two tokens `(B, 2, D)`; labels are dropped, once per sample."""
         timestep = torch.as_tensor(timestep, device=class_labels.device)
         time_embedding = self._embed_time(self.time_embed, timestep, batch_size)
         if self.interval_embed is not None:

@@ -138,7 +138,7 @@ def sincos_positions(height: int, width: int, dim: int) -> torch.Tensor:
 
 # Copied from dit_hf.transformer_dit.check_tensors
 def check_tensors(optional: bool = False, **tensors: Any) -> None:
-    """Raises `ValueError` for an input that is no dense tensor, by its name."""
+    """Raises `ValueError` for an input that is not a dense tensor, by its name."""
     for name, tensor in tensors.items():
         if tensor is None and optional:
             continue
@@ -361,7 +361,7 @@ class JiTAdaLayerNormOut(nn.Module):
 
 def count_weights(config: Mapping) -> int:
     """
-    Parameters of a model, biases and norms left out.
+    Parameters of a model, without biases and norms.
 
     Args:
         config (`Mapping`): A `JiTTransformer2DModel`'s config.
@@ -480,6 +480,18 @@ class JiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
 
     Raises:
         ValueError: if an option is out of range or sizes do not fit; the message names the option.
+
+    Example:
+
+        >>> import torch
+        >>> from dit_hf import JiTTransformer2DModel
+        >>> model = JiTTransformer2DModel(
+        ...     sample_size=32, patch_size=8, num_layers=2, num_attention_heads=4, attention_head_dim=12,
+        ...     in_context_start=1,
+        ... )
+        >>> images, labels = torch.randn(2, 3, 32, 32), torch.tensor([207, 88])
+        >>> model(images, 500, labels).sample.shape  # a velocity
+        torch.Size([2, 3, 32, 32])
     """
 
     _supports_gradient_checkpointing = True
@@ -607,7 +619,7 @@ class JiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin,
         return self.time_embed(self.time_proj(1 - sigma).to(self.time_embed.linear_1.weight.dtype))
 
     def _embed_class(self, class_labels, force_drop_ids):
-        """The embedding `(B, D)` of the labels; in training some are dropped, once a sample."""
+        """The embedding `(B, D)` of the labels; in training some are dropped, once per sample."""
         if force_drop_ids is None and self.training and self.config.class_dropout_prob > 0:
             drop = torch.rand(len(class_labels), device=class_labels.device)
             force_drop_ids = drop < self.config.class_dropout_prob

@@ -65,7 +65,7 @@ def status(page):
 
 
 def draw(page, seed, steps=3):
-    """Draws, and returns the first picture's bytes."""
+    """Generates, and returns the bytes of the first image."""
     set_number(page, "number input for Images of each class", 2)
     set_number(page, "Seed", seed)
     set_number(page, "number input for Steps", steps)

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, forked from one that has imported what takes a fresh one six seconds."""
+"""Scripts in separate processes, forked from one that has imported what takes a fresh one six seconds."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ SERVER.set_forkserver_preload(
 def run_forked(command, folder=".", check=False):
     """
     As `subprocess.run` of `[sys.executable, script, *flags]`, its words captured. What a library reads from the
-    environment when it is imported, it has read: a test of that starts an interpreter of its own.
+    environment when it is imported, it has read: a test of that starts a new interpreter.
     """
     command = [str(part) for part in command[1:]]
     with tempfile.TemporaryDirectory() as captured:

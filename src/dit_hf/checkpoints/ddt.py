@@ -40,7 +40,7 @@ AXES = {
     "y_embedder.embedding_table.weight": 2,
     "blocks.0.attn.q_norm.weight": 1,
 }
-# Width and blocks -> blocks of the encoder, of the published models: it leaves no trace in the weights.
+# Width and blocks -> blocks of the encoder, of the published models: the weights do not tell.
 KNOWN_ENCODERS = {(1152, 28): 22}
 # The published models have 16×16 patches.
 PATCHES = 16
@@ -118,7 +118,7 @@ def infer_config(
     head_dim = len(original["blocks.0.attn.q_norm.weight"])
     streams = infer_streams(original, (head_dim, head_dim), num_attention_heads, num_encoder_blocks, "mlp.w2")
     if streams["decoder_num_attention_heads"] is not None:
-        raise ValueError("its encoder and its decoder have other widths or heads, and those of a DDT model are equal.")
+        raise ValueError("its encoder and decoder differ in width or heads; those of a DDT model are equal.")
     channels, side = _split_patch(patch_values, in_channels, name)
     return _fixed() | streams | {"in_channels": channels, "patch_size": side, "sample_size": PATCHES * side}
 
@@ -142,7 +142,7 @@ def _split_patch(patch_values, in_channels, name):
                 )
             return channels, side
     raise ValueError(
-        f"its patches have {patch_values} values, which are no square patches of "
+        f"its patches have {patch_values} values, which are not square patches of "
         f"{' or '.join(map(str, (in_channels,) if in_channels else KNOWN_CHANNELS))} channels; pass in_channels "
         "(`--in_channels`)."
     )

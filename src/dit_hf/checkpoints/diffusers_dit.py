@@ -69,7 +69,7 @@ def our_config(stock: Mapping) -> dict:
         `dict`
 
     Raises:
-        ValueError: if an option that leaves no trace in the weights is not the one we compute.
+        ValueError: if an option that the weights do not tell is not the one we compute.
     """
     stock = STOCK_DEFAULTS | dict(stock)
     for name, needed in STOCK_NEEDED.items():

@@ -69,7 +69,7 @@ class Family:
         infer (`Callable`): Config, original weights and ours of a checkpoint, see [`dit_hf.checkpoints.sizes.infer`].
         computed_tables (`Callable`): The tables of a model, see [`computed_tables`].
         training_only (`tuple[str, ...]`):
-            Prefixes of keys that the model does not compute with; they are kept in a file of their own.
+            Prefixes of keys that the model does not compute with; they are kept in a separate file.
         needs_training_only (`bool`): Whether its code loads no checkpoint without them.
         wrapper (`str`, *optional*): Entry of a `.pt` file that its code takes the weights from.
         other_wrappers (`tuple[str, ...]`): Entries that its code reads as well; they get the same weights.

@@ -69,7 +69,10 @@ def infer_jit_config(weights: Mapping[str, torch.Tensor], hints: Hints, path: st
     dim, head_dim = (weights[name].shape[0] for name in ("pos_embed.proj.weight", f"{BLOCK}attn.norm_q.weight"))
     side = math.isqrt(tokens := weights["pos_embed.positions"].shape[1])
     if side**2 != tokens:
-        raise ValueError(f"its table of positions has {tokens} tokens, which is no square.")
+        raise ValueError(
+            f"its table of positions has {tokens} tokens, which is not a square number; only square images can be "
+            "converted."
+        )
     if dim % head_dim:
         raise ValueError(f"the width {dim} is not divisible by {head_dim} channels per head.")
     if (heads := hints.heads(1)) not in (None, [dim // head_dim]):
@@ -113,7 +116,7 @@ def _check_shapes(weights):
     for name, rank in RANKS.items():
         key = next(key for key, names in JIT.key_table({"num_layers": 1}).items() if name in names)
         if name not in weights:
-            raise ValueError(f"it is no {JIT.name} model: the key {key!r} is missing.")
+            raise ValueError(f"it is not a {JIT.name} model: the key {key!r} is missing.")
         if weights[name].ndim != rank or 0 in weights[name].shape:
             shape = tuple(weights[name].shape)
             raise ValueError(f"{key!r} has shape {shape}, where {rank} axes are needed.")

@@ -54,7 +54,7 @@ def read_latents_stats(
     Args:
         path (`str` or `Path`): The file; its tensors have shape `(1, C, 1, 1)` or `(C,)`, those of RAE `(C, h, w)`.
         latent_multiplier (`float`, defaults to 1.0):
-            What LightningDiT multiplies normalised latents by; its configuration has it.
+            Factor on normalised latents in LightningDiT's configuration.
         forms (`Sequence[str]`, defaults to `("vavae", "repae")`): Names of `FORMS` that are looked for.
 
     Returns:
@@ -127,7 +127,7 @@ def original_latents_stats(vae, form: str) -> dict[str, torch.Tensor]:
     for name, value in (("latents_mean", mean), ("latents_std", std)):
         used = getattr(vae, f"_{name}", None)  # AutoencoderRAE computes with those of its weights
         if used is not None and not torch.equal(value.to(used), used):
-            raise ValueError(f"The autoencoder's config has another {name} than its weights; restore the folder.")
+            raise ValueError(f"The autoencoder's config and weights have different {name}; restore the folder.")
     if not (std > 0).all():
         raise ValueError("The autoencoder's config has a latents_std that is not above 0.")
     values = {stored.mean: mean, stored.spread: stored.from_std(std)}

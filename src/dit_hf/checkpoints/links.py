@@ -18,7 +18,7 @@ from ..hub.connection import TIMEOUT, hub_answers, unreachable, without_secrets
 logger = logging.get_logger(__name__)
 
 HUB_HOSTS = ("huggingface.co", "hf.co")
-# Of a file in the cache; its ending tells the format.
+# Of a file in the cache; its suffix tells the format.
 NAME_LENGTH = 100
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # Path of a link to a file on the Hub: `USER/NAME/blob/REVISION/PATH`, or `resolve`.
@@ -51,7 +51,7 @@ def download(link: str) -> Path:
         found = HUB_FILE.match(address.path)
         if not found:
             raise ValueError(
-                f"{without_secrets(link)} is no link to a model's file; those look like …/USER/NAME/blob/main/FILE.pt."
+                f"{without_secrets(link)} is not a link to a model file; use one like …/USER/NAME/blob/main/FILE.pt."
             )
         repo_id, revision, file = map(unquote, found.groups())
         return download_from_hub(repo_id, file, revision)
@@ -125,7 +125,7 @@ def download_from_server(link: str) -> Path:
     """
     shown = without_secrets(link)
     if not link.isprintable() or not _has_port(link):
-        raise ValueError(f"{shown} is no address of a file; those look like https://HOST/PATH/FILE.pt.")
+        raise ValueError(f"{shown} is not the address of a file; use one like https://HOST/PATH/FILE.pt.")
     name = Path(unquote(urlsplit(link).path)).name.replace("\0", "")[-NAME_LENGTH:].lstrip(".") or "checkpoint"
     file = Path(constants.HF_HOME, "dit_hf", hashlib.sha256(link.encode()).hexdigest()[:16], name)
     if file.is_file():

@@ -16,7 +16,7 @@ def load_model(
     model_class, pretrained_model_link_or_path: str | Path, dtype: torch.dtype | None = None, **options: Any
 ):
     """
-    Builds the model that a checkpoint file holds.
+    Builds the model of a checkpoint file.
 
     Args:
         model_class (`type`): The class of the model.
@@ -29,7 +29,7 @@ def load_model(
         The model, in eval mode.
 
     Raises:
-        ValueError: if the file is no such checkpoint; the message names the file and the key.
+        ValueError: if the file is not a checkpoint of a known family; the message names the file and the key.
         OSError: if a link can't be downloaded.
     """
     path = pretrained_model_link_or_path
@@ -66,7 +66,7 @@ def build_model(model_class, checkpoint: Checkpoint, path: str | Path, dtype: to
     except ValueError as error:
         raise ValueError(f"Checkpoint {path}: {error}") from None
     check_strictly(checkpoint, model, path)
-    # Key by key and with a copy of its own, so that the file may go and no weight is in memory twice.
+    # Key by key, each copied, so that the file may be closed and no weight is in memory twice.
     for name in model.state_dict():
         kept = name.split(".")[0] in model_class._keep_in_fp32_modules
         weight = copy_weight(name, checkpoint.weights[name], torch.float32 if kept else dtype, path)
@@ -76,7 +76,7 @@ def build_model(model_class, checkpoint: Checkpoint, path: str | Path, dtype: to
 
 def copy_weight(name: str, given: torch.Tensor, dtype: torch.dtype | None, path: str | Path) -> torch.Tensor:
     """
-    A weight of a file as a tensor of its own.
+    A weight of a file as a separate tensor.
 
     Args:
         name (`str`): Its key, named in errors.

@@ -20,7 +20,7 @@ WEIGHT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e
 @dataclass(frozen=True)
 class Parity:
     """
-    Differences between a checkpoint and the model it became.
+    Differences between a checkpoint and the converted model.
 
     Args:
         forward (`float`): Largest difference of the outputs, relative to the largest output.
@@ -60,11 +60,11 @@ class Parity:
 
 def measure_parity(checkpoint: Checkpoint, model, training_only: str | Path | None = None, seed: int = 0) -> Parity:
     """
-    Runs the checkpoint's own weights through an independent forward pass beside the model, on seeded inputs.
+    Compares a model with an independent forward pass of the original weights, on seeded inputs.
 
     Args:
         checkpoint (`Checkpoint`): From [`dit_hf.checkpoints.parsing.parse_checkpoint`].
-        model (`DiTTransformer2DModel`): What it became.
+        model (`DiTTransformer2DModel`): The converted model.
         training_only (`str` or `Path`, *optional*): File of the weights that only training needs.
         seed (`int`, defaults to 0): Of the inputs.
 
@@ -72,7 +72,24 @@ def measure_parity(checkpoint: Checkpoint, model, training_only: str | Path | No
         `Parity`
 
     Raises:
-        ValueError: if the two are of different models.
+        ValueError: if checkpoint and model do not belong together.
+
+    Example:
+
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from dit_hf import DiTTransformer2DModel
+        >>> from dit_hf.checkpoints import FAMILIES
+        >>> from dit_hf.checkpoints.parity import measure_parity
+        >>> from dit_hf.checkpoints.parsing import parse_checkpoint
+        >>> from dit_hf.checkpoints.saving import save_original
+        >>> model = DiTTransformer2DModel(sample_size=8, num_layers=2, num_attention_heads=4, attention_head_dim=12)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "tiny.pt")
+        ...     save_original(model.eval(), FAMILIES["dit"], file)
+        ...     parity = measure_parity(parse_checkpoint(file, num_attention_heads=4, family="dit"), model)
+        >>> parity.holds
+        True
     """
     family, config = checkpoint.family, model.config
     for name, value in checkpoint.config.items():

@@ -107,22 +107,23 @@ def parse_checkpoint(
     in_channels: int | None = None,
 ) -> Checkpoint:
     """
-    Reads a checkpoint and what its weights say about the model; only baked weights are copied.
+    Reads a checkpoint and derives the model's configuration from its weights; only baked weights are copied.
 
     Args:
         path (`str` or `Path`):
             A `.pt`, `.bin` or `.safetensors` file; for the stock diffusers format also the folder with its
             `config.json`.
         num_attention_heads (`int` or `Sequence[int]`, *optional*):
-            Needed if the width is none of the published ones; two numbers for a model of two streams.
+            Needed for widths that were never published; two numbers for a model of two streams.
         family (`str`, defaults to `"auto"`): `"auto"` or a name of `FAMILIES`.
         weights (`str`, defaults to `"auto"`): Which weights of a training checkpoint, as [`find_entry`] takes it.
-        embedders_of_block (`int`, *optional*): Which of the stock diffusers format's copies to take if they differ.
+        embedders_of_block (`int`, *optional*):
+            Block whose copy of the embedders is used, if the copies of a stock diffusers DiT differ.
         has_null_class (`bool`, *optional*):
             Whether the last row of the class table is the null class of classifier-free guidance. If not given, the
             training arguments tell, or a table of 1000 rows (ImageNet's classes) or of one row has none, any other has
             one.
-        content (`dict`, *optional*): What [`read_checkpoint`] gave, if the file is open already.
+        content (`dict`, *optional*): The result of [`read_checkpoint`], if the file is already open.
         in_context_start (`int`, *optional*): The block before which JiT's context tokens join, if nothing tells.
         num_encoder_blocks (`int`, *optional*): How many of DDT's blocks are the encoder, if nothing tells.
         noise_scale (`float`, *optional*): Of JiT, if nothing tells.
@@ -132,7 +133,7 @@ def parse_checkpoint(
         `Checkpoint`
 
     Raises:
-        ValueError: if the file is no such checkpoint; the message names the file and the key.
+        ValueError: if the file is not a checkpoint of a known family; the message names the file and the key.
     """
     hints = Hints(
         num_attention_heads=num_attention_heads,
@@ -148,12 +149,16 @@ def parse_checkpoint(
     path = find_file(Path(path))
     content = read_checkpoint(path) if content is None else content
     if autoencoder := find_autoencoder(content):
-        raise ValueError(f"Checkpoint {path} is an autoencoder, no transformer; `--family {autoencoder}` converts it.")
+        raise ValueError(
+            f"Checkpoint {path} is an autoencoder, not a transformer; `--family {autoencoder}` converts it."
+        )
     entry = find_entry(content, weights, path)
     original = select_weights(content, entry, path)
     arguments = training_arguments(content)
     if "time_embed.linear_1.weight" in original:
-        raise ValueError(f"Checkpoint {path} is in this package's format already; load it with `from_pretrained`.")
+        raise ValueError(
+            f"Checkpoint {path} is already in the format of this package; load it with `from_pretrained`."
+        )
     source = choose_family(family, original, arguments, path)
     try:
         hints.check_fit(source)
@@ -178,7 +183,7 @@ def parse_checkpoint(
     except ValueError as error:
         raise ValueError(f"Checkpoint {path}: {error}") from None
     if mismatch := source.find_mismatch(config):
-        raise ValueError(f"Checkpoint {path} is no {source.name} model: it has {mismatch}.")
+        raise ValueError(f"Checkpoint {path} is not a {source.name} model: it has {mismatch}.")
     check_finite(original | training_only, path)
     if entry is not None:
         logger.info(f"Checkpoint {path}: the weights are those of {entry!r}.")
@@ -234,5 +239,8 @@ def choose_family(asked: str, state_dict: Mapping[str, torch.Tensor], arguments:
     if asked == detected.code_base:
         return detected
     if asked != detected.name and not (lacks_marks and FAMILIES[asked].can_lack_marks):
-        raise ValueError(f"Checkpoint {path} is no {asked} model; its keys look like {detected.name}.")
+        raise ValueError(
+            f"Checkpoint {path} is not a {asked} model; its keys look like {detected.name}. Pass `--family "
+            f"{detected.name}`."
+        )
     return FAMILIES[asked]

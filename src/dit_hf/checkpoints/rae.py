@@ -91,7 +91,10 @@ def infer_config(
     head_dims = [table.shape[1] for table in tables]
     tokens = len(tables[0])
     if math.isqrt(tokens) ** 2 != tokens:
-        raise ValueError(f"its table of rotary positions has {tokens} tokens, which is no square.")
+        raise ValueError(
+            f"its table of rotary positions has {tokens} tokens, which is not a square number; only square images can "
+            "be converted."
+        )
     rms_norm = "blocks.0.norm1.weight" in original
     swiglu = "blocks.0.mlp.w12.weight" in original
     down_layer = "mlp.w3" if swiglu else "mlp.fc2"

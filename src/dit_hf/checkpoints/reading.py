@@ -97,7 +97,10 @@ def read_checkpoint(path: str | Path) -> dict:
             f"{sum(records):,} in {len(records)}; the file is damaged."
         )
     if not isinstance(content, dict):
-        raise ValueError(f"Checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights.")
+        raise ValueError(
+            f"Checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights; save the model's "
+            "state_dict."
+        )
     return content
 
 
@@ -146,7 +149,7 @@ def _explain(error):
     if "failed finding central directory" in text:
         return "the end of its zip archive is missing; get the file again"
     if isinstance(error, UNREADABLE) or type(error).__name__ == "UnpicklingError" or " " not in text:
-        return f"it is no file that `torch.save` wrote, or it is damaged ({type(error).__name__})"
+        return f"`torch.save` did not write it, or it is damaged ({type(error).__name__})"
     return first_line(error)
 
 
@@ -212,11 +215,13 @@ def select_weights(
         raise ValueError(f"Checkpoint {path}: its weights are a {type(content).__name__}, not a dictionary.")
     content = {key: value for key, value in content.items() if WRAPPERS.sub("", str(key)).startswith(beginnings)}
     for key, value in content.items():
-        if problem := find_problem(key, value) if isinstance(key, str) else "is no name of a weight":
+        if problem := find_problem(key, value) if isinstance(key, str) else "is not the name of a weight":
             raise ValueError(f"Checkpoint {path}: {key!r} {problem}.")
     unwrapped = {WRAPPERS.sub("", key): value for key, value in content.items()}
     if len(unwrapped) < len(content):
-        raise ValueError(f"Checkpoint {path} holds a weight twice, with and without `module.` or `_orig_mod.`.")
+        raise ValueError(
+            f"Checkpoint {path} holds a weight twice, with and without `module.` or `_orig_mod.`; remove one of them."
+        )
     return unwrapped
 
 

@@ -15,16 +15,16 @@ from .reading import find_problem
 
 # Beside a converted model: what only the original's training needs.
 TRAINING_ONLY_FILE = "projectors.safetensors"
-ENDINGS = (".pt", ".safetensors")
+SUFFIXES = (".pt", ".safetensors")
 
 
 def check_exportable(model, family: Family) -> None:
     """
-    That a model is one that a family's code can build.
+    Checks that a family's code can build a model.
 
     Args:
-        model (`DiTTransformer2DModel`): To be written.
-        family (`Family`): To be written as.
+        model (`DiTTransformer2DModel`): The model to write.
+        family (`Family`): The format to write.
 
     Raises:
         ValueError: naming the option that does not fit, and the families that do.
@@ -43,7 +43,7 @@ def fitting_families(model, prediction: str | None = None) -> str:
     The families whose code can build a model, as the end of an error.
 
     Args:
-        model (`DiTTransformer2DModel`): To be written.
+        model (`DiTTransformer2DModel`): The model to write.
         prediction (`str`, *optional*): What it predicts; any if not given.
 
     Returns:
@@ -64,16 +64,15 @@ def original_state_dict(model, family: Family, training_only: str | Path | None 
     A model's weights with a family's keys, complete: with computed tables and the weights that only training needs.
 
     Args:
-        model (`DiTTransformer2DModel`): To be written.
-        family (`Family`): To be written as.
+        model (`DiTTransformer2DModel`): The model to write.
+        family (`Family`): The format to write.
         training_only (`str` or `Path`, *optional*): File of the weights that only training needs.
 
     Returns:
         `dict[str, torch.Tensor]`
 
     Raises:
-        ValueError: if the model is none of this family's, or the family's code needs training-only weights and there
-            are none.
+        ValueError: if the family's code can't build the model, or needs training-only weights and there are none.
     """
     check_exportable(model, family)
     weights = family.to_original(model.state_dict(), model.config)
@@ -98,23 +97,38 @@ def original_state_dict(model, family: Family, training_only: str | Path | None 
 
 def save_original(model, family: Family, path: str | Path, training_only: str | Path | None = None) -> None:
     """
-    Writes a checkpoint file, or for the stock diffusers format a model folder, whole or not at all.
+    Writes a checkpoint file, or a model folder for the stock diffusers format, atomically.
 
     Args:
-        model (`DiTTransformer2DModel`): To be written.
-        family (`Family`): To be written as.
+        model (`DiTTransformer2DModel`): The model to write.
+        family (`Family`): The format to write.
         path (`str` or `Path`):
             `.safetensors` or `.pt` (with the entry that the family's code takes the weights from, if it does). Without
-            such an ending the stock diffusers format becomes a folder that
+            such a suffix the stock diffusers format becomes a folder that
             `diffusers.DiTTransformer2DModel.from_pretrained` loads.
         training_only (`str` or `Path`, *optional*): File of the weights that only training needs.
 
     Raises:
-        ValueError: if the model is none of this family's, or the ending is unknown.
+        ValueError: if the family's code can't build the model, or the suffix is unknown.
+
+    Example:
+
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from dit_hf import DiTTransformer2DModel
+        >>> from dit_hf.checkpoints import FAMILIES
+        >>> from dit_hf.checkpoints.saving import save_original
+        >>> model = DiTTransformer2DModel(sample_size=8, num_layers=2, num_attention_heads=4, attention_head_dim=12)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "tiny.pt")
+        ...     save_original(model, FAMILIES["dit"], file)
+        ...     again = DiTTransformer2DModel.from_single_file(file, num_attention_heads=4, family="dit")
+        >>> again.config.num_layers
+        2
     """
     path = check_new_file(path, family)
     weights = family.file_keys(original_state_dict(model, family, training_only))
-    if path.suffix in ENDINGS:
+    if path.suffix in SUFFIXES:
         save_weights(weights, path, tuple(filter(None, (family.wrapper, *family.other_wrappers))))
     elif family.save_folder:
         with writing_folder(path) as partial:
@@ -123,7 +137,7 @@ def save_original(model, family: Family, path: str | Path, training_only: str | 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path, wrappers: tuple[str, ...] = ()) -> None:
     """
-    Writes a file of weights, whole or not at all.
+    Writes a file of weights, atomically.
 
     Args:
         weights (`dict[str, torch.Tensor]`): Any.
@@ -137,25 +151,25 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path, wrappers: tuple[s
             torch.save(dict.fromkeys(wrappers, weights) if wrappers else weights, partial)
 
 
-def check_new_file(path: str | Path, family: Family | None = None, endings: tuple[str, ...] = ENDINGS) -> Path:
+def check_new_file(path: str | Path, family: Family | None = None, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
     """
     That a checkpoint can be written, before any work.
 
     Args:
         path (`str` or `Path`): As [`save_original`] takes it.
         family (`Family`, *optional*): To be written as, which may allow a folder.
-        endings (`tuple[str, ...]`): That the name of a file may have.
+        suffixes (`tuple[str, ...]`): The allowed suffixes of a file.
 
     Returns:
         `Path`
 
     Raises:
-        ValueError: if the ending is unknown, there is something already, or nothing can be written there.
+        ValueError: if the suffix is unknown, there is something already, or nothing can be written there.
     """
     path = Path(path)
-    if path.suffix not in endings and not (family and family.save_folder):
-        raise ValueError(f"The file {path} must end in {' or '.join(endings)}.")
+    if path.suffix not in suffixes and not (family and family.save_folder):
+        raise ValueError(f"The file {path} must end in {' or '.join(suffixes)}.")
     check_writable(path)
-    if os.path.lexists(path) if path.suffix in endings else is_occupied(path):
+    if os.path.lexists(path) if path.suffix in suffixes else is_occupied(path):
         raise ValueError(f"{path} exists; choose a new name.")
     return path

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Width -> heads of the paper's sizes and of LightningDiT's larger ones: heads leave no trace in most weights.
+# Width -> heads of the paper's sizes and of LightningDiT's larger ones: most weights do not tell them.
 KNOWN_HEADS = {
     preset.num_attention_heads * preset.attention_head_dim: preset.num_attention_heads for preset in PRESETS.values()
 } | {1536: 24, 1792: 28}
@@ -170,7 +170,7 @@ def check_dimensions(weights: dict[str, torch.Tensor], family: "Family") -> None
     needed = [*RANKS, BLOCK + "modulation.weight", feed_forward[feed_forward[0] not in weights]]
     for name in needed:
         if name not in weights:
-            raise ValueError(f"it is no {family.name} model: the key {table[name]!r} is missing.")
+            raise ValueError(f"it is not a {family.name} model: the key {table[name]!r} is missing.")
         weight, rank = weights[name], RANKS.get(name, 2)
         if weight.ndim != rank or 0 in weight.shape:
             shape = tuple(weight.shape)
@@ -238,11 +238,14 @@ def _sample_size(tables, beside, patch_size):
     if positions is not None and positions.ndim == 3:
         tokens = positions.shape[1]
         if math.isqrt(tokens) ** 2 != tokens:
-            raise ValueError(f"its table of positions has {tokens} tokens, which is no square.")
+            raise ValueError(
+                f"its table of positions has {tokens} tokens, which is not a square number; only square images can be "
+                "converted."
+            )
         return math.isqrt(tokens) * patch_size
     if "sample_size" not in beside:
         raise ValueError(
-            "it has no table of positions ('pos_embed') to read the latent size off, and no config.json beside it."
+            "it has no table of positions ('pos_embed') that tells the latent size, and no config.json beside it."
         )
     return beside["sample_size"]
 

@@ -19,9 +19,14 @@ def parse_args(flags: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="Output folder of the training.")
     width = real(above=0, below=12**-0.5)  # no profile is wider
-    parser.add_argument("--sigma_rel", type=width, required=True, help="Width over the training's length, below 0.28.")
-    parser.add_argument("--step", type=integer(at_least=1), help="Last step that counts; the newest if not given.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Where the pipeline goes; a new folder.")
+    parser.add_argument(
+        "--sigma_rel",
+        type=width,
+        required=True,
+        help="Width of the average relative to the length of the training, below 0.28.",
+    )
+    parser.add_argument("--step", type=integer(at_least=1), help="Last step of the average; by default the newest.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="New folder for the pipeline.")
     return parser.parse_args(flags)
 
 

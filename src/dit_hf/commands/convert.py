@@ -36,13 +36,13 @@ def read_id2label(path):
     names = read_json(path, (dict, list))
     pairs = list(enumerate(names) if isinstance(names, list) else names.items())
     if len(pairs) > SIZES["num_classes"][1]:
-        raise ValueError(f"{path} has {len(pairs):,} names.")
+        raise ValueError(f"{path} has {len(pairs):,} names; at most {SIZES['num_classes'][1]:,} are read.")
     id2label = {}
     for key, name in pairs:
         if not isinstance(name, str):
             raise ValueError(f"{path}: the name of class {key} is {name!r:.80}; write it in quotes.")
         if not re.fullmatch(r"[0-9]{1,9}", str(key)):
-            raise ValueError(f"{path}: {key!r:.80} is no class id; ids are whole numbers from 0.")
+            raise ValueError(f"{path}: {key!r:.80} is not a class id; ids are whole numbers from 0.")
         if int(key) in id2label:
             raise ValueError(f"{path} names class {int(key)} twice.")
         id2label[int(key)] = name
@@ -79,7 +79,10 @@ def read_guide(checkpoint, args):
             source = parse_checkpoint(path, family=args.family, weights=args.weights)
             guide = build_model(MODELS[source.family.model], source, path, DTYPES[args.dtype])
             if source.family.predictions != checkpoint.family.predictions:
-                raise ValueError(f"it is read as {source.family.name}, whose output is another than the model's.")
+                raise ValueError(
+                    f"it is read as {source.family.name}, whose output differs from the model's; pass a guide of the "
+                    "same kind."
+                )
         check_guide(guide.config, checkpoint.config)
     except ValueError as error:
         hint = (
@@ -193,7 +196,7 @@ def parse_args():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_checkpoint_arguments(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="New folder for the pipeline.")
-    parser.add_argument("--vae", help="Folder, Hub id or original file of an autoencoder to put into the pipeline.")
+    parser.add_argument("--vae", help="Autoencoder of the pipeline: folder, Hub id or original file.")
     parser.add_argument(
         "--latents_stats",
         type=Path,
@@ -204,7 +207,7 @@ def parse_args():
         "--latent_multiplier",
         type=real(above=0),
         default=1.0,
-        help="What LightningDiT's configuration multiplies normalised latents by.",
+        help="Factor on normalised latents in LightningDiT's configuration.",
     )
     parser.add_argument(
         "--guide",
@@ -213,13 +216,20 @@ def parse_args():
     )
     parser.add_argument("--id2label", type=Path, help="JSON list of class names, or object of id to name.")
     parser.add_argument(
-        "--shift", type=real(above=0), help="Of a flow-matching sampler; RAE's follows from the latents if not given."
+        "--shift",
+        type=real(above=0),
+        help="Shift of a flow-matching scheduler; by default RAE's follows from the latents.",
     )
-    parser.add_argument("--dry_run", action="store_true", help="Say what the file holds and write nothing.")
-    parser.add_argument("--skip_verification", action="store_true", help="Do not compare what was written.")
-    parser.add_argument("--license", help="The Hub's identifier; cc-by-nc-4.0 for what looks like Meta's weights.")
+    parser.add_argument("--dry_run", action="store_true", help="Print what the file holds and write nothing.")
+    parser.add_argument(
+        "--skip_verification", action="store_true", help="Do not compare the written folder with the file."
+    )
+    parser.add_argument(
+        "--license",
+        help="Licence on the model card, the Hub's identifier; by default cc-by-nc-4.0 for 1000-class DiT weights.",
+    )
     parser.add_argument("--push_to_hub", action="store_true", help="Publish the folder as well.")
-    parser.add_argument("--hub_model_id", help="Repository; the folder's name if not given.")
+    parser.add_argument("--hub_model_id", help="Repository of --push_to_hub; by default the name of the folder.")
     return parser.parse_args()
 
 

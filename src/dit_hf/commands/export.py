@@ -2,7 +2,7 @@
 
     dit-hf export --pretrained_model_name_or_path dit-xl-2-256 --family dit --checkpoint_path back.pt
 
-Expected: the time it takes to read and write the weights. `--family diffusers` with a name without ending writes a
+Expected: the time it takes to read and write the weights. `--family diffusers` with a name without a suffix writes a
 folder for diffusers' own `DiTTransformer2DModel`.
 """
 
@@ -90,7 +90,7 @@ def export_autoencoder(args):
         raise ValueError(f"{name} is an {family.model.__name__}; pass --family {' or '.join(family.stats_forms)}.")
     check_new_file(args.checkpoint_path)
     if args.latents_stats:
-        check_new_file(args.latents_stats, endings=(".pt",))
+        check_new_file(args.latents_stats, suffixes=(".pt",))
         if args.latents_stats.resolve() == args.checkpoint_path.resolve():
             raise ValueError(f"--latents_stats and --checkpoint_path are both {args.checkpoint_path}.")
     check_autoencoder(Path(name, "config.json"), family.model)

@@ -38,13 +38,13 @@ def parse_args():
         "--class_labels",
         nargs="+",
         help="Names as in `pipe(name)`, one value each, quoted if they hold spaces or commas. A number is the class "
-        "of that name if there is one, else the class id. If not given, at most 60, drawn by the seed.",
+        "of that name if there is one, else the class id. If not given, at most 60, chosen by the seed.",
     )
     parser.add_argument(
         "--num_images_per_label", type=integer(at_least=1, at_most=1000), default=1, help="Images of each class."
     )
     add_call_flags(parser)
-    add_seed_flag(parser, "Draws the classes if none are named; the noise of image i depends on (seed, i) alone.")
+    add_seed_flag(parser, "Chooses the classes if none are named; the noise of image i depends on (seed, i) alone.")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="File of the grid.")
     args = parser.parse_args()
     if args.output.suffix.lower() not in Image.registered_extensions() or args.output.is_dir():

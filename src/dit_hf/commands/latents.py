@@ -21,18 +21,20 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_name", help="Hub id or local dataset for `datasets.load_dataset`.")
     data.add_argument("--train_data_dir", type=Path, help="Folder of class folders, WebDataset or Parquet shards.")
-    data.add_argument("--streaming", action="store_true", help="Read images while they are encoded; keep no copy.")
+    data.add_argument("--streaming", action="store_true", help="Stream the images and store no copy.")
     data.add_argument("--split", default="train", help="Split to train on.")
     data.add_argument(
         "--holdout",
         type=real(at_least=0, below=1),
         default=0.0,
-        help="Fraction of the images that data with one split hold out as `test`.",
+        help="Fraction of the images to hold out as `test`, for data with one split.",
     )
     data.add_argument("--image_column", default="image", help="Column with images.")
     data.add_argument("--label_column", default="label", help="Column with class ids or names.")
     data.add_argument(
-        "--resolution", type=integer(8, 8192), help="Pixels per side; 64, or those of given latents or weights."
+        "--resolution",
+        type=integer(8, 8192),
+        help="Pixels per side; by default those of given latents or weights, otherwise 64.",
     )
     data.add_argument(
         "--vae", help="Folder or Hub id of an autoencoder; by default the pretrained pipeline's. A JiT needs none."
@@ -41,7 +43,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard_size",
         type=integer(1, MAX_SHARD_SIZE),
         default=2048,
-        help="Images in one file of the cache of latents.",
+        help="Images per file of the cache of latents.",
     )
     data.add_argument(
         "--alignment_encoder",
@@ -60,7 +62,9 @@ def image_data(args: argparse.Namespace) -> ImageData:
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_data_arguments(parser)
-    parser.add_argument("--output_dir", type=Path, required=True, help="The cache, and the VAE with its statistics.")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="Folder for the cache and for the VAE with its statistics."
+    )
     parser.add_argument("--features", action="store_true", help="Cache the alignment encoder's features as well.")
     args = parser.parse_args()
     if args.vae is None:
@@ -73,7 +77,7 @@ def check_output(folder: Path, source: str | Path | None) -> None:
     check_writable(folder)
     check_apart(folder, source, "--output_dir")
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is no folder, and no link to one.")
+        raise ValueError(f"--output_dir {folder} is neither a folder nor a link to one; choose another path.")
     ours = (folder / INDEX).exists() or any(map(shard_facts, folder.glob("shard-*.safetensors")))
     if (folder / "vae").exists() and not ours:
         raise ValueError(f"{folder / 'vae'} was not written by this command; choose another --output_dir.")

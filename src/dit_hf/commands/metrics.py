@@ -48,48 +48,52 @@ def parse_args(flags=None):
     source = "an .npz of images, a folder of images, a dataset, or with `precomputed` a .safetensors of features"
     parser.add_argument("--samples", required=True, help=source.capitalize() + ".")
     parser.add_argument("--reference", required=True, help=f"{source.capitalize()}; or ADM's .npz of statistics.")
-    parser.add_argument("--training", help="Images the model was trained on; of a dataset the train split.")
-    parser.add_argument("--split", default="test", help="Of a dataset that is samples or reference.")
+    parser.add_argument("--training", help="Images that the model was trained on; for a dataset the train split.")
+    parser.add_argument("--split", default="test", help="Split of a dataset that is passed as samples or reference.")
     parser.add_argument(
         "--holdout",
         type=real(at_least=0, below=1),
         default=0.0,
-        help="Of a dataset with one split, the fraction that is its test split.",
+        help="Fraction that is the test split, for a dataset with one split.",
     )
-    parser.add_argument("--image_column", default="image", help="Of a dataset.")
+    parser.add_argument("--image_column", default="image", help="Column with images, for a dataset.")
     parser.add_argument(
         "--resolution",
         type=integer(at_least=1, at_most=8192),
-        help="Pixels a side to crop all images to, as training does; none by default.",
+        help="Pixels per side to crop all images to, as training does; by default no crop.",
     )
     parser.add_argument(
         "--feature_extractor",
         default="efficientnet-lite0",
-        help="Or `inception`, a vision model of transformers by id or folder, or `precomputed`.",
+        help="efficientnet-lite0, inception, a vision model of transformers (id or folder), or precomputed.",
     )
     parser.add_argument("--extractor_weights", type=Path, help="TensorFlow-ported weights for inception.")
     titles = ", ".join(metric.full_name("EXTRACTOR") for metric in METRICS)
     parser.add_argument(
         "--metrics",
         type=names,
-        help=f"Separated by commas, of {titles}; with inception fid, sfid, is, kid. By default those that the "
+        help=f"Metrics, separated by commas: {titles}; with inception fid, sfid, is, kid. By default all that the "
         "extractor and the reference allow, without density, coverage and the accuracies.",
     )
     parser.add_argument(
         "--bootstrap",
         type=integer(at_least=0, at_most=10_000),
         default=10,
-        help="Redrawn sets for the intervals; 0 for none.",
+        help="Resampled sets for the intervals; 0 for none.",
     )
-    parser.add_argument("--batch_size", type=integer(at_least=1, at_most=2**16), default=64, help="Images in a batch.")
-    parser.add_argument("--seed", type=integer(at_least=0, at_most=2**63 - 1), default=0, help="Of the redrawn sets.")
-    parser.add_argument("--cache_dir", type=Path, default=Path("outputs/features"), help="Where features are kept.")
-    parser.add_argument("--save_statistics", type=Path, help="Write the reference's statistics, as ADM's .npz.")
+    parser.add_argument("--batch_size", type=integer(at_least=1, at_most=2**16), default=64, help="Images per batch.")
+    parser.add_argument(
+        "--seed", type=integer(at_least=0, at_most=2**63 - 1), default=0, help="Seed of the resampled sets."
+    )
+    parser.add_argument("--cache_dir", type=Path, default=Path("outputs/features"), help="Folder for cached features.")
+    parser.add_argument(
+        "--save_statistics", type=Path, help="Write the statistics of the reference in ADM's .npz format."
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the result.")
     parser.add_argument("--update_card", type=Path, help="Pipeline folder whose model card gets the metrics.")
     parser.add_argument("--dataset_title", default="held-out images", help="What the card calls the reference.")
     parser.add_argument("--push_to_hub", action="store_true", help="Publish that folder.")
-    parser.add_argument("--hub_model_id", help="Repository; the folder's name if not given.")
+    parser.add_argument("--hub_model_id", help="Repository of --push_to_hub; by default the name of the folder.")
     args = parser.parse_args(flags)
     if args.push_to_hub and args.update_card is None:
         parser.error("--push_to_hub publishes the folder of --update_card")
@@ -115,7 +119,7 @@ def check_outputs(args):
         raise ValueError(f"--output and --save_statistics are both {args.output}; name two files.")
     if args.update_card is not None:
         if not (args.update_card / "model_index.json").is_file():
-            raise ValueError(f"--update_card {args.update_card} is no pipeline folder.")
+            raise ValueError(f"--update_card {args.update_card} is not a pipeline folder: it has no model_index.json.")
         check_links(args.update_card, "README.md")
 
 
@@ -193,7 +197,7 @@ def enough_images(args, names, extractor, counts):
             raise ValueError(f"{name} {reason}.")
         print(f"Omitted: {name} {reason}.", file=sys.stderr)
     if len(reasons) == len(names):
-        raise ValueError("There are too few images for any metric.")
+        raise ValueError("There are too few images for any metric; --metrics NAME says what one needs.")
     return [name for name in names if name not in reasons]
 
 

@@ -56,35 +56,39 @@ def parse_args(flags=None):
         required=True,
         help="Pipeline: folder, Hub id or bundled name.",
     )
-    parser.add_argument("--revision", help="Of a repository on the Hub.")
+    parser.add_argument("--revision", help="Revision of a repository on the Hub.")
     parser.add_argument(
-        "--recipe", choices=SAMPLING_RECIPES, help="A row of the paper; other flags replace single values."
+        "--recipe", choices=SAMPLING_RECIPES, help="Row of the paper's tables; other flags override single values."
     )
-    parser.add_argument("--num_samples", type=integer(at_least=1, at_most=10_000_000), default=50_000, help="Images.")
+    parser.add_argument(
+        "--num_samples", type=integer(at_least=1, at_most=10_000_000), default=50_000, help="Number of images."
+    )
     parser.add_argument(
         "--labels",
         default="balanced",
-        help="`balanced`, classes in turn; `random`; or a dataset: its test split says how often each class occurs.",
+        help="`balanced` (classes in turn), `random`, or a dataset whose test split gives the class frequencies.",
     )
     parser.add_argument(
         "--holdout",
         type=real(at_least=0, below=1),
         default=0.0,
-        help="Of a dataset with one split, the fraction that is its test split (--labels).",
+        help="Fraction of --labels that is its test split, for a dataset with one split.",
     )
-    parser.add_argument("--scheduler", help="Recipe of `make_scheduler`; the pipeline's own if not given.")
+    parser.add_argument("--scheduler", help="Recipe of `make_scheduler`; by default the scheduler of the pipeline.")
     add_call_flags(parser)
-    parser.add_argument("--vae", help="Folder or Hub id of another decoder.")
+    parser.add_argument("--vae", help="VAE to decode with instead of the pipeline's: folder or Hub id.")
     add_seed_flag(parser, "Image i depends on (seed, i) alone.")
     parser.add_argument(
-        "--batch_size", type=integer(at_least=1, at_most=2**16), default=48, help="Images in a batch of a process."
+        "--batch_size", type=integer(at_least=1, at_most=2**16), default=48, help="Images per batch and process."
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="Images, samples.npz and recipe.json.")
-    parser.add_argument("--dry_run", action="store_true", help="Print the cost, and write nothing.")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="Folder for images, samples.npz and recipe.json."
+    )
+    parser.add_argument("--dry_run", action="store_true", help="Print the cost and write nothing.")
     parser.set_defaults(**SAMPLING_RECIPES.get(parser.parse_known_args(flags)[0].recipe, {}))
     args = parser.parse_args(flags)
     if args.holdout and args.labels in POLICIES:
-        parser.error(f"--holdout has no effect with --labels {args.labels}, which is no dataset")
+        parser.error(f"--holdout has no effect with --labels {args.labels}, which is not a dataset; omit it")
     if not args.dry_run:
         check_output(args)
     return args
@@ -113,7 +117,10 @@ def add_call_flags(parser):
         "--guidance_channels", type=integer(at_least=1), help=f"Guided channels, 3 in the paper; {default}."
     )
     parser.add_argument(
-        "--guidance_interval", type=real(at_least=0, at_most=1), nargs=2, help=f"Guided part of the steps; {default}."
+        "--guidance_interval",
+        type=real(at_least=0, at_most=1),
+        nargs=2,
+        help=f"Part of the steps that is guided; {default}.",
     )
 
 

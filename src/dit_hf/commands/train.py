@@ -332,7 +332,10 @@ def main() -> None:
         raise ValueError(f"--report_to {args.report_to} needs its package: `pip install {args.report_to}`.")
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if sharded and (args.proj_coeff or args.lora_rank is not None or args.dry_run):
-        raise ValueError("--proj_coeff, --lora_rank and --dry_run work with DDP, not with sharded weights.")
+        raise ValueError(
+            "--proj_coeff, --lora_rank and --dry_run work with DDP, not with sharded weights; use ddp.yaml, or omit "
+            "them."
+        )
     training = Training(args, training_config(args, accelerator.num_processes), accelerator)
     training.print_facts()
     if args.dry_run:

@@ -95,21 +95,24 @@ def resolve_best_metric(parser, args):
 
 
 def add_model_arguments(parser):
-    """Flags of what is trained, and from where it starts."""
+    """Flags of the model and its initial weights."""
     data = parser.add_argument_group("latents")
     data.add_argument("--latents_dir", type=Path, help="Precomputed latents instead of a dataset.")
     data.add_argument(
         "--cache_latents",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="Encode once into OUTPUT_DIR/latents, or as images are drawn.",
+        help="Encode once into OUTPUT_DIR/latents, or each time an image is sampled.",
     )
     data.add_argument(
-        "--flip_probability", type=RANGES["flip_probability"], default=0.5, help="Fraction of mirrored images."
+        "--flip_probability",
+        type=RANGES["flip_probability"],
+        default=0.5,
+        help="Fraction of images that are mirrored.",
     )
     model = parser.add_argument_group("model")
     size = model.add_mutually_exclusive_group(required=True)
-    size.add_argument("--preset", choices=PRESET_CLASSES, help="A size of a paper.")
+    size.add_argument("--preset", choices=PRESET_CLASSES, help="Model size of a paper.")
     size.add_argument(
         "--transformer_config",
         type=Path,
@@ -119,29 +122,35 @@ def add_model_arguments(parser):
         "--pretrained_model_name_or_path", help="Pipeline whose weights to start from: folder, Hub id or bundled name."
     )
     model.add_argument("--lora_rank", type=COUNT, help="Train adapters of this rank instead of all weights.")
-    model.add_argument("--lora_alpha", type=COUNT, help="Adapters count alpha / rank; the rank if not given.")
-    model.add_argument("--freeze", nargs="+", default=[], help="Parts to keep: time_embed, transformer_blocks.0 ...")
+    model.add_argument("--lora_alpha", type=COUNT, help="Scale of the adapters times their rank; by default the rank.")
+    model.add_argument(
+        "--freeze", nargs="+", default=[], help="Parts to exclude from training: time_embed, transformer_blocks.0 ..."
+    )
     model.add_argument(
         "--class_dropout_prob",
         type=RANGES["class_dropout_prob"],
         default=0.1,
-        help="Fraction of samples without a label.",
+        help="Fraction of samples whose label becomes the null class.",
     )
 
 
 def add_training_arguments(parser):
     """Flags of the loss, the batch and the optimizer."""
     train = parser.add_argument_group("training")
-    train.add_argument("--recipe", choices=RECIPES, help="A paper's settings; other flags replace single values.")
+    train.add_argument("--recipe", choices=RECIPES, help="Settings of a paper; other flags override single values.")
     train.add_argument(
-        "--objective", choices=OBJECTIVES, help="What is predicted; velocity, for a JiT clamped_velocity by default."
+        "--objective", choices=OBJECTIVES, help="Training objective; by default velocity, for a JiT clamped_velocity."
     )
-    train.add_argument("--time_sampling", choices=TIME_SAMPLERS, default="logit_normal", help="Of velocity's sigma.")
-    train.add_argument("--time_mean", type=real(), help="Of its logit; 0, for a JiT 0.8 by default.")
-    train.add_argument("--time_std", type=POSITIVE, help="Of its logit; 1, for a JiT 0.8 by default.")
+    train.add_argument(
+        "--time_sampling", choices=TIME_SAMPLERS, default="logit_normal", help="Distribution of sigma for velocity."
+    )
+    train.add_argument("--time_mean", type=real(), help="Mean of the logit of sigma; by default 0, for a JiT 0.8.")
+    train.add_argument(
+        "--time_std", type=POSITIVE, help="Standard deviation of the logit of sigma; by default 1, for a JiT 0.8."
+    )
     train.add_argument("--time_shift", type=POSITIVE, default=1.0, help="Shift of sigma, in the sampler as well.")
     train.add_argument(
-        "--snr_gamma", type=SNR_GAMMA, help="Bound of min-SNR weights for epsilon, at most 1e6; none if not given."
+        "--snr_gamma", type=SNR_GAMMA, help="Bound of min-SNR weights for epsilon, at most 1e6; by default none."
     )
     train.add_argument("--cosine_loss", action="store_true", help="Add LightningDiT's direction loss to velocity.")
     train.add_argument(
@@ -175,31 +184,40 @@ def add_training_arguments(parser):
         help="Weight of REPA's alignment, at most 1000; 0 is none.",
     )
     train.add_argument("--alignment_depth", type=COUNT, default=4, help="Block whose tokens are aligned, from 1.")
-    train.add_argument("--balance_classes", action="store_true", help="Draw all classes equally often.")
+    train.add_argument("--balance_classes", action="store_true", help="Sample all classes equally often.")
     batch = train.add_mutually_exclusive_group()
     batch.add_argument(
         "--total_batch_size",
         type=RANGES["total_batch_size"],
         default=128,
-        help="Samples of one optimizer step, over all processes.",
+        help="Samples per optimizer step, over all processes.",
     )
-    batch.add_argument("--train_batch_size", type=COUNT, help="Instead: samples of one micro-batch of one process.")
+    batch.add_argument(
+        "--train_batch_size", type=COUNT, help="Samples per micro-batch and process, instead of --total_batch_size."
+    )
     train.add_argument(
         "--gradient_accumulation_steps",
         type=RANGES["gradient_accumulation_steps"],
         default=1,
-        help="Micro-batches of one step of one process.",
+        help="Micro-batches per step and process.",
     )
-    train.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
-    train.add_argument("--on_spike", choices=POLICIES, default="skip", help="What a spike of the loss leads to.")
+    train.add_argument(
+        "--gradient_checkpointing", action="store_true", help="Save memory at the cost of one more forward pass."
+    )
+    train.add_argument("--on_spike", choices=POLICIES, default="skip", help="What to do at a spike of the loss.")
     train.add_argument("--max_train_steps", type=RANGES["max_train_steps"], default=4000, help="Optimizer steps.")
     train.add_argument(
         "--learning_rate", type=RANGES["learning_rate"], default=1e-3, help="Peak learning rate, at most 10."
     )
     train.add_argument(
-        "--layer_decay", type=RANGES["layer_decay"], default=1.0, help="A block's rate over that of the next one."
+        "--layer_decay",
+        type=RANGES["layer_decay"],
+        default=1.0,
+        help="Learning rate of a block relative to the next block.",
     )
-    train.add_argument("--lr_scheduler", choices=SCHEDULES, default="cosine", help="A schedule of diffusers.")
+    train.add_argument(
+        "--lr_scheduler", choices=SCHEDULES, default="cosine", help="Learning rate schedule of diffusers."
+    )
     train.add_argument(
         "--lr_warmup_steps", type=RANGES["lr_warmup_steps"], default=100, help="Steps of linear warm-up."
     )
@@ -207,9 +225,9 @@ def add_training_arguments(parser):
     train.add_argument(
         "--weight_decay", type=RANGES["weight_decay"], default=0.0, help="AdamW's weight decay, at most 1000."
     )
-    train.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes.")
+    train.add_argument("--use_8bit_adam", action="store_true", help="Use the 8-bit AdamW of bitsandbytes.")
     train.add_argument(
-        "--max_grad_norm", type=RANGES["max_grad_norm"], default=1.0, help="Gradient clipping; `inf` for none."
+        "--max_grad_norm", type=RANGES["max_grad_norm"], default=1.0, help="Norm to clip gradients to; `inf` for none."
     )
     train.add_argument(
         "--ema_decay",
@@ -221,33 +239,41 @@ def add_training_arguments(parser):
         "--ema_warmup",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="Let the decay rise to --ema_decay, for runs that are short for it.",
+        help="Let the decay rise to --ema_decay, for short runs.",
     )
     train.add_argument(
         "--ema_profiles",
         action="store_true",
-        help="Keep what `python -m dit_hf.commands.choose_ema` needs, in OUTPUT_DIR/ema.",
+        help="Store snapshots for `python -m dit_hf.commands.choose_ema` in OUTPUT_DIR/ema.",
     )
-    train.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="accelerate's own if not given.")
+    train.add_argument(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="Mixed precision; by default that of accelerate's configuration.",
+    )
     train.add_argument(
         "--compile_blocks",
         action=argparse.BooleanOptionalAction,
-        help="Compile the blocks, in a minute at the start; on a CUDA device if not given.",
+        help="Compile the blocks, in about a minute; by default on a CUDA device only.",
     )
     train.add_argument(
         "--allow_tf32",
         action=argparse.BooleanOptionalAction,
-        help="Let float32 products use TF32; on a CUDA device if not given.",
+        help="Let float32 products use TF32; by default on a CUDA device only.",
     )
-    train.add_argument("--attention_backend", help="A backend of diffusers: native, _native_cudnn, flash ...")
-    train.add_argument("--float8", action="store_true", help="Let the blocks multiply in float8; needs torchao.")
-    train.add_argument("--seed", type=RANGES["seed"], default=0, help="Seed of weights, order and draws.")
+    train.add_argument("--attention_backend", help="Attention backend of diffusers: native, _native_cudnn, flash ...")
+    train.add_argument(
+        "--float8", action="store_true", help="Run the matrix products of the blocks in float8; needs torchao."
+    )
+    train.add_argument("--seed", type=RANGES["seed"], default=0, help="Seed of weights, order and random numbers.")
 
 
 def add_output_arguments(parser):
-    """Flags of what is written, looked at and published."""
+    """Flags of output, validation and publishing."""
     output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", type=Path, required=True, help="Cache, checkpoints, samples, final pipeline.")
+    output.add_argument(
+        "--output_dir", type=Path, required=True, help="Folder for cache, checkpoints, samples and final pipeline."
+    )
     output.add_argument(
         "--checkpointing_steps",
         type=RANGES["checkpointing_steps"],
@@ -255,7 +281,10 @@ def add_output_arguments(parser):
         help="Steps between checkpoints.",
     )
     output.add_argument(
-        "--checkpoints_total_limit", type=RANGES["checkpoints_total_limit"], default=2, help="Checkpoints kept."
+        "--checkpoints_total_limit",
+        type=RANGES["checkpoints_total_limit"],
+        default=2,
+        help="Number of checkpoints to keep.",
     )
     output.add_argument(
         "--resume_from_checkpoint",
@@ -269,40 +298,44 @@ def add_output_arguments(parser):
     output.add_argument(
         "--logging_steps",
         type=RANGES["logging_steps"],
-        help="Steps between writes of the log, which wait for the device; 1 on a CPU, 50 on a GPU if not given.",
+        help="Steps between writes of the log, which wait for the device; by default 1 on a CPU, 50 on a GPU.",
     )
     output.add_argument(
         "--dataloader_num_workers",
         type=RANGES["dataloader_num_workers"],
-        help="Threads that make batches ahead; 1 on a CPU, 4 on a GPU if not given.",
+        help="Threads that prepare batches; by default 1 on a CPU, 4 on a GPU.",
     )
     output.add_argument("--validation_classes", type=COUNT, default=10, help="Rows of a sample grid.")
     output.add_argument("--validation_images_per_class", type=COUNT, default=8, help="Columns of a sample grid.")
     output.add_argument(
-        "--validation_inference_steps", type=COUNT, help="Sampler steps of a grid; 25, for flow maps 1 by default."
+        "--validation_inference_steps", type=COUNT, help="Sampler steps of a grid; by default 25, for flow maps 1."
     )
-    output.add_argument("--validation_split", help="Split of held-out images that samples are compared with.")
+    output.add_argument("--validation_split", help="Split of held-out images to compare the samples with.")
     output.add_argument(
         "--validation_metrics",
         type=names,
         default=["fd"],
-        help=f"How they are compared: names separated by commas, of {', '.join(HELD_OUT_METRICS)}.",
+        help=f"Metrics of the comparison, separated by commas: {', '.join(HELD_OUT_METRICS)}.",
     )
     output.add_argument(
         "--metric_for_best_model",
-        help="One of them: the best checkpoint by it is kept beside the last ones; none if not given.",
+        help="One of --validation_metrics: the best checkpoint by it is kept beside the last ones; by default none.",
     )
     output.add_argument(
         "--load_best_model_at_end",
         action="store_true",
         help="Save the weights of the best checkpoint instead of the last ones.",
     )
-    output.add_argument("--validation_images", type=COUNT, default=1000, help="How many of them at most.")
-    output.add_argument("--guidance_scale", type=GUIDANCE, default=3.0, help="Guidance of a grid, at most 1000.")
-    output.add_argument("--dry_run", action="store_true", help="Print what the run would take, and write nothing.")
-    output.add_argument("--report_to", help="A tracker of accelerate: tensorboard, wandb ...")
+    output.add_argument(
+        "--validation_images", type=COUNT, default=1000, help="Maximum number of images of --validation_split."
+    )
+    output.add_argument("--guidance_scale", type=GUIDANCE, default=3.0, help="Guidance scale of a grid, at most 1000.")
+    output.add_argument("--dry_run", action="store_true", help="Print the cost of the run and write nothing.")
+    output.add_argument("--report_to", help="Tracker of accelerate: tensorboard, wandb ...")
     output.add_argument(
         "--push_to_hub", action="store_true", help="Publish samples during training, the pipeline at the end."
     )
-    output.add_argument("--hub_model_id", help="Repository; the output folder's name if not given.")
-    output.add_argument("--license", help="On the model card; the Hub's identifier, such as apache-2.0.")
+    output.add_argument(
+        "--hub_model_id", help="Repository of --push_to_hub; by default the name of the output folder."
+    )
+    output.add_argument("--license", help="Licence on the model card, the Hub's identifier, such as apache-2.0.")

@@ -48,28 +48,28 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "--family",
         choices=tuple(dict.fromkeys(("auto", *FAMILIES, *AUTOENCODERS))),
         default="auto",
-        help="Code base it comes from.",
+        help="Code base that wrote the checkpoint.",
     )
     parser.add_argument(
         "--weights",
         choices=("auto", "ema", "model"),
         default="auto",
-        help="Of a training checkpoint; auto takes the average where there is one.",
+        help="Weights of a training checkpoint; auto takes the EMA weights if there are any.",
     )
     parser.add_argument(
         "--num_attention_heads",
         type=integer(at_least=1),
         nargs="+",
-        help="If the width is none of the published ones; two numbers for a model of two streams.",
+        help="Attention heads, for widths that were never published; two numbers for a model of two streams.",
     )
     parser.add_argument(
         "--in_context_start", type=integer(at_least=0), help="Block before which the context tokens of a JiT join."
     )
     parser.add_argument(
-        "--num_encoder_blocks", type=integer(at_least=1), help="Blocks of the encoder of a DDT or DiT-DH, the first."
+        "--num_encoder_blocks", type=integer(at_least=1), help="Number of encoder blocks of a DDT or DiT-DH."
     )
     parser.add_argument(
-        "--in_channels", type=integer(at_least=1), help="Of the latents of a DDT, if they are neither 4 nor 3."
+        "--in_channels", type=integer(at_least=1), help="Latent channels of a DDT, if they are neither 4 nor 3."
     )
     parser.add_argument("--noise_scale", type=real(above=0), help="Standard deviation of the noise of a JiT.")
     null_class = parser.add_mutually_exclusive_group()
@@ -85,12 +85,12 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         dest="has_null_class",
         action="store_true",
         default=None,
-        help="The last row of the class table is the null class, whatever their number.",
+        help="The last row of the class table is the null class, whatever the number of rows.",
     )
     parser.add_argument(
         "--embedders_of_block",
         type=integer(at_least=0),
-        help="Which copy to take where a diffusers DiT's were trained apart.",
+        help="Block whose copy of the embedders is used, if the copies of a diffusers DiT differ.",
     )
     parser.add_argument(
         "--norm_num_groups",
@@ -101,9 +101,9 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoder_num_attention_heads",
         type=integer(at_least=1),
-        help="Of the decoder of an original RAE, if its width is none of the published ones.",
+        help="Attention heads of the decoder of an original RAE, for widths that were never published.",
     )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Of the converted weights.")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="Type of the converted weights.")
 
 
 def read(args: argparse.Namespace) -> Checkpoint | Autoencoder:
@@ -148,7 +148,7 @@ def verify(checkpoint: Checkpoint, name: str | Path, dtype: str, label: str | Pa
 def verify_autoencoder(
     autoencoder: Autoencoder, name: str | Path, dtype: str, label: str | Path | None = None
 ) -> None:
-    """As [`verify`], for an autoencoder of its own."""
+    """As [`verify`], for an autoencoder alone."""
     report(measure_autoencoder_parity(autoencoder, load_autoencoder(name, dtype=DTYPES[dtype])), label or name)
 
 

@@ -39,7 +39,7 @@ def check_archive(path: str | Path) -> None:
 
 
 def check_tar(path):
-    """Follows the headers to the block of zeros that ends a tar; each has a checksum of its own."""
+    """Follows the headers to the block of zeros that ends a tar; each has a checksum."""
     cut = f"{path} is cut or damaged"
     with open(path, "rb", buffering=0) as file:
         size, position, members = os.fstat(file.fileno()).st_size, 0, 0

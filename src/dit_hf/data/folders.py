@@ -18,7 +18,7 @@ from diffusers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# torchvision's endings and those of other formats that Pillow decodes.
+# torchvision's suffixes and those of other formats that Pillow decodes.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     *(".jfif", ".gif", ".avif", ".jp2", ".tga"),
@@ -65,7 +65,9 @@ def walk(folder: str | Path) -> Iterator[tuple[str, list[os.DirEntry], list[os.D
             continue
         ways[this] += 1
         if len(parents) >= MAX_DEPTH:
-            raise ValueError(f"{str(folder)!r} has folders more than {MAX_DEPTH} levels deep: {path[:200]!r} …")
+            raise ValueError(
+                f"{str(folder)!r} has folders more than {MAX_DEPTH} levels deep: {path[:200]!r} …; move it up."
+            )
         if ways[this] > MAX_WAYS:
             raise ValueError(f"{path!r} is reached in more than {MAX_WAYS} ways; remove links between folders.")
         parents = (*parents, this)
@@ -248,7 +250,7 @@ def read_tree(folder: str | Path) -> tuple[Folder, dict[str, list[str]]]:
                 check_name(entry)
                 known[path].images.append(entry.name)
             else:
-                note(skipped, "files without an image's ending", [entry.path])
+                note(skipped, "files without the suffix of an image", [entry.path])
     return root, skipped
 
 

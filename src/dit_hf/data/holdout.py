@@ -56,7 +56,9 @@ def hold_out(dataset, split: str, holdout: float):
     rows = tqdm(encoded, desc="hold out", mininterval=5)
     indices = [index for index, row in enumerate(rows) if belongs(row[column])]
     if not indices:
-        raise ValueError(f"--holdout {holdout} leaves no image of {len(dataset)} in the split {split!r}.")
+        raise ValueError(
+            f"--holdout {holdout} leaves no image of {len(dataset)} in the split {split!r}; pass another fraction."
+        )
     if len(indices) == len(dataset):
         logger.warning(f"--holdout {holdout} leaves no image of {len(dataset)} outside of the split {split!r}.")
     part = dataset.select(indices)

@@ -123,7 +123,7 @@ def _load_shards(folder, root, shards, split, streaming):
 
 def load_unlabelled_folder(folder: str | Path):
     """
-    All images below a folder, in the order of their paths, whatever its folders mean.
+    Loads all images below a folder without labels, in the order of their paths.
 
     Args:
         folder (`str` or `Path`): The folder.
@@ -271,7 +271,7 @@ def _names_that_occur(dataset, column):
     if len(found) > min(MAX_CLASSES, max(rare, count // 2)):
         raise ValueError(
             f"Column {column!r} has {len(found):,} different values in {count:,} rows, such as "
-            f"{max(map(str, found))!r}, which seem to be no classes. Pass --label_column; if they are, make the "
+            f"{max(map(str, found))!r}, which do not look like classes. Pass --label_column; if they are, make the "
             f"column a ClassLabel: `dataset.class_encode_column({column!r})`."
         )
     if len({type(label) for label in found}) > 1:
@@ -319,7 +319,7 @@ def check_column(dataset, column: str, flag: str):
         raise ValueError(f"Column {column!r} holds images; a label is a class's id, from 0, or its name. Pass {flag}.")
     dtype = getattr(feature, "dtype", None) if isinstance(feature, (datasets.ClassLabel, datasets.Value)) else None
     if flag == "--image_column" and dtype not in (None, "string", "large_string", "binary", "large_binary"):
-        raise ValueError(f"Column {column!r} holds {dtype}, no images. Pass {flag}.")
+        raise ValueError(f"Column {column!r} holds {dtype}, not images. Pass {flag}.")
     return feature
 
 

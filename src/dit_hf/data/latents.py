@@ -141,7 +141,7 @@ def cache_latents(
         facts = shard_facts(path)
         if facts.get("fingerprint") == fingerprint:
             if len(shard_labels(path)) + len(facts.get("unreadable", [])) != len(rows):
-                raise ValueError(f"{path} holds another number of images than {len(rows)}; remove it, and re-run.")
+                raise ValueError(f"{path} does not hold {len(rows)} images; remove it, and re-run.")
             continue
         tensors, skipped = _encode_shard(vae, reader, rows, number * shard_size, encoder, batch_size, dtype)
         all_skipped += [message for message, _ in skipped]
@@ -184,7 +184,10 @@ def _encode_shard(vae, reader, rows, first, encoder, batch_size, dtype):
             part |= {f"{name}_flipped": tensor for name, tensor in mirrored.items()}
             parts.append({name: tensor if "features" in name else tensor.to(dtype) for name, tensor in part.items()})
             if not all(tensor.isfinite().all() for tensor in parts[-1].values()):
-                raise ValueError(f"Images from {position} on: the latents are too large for half precision.")
+                raise ValueError(
+                    f"Images from {position} on: the latents are too large for half precision; check the weights of "
+                    "the autoencoder."
+                )
     tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
     tensors |= {"label": torch.tensor(labels, dtype=torch.int64), "source": torch.tensor(digests, dtype=torch.int64)}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, skipped
@@ -445,17 +448,17 @@ class EncodedImages:
                 return self.reader.read(self.reader.dataset[position], position)
             except OSError as error:
                 logger.warning(f"Skipped: {error}")
-        raise ValueError("None of the dataset's images can be read.")
+        raise ValueError("None of the dataset's images can be read; the warnings above say why.")
 
 
 def normalise_latents(latents: torch.Tensor, latents_mean: list[float], latents_std: list[float]) -> torch.Tensor:
     """
-    Latents to zero mean and unit variance a channel; the pipeline undoes it before decoding.
+    Latents to zero mean and unit variance per channel; the pipeline undoes it before decoding.
 
     Args:
         latents (`torch.Tensor` of shape `(N, C, h, w)`): As the VAE encodes them.
-        latents_mean (`list[float]`): A value a channel, or one for all.
-        latents_std (`list[float]`): A value a channel, or one for all.
+        latents_mean (`list[float]`): One value per channel, or one for all.
+        latents_std (`list[float]`): One value per channel, or one for all.
 
     Returns:
         `torch.Tensor`: same shape.

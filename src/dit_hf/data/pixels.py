@@ -83,7 +83,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: if it is of another mode, such as floating point, whose range of values is not known.
     """
     if image.mode not in MODES:
-        raise ValueError(f"Images of mode {image.mode} are not read; save it as RGB or greyscale of 8 or 16 bits.")
+        raise ValueError(
+            f"The image has mode {image.mode}, which is not read; save it as RGB or greyscale of 8 or 16 bits."
+        )
     with reading("the image", "RGB"):  # EXIF and palettes of damaged files raise all kinds
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):

@@ -29,7 +29,7 @@ MAX_NAMED = 20
 
 class ImageReader:
     """
-    Decodes and crops a dataset's rows, and names those it can't decode.
+    Decodes and crops the images of a dataset, and lists those that can't be decoded.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): The dataset.

@@ -164,7 +164,7 @@ def read_index(cache_dir: str | Path) -> dict:
         )
     for key, check in INDEX_KEYS.items():
         if key not in index or not check(index[key]):
-            raise ValueError(f"{file} is no index of a cache of latents: {key!r} is missing, or of another kind.")
+            raise ValueError(f"{file} is not the index of a latents cache: {key!r} is missing or has another type.")
     if len(index["latents_mean"]) != len(index["latents_std"]):
         raise ValueError(f"{file}: 'latents_mean' and 'latents_std' are of different lengths.")
     names = [shard["file"] for shard in index["shards"]]
@@ -176,7 +176,7 @@ def read_index(cache_dir: str | Path) -> dict:
 
 
 def index_checksum(index: dict[str, Any]) -> str:
-    """The SHA-256 of an index, its own entry `checksum` left out."""
+    """The SHA-256 of an index, without its own entry `checksum`."""
     content = {key: value for key, value in index.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -283,7 +283,7 @@ def check_cache(cache_dir: str | Path, fingerprint: str, settings: dict[str, Any
         `bool`: whether the cache is there already, with all shards.
 
     Raises:
-        ValueError: naming the file, or what has changed, and how to go on.
+        ValueError: naming the file, or what has changed, and how to continue.
     """
     cache_dir, listed = Path(cache_dir), []
     another = "Choose another folder, or remove this one to encode again."

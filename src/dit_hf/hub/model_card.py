@@ -1,4 +1,4 @@
-"""Model cards: what a published model is, how to use it, how it was made, measured, and where it fails."""
+"""Model cards: what a published model is, how to use it, how it was trained and evaluated, and its limits."""
 
 import os
 import re
@@ -30,7 +30,7 @@ END = "<!-- dit_hf: to here -->"
 TAGS = ["diffusers", "dit_hf", "class-conditional-image-generation", "diffusion-transformer"]
 # The Hub has no pipeline tag for classes.
 PIPELINE_TAG = "unconditional-image-generation"
-# Pictures that lie in the folder under these names are shown.
+# The card shows images of these names in the folder.
 SAMPLES, LOSS = "samples.png", "loss.png"
 PICTURES = {SAMPLES: "Samples, one row per class", LOSS: "Training loss"}
 NAMES_SHOWN = 40
@@ -43,7 +43,7 @@ HEADINGS = ("Use", "Classes", "Model", "Training", "Results", "Limits")
 @dataclass(frozen=True)
 class CardFacts:
     """
-    What a model can't tell of itself.
+    Facts for a model card that can't be derived from the model.
 
     Args:
         license (`str`, *optional*): The Hub's identifier, such as `"apache-2.0"` or `"cc-by-nc-4.0"`.
@@ -55,6 +55,11 @@ class CardFacts:
 
     Raises:
         ValueError: naming the fact that has another type.
+
+    Example:
+
+        >>> from dit_hf.hub import CardFacts
+        >>> facts = CardFacts(license="apache-2.0", datasets=["user/icons"], limits="Letters are not legible.")
     """
 
     license: str | None = None
@@ -86,7 +91,7 @@ def build_card(
     Args:
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What is published.
         title (`str`): Heading, and what the example loads: a repository or a folder.
-        facts (`CardFacts`, *optional*): What the model can't tell of itself.
+        facts (`CardFacts`, *optional*): Facts for the card that can't be derived from the model.
         known (`ModelCard`, *optional*):
             A card to update: its owner's text is kept, its metadata and what this package wrote but for what `facts`
             say anew; tags, data sets and results are joined.
@@ -154,13 +159,13 @@ def write_card(
     place: str | Path | None = None,
 ) -> Path:
     """
-    Writes or updates the `README.md` of a folder that was saved; a card of where it was loaded from is built on.
+    Writes or updates the `README.md` of a saved folder; a card of the folder or repository it was loaded from is kept.
 
     Args:
-        model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What was saved.
-        folder (`str` or `Path`): Where.
+        model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): The saved pipeline or model.
+        folder (`str` or `Path`): The saved folder.
         title (`str`, *optional*): The name of `place` if not given; its parent's where it is called `pipeline`.
-        facts (`CardFacts`, *optional*): What the model can't tell of itself.
+        facts (`CardFacts`, *optional*): Facts for the card that can't be derived from the model.
         place (`str` or `Path`, *optional*): Where the folder will be, and the card that is updated; `folder` if not
             given.
 
@@ -169,6 +174,17 @@ def write_card(
 
     Raises:
         ValueError: if there is a card that can't be read, or it is a link to a file outside of the folder.
+
+    Example:
+
+        >>> import tempfile
+        >>> from dit_hf import DiTClassCondPipeline
+        >>> from dit_hf.hub import CardFacts, read_card, write_card
+        >>> pipe = DiTClassCondPipeline.from_bundled("emoji64")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     card = read_card(write_card(pipe, folder, facts=CardFacts(license="apache-2.0")))
+        >>> card.data.license
+        'apache-2.0'
     """
     folder = Path(folder)
     place = Path(os.path.realpath(place or folder))
@@ -202,7 +218,7 @@ def read_card(file: str | Path) -> ModelCard:
         return card
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(
-            f"The model card {file} can't be read ({first_line(error)}); mend its metadata or remove it."
+            f"The model card {file} can't be read ({first_line(error)}); fix its metadata or remove it."
         ) from None
 
 
@@ -257,7 +273,7 @@ def carry_over(model, folder: str | Path, name: str) -> None:
 
     Args:
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): That is saved.
-        folder (`str` or `Path`): Where.
+        folder (`str` or `Path`): The saved folder.
         name (`str`): Path in both.
     """
     source, target = source_file(model, name), Path(folder) / name
@@ -301,7 +317,7 @@ def _join(old, new):
 
 
 def _join_results(old, new):
-    """A new figure takes the place of the old one of the same metric on the same data."""
+    """A new value replaces the old one of the same metric on the same data."""
     joined = {}
     for result in (*old, *new):
         result.dataset_config = result.dataset_config or result.dataset_name  # or all data of a type were the same

@@ -62,13 +62,13 @@ def push(
         commit_message, private, token, create_pr, safe_serialization, variant, subfolder, max_shard_size: As with
         every
             diffusers model.
-        card (`CardFacts`, *optional*): What the model can't tell of itself.
+        card (`CardFacts`, *optional*): Facts for the card that can't be derived from the model.
 
     Returns:
         `str`: address of the commit.
 
     Raises:
-        OSError: if the upload fails; the message says how to go on.
+        OSError: if the upload fails; the message says how to continue.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
@@ -96,7 +96,7 @@ def publish_folder(
         repo_id (`str`, *optional*):
             `"name"` or `"user/name"`, created if it does not exist; the folder's name if not given.
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What is in the folder.
-        card (`CardFacts`, *optional*): What the model can't tell of itself.
+        card (`CardFacts`, *optional*): Facts for the card that can't be derived from the model.
         commit_message, private, token, create_pr, subfolder: As with every diffusers model.
 
     Returns:
@@ -104,7 +104,7 @@ def publish_folder(
 
     Raises:
         ValueError: if the folder holds no model, or a link to a file outside of it.
-        OSError: if the upload fails; the message says how to go on.
+        OSError: if the upload fails; the message says how to continue.
     """
     folder = Path(folder)
     repo_id = repo_id or os.path.basename(os.path.realpath(folder))
@@ -135,8 +135,8 @@ def publish_folder(
             commit = create_commit(repo_id, operations, commit_message=message, token=token, create_pr=create_pr)
     except UPLOAD_ERRORS as error:
         raise OSError(
-            f"Publishing to {repo_id} failed: {_reason(error)}. Nothing is lost: run the same again. Files that have "
-            "arrived are not sent twice."
+            f"Publishing to {repo_id} failed: {_reason(error)}. Nothing is lost: repeat the same command or call. "
+            "Files that have arrived are not sent twice."
         ) from None
     return str(commit)
 
@@ -177,7 +177,7 @@ def select_files(folder: Path) -> dict[str, Path]:
     found = {name: path for name, path in paths.items() if path.is_file() or path.is_symlink()}
     if not found.keys() & {"model_index.json", "config.json"}:
         raise ValueError(
-            f"{folder} is no folder of a pipeline or model: it has no model_index.json and no config.json."
+            f"{folder} is not the folder of a pipeline or model: it has no model_index.json and no config.json."
         )
     for path in map(found.get, COMPONENTS):  # whose files are not found
         if path is not None:
@@ -198,7 +198,7 @@ def select_files(folder: Path) -> dict[str, Path]:
 
 class BackgroundUploads:
     """
-    Single files sent to a repository while work goes on; a failure is a line of warning, never an exception.
+    Single files sent to a repository in the background; a failure logs a warning and never raises.
 
     Args:
         repo_id (`str`): `"name"` or `"user/name"`; created with the first file if it does not exist.

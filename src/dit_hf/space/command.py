@@ -40,13 +40,13 @@ def parse_args():
         "--port",
         type=integer(at_least=0, at_most=65535),
         default=os.environ.get("GRADIO_SERVER_PORT") or None,
-        help="Port; 0 takes any free one. By default GRADIO_SERVER_PORT, or the first free one from 7860.",
+        help="Port; 0 takes any free port. By default GRADIO_SERVER_PORT, or the first free port from 7860 on.",
     )
     parser.add_argument(
         "--queue_size",
         type=integer(at_least=1, at_most=1000),
         default=64,
-        help="Sets that may wait, half of them of one address; more are turned away.",
+        help="Number of sets that may wait, half of them of one address; more are refused.",
     )
     parser.add_argument(
         "--max_minutes", type=real(above=0, at_most=1440), default=5.0, help="A set that would take longer is refused."

@@ -22,7 +22,7 @@ MAX_SESSIONS = 1000
 MAX_SILENT = 64  # of one address, that have not begun to listen
 MAX_EVENTS = 16  # unfinished ones of one session
 MAX_DEPTH = 8  # of lists in lists; the page sends two
-# Seconds that a client may take between sending a set and listening to its images, as both are requests of their own.
+# Seconds that a client may take between sending a set and listening to its images, as both are separate requests.
 PATIENCE = 5.0
 SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 API = "/gradio_api"

@@ -25,7 +25,7 @@ LABELS = {
     "guidance_end": "Guidance until",
     "sampler": "Sampler",
     "mix_with": "Mix with",
-    "mix_share": "Share of the mixed class",
+    "mix_share": "Weight of the mixed class",
 }
 
 
@@ -80,7 +80,7 @@ class Settings:
                 if not isinstance(name, str) or name not in classes:
                     raise ValueError(f"{LABELS[control]}: there is no class {str(name)[:60]!r}.")
         if not isinstance(self.sampler, str) or self.sampler not in samplers:
-            raise ValueError(f"There is no sampler {str(self.sampler)[:60]!r}; choose of {', '.join(samplers)}.")
+            raise ValueError(f"There is no sampler {str(self.sampler)[:60]!r}; choose one of {', '.join(samplers)}.")
 
 
 def read_controls(*values) -> Settings:

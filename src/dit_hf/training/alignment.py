@@ -16,7 +16,7 @@ PROJECTOR_WIDTH = 1024
 
 
 class EfficientNetEncoder(nn.Module):
-    """EfficientNet-Lite0's last feature map of images resized to 128 pixels a side."""
+    """EfficientNet-Lite0's last feature map of images resized to 128 pixels per side."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class TransformersEncoder(nn.Module):
             raise ValueError("its config has no patch size")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] to features `(B, F, h, w)`, one a patch."""
+        """Images `(B, 3, H, W)` in [-1, 1] to features `(B, F, h, w)`, one per patch."""
         grid = self.network.side // self.network.model.config.patch_size
         tokens = self.network(images).last_hidden_state[:, -grid * grid :]  # class and register tokens come first
         return tokens.transpose(1, 2).unflatten(2, (grid, grid))

@@ -1,4 +1,4 @@
-"""Batches and random draws that depend on (seed, step) alone, whatever the number of processes."""
+"""Batches and random numbers that depend on (seed, step) alone, whatever the number of processes."""
 
 from threading import Lock
 
@@ -16,7 +16,7 @@ class SeededBatches:
     Args:
         num_samples (`int`): Size of the dataset.
         batch_size (`int`): Samples of one optimizer step, over all processes.
-        seed (`int`, defaults to 0): Seed of the order and of all draws.
+        seed (`int`, defaults to 0): Seed of the order and of all random numbers.
         labels (`torch.Tensor`, *optional*): Classes of the samples, shape `(num_samples,)`, int64. If given, an epoch
             draws with replacement so that every class is equally likely, however few samples it has.
 
@@ -27,7 +27,8 @@ class SeededBatches:
     def __init__(self, num_samples: int, batch_size: int, seed: int = 0, labels: torch.Tensor | None = None):
         if not 1 <= batch_size <= num_samples:
             raise ValueError(
-                f"A batch of {batch_size} can't be drawn from {num_samples} samples; lower the batch size."
+                f"A batch of {batch_size} can't be sampled from {num_samples} samples; the batch size must be 1 to "
+                f"{num_samples}."
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.steps_per_epoch = num_samples // batch_size
@@ -80,7 +81,7 @@ class SeededBatches:
 
     def sample_generator(self, step: int, place: int) -> torch.Generator:
         """
-        A CPU generator for the noise of one sample of a step, so that a process draws that of its own samples alone.
+        A CPU generator for the noise of one sample of a step, so that a process generates only that of its samples.
 
         Args:
             step (`int`): Counted from 0.
@@ -113,12 +114,12 @@ def draw_batch(
 ) -> dict[str, torch.Tensor]:
     """
     One process's slice of one step's batch. It does not depend on the number of processes: a sample's mirroring, time
-    and dropped label are drawn for the whole batch and then sliced, its noise has a generator of its own.
+    and dropped label are sampled for the whole batch and then sliced; its noise has a separate generator.
 
     Args:
         latents (`CachedLatents` or `EncodedImages`): Where posteriors come from.
-        objective (`Objective`): Draws the times.
-        batches (`SeededBatches`): The samples of each step, of all processes, and the generators of their draws.
+        objective (`Objective`): Samples the times.
+        batches (`SeededBatches`): The samples of each step, of all processes, and their random generators.
         step (`int`): Counted from 0.
         process_slice (`slice`): The process's B samples.
         flip_probability (`float`): Fraction of mirrored images.

@@ -94,7 +94,7 @@ def save_checkpoint(
         `Path`: `output_dir/checkpoint-step`.
 
     Raises:
-        OSError: if it can't be written; what was written of it is removed, and earlier checkpoints are as they were.
+        OSError: if it can't be written; the partial checkpoint is removed, and earlier checkpoints are unchanged.
     """
     main = accelerator.is_main_process
     final = Path(output_dir) / f"checkpoint-{step}"
@@ -167,8 +167,8 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | P
     inside = Path(os.path.realpath(given)).parent == Path(os.path.realpath(output_dir)) or given == Path(given.name)
     if not inside or given.name not in names:
         raise ValueError(
-            f"{given} is no checkpoint of {output_dir}, which holds {', '.join(names) or 'none'}; pass one of them, "
-            "or --resume_from_checkpoint latest."
+            f"{given} is not a checkpoint of {output_dir}, which holds {', '.join(names) or 'none'}; pass one of "
+            "them, or --resume_from_checkpoint latest."
         )
     if later := names[names.index(given.name) + 1 :]:
         raise ValueError(
@@ -232,7 +232,7 @@ def resume_from(
 
 def load_checkpoint(accelerator, checkpoint: Path, states: Mapping[str, Any]) -> None:
     """
-    Loads a checkpoint once it is checked in full; nothing is loaded of one that is refused.
+    Checks a checkpoint in full, then loads it; nothing is loaded if the check fails.
 
     Args:
         accelerator (`accelerate.Accelerator`): Prepared as when the checkpoint was saved.

@@ -78,12 +78,12 @@ class TrainingConfig:
         ema_warmup (`bool`, defaults to `False`):
             Whether the decay rises to `ema_decay` as 1 - step^(-3/4), which suits runs that are short for their decay.
         ema_profiles (`bool`, defaults to `False`):
-            Whether to save what an average of any length can be put together from after training.
+            Whether to save snapshots from which an average of any length can be built after training.
         class_dropout_prob (`float`, defaults to 0.1): Fraction of samples whose label is replaced by the null class.
         flip_probability (`float`, defaults to 0.5): Fraction of mirrored images.
-        balance_classes (`bool`, defaults to `False`): Draws all classes equally often.
+        balance_classes (`bool`, defaults to `False`): Samples all classes equally often.
         proj_coeff (`float`, defaults to 0.0): Weight of REPA's alignment loss, at most 1000; 0 is none.
-        on_spike (`str`, defaults to `"skip"`): What a spike of the loss leads to; see [`LossGuard`].
+        on_spike (`str`, defaults to `"skip"`): What happens at a spike of the loss; see [`LossGuard`].
         checkpointing_steps (`int`, defaults to 500): Steps between checkpoints.
         checkpoints_total_limit (`int`, *optional*, defaults to 2): Checkpoints that are kept.
         resume_from_checkpoint (`str` or `Path`, defaults to `"latest"`):
@@ -99,7 +99,7 @@ class TrainingConfig:
             given. The log has a line for every step all the same.
         dataloader_num_workers (`int`, *optional*):
             Threads that make batches ahead, 1 on a CPU, 4 on a GPU if not given; with 0 the loop makes them itself.
-        seed (`int`, defaults to 0): Of the order of samples and of all draws.
+        seed (`int`, defaults to 0): Of the order of samples and of all random numbers.
         compile_blocks (`bool`, *optional*): Whether to compile the blocks; on a CUDA device if not given.
         allow_tf32 (`bool`, *optional*): Whether float32 products may use TF32; on a CUDA device if not given.
         attention_backend (`str`, *optional*): Of diffusers, such as `"_native_cudnn"`; torch chooses if not given.
@@ -107,6 +107,13 @@ class TrainingConfig:
 
     Raises:
         ValueError: if a number is out of range, or a policy unknown.
+
+    Example:
+
+        >>> from dit_hf.training.config import TrainingConfig
+        >>> config = TrainingConfig("outputs/dit", total_batch_size=32, max_train_steps=2000, ema_warmup=True)
+        >>> config.learning_rate
+        0.001
     """
 
     output_dir: str | Path = _may_change()

@@ -87,7 +87,9 @@ class ImageData:
         """
         dataset = self.load(split)
         if label_names(dataset, self.label_column) != names:
-            raise ValueError(f"Split {split!r} has other classes than {self.split!r}.")
+            raise ValueError(
+                f"Split {split!r} has other classes than {self.split!r}; both splits must have the same classes."
+            )
         dataset = dataset.select(torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist())
         images, labels = ImageReader(dataset, names, self.resolution, self.image_column, self.label_column).stack()
         return images, ids[torch.tensor(labels)]
@@ -185,7 +187,7 @@ def open_latents(
     for flag, name in (("--vae", "vae"), ("--alignment_encoder", "encoder")):
         if made_by[name] is not None and latents.index.get(name) not in (None, made_by[name]):
             raise ValueError(
-                f"{folder} was made with another {name} than {flag}; encode the images again with this one."
+                f"{folder} was not made with the {name} of {flag}; encode the images again with this one."
             )
     size, channels = latent_size(vae, resolution), latent_channels(vae)
     if latents.shape != (channels, size, size):

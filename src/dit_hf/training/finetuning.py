@@ -188,10 +188,10 @@ def parameter_groups(model: DiTTransformer2DModel, learning_rate: float, layer_d
     Args:
         model (`DiTTransformer2DModel`): The model.
         learning_rate (`float`): Of the head.
-        layer_decay (`float`, defaults to 1.0): Each block's rate over the rate of the block after it.
+        layer_decay (`float`, defaults to 1.0): Learning rate of a block relative to the next block.
 
     Returns:
-        `list[dict]`: `params` and `lr`, one entry a depth: embedders, blocks, head.
+        `list[dict]`: `params` and `lr`, one entry per depth: embedders, blocks, head.
     """
     starts = {"transformer_blocks": 1, "decoder_blocks": 1 + len(model.transformer_blocks)}
     depth = len(model.transformer_blocks) + len(getattr(model, "decoder_blocks", ()))

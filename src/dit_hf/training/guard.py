@@ -30,7 +30,7 @@ class TrainingStopped(ValueError):
 
 class LossGuard:
     """
-    Judges every step by its global loss and gradient norm; goes into checkpoints, so that a resumed run judges alike.
+    Judges every step by its global loss and gradient norm. Its state is part of checkpoints.
     The verdict is computed on the device, where the optimizer needs it; the host may read it some steps later.
 
     Args:

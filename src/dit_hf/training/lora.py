@@ -22,15 +22,24 @@ LAYERS = (
 
 def add_lora(model: DiTTransformer2DModel, rank: int, alpha: int) -> None:
     """
-    Freezes a model and puts trainable adapters on it that change nothing yet.
+    Freezes a model and adds trainable LoRA adapters, which change nothing before training.
 
     Args:
         model (`DiTTransformer2DModel`): Changed in place.
-        rank (`int`): Of the adapters.
+        rank (`int`): Rank of the adapters.
         alpha (`int`): The adapters' output is scaled by alpha / rank.
 
     Raises:
         ValueError: if the rank or alpha is not positive.
+
+    Example:
+
+        >>> from dit_hf import DiTClassCondPipeline
+        >>> from dit_hf.training.lora import add_lora
+        >>> model = DiTClassCondPipeline.from_bundled("emoji64").transformer
+        >>> add_lora(model, rank=8, alpha=8)
+        >>> all("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        True
     """
     if rank < 1:
         raise ValueError(f"The rank of the adapters is {rank}; it must be at least 1.")

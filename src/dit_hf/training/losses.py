@@ -1,6 +1,6 @@
 """Training losses: the paper's (epsilon MSE + variational bound) and velocity flow matching.
 
-Shapes: `B` batch, `C` channels, `H W` latent size. Every loss is one value a sample, `(B,)`.
+Shapes: `B` batch, `C` channels, `H W` latent size. Every loss has one value per sample, `(B,)`.
 
 Sources: Improved DDPM (Nichol & Dhariwal, https://arxiv.org/abs/2102.09672) for the bound and the learned variance,
 DDPM (Ho et al., https://arxiv.org/abs/2006.11239) for the decoder's likelihood.
@@ -66,6 +66,15 @@ def velocity_loss(model_output: torch.Tensor, x_start: torch.Tensor, noise: torc
 
     Raises:
         ValueError: if the channels of the output are neither those of `x_start` nor twice as many.
+
+    Example:
+
+        >>> import torch
+        >>> from dit_hf.training.losses import velocity_loss
+        >>> x_start, noise = torch.randn(2, 16, 4, 8, 8)  # latents of zero mean and unit variance
+        >>> losses = velocity_loss(noise - x_start, x_start, noise)  # of a model that predicts the target exactly
+        >>> losses["loss"].max().item()
+        0.0
     """
     target, velocity = noise - x_start, _prediction(model_output, x_start.shape[1])
     mse = _mean_over_values((velocity - target).square())

@@ -51,10 +51,10 @@ def training_plan(
     return {
         "parameters (M)": round(transformer.num_parameters() / 1e6, 2),
         "trained (M)": round(trained / 1e6, 2),
-        "Gflops a sample, forward": round(count_macs(transformer.config) / 1e9, 3),
+        "Gflops per sample, forward": round(count_macs(transformer.config) / 1e9, 3),
         # Weights; gradients, two moments and the average of what is trained; float32.
         "memory without activations (GB)": round(4 * (transformer.num_parameters() + 4 * trained) / 1e9, 3),
         "steps": config.max_train_steps,
-        "seconds a step, forward and backward": round(step, 3),
+        "seconds per step, forward and backward": round(step, 3),
         "hours": round(step * config.max_train_steps / 3600, 2),
     }

@@ -92,7 +92,7 @@ def record_settings(file: str | Path, settings: dict) -> None:
 
 def read_log(file: str | Path) -> Iterator[dict[str, Any]]:
     """
-    The records of a run's log; a last line that a kill has cut is skipped.
+    The records of a run's log; an incomplete last line is skipped.
 
     Args:
         file (`str` or `Path`): JSON lines with a `step` each.
@@ -115,7 +115,7 @@ def read_log(file: str | Path) -> Iterator[dict[str, Any]]:
             record = None
         well_formed = isinstance(record, dict) and {type(record.get("step")), type(record.get("snapshot", 0))} == {int}
         if not well_formed or not isinstance(record.get("loss", 0.0), int | float):
-            raise ValueError(f"{file} is damaged: line {number} is no record of a step; remove that line.")
+            raise ValueError(f"{file} is damaged: line {number} is not the record of a step; remove that line.")
         yield record
 
 
@@ -140,7 +140,7 @@ def append_record(file: str | Path, record: Mapping[str, Any]) -> None:
 
 def read_losses(file: str | Path) -> list[float]:
     """
-    The losses of the steps that a run has taken, those that were skipped omitted.
+    The losses of the steps of a run, without skipped steps.
 
     Args:
         file (`str` or `Path`): The log.
@@ -237,7 +237,7 @@ def begin(output_dir: str | Path, resumed: bool) -> None:
 
     Args:
         output_dir (`str` or `Path`): The run's folder, held by this process alone.
-        resumed (`bool`): Whether it goes on from a checkpoint.
+        resumed (`bool`): Whether it resumes from a checkpoint.
     """
     output_dir = Path(output_dir)
     if resumed:

@@ -121,7 +121,7 @@ def check_hub(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"--hub_model_id {repo_id!r} is no name of a repository: {first_line(error)}") from None
+        raise ValueError(f"--hub_model_id {repo_id!r} is not the name of a repository: {first_line(error)}") from None
     try:
         check_answers()
         with hub_answers():

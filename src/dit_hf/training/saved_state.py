@@ -250,7 +250,7 @@ def _read_manifest(folder):
         for entry in files.values()
     )
     if not well_formed or STATES not in files or TENSORS not in files:
-        raise ValueError(f"{folder / MANIFEST} is no list of a checkpoint's files.")
+        raise ValueError(f"{folder / MANIFEST} is not the list of a checkpoint's files.")
     if f"checkpoint-{manifest.get('step')}" != folder.name:
         step = manifest.get("step")
         raise ValueError(f"{folder} holds the checkpoint of step {step}; rename the folder to checkpoint-{step}.")

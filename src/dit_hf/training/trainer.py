@@ -56,14 +56,14 @@ class Trainer:
         transformer (`DiTTransformer2DModel`): What is trained: its parameters that require gradients.
         latents (`CachedLatents` or `EncodedImages`):
             The data: `labels`, `statistics`, `feature_dim` and `read(indices, flipped)`.
-        objective (`Objective`): Draws times, makes noisy inputs and computes the loss per sample.
+        objective (`Objective`): Samples times, makes noisy inputs and computes the loss per sample.
         accelerator (`accelerate.Accelerator`, *optional*): From [`start_accelerator`].
         class_ids (`torch.Tensor` of shape `(classes,)`, int64, *optional*):
             The model's id of each of the data's classes; the same ids if not given.
         alignment (`AlignmentHead`, *optional*): Adds REPA's loss, weighted by `config.proj_coeff`.
         facts (`Mapping`, *optional*):
             What else a resumed run must have in common with this one, as JSON values; `latents` is the fingerprint of
-            the data, if they have none of their own.
+            the data, if the data have no fingerprint.
         notes (`Mapping`, *optional*): What else is recorded with the settings.
 
     Raises:

@@ -74,7 +74,7 @@ def load_encoder(name: str) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
 def _find(name, file):
     if Path(name).is_dir():
         if not (path := Path(name, file)).is_file():
-            raise ValueError(f"{name} has no {file}; give the folder or Hub id of an encoder, such as {PUBLISHED}.")
+            raise ValueError(f"{name} has no {file}; pass the folder or Hub id of an encoder, such as {PUBLISHED}.")
         return path
     if Path(name).exists() or name.count("/") != 1:
         raise ValueError(f"{name} must be the folder or the Hub id of an encoder, such as {PUBLISHED}.")

@@ -72,7 +72,7 @@ def infer_config(weights: Mapping[str, torch.Tensor], path: str | Path) -> dict:
 
     def shape(key):
         if key not in weights:
-            raise ValueError(f"Checkpoint {path} is no original AutoencoderKL: the key {key!r} is missing.")
+            raise ValueError(f"Checkpoint {path} is not an original AutoencoderKL: the key {key!r} is missing.")
         if weights[key].ndim != 4 or 0 in weights[key].shape:
             raise ValueError(
                 f"Checkpoint {path}: {key!r} has shape {tuple(weights[key].shape)}, where 4 axes are needed."
@@ -111,11 +111,11 @@ class KLFamily(AutoencoderFamily):
 
     def infer(self, weights, hints, path):
         if "encoder.down_blocks.0.resnets.0.conv1.weight" in weights:
-            raise ValueError(f"Checkpoint {path} is in diffusers' format already; give the folder that it is in.")
+            raise ValueError(f"Checkpoint {path} is already in diffusers' format; pass the folder that it is in.")
         config, groups = infer_config(weights, path), hints.norm_num_groups
         if hints.decoder_num_attention_heads is not None:
             raise ValueError(
-                f"Checkpoint {path} is no decoder of RAE; omit decoder_num_attention_heads "
+                f"Checkpoint {path} is not a decoder of RAE; omit decoder_num_attention_heads "
                 "(`--decoder_num_attention_heads`)."
             )
         if bad := [width for width in config["block_out_channels"] if groups < 1 or width % groups]:

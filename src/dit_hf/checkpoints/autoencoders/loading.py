@@ -67,7 +67,7 @@ def parse_autoencoder(
         path (`str` or `Path`):
             A `.pt`, `.ckpt`, `.bin` or `.safetensors` file: the state dict itself, or a training checkpoint with it
             under `state_dict`, or `vae` (REPA-E). Weights that only training needs are dropped.
-        hints (`AutoencoderHints`, *optional*): What leaves no trace in the weights.
+        hints (`AutoencoderHints`, *optional*): What the weights do not tell.
         content (`dict`, *optional*): What [`read_checkpoint`] gave, if the file is open already.
         weights (`str`, defaults to `"auto"`): As [`find_entry`] takes it.
         family (`str`, defaults to `"auto"`): A name of `AUTOENCODERS`; the keys tell it.
@@ -76,7 +76,7 @@ def parse_autoencoder(
         `Autoencoder`
 
     Raises:
-        ValueError: if the file is no such autoencoder; the message names the file and the key.
+        ValueError: if the file is not an autoencoder of a known family; the message names the file and the key.
     """
     if family not in ("auto", *AUTOENCODERS):
         raise ValueError(f"`family` is {family!r}; it must be one of auto, {', '.join(AUTOENCODERS)}.")
@@ -138,7 +138,7 @@ def build_autoencoder(
     if any(len(values) != channels for values in statistics):
         raise ValueError(
             f"The latents' statistics are of {len(statistics[0])} channels, and the autoencoder {path} has latents of "
-            f"{channels}; give those that were published with it."
+            f"{channels}; pass those that were published with it."
         )
     arguments, others = family.complete(autoencoder.config, autoencoder.original, statistics, encoder)
     with torch.device("meta"):

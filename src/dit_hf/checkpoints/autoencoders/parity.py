@@ -9,18 +9,18 @@ from .loading import Autoencoder, original_autoencoder
 
 def measure_autoencoder_parity(autoencoder: Autoencoder, vae, seed: int = 0) -> Parity:
     """
-    Runs the checkpoint's own weights through an independent forward pass beside the model, on seeded inputs.
+    Compares an autoencoder with an independent forward pass of the original weights, on seeded inputs.
 
     Args:
         autoencoder (`Autoencoder`): From [`dit_hf.checkpoints.autoencoders.parse_autoencoder`].
-        vae (`AutoencoderKL` or `AutoencoderRAE`): What it became.
+        vae (`AutoencoderKL` or `AutoencoderRAE`): The converted autoencoder.
         seed (`int`, defaults to 0): Of the inputs.
 
     Returns:
         `Parity`
 
     Raises:
-        ValueError: if the two are of different models.
+        ValueError: if the two do not belong together.
     """
     family, config = autoencoder.family, autoencoder.config
     if type(vae).__name__ != family.model.__name__:

@@ -31,7 +31,7 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class RAEDecoderFamily(AutoencoderFamily):
-    """RAE's decoder; the statistics of its latents are a file of their own."""
+    """RAE's decoder; the statistics of its latents are a separate file."""
 
     name = "rae"
     model = AutoencoderRAE
@@ -43,7 +43,7 @@ class RAEDecoderFamily(AutoencoderFamily):
     def infer(self, weights, hints, path):
         def shape(key, rank=2):
             if key not in weights:
-                raise ValueError(f"Checkpoint {path} is no decoder of RAE: the key {key!r} is missing.")
+                raise ValueError(f"Checkpoint {path} is not a decoder of RAE: the key {key!r} is missing.")
             if weights[key].ndim != rank or 0 in weights[key].shape:
                 given = tuple(weights[key].shape)
                 raise ValueError(
@@ -62,11 +62,14 @@ class RAEDecoderFamily(AutoencoderFamily):
         patch_size = math.isqrt(values // 3)
         if values != 3 * patch_size**2:
             raise ValueError(
-                f"Checkpoint {path}: 'decoder_pred.weight' gives {values} values a token, which are no square of RGB "
-                "pixels."
+                f"Checkpoint {path}: 'decoder_pred.weight' gives {values} values per token, which are not a square of "
+                "RGB pixels."
             )
         if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
-            raise ValueError(f"Checkpoint {path}: {POSITIONS!r} is of {tokens} tokens, which is no square.")
+            raise ValueError(
+                f"Checkpoint {path}: {POSITIONS!r} is of {tokens} tokens, which is not a square number; only square "
+                "images can be converted."
+            )
         heads = hints.decoder_num_attention_heads or KNOWN_HEADS.get(width)
         if heads is None:
             known = ", ".join(map(str, KNOWN_HEADS))
@@ -133,7 +136,7 @@ class RAEDecoderFamily(AutoencoderFamily):
         if (width := arguments["encoder_hidden_size"]) != config["encoder_hidden_size"]:
             raise ValueError(
                 f"--encoder: {encoder} has width {width}, and the decoder is for one of "
-                f"{config['encoder_hidden_size']}; give the one that it was trained with."
+                f"{config['encoder_hidden_size']}; pass the one that it was trained with."
             )
         arguments |= config | {"encoder_input_size": grid * arguments["encoder_patch_size"]}
         arguments |= dict(zip(("latents_mean", "latents_std"), statistics, strict=True))
