@@ -344,18 +344,17 @@ def test_the_ratio_of_distances_is_that_of_real_images():
 
 def test_the_mean_ratio_is_of_several_extractors():
     def result(extractor, value, **recipe):
-        recipe = {"extractor": {"name": extractor}, "samples": "s.npz", "num_samples": 9} | recipe
+        recipe = {"extractor": {"name": extractor}, "samples": "s.npz"} | recipe
         return {"fdr": {"value": value}, "recipe": recipe}
 
     found = mean_ratio([result("a", 2.0), result("b", 5.0), result("c", 5.0)])
     assert found == {"mean": 4.0, "extractors": {"a": 2.0, "b": 5.0, "c": 5.0}}
-    for results, message in (
-        ([result("a", 1.0), result("a", 2.0)], "Two results are of 'a'"),
-        ([result("a", 1.0), result("b", 2.0, num_samples=8)], "results of a, b differ in `num_samples`"),
-        ([result("a", 1.0), {"fid": {"value": 1.0}, "recipe": {"extractor": {"name": "b"}}}], "has no 'fdr'"),
+    for second, message in (
+        (result("a", 2.0), "Results of a, a; a mean ratio takes each extractor once"),
+        (result("b", 2.0, samples="other.npz"), "Results of a, b differ in `samples`"),
     ):
         with pytest.raises(ValueError, match=message):
-            mean_ratio(results)
+            mean_ratio([result("a", 1.0), second])
 
 
 def test_sets_of_different_image_sizes_are_refused():

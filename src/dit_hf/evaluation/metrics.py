@@ -266,12 +266,13 @@ def compute_metrics(
             check_same_size(samples.image_size, name, other.image_size)
             if not other.is_of(samples.extractor):
                 raise ValueError(f"The samples' features are of {samples.extractor}, the {name} of {other.extractor}.")
-    sets = {"samples": samples, "reference": reference, "training": training}
-    sets = {name: part.select(content_order(part.features)) for name, part in sets.items() if part is not None}
+    named = {"samples": samples, "reference": reference, "training": training}
+    # Each metric takes the part it needs in this order: whole copies of the sets would double the memory.
+    sets = {name: (images, content_order(images.features)) for name, images in named.items() if images is not None}
     results: dict[str, dict[str, float]] = {}
     computed: dict[Any, Any] = {}
     for name, metric in zip(metrics, rows, strict=True):
-        own = _arguments(name, metric, sets["samples"])
+        own = _arguments(name, metric, *sets["samples"])
         others = _others(name, metric, sets, parts)
         results[name] = _measure(metric, own, others, computed, bootstrap, seed)
     return results
@@ -296,13 +297,14 @@ def check_same_size(samples: tuple[int, int] | None, name: str, other: tuple[int
         )
 
 
-def _arguments(name, metric, images):
-    """What a metric takes of a set of images."""
+def _arguments(name, metric, images, order):
+    """What a metric takes of a set of images, in the given order."""
     if metric.labels and images.labels is None:
         raise ValueError(f"{name} needs the class of every image of the samples and of the {metric.against}.")
     if metric.needs not in images.parts:
         raise ValueError(f"{name} needs `{metric.needs}` of every set; one has only {', '.join(images.parts)}.")
-    return [getattr(images, metric.needs), *([images.labels] if metric.labels else [])]
+    arguments = [getattr(images, metric.needs)[order]]
+    return [*arguments, [images.labels[row] for row in order.tolist()]] if metric.labels else arguments
 
 
 def _others(name, metric, sets, statistics):
@@ -310,11 +312,11 @@ def _others(name, metric, sets, statistics):
     if metric.against is None:
         return []
     if metric.against not in ("statistics", "both"):
-        return _arguments(name, metric, sets[metric.against])
-    first = statistics.get(metric.needs) or gaussian(*_arguments(name, metric, sets["reference"]))
+        return _arguments(name, metric, *sets[metric.against])
+    first = statistics.get(metric.needs) or gaussian(*_arguments(name, metric, *sets["reference"]))
     if metric.against == "statistics":
         return [first]
-    return [first, gaussian(*_arguments(name, metric, sets["training"]))]
+    return [first, gaussian(*_arguments(name, metric, *sets["training"]))]
 
 
 def _measure(metric, own, others, computed, bootstrap, seed):
