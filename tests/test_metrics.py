@@ -1,4 +1,5 @@
-"""Metrics against closed forms, scipy, and plain numpy; the table of metrics; independence of the order of images."""
+"""Metrics against torch-fidelity, closed forms, scipy and numpy; the table of metrics; independence of the order of
+images."""
 
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import torch
 from dit_hf.evaluation import metrics as table
 from dit_hf.evaluation.extractors import Features
 from dit_hf.evaluation.frechet import frechet_distance
+from dit_hf.evaluation.frechet_ratio import mean_ratio
 from dit_hf.evaluation.inception_score import inception_score
 from dit_hf.evaluation.kernel_distance import kernel_distance
 from dit_hf.evaluation.metrics import METRICS, Available, Metric, compute_metrics, default_metrics
+from dit_hf.evaluation.monge_distance import monge_distance
 from dit_hf.evaluation.order import content_order
 from dit_hf.evaluation.pairs import nearest_neighbours
 from dit_hf.evaluation.precision_recall import precision_recall
@@ -26,6 +29,47 @@ def draw(count, dim=12, seed=0, shift=0.0):
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(dim, dim, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     return torch.randn(count, dim, generator=generator, dtype=torch.float64) @ mixing + shift
+
+
+# What torch-fidelity's functions of features (main branch, commit 5e211a9, 11 May 2026; *_features_to_metric and
+# fid_statistics_to_metric) give for the two sets below: KID of one subset of all images, Inception Score of one split,
+# the rest at its defaults. Its MIND is computed in float32, its precision and recall are averaged in float32.
+TORCH_FIDELITY = {
+    "fid": 2.2364678548457917,
+    "kid": 0.2884146799530414,
+    "is": 1.742566469944769,
+    "mind": 5.880242228507996,
+    "precision": 0.476666659116745,
+    "recall": 0.9300000071525574,
+}
+
+
+def test_metrics_are_torch_fidelitys():
+    first, second = (np.random.RandomState(seed).standard_normal((300, 16)) for seed in (0, 1))
+    samples, reference = (
+        Features(part, part, part, {"name": "inception"})
+        for part in map(torch.from_numpy, (first * 1.2 + 0.3, second))
+    )
+    names = [*TORCH_FIDELITY, "sfid"]
+    names.remove("is")
+    found = {name: result["value"] for name, result in compute_metrics(samples, reference, names).items()}
+    assert found.pop("sfid") == found["fid"]  # one function, of other features
+    found["is"] = inception_score(samples.logits, splits=1)[0]
+    assert found == pytest.approx(TORCH_FIDELITY, rel=1e-6)
+
+
+def test_monge_distance_is_numpys(monkeypatch):
+    """Sets of different sizes: each image is repeated until they are equally many; all parts and blocks count."""
+    samples, reference = draw(14, dim=5).numpy(), draw(8, dim=5, seed=1, shift=0.4).numpy()
+    directions = torch.randn(1000, 5, generator=torch.Generator().manual_seed(2020)).double().numpy()
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    sorted_sets = [np.sort(part @ directions.T, axis=0) for part in (samples, reference)]
+    gaps = np.repeat(sorted_sets[0], 8, axis=0) - np.repeat(sorted_sets[1], 14, axis=0)
+    monkeypatch.setattr("dit_hf.evaluation.pairs.BLOCK", 5)
+    found = monge_distance(torch.from_numpy(samples), torch.from_numpy(reference))
+    assert found == pytest.approx(3 * 5 * (gaps**2).mean(), rel=1e-6)
+    same = monge_distance(torch.from_numpy(samples), torch.from_numpy(np.repeat(samples, 3, axis=0)))
+    assert same == pytest.approx(0, abs=1e-12)
 
 
 def test_distance_of_known_gaussians():
@@ -189,7 +233,7 @@ def test_precision_and_recall_are_numpys(monkeypatch):
         precision_recall(samples, reference[:3])
 
 
-@pytest.mark.parametrize("metric", [kernel_distance, precision_recall, nearest_neighbours])
+@pytest.mark.parametrize("metric", [kernel_distance, monge_distance, precision_recall, nearest_neighbours])
 def test_metrics_of_pairs_name_bad_sets(metric):
     bad = draw(9)
     bad[4, 2] = float("inf")
@@ -280,6 +324,39 @@ def test_the_nearest_reference_image_decides():
         compute_metrics(samples, reference, ["nearest_accuracy"])
 
 
+def test_the_ratio_of_distances_is_that_of_real_images():
+    """FD(samples, training) over FD(reference, training); statistics of the reference are enough."""
+    samples, reference, training = (features(60, seed, shift) for seed, shift in ((0, 0.5), (1, 0.0), (2, 0.1)))
+    expected = frechet_distance(samples.features, training.features)
+    expected /= frechet_distance(reference.features, training.features)
+    found = compute_metrics(samples, reference, ["fdr"], bootstrap=2, training=training)["fdr"]
+    assert found["value"] == pytest.approx(expected, rel=1e-9)
+    assert found["ci95"] > 0
+    alone = compute_metrics(samples, None, ["fdr"], training=training, statistics=of(reference))
+    assert alone["fdr"]["value"] == pytest.approx(expected, rel=1e-9)
+    assert compute_metrics(reference, reference, ["fdr"], training=training)["fdr"]["value"] == pytest.approx(1)
+    assert "fdr" not in evaluate(samples, reference, ["fdr"], training=training)["training images"]
+    with pytest.raises(ValueError, match="fdr needs training images"):
+        compute_metrics(samples, reference, ["fdr"])
+    with pytest.raises(ValueError, match="reference and the training images are the same"):
+        compute_metrics(samples, training, ["fdr"], training=training)
+
+
+def test_the_mean_ratio_is_of_several_extractors():
+    def result(extractor, value, **recipe):
+        recipe = {"extractor": {"name": extractor}, "samples": "s.npz"} | recipe
+        return {"fdr": {"value": value}, "recipe": recipe}
+
+    found = mean_ratio([result("a", 2.0), result("b", 5.0), result("c", 5.0)])
+    assert found == {"mean": 4.0, "extractors": {"a": 2.0, "b": 5.0, "c": 5.0}}
+    for second, message in (
+        (result("a", 2.0), "Results of a, a; a mean ratio takes each extractor once"),
+        (result("b", 2.0, samples="other.npz"), "Results of a, b differ in `samples`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mean_ratio([result("a", 1.0), second])
+
+
 def test_sets_of_different_image_sizes_are_refused():
     samples, reference = features(20, image_size=(64, 64)), features(20, seed=1, image_size=(256, 256))
     for sets in ({"reference": reference}, {"reference": None, "statistics": of(reference)}):
@@ -293,7 +370,7 @@ def test_sets_of_different_image_sizes_are_refused():
 
 
 def test_published_names_are_inceptions_alone():
-    names = {"fid": "fd", "sfid": "sfd"}
+    names = {"fid": "fd", "sfid": "sfd", "mind": "mind"}
     inception, other = (features(20, extractor=name) for name in ("inception", "facebook/dinov2-base"))
     assert list(compute_metrics(inception, inception, [*names, "recall"])) == [*names, "recall"]
     for published, name in names.items():
@@ -322,7 +399,8 @@ def test_no_metric_depends_on_the_order_of_images():
         for samples, reference, training in (sets, permuted)
     )
     assert set(first) == {
-        *("fd_a", "sfd_a", "is", "kid", "precision", "recall", "density", "coverage", "accuracy", "nearest_accuracy")
+        *("fd_a", "sfd_a", "is", "kid", "precision", "recall", "density", "coverage", "mind_a", "fdr", "accuracy"),
+        "nearest_accuracy",
     }
     for name in every:
         assert first[name] == pytest.approx(second[name], rel=1e-9), name

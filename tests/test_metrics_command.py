@@ -26,6 +26,7 @@ from dit_hf.evaluation import metrics as table
 from dit_hf.evaluation.extractors import Features
 from dit_hf.evaluation.frechet import frechet_distance
 from dit_hf.evaluation.metrics import METRICS, Metric
+from dit_hf.evaluation.protocol import protocol_line
 from dit_hf.evaluation.reference import reference_statistics
 from dit_hf.evaluation.sources import ImageSource
 from dit_hf.evaluation.statistics import GaussianStatistics, gaussian
@@ -118,7 +119,7 @@ def test_bad_sources_are_named(images):
 
 
 def run_script(*arguments, env=None):
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    command = [sys.executable, SCRIPT, "--json", *map(str, arguments)]
     if env is None:
         return run_forked(command)
     return subprocess.run(command, capture_output=True, text=True, env=env)
@@ -230,6 +231,9 @@ def test_metrics_go_into_the_card_with_their_recipe(images):
         assert results["kid"].metric_args["samples"] == "a.safetensors"
         assert str(folder) not in card.content
         assert "Fréchet distance (dinov2)" in card.text
+        assert "Protocol, held-out images: labels: not recorded; " in card.text
+        assert "; seed: not recorded." in card.text  # to its end
+        assert "reference: 50 images of b.safetensors; N: 40; " in results["kid"].metric_args["protocol"]
     assert len(local.data.eval_results) == 4  # of two references
 
 
@@ -331,7 +335,7 @@ def test_sets_of_different_sizes_are_refused_before_work(images):
 
 
 def command_in_process(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["metrics", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["metrics", "--json", *map(str, arguments)])
     main()
     return json.loads(capsys.readouterr().out)
 
@@ -350,11 +354,11 @@ def test_the_command_knows_a_new_row_and_its_defaults(tmp_path, monkeypatch, cap
         Features(draw(40, seed=seed), None, draw(40, 5, seed), {"name": "inception"}).save(path)
     flags = ("--samples", sets[0], "--reference", sets[1], "--feature_extractor", "precomputed", "--bootstrap", 0)
     found = command_in_process(monkeypatch, capsys, *flags)
-    assert list(found) == ["fid", "is", "kid", "precision", "recall", "recipe"]
+    assert list(found) == ["fid", "is", "kid", "precision", "recall", "protocol", "recipe"]
     assert "shuffled" in found["recipe"]["settings"]["is"]
     monkeypatch.setattr(table, "METRICS", [*METRICS, Metric("gap", "gap", lambda a, b: (a.mean() - b.mean()).item())])
     found = command_in_process(monkeypatch, capsys, *flags, "--metrics", "gap, fid")
-    assert list(found) == ["gap", "fid", "recipe"]
+    assert list(found) == ["gap", "fid", "protocol", "recipe"]
     assert found["gap"]["value"] != 0
     with pytest.raises(ValueError, match="There is no metric 'sfdi'; .*, gap"):
         command_in_process(monkeypatch, capsys, *flags, "--metrics", "sfdi")
@@ -362,12 +366,76 @@ def test_the_command_knows_a_new_row_and_its_defaults(tmp_path, monkeypatch, cap
         command_in_process(monkeypatch, capsys, *flags, "--metrics", "accuracy")
 
 
+def test_a_table_is_printed_and_json_is_written(tmp_path, monkeypatch, capsys):
+    """One line for each metric, with the interval and the training images' value; then the protocol."""
+    sets = [tmp_path / f"{name}.safetensors" for name in ("samples", "reference", "training")]
+    for seed, path in enumerate(sets):
+        Features(draw(40, seed=seed), None, None, {"name": "a"}).save(path)
+    flags = ["--samples", sets[0], "--reference", sets[1], "--training", sets[2], "--metrics", "fd_a,precision,fdr"]
+    flags += ["--feature_extractor", "precomputed", "--bootstrap", 2, "--output", tmp_path / "a.json"]
+    monkeypatch.setattr(sys, "argv", ["metrics", *map(str, flags)])
+    main()
+    head, *rows, copies, _, protocol = capsys.readouterr().out.splitlines()
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert head.split() == ["metric", "samples", "±", "training", "images"]
+    value, real = found["fd_a"], found["training images"]["fd_a"]["value"]
+    assert rows[0].split() == ["fd_a", "↓", f"{value['value']:.6g}", f"{value['ci95']:.2g}", f"{real:.6g}"]
+    assert [row.split()[:2] for row in rows[1:]] == [["precision", "↑"], ["fdr", "↓"]]
+    assert len(rows[2].split()) == 4  # no ratio of training images
+    assert copies.startswith("samples as near to a training image")
+    assert protocol == found["protocol"] == protocol_line(found["recipe"])
+
+
+def test_the_mean_ratio_takes_results_of_other_extractors(tmp_path, monkeypatch, capsys):
+    sets = [tmp_path / f"{name}.safetensors" for name in ("samples", "reference", "training")]
+    flags = ["--samples", sets[0], "--reference", sets[1], "--training", sets[2], "--metrics", "fdr"]
+    flags += ["--feature_extractor", "precomputed", "--bootstrap", 0]
+    ratios = {}
+    for extractor, more in (("a", ["--output", tmp_path / "a.json"]), ("b", ["--fdr_results", tmp_path / "a.json"])):
+        for seed, path in enumerate(sets):
+            Features(draw(40, seed=seed) ** (1 + len(ratios)), None, None, {"name": extractor}).save(path)
+        found = command_in_process(monkeypatch, capsys, *flags, *more)
+        ratios[extractor] = found["fdr"]["value"]
+    assert found["mean fdr"] == {"mean": pytest.approx(sum(ratios.values()) / 2), "extractors": ratios}
+    (tmp_path / "c.json").write_text(json.dumps({"fid": {"value": 1.0}}))
+    for other, name, message in (
+        ("c.json", sets[0], "c.json is no result with 'fdr'"),
+        ("a.json", sets[1], "Results of b, a differ in `samples`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command_in_process(monkeypatch, capsys, "--fdr_results", tmp_path / other, *flags, "--samples", name)
+    with pytest.raises(SystemExit):
+        command_in_process(monkeypatch, capsys, "--fdr_results", tmp_path / "a.json", *flags, "--metrics", "kid")
+
+
+def test_the_protocol_says_what_is_recorded_and_what_is_not():
+    sampling = {"labels": "balanced", "rounding": "truncate", "scheduler": "DDIMScheduler", "num_inference_steps": 30}
+    guided = {"guidance_scale": 1.5, "guidance_channels": 3, "guidance_interval": [0.0, 0.5], "seed": 7}
+    recipe = {"extractor": {"name": "facebook/dinov2-base", "weights": "ab12", "resize": "224×224"}, "resolution": 64}
+    recipe |= {"reference": "data/ref.npz", "num_reference": 50, "statistics": "file", "num_samples": 40}
+    recipe |= {"sampling": sampling | guided | {"guidance": "away from the null class"}}
+    assert protocol_line(recipe) == (
+        "labels: balanced; rounding to 8 bits: truncate; resize: cropped to 64×64, then 224×224; "
+        "extractor: dinov2-base (weights ab12); reference: statistics in ref.npz and 50 images of ref.npz; N: 40; "
+        "guidance: scale 1.5, channels 3, interval 0 to 0.5, away from the null class; solver: DDIMScheduler; "
+        "steps: 30; seed: 7"
+    )
+    assert "channels all," in protocol_line({"sampling": guided | {"guidance_channels": None}})
+    assert "guidance: in the weights;" in protocol_line(
+        {"sampling": {"guidance_scale": 1.0, "guidance": "in the weights"}}
+    )
+    assert "labels: as in the dataset pictures;" in protocol_line({"sampling": {"labels": "/home/me/pictures"}})
+    unknown = dict(part.split(": ", 1) for part in protocol_line({"sampling": {}}).split("; "))
+    assert unknown.pop("guidance").count("not recorded") == 4
+    assert set(unknown.values()) == {"not recorded"}
+
+
 def test_few_images_omit_metrics_and_the_command_says_so(images, monkeypatch, capsys):
     folder, pixels = images
     np.savez(folder / "few.npz", arr_0=pixels[:9])
     flags = ("--samples", folder / "few.npz", "--reference", folder / "images.npz", "--bootstrap", 0)
     flags += ("--cache_dir", folder / "cache", "--training", folder / "few.npz")
-    monkeypatch.setattr(sys, "argv", ["metrics", *map(str, flags)])
+    monkeypatch.setattr(sys, "argv", ["metrics", "--json", *map(str, flags)])
     main()
     output = capsys.readouterr()
     assert "Omitted: is needs at least 10 images; there are 9 (samples)." in output.err

@@ -21,7 +21,7 @@ from dit_hf.commands import generate, metrics, sample
 from dit_hf.commands.generate import class_labels
 from dit_hf.commands.sample import asked_labels, call_settings
 from dit_hf.evaluation.grid import caption_lines
-from dit_hf.evaluation.samples import SAMPLING_RECIPES, sample_images, sample_labels
+from dit_hf.evaluation.samples import SAMPLING_RECIPES, sample_images, sample_labels, to_bytes
 from dit_hf.evaluation.sources import ImageSource
 from dit_hf.seeds import seeded_generator
 
@@ -96,7 +96,7 @@ def test_metrics_of_samples_with_the_classes_of_a_dataset(pipeline, tmp_path, wo
     data = workspace / "data"
     run(command(pipeline, tmp_path / "out", labels=data, num_samples=12, num_inference_steps=1))
     flags = ["--samples", tmp_path / "out" / "samples.npz", "--reference", data, "--training", data]
-    flags += ["--metrics", f"{FD},accuracy", "--bootstrap", 2, "--cache_dir", tmp_path / "cache"]
+    flags += ["--metrics", f"{FD},accuracy", "--bootstrap", 2, "--cache_dir", tmp_path / "cache", "--json"]
     found = json.loads(run([sys.executable, COMPUTE, *map(str, flags)]).stdout)
     names = ImageSource(data, "test").labels()
     drawn = ImageSource(tmp_path / "out" / "samples.npz").labels()
@@ -111,6 +111,21 @@ def test_metrics_of_samples_with_the_classes_of_a_dataset(pipeline, tmp_path, wo
     assert result.returncode == 2
     assert "none" in result.stderr
     assert not (tmp_path / "no" / "recipe.json").exists()
+
+
+def test_pixels_are_rounded_or_truncated(pipeline, tmp_path, monkeypatch):
+    """DiT's truncated 127.5 x + 128 is rounding, ADM's truncated (x + 1) 127.5 is not; the recipe says which."""
+    values = torch.linspace(-1.1, 1.1, 4001)  # as a decoder gives them
+    decoded = (values / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(to_bytes(decoded), (values * 127.5 + 128).clamp(0, 255).to(torch.uint8))
+    assert torch.equal(to_bytes(decoded, "truncate"), ((values + 1) * 127.5).clamp(0, 255).to(torch.uint8))
+    for rounding in ("round", "truncate"):
+        flags = {"num_samples": 2, "num_inference_steps": 1, "rounding": rounding}
+        in_process(monkeypatch, command(pipeline, tmp_path / rounding, **flags))
+        recipe = json.loads((tmp_path / rounding / "recipe.json").read_text())
+        assert (recipe["rounding"], recipe["guidance"]) == (rounding, "away from the null class")
+    darker = images(tmp_path / "round").astype(int) - images(tmp_path / "truncate")
+    assert set(np.unique(darker)) == {0, 1}
 
 
 def test_another_sampler_and_interval_are_the_models(pipeline, tmp_path):

@@ -20,6 +20,7 @@ from ..evaluation.accuracy import check_classes
 from ..evaluation.cards import card_results
 from ..evaluation.extractors import PRECOMPUTED, Features, load_extractor
 from ..evaluation.feature_cache import image_features
+from ..evaluation.frechet_ratio import RATIO, check_same_sets, mean_ratio, read_ratio
 from ..evaluation.metrics import (
     METRICS,
     Available,
@@ -29,7 +30,9 @@ from ..evaluation.metrics import (
     find_metrics,
     too_few_images,
 )
+from ..evaluation.protocol import protocol_line
 from ..evaluation.reference import reference_statistics, save_statistics
+from ..evaluation.result_table import result_table
 from ..evaluation.samples import check_recipe, sampling_recipe
 from ..evaluation.sources import ImageSource
 from ..evaluation.training_images import evaluate
@@ -89,7 +92,15 @@ def parse_args(flags=None):
     parser.add_argument(
         "--save_statistics", type=Path, help="Write the statistics of the reference in ADM's .npz format."
     )
+    parser.add_argument(
+        "--fdr_results",
+        type=Path,
+        nargs="+",
+        default=[],
+        help=f"Results (--output) of other extractors for the same sets, with {RATIO}: adds the mean of all.",
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the result.")
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON instead of a table.")
     parser.add_argument("--update_card", type=Path, help="Pipeline folder whose model card gets the metrics.")
     parser.add_argument("--dataset_title", default="held-out images", help="What the card calls the reference.")
     parser.add_argument("--push_to_hub", action="store_true", help="Publish that folder.")
@@ -99,6 +110,8 @@ def parse_args(flags=None):
         parser.error("--push_to_hub publishes the folder of --update_card")
     if args.hub_model_id is not None and not args.push_to_hub:
         parser.error("--hub_model_id has no effect without --push_to_hub")
+    if args.fdr_results and RATIO not in (args.metrics or ()):
+        parser.error(f"--fdr_results has no effect without {RATIO} among --metrics")
     check_outputs(args)
     return args
 
@@ -220,6 +233,9 @@ def measure(args):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         extractor = load_extractor(args.feature_extractor, args.extractor_weights).to(device)
         description, parts = extractor.description, extractor.parts
+    recipe = asked_recipe(args, description)
+    ratios = [read_ratio(path) for path in args.fdr_results]
+    check_same_sets([recipe, *(result["recipe"] for result in ratios)])
     statistics, use_images = open_statistics(args, description)
     if args.save_statistics and not use_images:
         raise ValueError(f"--save_statistics: {args.reference} is a file of statistics already.")
@@ -250,24 +266,33 @@ def measure(args):
     if args.save_statistics:
         save_statistics(reference, args.save_statistics)
     rows = find_metrics(names, description["name"])
-    recipe = {
-        "samples": args.samples,
+    recipe |= {
         "num_samples": len(sets["samples"].features),
-        "reference": args.reference,
         "num_reference": "statistics" if reference is None else len(reference.features),
+        "statistics": "file" if statistics else "images",
+        "skipped": {name: len(images) for name, images in skipped.items()},
+        "settings": {name: row.settings for name, row in zip(names, rows, strict=True) if row.settings},
+    }
+    if ratios:
+        found["mean fdr"] = mean_ratio([found | {"recipe": recipe}, *ratios])
+    return found, recipe
+
+
+def asked_recipe(args, description):
+    """What is known of the recipe before any image is read."""
+    return {
+        "samples": args.samples,
+        "reference": args.reference,
         "training": args.training,
         "split": args.split,
         "holdout": args.holdout,
         "resolution": args.resolution,
-        "skipped": {name: len(images) for name, images in skipped.items()},
         "extractor": description,
-        "settings": {name: row.settings for name, row in zip(names, rows, strict=True) if row.settings},
         "bootstrap": args.bootstrap,
         "seed": args.seed,
         "sampling": sampling_recipe(args.samples),
         "versions": {name: version(name) for name in ("dit_hf", "torch", "numpy")},
     }
-    return found, recipe
 
 
 def position(row, skipped):
@@ -277,11 +302,11 @@ def position(row, skipped):
     return row
 
 
-def update_card(args, found, recipe):
+def update_card(args, found, recipe, protocol):
     """The metrics on a pipeline's model card; and on the Hub if asked."""
     pipe = DiTClassCondPipeline.from_pretrained(args.update_card)
     metrics = {name: result for name, result in found.items() if "value" in result}
-    facts = CardFacts(results=card_results(metrics, recipe, args.dataset_title, PIPELINE_TAG))
+    facts = CardFacts(results=card_results(metrics, recipe, args.dataset_title, PIPELINE_TAG, protocol))
     print(f"Card: {write_card(pipe, args.update_card, facts=facts)}", file=sys.stderr)
     if args.push_to_hub:
         place = publish_folder(args.update_card, args.hub_model_id or args.update_card.resolve().name, pipe, facts)
@@ -294,15 +319,16 @@ def main():
         found, recipe = measure(args)
     except ValueError as error:
         raise ValueError(f"--samples {args.samples} with --reference {args.reference}: {error}") from error
-    result = json.dumps(found | {"recipe": recipe}, indent=2, ensure_ascii=False)
-    print(result)
+    protocol = protocol_line(recipe)
+    result = json.dumps(found | {"protocol": protocol, "recipe": recipe}, indent=2, ensure_ascii=False)
+    print(result if args.json else f"{result_table(found, recipe['extractor']['name'])}\n\n{protocol}")
     if args.output:
         with writing(args.output) as partial:
             partial.write_text(result + "\n", "utf-8")
     if args.feature_extractor != PRECOMPUTED:
         print(f"Features: {args.cache_dir}", file=sys.stderr)
     if args.update_card:
-        update_card(args, found, recipe)
+        update_card(args, found, recipe, protocol)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from ..complexity import count_macs
 from ..data.autoencoders import load_autoencoder
 from ..data.fingerprints import checksum
 from ..evaluation.samples import (
+    LABEL_POLICIES,
     RECIPE,
+    ROUNDINGS,
     SAMPLES,
     SAMPLING_RECIPES,
     generate_samples,
@@ -44,8 +46,6 @@ from ..training.validation import check_sampling
 
 # What may differ between two runs that generate the same set.
 MAY_CHANGE = ("batch_size", "versions")
-# Values of --labels that are no dataset.
-POLICIES = ("balanced", "random")
 
 
 def parse_args(flags=None):
@@ -77,6 +77,12 @@ def parse_args(flags=None):
     parser.add_argument("--scheduler", help="Recipe of `make_scheduler`; by default the scheduler of the pipeline.")
     add_call_flags(parser)
     parser.add_argument("--vae", help="VAE to decode with instead of the pipeline's: folder or Hub id.")
+    parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default="round",
+        help="How pixels become 8 bits: `round` as diffusers and DiT, or `truncate` as ADM.",
+    )
     add_seed_flag(parser, "Image i depends on (seed, i) alone.")
     parser.add_argument(
         "--batch_size", type=integer(at_least=1, at_most=2**16), default=48, help="Images per batch and process."
@@ -87,7 +93,7 @@ def parse_args(flags=None):
     parser.add_argument("--dry_run", action="store_true", help="Print the cost and write nothing.")
     parser.set_defaults(**SAMPLING_RECIPES.get(parser.parse_known_args(flags)[0].recipe, {}))
     args = parser.parse_args(flags)
-    if args.holdout and args.labels in POLICIES:
+    if args.holdout and args.labels in LABEL_POLICIES:
         parser.error(f"--holdout has no effect with --labels {args.labels}, which is not a dataset; omit it")
     if not args.dry_run:
         check_output(args)
@@ -98,7 +104,7 @@ def check_output(args):
     """Refuses a folder that can't be written, is the dataset's, or holds something else than a set of samples."""
     folder = args.output_dir
     check_folder(folder, "--output_dir")
-    if args.labels not in POLICIES:
+    if args.labels not in LABEL_POLICIES:
         check_apart(folder, args.labels, "--output_dir")
     if (folder / RECIPE).is_file():
         read_json(folder / RECIPE)
@@ -148,7 +154,7 @@ def load_pipeline(args, device):
 
 def asked_labels(args, pipe, count):
     """Class ids of the samples."""
-    if args.labels in POLICIES:
+    if args.labels in LABEL_POLICIES:
         return sample_labels(args.labels, count, pipe.transformer.config.num_classes, args.seed)
     from ..data.images import check_column, load_image_dataset
     from ..evaluation.sources import dataset_labels
@@ -210,12 +216,20 @@ def make_recipe(args, pipe, labels, settings):
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     recipe |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_config": config}
     recipe |= {"dtype": str(pipe.transformer.dtype), "weights": checksum(pipe.transformer)[:16]}
+    recipe["guidance"] = guidance_kind(pipe, settings["guidance_scale"])
     recipe["vae_weights"] = checksum(pipe.vae)[:16] if pipe.vae is not None else None
     recipe["classes"] = {str(label): name for label, name in pipe.id2label.items()}
     fixed = {name: value for name, value in recipe.items() if name not in MAY_CHANGE}
     recipe["mark"] = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()[:16]
     recipe["versions"] = {name: version(name) for name in ("dit_hf", "torch", "diffusers")}
     return recipe
+
+
+def guidance_kind(pipe, scale):
+    """What guidance takes the difference to, or why there is none."""
+    if scale != 1:
+        return "away from the null class" if pipe.guide is None else "away from a guide"
+    return "in the weights" if pipe.transformer.config.get("guidance_in_weights") else "none"
 
 
 def check_recorded(args, recipe):
@@ -241,7 +255,7 @@ def sample(args, accelerator, pipe, labels, settings, recipe):
     progress = tqdm(total=len(mine), desc="samples", mininterval=5, disable=not accelerator.is_main_process)
     try:
         for count in generate_samples(
-            pipe, labels, mine, folder, recipe["mark"], args.seed, args.batch_size, **settings
+            pipe, labels, mine, folder, recipe["mark"], args.seed, args.batch_size, args.rounding, **settings
         ):
             progress.update(count)
     except BaseException:

@@ -9,7 +9,11 @@ from .metrics import find_metrics
 
 
 def card_results(
-    metrics: dict[str, dict[str, Any]], recipe: dict[str, Any], dataset_name: str, task_type: str
+    metrics: dict[str, dict[str, Any]],
+    recipe: dict[str, Any],
+    dataset_name: str,
+    task_type: str,
+    protocol: str | None = None,
 ) -> list[EvalResult]:
     """
     Results for a model card, each with the recipe it was computed by.
@@ -19,6 +23,7 @@ def card_results(
         recipe (`dict[str, Any]`): How they were computed, with `extractor`; paths of this machine become file names.
         dataset_name (`str`): What the card calls the reference.
         task_type (`str`): The Hub's name of the task.
+        protocol (`str`, *optional*): From [`protocol_line`]; the card shows it below the results.
 
     Returns:
         `list[EvalResult]`: of type `fid` for Inception's features, `fd_efficientnet_lite0` for EfficientNet-Lite0's.
@@ -31,7 +36,7 @@ def card_results(
     for (name, found), metric in zip(metrics.items(), find_metrics(list(metrics), extractor), strict=True):
         result = EvalResult(task_type, "images", dataset_name, name, float(f"{found['value']:.6g}"))
         result.metric_name = f"{metric.title} ({_without_path(extractor)})"
-        result.metric_args = _public(recipe)
+        result.metric_args = _public(recipe) | ({"protocol": protocol} if protocol else {})
         results.append(result)
     return results
 

@@ -32,8 +32,12 @@ def image_features(source: ImageSource, extractor: Extractor, cache_dir: str | P
         if own and features.is_of(extractor.description):
             features.image_size = source.image_size
             return features
-    batches = tqdm(source.batches(batch_size), desc=f"features of {source.source}", mininterval=5)
-    features = Features.join([extract(batch, extractor) for batch in batches])
+    parts = []
+    with tqdm(total=source.count, desc=f"features of {source.source}", unit="image", mininterval=5) as progress:
+        for batch in source.batches(batch_size):
+            parts.append(extract(batch, extractor))
+            progress.update(len(batch))
+    features = Features.join(parts)
     features.digest = digest
     features.save(path)
     return features

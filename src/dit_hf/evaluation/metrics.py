@@ -17,8 +17,10 @@ from ..seeds import seeded_generator
 from .accuracy import class_accuracy, nearest_accuracy
 from .extractors import INCEPTION, Features
 from .frechet import frechet_distance
+from .frechet_ratio import RATIO, frechet_ratio
 from .inception_score import inception_score
 from .kernel_distance import kernel_distance
+from .monge_distance import DIRECTIONS, SEED, monge_distance
 from .order import content_order
 from .precision_recall import precision_recall
 from .reference import ReferenceStatistics
@@ -36,13 +38,14 @@ class Metric:
         compute (`Callable`):
             Takes what the metric needs of the samples, then the same of what they are compared `against`: each a
             tensor `(images, channels)`, followed by the list of class names if `labels`. For `against="statistics"`
-            the second is a `GaussianStatistics`. Returns a number, or a number and its standard deviation, or with
-            `per_image` a tensor of one number per image, or a dictionary of such tensors by `name`: it is then called
-            once for all rows that have it.
+            the second is a `GaussianStatistics`, for `against="both"` the second and the third are. Returns a number,
+            or a number and its standard deviation, or with `per_image` a tensor of one number per image, or a
+            dictionary of such tensors by `name`: it is then called once for all rows that have it.
         needs (`str`, defaults to `"features"`): The part of `Features` it is computed of, or `"spatial"`, `"logits"`.
         against (`str`, *optional*):
             `"reference"`, the reference's images, `"statistics"`, for which their mean and covariance are enough,
-            `"training"`, the training images, or None.
+            `"training"`, the training images, `"both"`, the statistics of the reference and of the training images,
+            or None.
         higher_is_better (`bool`, defaults to `True`): Direction.
         per_image (`bool`, defaults to `False`): Whether the metric is the mean of one number per image.
         labels (`bool`, defaults to `False`): Whether it needs the images' classes.
@@ -94,6 +97,10 @@ METRICS = [
     Metric("recall", "recall", precision_recall, per_image=True, default=True, settings=BALLS, at_least=4),
     Metric("density", "density", precision_recall, per_image=True, settings=BALLS, at_least=4),
     Metric("coverage", "coverage", precision_recall, per_image=True, settings=BALLS, at_least=4),
+    Metric("mind", "Monge Inception Distance", monge_distance, higher_is_better=False, inception_name="mind",
+           settings=f"{DIRECTIONS} directions of seed {SEED}, all images"),
+    Metric(RATIO, "Fréchet distance ratio", frechet_ratio, against="both", higher_is_better=False,
+           settings="FD(samples, training) / FD(reference, training)"),
     Metric("accuracy", "class accuracy of a linear probe", class_accuracy, against="training", per_image=True,
            labels=True, at_least=1),
     Metric("nearest_accuracy", "class accuracy of the nearest reference image", nearest_accuracy, per_image=True,
@@ -123,11 +130,11 @@ class Available:
         """What a metric needs and there is not; None if there is all."""
         if metric.needs not in self.parts:
             return f"`{metric.needs}`, which the extractor does not give"
-        if metric.against == "training" and not self.training:
+        if metric.against in ("training", "both") and not self.training:
             return "training images (--training)"
         if metric.against == "reference" and not self.reference:
             return "the reference's images or features; statistics are not enough"
-        if metric.against == "statistics" and not self.reference and metric.needs not in self.statistics:
+        if metric.against in ("statistics", "both") and not self.reference and metric.needs not in self.statistics:
             return f"statistics of `{metric.needs}`, which the reference does not have"
         return None
 
@@ -259,18 +266,14 @@ def compute_metrics(
             check_same_size(samples.image_size, name, other.image_size)
             if not other.is_of(samples.extractor):
                 raise ValueError(f"The samples' features are of {samples.extractor}, the {name} of {other.extractor}.")
-    sets = {"samples": samples, "reference": reference, "training": training}
-    sets = {name: part.select(content_order(part.features)) for name, part in sets.items() if part is not None}
+    named = {"samples": samples, "reference": reference, "training": training}
+    # Each metric takes the part it needs in this order: whole copies of the sets would double the memory.
+    sets = {name: (images, content_order(images.features)) for name, images in named.items() if images is not None}
     results: dict[str, dict[str, float]] = {}
     computed: dict[Any, Any] = {}
     for name, metric in zip(metrics, rows, strict=True):
-        own = _arguments(name, metric, sets["samples"])
-        if metric.against is None:
-            others = []
-        elif metric.against == "statistics":
-            others = [parts.get(metric.needs) or gaussian(_arguments(name, metric, sets["reference"])[0])]
-        else:
-            others = _arguments(name, metric, sets[metric.against])
+        own = _arguments(name, metric, *sets["samples"])
+        others = _others(name, metric, sets, parts)
         results[name] = _measure(metric, own, others, computed, bootstrap, seed)
     return results
 
@@ -294,13 +297,26 @@ def check_same_size(samples: tuple[int, int] | None, name: str, other: tuple[int
         )
 
 
-def _arguments(name, metric, images):
-    """What a metric takes of a set of images."""
+def _arguments(name, metric, images, order):
+    """What a metric takes of a set of images, in the given order."""
     if metric.labels and images.labels is None:
         raise ValueError(f"{name} needs the class of every image of the samples and of the {metric.against}.")
     if metric.needs not in images.parts:
         raise ValueError(f"{name} needs `{metric.needs}` of every set; one has only {', '.join(images.parts)}.")
-    return [getattr(images, metric.needs), *([images.labels] if metric.labels else [])]
+    arguments = [getattr(images, metric.needs)[order]]
+    return [*arguments, [images.labels[row] for row in order.tolist()]] if metric.labels else arguments
+
+
+def _others(name, metric, sets, statistics):
+    """What a metric compares the samples against; the reference's own statistics rather than those of its images."""
+    if metric.against is None:
+        return []
+    if metric.against not in ("statistics", "both"):
+        return _arguments(name, metric, *sets[metric.against])
+    first = statistics.get(metric.needs) or gaussian(*_arguments(name, metric, *sets["reference"]))
+    if metric.against == "statistics":
+        return [first]
+    return [first, gaussian(*_arguments(name, metric, *sets["training"]))]
 
 
 def _measure(metric, own, others, computed, bootstrap, seed):

@@ -19,6 +19,25 @@ from ..files import check_file, content_of, read_json, writing
 from ..seeds import seeded_generator
 
 
+# How values become 8 bits: `round` as in diffusers and DiT, whose truncated 127.5 x + 128 differs in ties alone;
+# `truncate` as in ADM's own samples.
+ROUNDINGS = {"round": torch.round, "truncate": torch.floor}
+
+
+def to_bytes(images: torch.Tensor, rounding: str = "round") -> torch.Tensor:
+    """
+    Images as 8-bit values.
+
+    Args:
+        images (`torch.Tensor` of any shape): Values in [0, 1].
+        rounding (`str`, defaults to `"round"`): Or `"truncate"`, which makes images half a level darker on average.
+
+    Returns:
+        `torch.Tensor` of the same shape, uint8, on the CPU.
+    """
+    return ROUNDINGS[rounding](images.float() * 255).to("cpu", torch.uint8)
+
+
 def sample_images(pipe, labels: torch.Tensor, seed: int, batch_size: int = 48, **options) -> torch.Tensor:
     """
     One image a label; image i depends on (seed, i) alone.
@@ -37,8 +56,7 @@ def sample_images(pipe, labels: torch.Tensor, seed: int, batch_size: int = 48, *
     for start in range(0, len(labels), batch_size):
         chosen = labels[start : start + batch_size].tolist()
         generators = [seeded_generator(seed, start + index) for index in range(len(chosen))]
-        images = pipe(chosen, generator=generators, output_type="pt", **options).images
-        batches.append((images * 255).round().to("cpu", torch.uint8))
+        batches.append(to_bytes(pipe(chosen, generator=generators, output_type="pt", **options).images))
     return torch.cat(batches)
 
 
@@ -56,6 +74,10 @@ SAMPLING_RECIPES = {
     "dit-xl-2-512-g1.25": _PAPER | {"guidance_scale": 1.25},
     "dit-xl-2-512-g1.50": _PAPER | {"guidance_scale": 1.5},
 }
+
+
+# Label policies that need no dataset.
+LABEL_POLICIES = ("balanced", "random")
 
 
 def sample_labels(policy: str, count: int, num_classes: int, seed: int) -> torch.Tensor:
@@ -153,6 +175,7 @@ def generate_samples(
     mark: str,
     seed: int,
     batch_size: int,
+    rounding: str = "round",
     **options,
 ) -> Iterator[int]:
     """
@@ -166,6 +189,7 @@ def generate_samples(
         mark (`str`): Of the set; each file holds it and its number, so that a later run knows its own.
         seed (`int`): Image i depends on (seed, i) alone.
         batch_size (`int`): Images in a batch.
+        rounding (`str`, defaults to `"round"`): How values become 8 bits, of `ROUNDINGS`.
         options: For the pipeline: `guidance_scale`, `num_inference_steps` …
 
     Returns:
@@ -177,8 +201,9 @@ def generate_samples(
     for start in range(0, len(indices), batch_size):
         chosen = indices[start : start + batch_size]
         generators = [seeded_generator(seed, index) for index in chosen]
-        images = pipe(labels[chosen].tolist(), generator=generators, **options).images
-        for index, image in zip(chosen, images, strict=True):
+        images = pipe(labels[chosen].tolist(), generator=generators, output_type="pt", **options).images
+        for index, pixels in zip(chosen, to_bytes(images, rounding), strict=True):
+            image = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
             metadata = PngInfo()
             metadata.add_text(MARK, _own_mark(mark, index))
             with writing(sample_path(folder, index), one_of_many=True) as partial:

@@ -46,7 +46,8 @@ def evaluate(
         real = matched_training_images(samples, training, seed)
         few = too_few_images(metrics, samples.extractor["name"], {"samples": len(real.features)})
         unlabelled = [name for name, row in rows.items() if row.labels and not real.labels]
-        plain = [name for name, row in rows.items() if row.against != "training" and name not in [*few, *unlabelled]]
+        of_training = [name for name, row in rows.items() if row.against in ("training", "both")]
+        plain = [name for name in rows if name not in [*few, *unlabelled, *of_training]]
         found["training images"] = {"count": len(real.features)}
         found["training images"] |= compute_metrics(real, reference, plain, statistics=statistics)
         found["nearest training image"] = compare_with_training(samples, reference, training)

@@ -369,7 +369,9 @@ def _describe(model, title, facts, results, region, files):
             f"{result.metric_name or result.metric_type}, {result.dataset_name}": result.metric_value
             for result in results
         }
-        parts.append("## Results\n\n" + _table(rows))
+        protocols = {(result.metric_args or {}).get("protocol"): result.dataset_name for result in results}
+        lines = [f"Protocol, {_inline(name)}: {_clauses(line)}." for line, name in protocols.items() if line]
+        parts.append("\n\n".join(("## Results", _table(rows), *lines)))
     limits = (
         facts.limits
         or _section(region, "Limits")
@@ -421,6 +423,11 @@ def _inline(value):
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
     text = re.sub(r"[\\`*\[\]|]", r"\\\g<0>", text.replace("&", "&amp;").replace("<", "&lt;"))
     return text.replace("{{", "{\\{").replace("{%", "{\\%")
+
+
+def _clauses(text):
+    """A long line of clauses, each as text of Markdown."""
+    return "; ".join(map(_inline, str(text).split("; ")))
 
 
 def _code(text):
