@@ -217,6 +217,8 @@ def make_recipe(args, pipe, labels, settings):
     recipe |= {"scheduler": type(pipe.scheduler).__name__, "scheduler_config": config}
     recipe |= {"dtype": str(pipe.transformer.dtype), "weights": checksum(pipe.transformer)[:16]}
     recipe["guidance"] = guidance_kind(pipe, settings["guidance_scale"])
+    if pipe.guider is not None:
+        recipe["guider"] = {name: value for name, value in pipe.guider.config.items() if not name.startswith("_")}
     recipe["vae_weights"] = checksum(pipe.vae)[:16] if pipe.vae is not None else None
     recipe["classes"] = {str(label): name for label, name in pipe.id2label.items()}
     fixed = {name: value for name, value in recipe.items() if name not in MAY_CHANGE}
@@ -228,7 +230,8 @@ def make_recipe(args, pipe, labels, settings):
 def guidance_kind(pipe, scale):
     """What guidance takes the difference to, or why there is none."""
     if scale != 1:
-        return "away from the null class" if pipe.guide is None else "away from a guide"
+        kind = "away from the null class" if pipe.guide is None else "away from a guide"
+        return kind if pipe.guider is None else f"{kind} by {type(pipe.guider).__name__}"
     return "in the weights" if pipe.transformer.config.get("guidance_in_weights") else "none"
 
 
