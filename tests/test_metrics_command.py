@@ -399,7 +399,7 @@ def test_the_mean_ratio_takes_results_of_other_extractors(tmp_path, monkeypatch,
     assert found["mean fdr"] == {"mean": pytest.approx(sum(ratios.values()) / 2), "extractors": ratios}
     (tmp_path / "c.json").write_text(json.dumps({"fid": {"value": 1.0}}))
     for other, name, message in (
-        ("c.json", sets[0], "c.json is no result with 'fdr'"),
+        ("c.json", sets[0], "c.json is not a result with 'fdr'"),
         ("a.json", sets[1], "Results of b, a differ in `samples`"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -250,7 +250,7 @@ def test_a_pipeline_carries_its_recommended_call(tmp_path):
     with pytest.raises(ValueError, match="`recommended_call` has 'steps'"):
         tiny_pipeline(recommended_call={"steps": 4})
     for given, message in (
-        ({"guidance": 3}, "'guidance' is no setting"),
+        ({"guidance": 3}, "'guidance' is not a setting"),
         ({"num_inference_steps": 0}, "is 0; it must"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -288,7 +288,7 @@ def test_the_index_of_names_is_built_once_per_call():
 def test_names_must_be_strings():
     with pytest.raises(ValueError, match="`id2label` has 7 for class 1; names must be strings"):
         tiny_pipeline(id2label={0: "a", 1: 7})
-    with pytest.raises(ValueError, match="`id2label` has a key that is no class id"):
+    with pytest.raises(ValueError, match="`id2label` has a key that is not a class id"):
         tiny_pipeline(id2label={"x": "a"})
     assert tiny_pipeline(id2label={0: "a, "}).labels == {"a": 0, "a,": 0}
 
@@ -469,5 +469,5 @@ def test_an_image_that_is_not_finite_is_named_and_frees_offloaded_models(monkeyp
 
 @pytest.mark.parametrize("key", ["1_0", " 2", "²", "1" * 10])
 def test_keys_of_id2label_are_plain_numbers(key):
-    with pytest.raises(ValueError, match="no class id"):
+    with pytest.raises(ValueError, match="not a class id"):
         DiTClassCondPipeline(tiny_transformer(), make_scheduler("ddim"), id2label={key: "a"})

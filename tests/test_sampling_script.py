@@ -292,12 +292,12 @@ def test_damaged_samples_are_generated_again_and_foreign_ones_refused(pipeline, 
     foreign[-1].write_bytes(b"")
     for content in (path.read_bytes() for path in foreign):
         files[2].write_bytes(content)
-        with pytest.raises(ValueError, match="000002.png is no sample of this set"):
+        with pytest.raises(ValueError, match="000002.png is not the sample of this number in this set"):
             in_process(monkeypatch, flags)
         assert files[2].read_bytes() == content
     files[2].unlink()
     (folder / "images" / "mine.png").write_text("mine")
-    with pytest.raises(ValueError, match="mine.png is no sample of this set"):
+    with pytest.raises(ValueError, match="mine.png does not belong to this set"):
         in_process(monkeypatch, flags)
     assert [(folder / name).read_bytes() for name in ("recipe.json", "samples.npz")] == [recipe, samples]
     (folder / "recipe.json").write_text("{}")

@@ -27,8 +27,8 @@ def fresh_accelerate():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"validation_metrics": "fid"}, "'fid' is no metric of a validation"),
-        ({"validation_metrics": "fd,accuracy"}, "'accuracy' is no metric of a validation"),
+        ({"validation_metrics": "fid"}, "'fid' is not a metric of the validation"),
+        ({"validation_metrics": "fd,accuracy"}, "'accuracy' is not a metric of the validation"),
         ({"validation_metrics": "fd,fd"}, "'fd,fd' must be names separated by commas, each once"),
         ({"validation_metrics": "kid", "validation_split": None}, "no effect without --validation_split"),
         ({"metric_for_best_model": "kid"}, "kid is none of --validation_metrics fd; add it there"),

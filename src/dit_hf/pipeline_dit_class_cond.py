@@ -152,7 +152,7 @@ def one_at_a_time(method: Callable, hold: str = "exclusive") -> Callable:
 
 
 def has_values(value: Any) -> bool:
-    """Whether it is no tensor that is sparse, nested, quantized, complex, meta or of 8-bit floats."""
+    """False for a tensor that is sparse, nested, quantized, complex, on meta, or of 8-bit floats; else True."""
     if not isinstance(value, torch.Tensor):
         return True
     plain = value.layout == torch.strided and not value.is_nested and not value.is_quantized
@@ -161,7 +161,7 @@ def has_values(value: Any) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a finite number, numpy's too, and no bool or text."""
+    """Whether a value is a finite number, numpy's too; a bool or a text is not."""
     if isinstance(value, (bool, str, bytes)) or not has_values(value):
         return False
     try:
@@ -324,7 +324,7 @@ def find_class(id2label: Mapping[int, str], name: str) -> int | None:
 
 
 def check_id2label(id2label: Any) -> dict[int, str]:
-    """Class names with numbers as keys, which JSON makes strings, in order; `ValueError` names what is no entry."""
+    """Class names with numbers as keys, which JSON makes strings, in order; `ValueError` names an invalid entry."""
     if id2label is None:
         return {}
     if not isinstance(id2label, Mapping):
@@ -336,7 +336,7 @@ def check_id2label(id2label: Any) -> dict[int, str]:
         except TypeError:
             class_id = -1
         if class_id < 0 or isinstance(key, bool):
-            raise ValueError(f"`id2label` has a key that is no class id: {str(key)[:100]!r}.")
+            raise ValueError(f"`id2label` has a key that is not a class id: {str(key)[:100]!r}.")
         if class_id in names:
             raise ValueError(f"`id2label` has two names for class {class_id}.")
         if not isinstance(name, str):
@@ -431,7 +431,7 @@ def check_adapters(weights: Mapping, metadata: Any, prefix: str, layers: Mapping
             or not tensor.float().isfinite().all()
         ):
             given = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ValueError(f"The adapters' {key!r} is no tensor of finite floating-point numbers, but {given}.")
+            raise ValueError(f"The adapters' {key!r} is not a tensor of finite floating-point numbers, but {given}.")
         name = names[key]
         layer = getattr(layers[name], "base_layer", layers[name])
         if not isinstance(layer, torch.nn.Linear):
@@ -896,7 +896,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             ValueError: if a setting is unknown or out of range.
         """
         if unknown := sorted(given.keys() - CALL_DEFAULTS.keys()):
-            raise ValueError(f"{unknown[0]!r} is no setting of a call; there are {', '.join(CALL_DEFAULTS)}.")
+            raise ValueError(f"{unknown[0]!r} is not a setting of a call; there are {', '.join(CALL_DEFAULTS)}.")
         scale = CALL_DEFAULTS["guidance_scale"] if self.guide is None else AUTOGUIDANCE_SCALE
         takes_guidance = (self._has_null_class or self.guide is not None) and not self._guidance_in_weights
         settings = CALL_DEFAULTS | {"guidance_scale": scale if takes_guidance else 1.0}
@@ -1167,7 +1167,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             raise ValueError(f"{given}; it must be descending, without repetitions, from at most {largest} to 0.")
 
     def _check_schedule(self, num_inference_steps):
-        """Refuses a schedule that the scheduler can't run: one that divides by zero or leaves its tables."""
+        """Refuses a schedule that the scheduler can't run: one that divides by zero or goes beyond its tables."""
         scheduler, name = self.scheduler, type(self.scheduler).__name__
         schedule, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
         if not all(torch.isfinite(torch.as_tensor(table)).all() for table in (schedule, sigmas) if table is not None):
@@ -1317,7 +1317,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if self.vae is None and output_type != "latent" and channels not in (1, 3):
             raise ValueError(
                 f"`output_type` is {output_type!r}, but this pipeline has no VAE and its model's {channels} channels "
-                "are no image; pass `output_type='latent'`, or set `vae`."
+                "are not an image; pass `output_type='latent'`, or set `vae`."
             )
 
     def _check_callback(self, callback, names):

@@ -283,7 +283,7 @@ def load_extractor(name: str, weights: str | Path | None = None, resolution: int
         raise ValueError(str(error)) from error
     except ValueError as error:
         raise ValueError(
-            f"{name!r} is no extractor: neither {EFFICIENTNET}, {INCEPTION} nor a vision model: {error}"
+            f"{name!r} is not an extractor: neither {EFFICIENTNET}, {INCEPTION} nor a vision model: {error}"
         ) from error
 
 

@@ -100,5 +100,5 @@ def read_ratio(path: str | Path) -> dict[str, Any]:
     extractor = recipe.get("extractor") if isinstance(recipe, dict) else None
     has_name = isinstance(extractor, dict) and isinstance(extractor.get("name"), str)
     if not has_name or not isinstance(ratio, dict) or not isinstance(ratio.get("value"), float):
-        raise ValueError(f"{path} is no result with {RATIO!r}; compute it again with {RATIO} among --metrics.")
+        raise ValueError(f"{path} is not a result with {RATIO!r}; compute it again with {RATIO} among --metrics.")
     return result

@@ -1,4 +1,4 @@
-"""The protocol of a result: one line with all that must agree before two figures compare."""
+"""The protocol of a result: one line with all that must agree before two values compare."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -131,12 +131,12 @@ def missing_samples(folder: str | Path, count: int, mark: str) -> list[int]:
     folder = Path(folder)
     if not folder.is_dir():
         if os.path.lexists(folder):
-            raise ValueError(f"{folder} is no folder; move it away, or choose a new --output_dir.")
+            raise ValueError(f"{folder} is not a folder; move it away, or choose a new --output_dir.")
         return list(range(count))
     paths = {path.name: path for path in (sample_path(folder, index) for index in range(count))}
     if foreign := content_of(folder, paths):
         raise ValueError(
-            f"{folder / foreign[0]} is no sample of this set; move it away, or choose a new --output_dir."
+            f"{folder / foreign[0]} does not belong to this set; move it away, or choose a new --output_dir."
         )
     return [
         index
@@ -162,7 +162,7 @@ def _is_whole(path, mark):
     if found == mark:
         return False
     raise ValueError(
-        f"{path} is no sample of this set, or not the one of this number: it was generated with other settings, "
+        f"{path} is not the sample of this number in this set: it was generated with other settings, "
         "renamed, or its header is damaged. Move it away, or choose a new --output_dir."
     )
 

@@ -213,7 +213,7 @@ class ImageSource:
 
 
 def is_file(path: Path) -> bool:
-    """Whether it exists and is no folder; `ValueError` if it is a pipe or a device, or can't be opened."""
+    """Whether it exists and is not a folder; `ValueError` if it is a pipe or a device, or can't be opened."""
     try:
         exists = path.exists() and not path.is_dir()
     except (OSError, ValueError) as error:  # a name that is too long, or with a null byte

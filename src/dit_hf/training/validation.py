@@ -112,7 +112,7 @@ def validation_metrics(names: Sequence[str]) -> list[Metric]:
     for name in names:
         if name not in HELD_OUT_METRICS:
             raise ValueError(
-                f"{name!r} is no metric of a validation, which has samples and held-out images; choose from "
+                f"{name!r} is not a metric of the validation, which has samples and held-out images; choose from "
                 f"{', '.join(HELD_OUT_METRICS)}."
             )
     return [HELD_OUT_METRICS[name] for name in names]
