@@ -20,7 +20,7 @@ from dit_hf.training.alignment import AlignmentHead
 from dit_hf.training.finetuning import add_interval, record_guidance
 from dit_hf.training.lora import add_lora
 from dit_hf.training.losses import adaptive_loss
-from dit_hf.training.objectives import MeanFlowObjective, SoFlowObjective, VelocityObjective
+from dit_hf.training.objectives import OBJECTIVES, MeanFlowObjective, SoFlowObjective, VelocityObjective
 from dit_hf.training.objectives.flow_maps import Points
 
 
@@ -373,3 +373,13 @@ def test_settings_are_those_of_the_objective():
         ):
             with pytest.raises(ValueError, match=message):
                 kind(**wrong)
+
+
+def test_the_flag_of_solution_steps_reaches_the_objective():
+    flags = {"flow_matching_ratio": 0.5, "target_guidance_scale": 2.0, "target_guidance_mix": 1.0}
+    flags |= {"target_guidance_start": 0.0, "target_guidance_end": 1.0, "target_guided": "all"}
+    objective = OBJECTIVES["soflow"].build(None, {"class_dropout_prob": 0.1}, solution_steps=[0.2, 0.05], **flags)
+    assert objective.step(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.2, 0.05])
+    assert (objective.flow_matching_ratio, objective.guidance_scale) == (0.5, 2.0)
+    default = OBJECTIVES["soflow"].build(None, {"class_dropout_prob": 0.1}, solution_steps=[0.1, 0.002], **flags)
+    assert default == SoFlowObjective(0.5, 2.0)

@@ -151,10 +151,15 @@ class Training:
                 "The model multiplies its times by 1000, and so the derivative by time, which makes the targets of "
                 "meanflow noisy; soflow suits this model better."
             )
-        if self.args.mixed_precision != "no" and not self.objective.loss_falls:
+        if (
+            self.args.mixed_precision != "no"
+            and self.args.objective == "soflow"
+            and self.args.solution_steps[1] < 0.05
+        ):
             logger.warning(
-                f"{self.args.mixed_precision} rounds what {self.args.objective} divides by a short distance; late in "
-                "the training its targets are better without mixed precision."
+                f"{self.args.mixed_precision} rounds what soflow divides by a distance that falls to "
+                f"{self.args.solution_steps[1]}: late in the training its targets are mostly noise. Pass "
+                "--solution_steps 0.1 0.05, or omit --mixed_precision."
             )
 
     def read(self):

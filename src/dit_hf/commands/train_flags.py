@@ -178,6 +178,14 @@ def add_training_arguments(parser):
         help="Guide all targets, or those of jumps alone, so that the model keeps its velocity.",
     )
     train.add_argument(
+        "--solution_steps",
+        type=real(above=0, at_most=1),
+        nargs=2,
+        default=[0.1, 0.002],
+        metavar=("FIRST", "LAST"),
+        help="Distance of the points that SoFlow compares, as a fraction of the jump, at the first and the last step.",
+    )
+    train.add_argument(
         "--proj_coeff",
         type=RANGES["proj_coeff"],
         default=0.0,

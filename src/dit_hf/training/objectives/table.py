@@ -1,7 +1,7 @@
 """The objectives that can be chosen by a flag."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .base import Objective
 from .diffusion import EpsilonObjective, MinSNR
@@ -45,6 +45,12 @@ def _flow_map(kind: type[FlowMapObjective]):
     return build
 
 
+def _build_soflow(scheduler, config, solution_steps, **flags):
+    first_step, last_step = solution_steps
+    objective = _flow_map(SoFlowObjective)(scheduler, config, **flags)
+    return replace(objective, first_step=first_step, last_step=last_step)
+
+
 @dataclass(frozen=True)
 class ObjectiveRow:
     """
@@ -68,10 +74,12 @@ OBJECTIVES = {
         ClampedVelocityObjective, ("JiTTransformer2DModel",), FLOW_FLAGS, _build_clamped_velocity
     ),
     "epsilon": ObjectiveRow(EpsilonObjective, ("DiTTransformer2DModel",), ("snr_gamma",), _build_epsilon),
-    **{
-        kind.name: ObjectiveRow(kind, ("DiTTransformer2DModel",), FLOW_MAP_FLAGS, _flow_map(kind))
-        for kind in (MeanFlowObjective, SoFlowObjective)
-    },
+    "meanflow": ObjectiveRow(
+        MeanFlowObjective, ("DiTTransformer2DModel",), FLOW_MAP_FLAGS, _flow_map(MeanFlowObjective)
+    ),
+    "soflow": ObjectiveRow(
+        SoFlowObjective, ("DiTTransformer2DModel",), (*FLOW_MAP_FLAGS, "solution_steps"), _build_soflow
+    ),
 }
 
 
