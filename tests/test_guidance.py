@@ -14,6 +14,7 @@ from diffusers import (
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
     DiffusionPipeline,
+    LayerSkipConfig,
     PerturbedAttentionGuidance,
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
@@ -22,6 +23,7 @@ from diffusers import (
 from diffusers.guiders import MagnitudeAwareGuidance
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
+from dit_hf.pipeline_dit_class_cond import count_hooks
 
 
 STEPS, SCALE = 6, 3.0
@@ -229,6 +231,30 @@ def test_a_guide_takes_the_place_of_a_guiders_null_class():
     assert rows == [2] * STEPS and labels == [LABELS.tolist()] * STEPS
 
 
+@pytest.mark.parametrize("name", ["skipped layer", "perturbed attention"])
+def test_a_guide_beside_a_guider_that_changes_the_model(name):
+    """Away from the guide's prediction, and away from the changed model's."""
+    guide, pipe = tiny_transformer(1, learn_sigma=False, num_layers=1), build()
+    changed = GUIDERS[name][2](pipe.transformer)
+
+    def combine(step, strong, _, perturbed, __):
+        with torch.no_grad():
+            weak = guide(hidden_states=combine.latents, timestep=combine.time, class_labels=LABELS).sample
+        return weak + SCALE * (strong - weak) + (2.0 * (strong - perturbed) if step else 0)
+
+    forward = pipe.transformer.forward
+
+    def remember(hidden_states, timestep, class_labels, **options):
+        combine.latents, combine.time = hidden_states, timestep
+        return forward(hidden_states=hidden_states, timestep=timestep, class_labels=class_labels, **options)
+
+    pipe.transformer.forward = remember
+    expected = by_hand(pipe, combine, changed)
+    pipe.transformer.forward = forward
+    pipe.guide = guide
+    assert_close(sample(pipe, guider=GUIDERS[name][0]), expected)
+
+
 def test_the_scale_by_noise_level():
     """A table, linear between its rows and constant beyond, and a function; rows of 1 cost no second prediction."""
     pipe = build()
@@ -298,7 +324,7 @@ def no_null(**options):
         (
             no_null,
             {"guider": AutoGuidance(2.0, auto_guidance_config={"indices": [1]}), "guidance_scale": 2.0},
-            "has no null class",
+            "it needs the null class, which this model was trained without",
         ),
         (
             build,
@@ -340,14 +366,67 @@ def test_a_failing_model_keeps_no_perturbation():
     expected = sample(pipe, guidance_scale=SCALE)
 
     def fail(module, args, kwargs):
-        if len(kwargs["hidden_states"]) == 2 and hasattr(pipe.transformer.transformer_blocks[1], "_diffusers_hook"):
+        if count_hooks(pipe.transformer):
             raise RuntimeError("out of memory")
 
     handle = pipe.transformer.register_forward_pre_hook(fail, with_kwargs=True)
     with pytest.raises(RuntimeError, match="out of memory"):
         sample(pipe, guider=guider)
     handle.remove()
+    assert count_hooks(pipe.transformer) == 0
     assert torch.equal(sample(pipe, guidance_scale=SCALE), expected)
+
+
+def test_a_refused_guider_leaves_the_model_as_it_was():
+    pipe = build()
+    layers = [LayerSkipConfig(indices=[0]), LayerSkipConfig(indices=[7])]
+    with pytest.raises(ValueError, match="Could not find any transformer blocks"):
+        sample(pipe, guider=SkipLayerGuidance(SCALE, skip_layer_config=layers, skip_layer_guidance_stop=1.0))
+    assert count_hooks(pipe.transformer) == 0
+
+
+def test_a_guider_is_judged_with_the_scale_and_interval_of_the_call(caplog):
+    """Its own scale may need the null class that the call's does not, or be neutral where the call's is not."""
+    layers = {"skip_layer_config": {"indices": [1]}, "skip_layer_guidance_stop": 1.0}
+    auto = {"auto_guidance_config": {"indices": [1]}}
+    pipe = build()
+    expected = sample(pipe, guider=AutoGuidance(SCALE, **auto))
+    caplog.clear()
+    assert torch.equal(sample(pipe, guider=AutoGuidance(1.0, **auto), guidance_scale=SCALE), expected)
+    assert "changes the model at none" not in caplog.text
+    early = SkipLayerGuidance(SCALE, **(layers | {"skip_layer_guidance_stop": 0.5}))
+    sample(pipe, guider=early, guidance_interval=(0.5, 1.0))
+    assert "changes the model at none" in caplog.text
+    with pytest.raises(ValueError, match="where `guidance_scale` is 1, diffusers takes the null class"):
+        sample(pipe, guider=SkipLayerGuidance(SCALE, **layers), guidance_scale=1.0)
+
+
+def test_an_interval_without_a_guided_step_is_reported(caplog):
+    sample(build(), guidance_scale=[(1.0, 1.0), (0.4, 1.0), (0.0, 9.0)], guidance_interval=(0.0, 0.5))
+    assert "`guidance_interval` (0.0, 0.5) guides none of the 6 steps that run, 0 to 5 of 6" in caplog.text
+
+
+def test_the_recommended_interval_is_for_the_recommended_kind_of_guidance():
+    pipe = build(recommended_call={"guidance_scale": 2.0, "guidance_interval": (0.0, 0.5)})
+    whole = {"guidance_interval": (0.0, 1.0)}
+    for options in ({"guider": ClassifierFreeGuidance(SCALE)}, {"guidance_scale": [(0.0, 5.0), (1.0, 1.0)]}):
+        assert torch.equal(sample(pipe, **options), sample(pipe, **options, **whole))
+    assert not torch.equal(sample(pipe), sample(pipe, **whole))
+
+
+def test_a_callback_ends_guidance_where_the_table_has_none():
+    pipe, rows = build(), []
+
+    def end(pipe, step, timestep, tensors):
+        rows.append(step)
+        if step == 2:
+            pipe._guidance_scale = 1.0
+        return {}
+
+    table = [(1.0, 3.0), (0.8, 1.0), (0.6, 1.0), (0.5, 3.0)]  # 1 at the third step
+    paid = count_rows(pipe)
+    sample(pipe, guidance_scale=table, callback_on_step_end=end)
+    assert paid == [4, 4, 2, 2, 2, 2]
 
 
 def test_a_guider_disabled_by_its_owner_does_not_guide():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_transformer, tiny_vae
+from diffusers import AdaptiveProjectedGuidance
 from PIL import Image
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
@@ -37,6 +38,20 @@ def test_a_strength_of_one_is_sampling_without_an_image(recipe):
     assert torch.equal(sample(pipe, image=IMAGES, strength=1), expected)
     assert torch.equal(sample(pipe), expected)
     assert not torch.allclose(sample(pipe, image=IMAGES, strength=0.5), expected, atol=1e-2)
+    # The first input of the model is the image with the noise of its timestep.
+    inputs = []
+    hook = lambda module, args, kwargs: inputs.append((kwargs["hidden_states"], kwargs["timestep"][0]))  # noqa: E731
+    pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    sample(pipe, image=IMAGES, strength=0.5, guidance_scale=1.0)
+    latents, time = inputs[0]
+    if pipe.is_flow_matching:
+        sigma = time / 1000
+        expected = (1 - sigma) * pipe.encode_images(IMAGES) + sigma * NOISE
+        tolerance = 2e-3  # some solvers floor the timestep
+    else:
+        alpha = pipe.scheduler.alphas_cumprod[int(time)]
+        expected, tolerance = alpha.sqrt() * pipe.encode_images(IMAGES) + (1 - alpha).sqrt() * NOISE, 1e-5
+    assert (latents - expected).norm() / expected.norm() < tolerance
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.8, 8), (0.55, 5), (0.1, 1), (None, 8)])
@@ -81,6 +96,38 @@ def test_images_of_any_kind_are_the_same_start():
     assert torch.equal(twice[0], twice[1]) and not torch.equal(twice[1], twice[2])
 
 
+def test_transparent_and_grey_images_are_on_white_in_rgb():
+    pipe = build()
+    rgba = Image.new("RGBA", (32, 32), (255, 0, 0, 255))
+    rgba.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    rgb = Image.new("RGB", (32, 32), (255, 0, 0))
+    rgb.paste((255, 255, 255), (0, 0, 16, 32))
+    assert torch.equal(pipe.encode_images(rgba), pipe.encode_images(rgb))
+    assert torch.equal(pipe.encode_images(rgb.convert("L")), pipe.encode_images(rgb.convert("L").convert("RGB")))
+    for height in (33, 0, "a"):
+        with pytest.raises(ValueError, match="`height` is"):
+            pipe.encode_images(rgb, height=height)
+
+
+def test_an_encoder_that_overflows_is_run_in_float32():
+    pipe = build().to(torch.float16)
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.mul_(1e4)
+    latents = pipe.encode_images(IMAGES)
+    assert torch.isfinite(latents).all() and pipe.vae.dtype == torch.float16
+
+
+def test_a_guider_with_momentum_begins_with_the_first_of_all_steps():
+    """Or it would have no buffer of its momentum, and say nothing."""
+    pipe = build()
+    options = {"adaptive_projected_guidance_rescale": 0.0}
+    images = [
+        sample(pipe, image=IMAGES, strength=0.5, guider=AdaptiveProjectedGuidance(3.0, momentum, **options))
+        for momentum in (None, -0.5)
+    ]
+    assert not torch.allclose(*images, atol=1e-3)
+
+
 def test_encoding_undoes_decoding_with_statistics():
     pipe = build()
     for options in (
@@ -116,8 +163,10 @@ def test_a_pixel_model_starts_from_pixels():
         ({"image": "sloth.png"}, "`image` can't be read"),
         ({"image": IMAGES[:, :2]}, "`image` has shape"),
         ({"image": IMAGES.repeat(2, 1, 1, 1)}, "for 2 labels; these arguments need one, or one per label"),
-        ({"image": IMAGES * float("nan")}, "The given images .* are not finite"),
-        ({"image": NOISE[:, :, :4]}, "`image` gives latents"),
+        ({"image": IMAGES * float("nan")}, "values beyond .0, 1. or that are not finite"),
+        ({"image": (255 * IMAGES).to(torch.uint8)}, "divide 8-bit values by 255"),
+        ({"image": "nonsense", "strength": 1}, "`image` can't be read"),
+        ({"image": NOISE[:, :, :4]}, "`image` has shape .2, 4, 4, 8."),
     ],
 )
 def test_what_can_not_be_a_start_is_refused(options, words):

@@ -45,7 +45,7 @@ def test_metrics_that_there_is_nothing_for_are_refused(workspace, tmp_path, flag
 
 
 def test_the_direction_is_that_of_the_table(tmp_path, monkeypatch):
-    assert len(METRICS) - len(HELD_OUT_METRICS) == 1
+    assert len(METRICS) - len(HELD_OUT_METRICS) == 2
     for name, expected in (("fd", ("fd_efficientnet_lite0", False)), ("recall", ("recall", True))):
         flags = {"validation_split": "test", "validation_metrics": "fd,recall", "metric_for_best_model": name}
         monkeypatch.setattr(sys, "argv", [str(part) for part in train_command(tmp_path, tmp_path, **flags)[1:]])

@@ -345,6 +345,17 @@ def check_id2label(id2label: Any) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
+def on_white(image: Any) -> Any:
+    """A PIL image in RGB, on white where it is transparent."""
+    if image.mode == "RGB":
+        return image
+    image = image.convert("RGBA")
+    white = image.copy()
+    white.paste((255, 255, 255, 255), (0, 0, *image.size))
+    white.alpha_composite(image)
+    return white.convert("RGB")
+
+
 def is_guider(part: Any) -> bool:
     """Whether a value has the methods of diffusers' guiders, whose base class is experimental and may move."""
     methods = ("set_state", "prepare_inputs", "prepare_models", "cleanup_models", "__call__", "enable", "disable")
@@ -500,6 +511,30 @@ def changes_model(guidance: Any) -> bool:
     """Whether a guider changes the model between its predictions, which are then no single batch."""
     classes = [each for each in type(guidance).__mro__ if each.__name__ != "BaseGuidance"]
     return any("prepare_models" in vars(each) for each in classes)
+
+
+@contextmanager
+def changed_by(guidance: Any, model: torch.nn.Module) -> Iterator[None]:
+    """A model as a guider changes it for its next prediction; as it was, whatever happens."""
+    if not changes_model(guidance):
+        yield
+        return
+    try:
+        guidance.prepare_models(model)
+        yield
+    finally:
+        guidance.cleanup_models(model)
+
+
+class CurrentScale(float):
+    """The scale of a step, so that one which a callback sets in its place is known."""
+
+
+def set_step(guidance: Any, scale: float, is_guided: bool, step: int, steps: int, timestep: torch.Tensor) -> None:
+    """Tells a guider the step, its scale, and whether it guides there; one that its owner disabled never does."""
+    guidance.guidance_scale = float(scale)
+    (guidance.enable if is_guided else guidance.disable)()
+    guidance.set_state(step, steps, timestep)
 
 
 def count_hooks(model: torch.nn.Module) -> int:
@@ -673,7 +708,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         A pipeline of this class that shares another one's components.
 
         Args:
-            pipeline (`DiffusionPipeline`): With a `transformer`, a `scheduler`, perhaps a `vae` and a `guide`.
+            pipeline (`DiffusionPipeline`): With a `transformer`, a `scheduler`, perhaps a `vae`, a `guide` and a
+                `guider`.
             kwargs: Components and arguments of the constructor that replace the pipeline's; `dtype` casts the weights.
 
         Returns:
@@ -890,7 +926,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
         Returns:
             `dict`: all four: those given, else the guider's scale, else those of `recommended_call`, else 50 steps at
-            scale 4, or 1.5 with a guide, or 1 for a model without a null class or with guidance in its weights.
+            scale 4, or 1.5 with a guide, or 1 for a model without a null class or with guidance in its weights. A
+            guider, and a scale by noise level, go without the recommended interval.
 
         Raises:
             ValueError: if a setting is unknown or out of range.
@@ -904,16 +941,26 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if self._guidance_in_weights and self.transformer.config.guidance_in_weights == "jumps":
             recommended.pop("guidance_scale", None)  # it is for the velocity
         guider = self.guider if guider is None else guider
+        if callable(recommended.get("guidance_scale")):
+            raise ValueError(
+                "`recommended_call` has a function as `guidance_scale`, which can't be saved; give a table."
+            )
         if guider is not None:
             check_component("guider", guider)
             recommended["guidance_scale"] = getattr(guider, "guidance_scale", 1.0)
+        scale_given = given.get("guidance_scale")
+        if guider is not None or (scale_given is not None and not is_finite(scale_given)):
+            recommended.pop("guidance_interval", None)  # these have their own
         settings |= recommended
         settings |= {name: value for name, value in given.items() if value is not None}
+        table: Any = settings["guidance_scale"]
+        if getattr(table, "ndim", 0) == 2 and has_values(table):  # numpy's or torch's
+            settings["guidance_scale"] = table.tolist()
         if isinstance(settings["guidance_interval"], list):  # as JSON has it
             settings["guidance_interval"] = tuple(settings["guidance_interval"])
         steps = self._check_count("num_inference_steps", settings["num_inference_steps"], MAX_STEPS)
         settings["num_inference_steps"] = steps
-        self._check_guidance(*(settings[f"guidance_{name}"] for name in ("scale", "channels", "interval")))
+        self._check_guidance(guider, *(settings[f"guidance_{name}"] for name in ("scale", "channels", "interval")))
         if settings["guidance_scale"] != 1 and guider is not None and not hasattr(guider, "guidance_scale"):
             raise ValueError(
                 f"`guidance_scale` is {shown(settings['guidance_scale'])}, but {type(guider).__name__} has scales of "
@@ -989,10 +1036,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             raise ValueError(f"`{argument}` is {shown(number)}; it must be {kind} from {multiple} to {largest}.")
         return count
 
-    def _check_guidance(self, guidance_scale, guidance_channels, guidance_interval):
+    def _check_guidance(self, guider, guidance_scale, guidance_channels, guidance_interval):
         config = self.transformer.config
         for scale in self._table_scales(guidance_scale):
-            self._check_scale(scale)
+            self._check_scale(scale, guider)
         if guidance_channels is not None:
             self._check_count("guidance_channels", guidance_channels, config.in_channels)
         ends = guidance_interval if isinstance(guidance_interval, (tuple, list)) else ()
@@ -1009,19 +1056,23 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             return [guidance_scale]
         rows = [row if isinstance(row, (list, tuple)) and len(row) == 2 else (None, None) for row in guidance_scale]
         levels = [level for level, _ in rows]
-        if not rows or not all(is_finite(level) and 0 <= level <= 1 for level in levels):
+        fit = all(is_finite(level) and 0 <= level <= 1 for level in levels)
+        if not rows or not fit or len(set(map(float, levels))) < len(levels):
             raise ValueError(
-                f"`guidance_scale` is {shown(guidance_scale)}; a table of it must hold pairs (noise level from 0, the "
-                "data, to 1, pure noise; scale)."
+                f"`guidance_scale` is {shown(guidance_scale)}; a table of it must hold pairs (noise level, scale), at "
+                "least one, with different levels from 0, the data, to 1, pure noise."
             )
         return [scale for _, scale in rows]
 
-    def _check_scale(self, scale):
+    def _check_scale(self, scale, guider):
+        """Refuses a scale; whether a guider can guide this model with it is seen from what it asks for."""
         if not is_finite(scale) or not 0 <= float(scale) <= MAX_GUIDANCE_SCALE:
             raise ValueError(
                 f"`guidance_scale` is {shown(scale)}; it must be a number from 0 to {MAX_GUIDANCE_SCALE} (0 ignores "
                 "the class, 1 is no guidance), or a table or a function of the noise level with such numbers."
             )
+        if guider is not None:
+            return
         if scale != 1 and not self._has_null_class and self.guide is None:
             raise ValueError(
                 f"`guidance_scale` is {scale}, but the model was built with `class_dropout_prob=0` and has no null "
@@ -1033,7 +1084,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 "(`guidance_in_weights`) and would be guided twice; pass `guidance_scale=1`."
             )
 
-    def _scales(self, guidance_scale, schedule):
+    def _scales(self, guidance_scale, schedule, guider):
         """The scale of each step; those that a function gives are checked."""
         if not callable(guidance_scale) and not isinstance(guidance_scale, (list, tuple)):
             return [float(guidance_scale)] * len(schedule)
@@ -1048,35 +1099,46 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             return list(map(scale_schedule(guidance_scale), levels))
         scales = list(map(guidance_scale, levels))
         for scale in scales:
-            self._check_scale(scale)
+            self._check_scale(scale, guider)
         return list(map(float, scales))
 
-    def _check_guider(self, guider, steps):
+    def _check_guider(self, guider, scales, in_interval):
         """Goes through a guider's steps without the model; refuses one that asks for what this model can't predict."""
         labels, prepared, is_changed = (torch.zeros(1), torch.ones(1)), 0, not changes_model(guider)
         hooks_before = count_hooks(self.transformer)
         prediction = torch.ones(1, self.transformer.config.in_channels, 16, 16)
+        guider = copy.deepcopy(guider)
         with errors_of_values(f"{type(guider).__name__} can't guide this pipeline"):
-            guider = copy.deepcopy(guider)
-            for step in range(steps):
-                guider.set_state(step=step, num_inference_steps=steps, timestep=torch.zeros(()))
+            for step, (scale, is_guided) in enumerate(zip(scales, in_interval, strict=True)):
+                set_step(guider, scale, is_guided, step, len(scales), torch.zeros(()))
                 batches = guider.prepare_inputs({"class_labels": labels})
-                takes_null = any(batch.class_labels is labels[1] for batch in batches)
-                if takes_null and not self._has_null_class and self.guide is None:
-                    raise ValueError("it needs the null class, which this model was trained without")
+                self._check_predictions(guider, batches, labels[1])
                 if len(batches) == prepared:
                     continue
                 prepared = len(batches)
                 for batch in batches:
-                    guider.prepare_models(self.transformer)
-                    is_changed |= count_hooks(self.transformer) > hooks_before
-                    guider.cleanup_models(self.transformer)
+                    with changed_by(guider, self.transformer):
+                        is_changed |= count_hooks(self.transformer) > hooks_before
                     batch.noise_pred = prediction
                 guider(batches)
         if not is_changed:
             logger.warning(
-                f"{type(guider).__name__} changes the model at none of these {steps} steps, and so guides as plain "
-                "guidance does: give it another start and stop, or more steps; or this diffusers does not apply it."
+                f"{type(guider).__name__} changes the model at none of these {len(scales)} steps, and so guides as "
+                "plain guidance does: give it another start and stop, or more steps; or this diffusers does not apply "
+                "it."
+            )
+
+    def _check_predictions(self, guider, batches, null_labels):
+        """Refuses the null class where there is none, is no need of it, or diffusers mistakes it for another."""
+        names = [getattr(batch, getattr(guider, "_identifier_key", ""), "pred_uncond") for batch in batches]
+        names = [name for name, batch in zip(names, batches, strict=True) if batch.class_labels is null_labels]
+        if names and not self._has_null_class and self.guide is None:
+            raise ValueError("it needs the null class, which this model was trained without")
+        if names and self._guidance_in_weights:
+            raise ValueError("the model was trained to predict the guided velocity and would be guided twice")
+        if any(name != "pred_uncond" for name in names):
+            raise ValueError(
+                "where `guidance_scale` is 1, diffusers takes the null class for the perturbed model; give another one"
             )
 
     def _scheduler_prediction(self):
@@ -1394,7 +1456,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         """Latents of a shape, of the images to start from, each `count` times."""
         is_tensor = isinstance(image, torch.Tensor) and has_values(image) and image.ndim == 4
         channels, sides = shape[1], [side * self.vae_scale_factor for side in shape[2:]]
-        if is_tensor and image.shape[1] == channels and (self.vae is not None or channels not in (1, 3)):
+        are_pixels = self.vae is None and channels in (1, 3)
+        if is_tensor and image.shape[1:] == shape[1:] and not are_pixels:
             encoded = image.float().to(getattr(self, "_execution_device", self.device))
             self._check_finite("given latents", encoded, "They must be finite numbers.")
         else:
@@ -1411,11 +1474,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         """The index of the first evaluation that a strength leaves, of a scheduler that may need several a step."""
         order = getattr(self.scheduler, "order", 1)
         steps = -(-evaluations // order)
-        left = int(steps * strength)
+        left = int(steps * strength + 1e-6)  # products of decimals may miss a whole number by their rounding
         if left < 1:
             raise ValueError(
                 f"`strength` is {strength}, which leaves none of {steps} steps; give more steps or a strength of at "
-                f"least {1 / steps:g}."
+                f"least {1 / steps:.6f}."
             )
         return (steps - left) * order
 
@@ -1481,16 +1544,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     def _evaluate_alone(self, guidance, batch, index, class_labels, null_labels, model_input, evaluate):
         """One of a guider's predictions: by the guide in the place of the null class, or by a model it has changed."""
         is_null = batch.class_labels is null_labels
-        if is_null and self.guide is not None:
-            return evaluate(self.guide, model_input, class_labels, context="guide")
-        context = "unconditional" if is_null else "perturbed" if index else "conditional"
-        if not changes_model(guidance):
+        with changed_by(guidance, self.transformer):
+            if is_null and self.guide is not None:
+                return evaluate(self.guide, model_input, class_labels, context="guide")
+            context = "unconditional" if is_null else "perturbed" if index else "conditional"
             return evaluate(self.transformer, model_input, batch.class_labels, context=context)
-        guidance.prepare_models(self.transformer)
-        try:
-            return evaluate(self.transformer, model_input, batch.class_labels, context=context)
-        finally:
-            guidance.cleanup_models(self.transformer)
 
     @staticmethod
     def _evaluate(model, model_input, class_labels, times, context, position=None, shared=None):
@@ -1546,19 +1604,27 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         latents = self._denormalize(latents.to(getattr(self, "_execution_device", self.device)).float())
         generators = [each for each in (generator if isinstance(generator, list) else [generator]) if each is not None]
         states = [each.get_state() for each in generators]
-        dtype = self.vae.dtype
-        images = self._decode(latents, generator)
-        if dtype != torch.float32 and not torch.isfinite(images).all():
-            logger.warning(f"The VAE overflows in {dtype}; the images are decoded in float32.")
+
+        def decode():
             for each, state in zip(generators, states, strict=True):
-                each.set_state(state)  # a decoder that samples gets the same noise again
-            torch.nn.Module.to(self.vae, torch.float32)  # diffusers' own warns of what it does not do here
-            try:
-                images = self._decode(latents, generator)
-            finally:
-                torch.nn.Module.to(self.vae, dtype)
+                each.set_state(state)  # a decoder that samples gets the same noise in a second pass
+            return self._decode(latents, generator)
+
+        images = self._without_overflow(decode)
         self._check_finite("decoded images", images)
         return self.image_processor.postprocess(images, output_type=output_type)
+
+    def _without_overflow(self, run):
+        """What a pass of the VAE gives; if it overflows in the VAE's type, that of a second pass in float32."""
+        output, dtype = run(), self.vae.dtype
+        if dtype == torch.float32 or torch.isfinite(output).all():
+            return output
+        logger.warning(f"The VAE overflows in {dtype}; it is run in float32.")
+        torch.nn.Module.to(self.vae, torch.float32)  # diffusers' own warns of what it does not do here
+        try:
+            return run()
+        finally:
+            torch.nn.Module.to(self.vae, dtype)
 
     def _denormalize(self, latents):
         """Latents as the VAE decodes them; an `AutoencoderRAE` does the most by itself."""
@@ -1580,8 +1646,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a `list` of these):
-                As diffusers' image-to-image pipelines take it: arrays `(B, height, width, 3)` and tensors
-                `(B, 3, height, width)` with values in [0, 1]. Images of another size are resized.
+                PIL images of any mode, on white where they are transparent; arrays `(B, height, width, 3)` and tensors
+                `(B, 3, height, width)` with values in [0, 1]. Images of another size or shape are resized.
             height, width (`int`, *optional*): Pixels; the model's own size if not given.
 
         Returns:
@@ -1591,20 +1657,32 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             ValueError: if `image` can't be read or encoded.
         """
         size = self.transformer.config.sample_size * self.vae_scale_factor
-        with errors_of_values("`image` can't be read"):
-            pixels = self.image_processor.preprocess(image, height or size, width or size)
+        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        sides = {"height": size if height is None else height, "width": size if width is None else width}
+        sides = {name: self._check_count(name, pixels, MAX_PIXELS, multiple) for name, pixels in sides.items()}
+        images = image if isinstance(image, (list, tuple)) else [image]
+        if all(hasattr(each, "convert") for each in images):  # PIL's
+            image = [on_white(each) for each in images]
+        with errors_of_values("`image` can't be read; give a PIL image, an array, a tensor, or a list of these"):
+            pixels = self.image_processor.preprocess(image, **sides)
         channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.get("in_channels", 3)
         if pixels.ndim != 4 or pixels.shape[1] != channels:
             raise ValueError(
                 f"`image` has shape {tuple(pixels.shape)}; it must be (batch, {channels}, height, width)."
             )
-        self._check_finite("given images", pixels, "They must be finite numbers.")
+        if not -1 <= float(pixels.min()) <= float(pixels.max()) <= 1:
+            raise ValueError("`image` has values beyond [0, 1] or that are not finite; divide 8-bit values by 255.")
         pixels = pixels.to(getattr(self, "_execution_device", self.device))
         if self.vae is None:
             return pixels.float()
         if not callable(getattr(self.vae, "encode", None)):
             raise ValueError(f"`image` was given, but {type(self.vae).__name__} has no encoder.")
-        pixels = pixels.to(self.vae.dtype)
+        latents = self._without_overflow(lambda: self._encode(pixels.to(self.vae.dtype)))
+        self._check_finite("latents of the given images", latents, "The VAE overflows; load it in float32.")
+        return latents
+
+    def _encode(self, pixels):
+        """Latents as the transformer works on them, float32, of pixels in [-1, 1]."""
         if is_rae(self.vae):
             return (self.vae.encode((pixels + 1) / 2).latent / rae_scale(self.vae).to(pixels)).float()
         output = self.vae.encode(pixels)
@@ -1613,10 +1691,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _normalize(self, latents):
         """The inverse of `_denormalize`, of a VAE that does not normalise by itself."""
-        one, zero = (
-            torch.ones(1, latents.shape[1], 1, 1).to(latents),
-            torch.zeros(1, latents.shape[1], 1, 1).to(latents),
-        )
+        one, zero = (latents.new_full((1, latents.shape[1], 1, 1), value) for value in (1, 0))
         shift = self._denormalize(zero)
         return (latents - shift) / (self._denormalize(one) - shift)
 
@@ -1703,7 +1778,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 C, H, W)`: one, or one per label.
             strength (`float`, *optional*):
                 With `image`, the part of the steps that is run, above 0, at most 1; 0.8 if not given. 1 ignores the
-                image. `guidance_interval` is counted on all steps.
+                image. `guidance_interval` and a guider's start and stop are counted on all steps; the recommended
+                interval does not apply.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: `images`.
@@ -1730,7 +1806,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_channels=guidance_channels,
-            guidance_interval=guidance_interval,
+            guidance_interval=(0.0, 1.0) if image is not None and guidance_interval is None else guidance_interval,
             guider=guider,
         )
         guider = self.guider if guider is None else guider
@@ -1749,7 +1825,6 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         encoder_refresh_steps = self._check_encoder_refresh(encoder_refresh_steps, guider)
         strength = self._check_strength(strength, image)
         shape = self._check_size(height, width, latents, len(class_ids) * count)
-        start = None if strength == 1 else self._encode_start(image, shape, count)
         class_ids = [label for label in class_ids for _ in range(count)]
         self._interrupt = False
 
@@ -1761,22 +1836,32 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         with errors_of_values(f"{type(self.scheduler).__name__} can't make this schedule"):
             schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, "cpu")
         self._check_schedule(num_inference_steps)
-        if guider is not None:
-            self._check_guider(guider, len(schedule) - self._first_step(strength, len(schedule)))
+        first = self._first_step(strength, len(schedule))
+        scales = self._scales(settings["guidance_scale"], schedule, guider)
+        may_guide = guider is None or getattr(guider, "_enabled", True)
+        starts, ends = guidance_interval
+        in_interval = [may_guide and starts <= step / len(schedule) < ends for step in range(len(schedule))]
         guidance = ScaleGuidance() if guider is None else copy.deepcopy(guider)
-        scales = self._scales(settings["guidance_scale"], schedule)
-        may_guide = getattr(guidance, "_enabled", True)
-        in_interval = [
-            guidance_interval[0] <= step / len(schedule) < guidance_interval[1] for step in range(len(schedule))
-        ]
+        if guider is not None:
+            self._check_guider(guider, scales, in_interval)
+        guided = [scale != 1 and inside for scale, inside in zip(scales, in_interval, strict=True)]
+        if any(scale != 1 for scale in scales[first:]) and not any(guided[first:]):
+            logger.warning(
+                f"`guidance_interval` {guidance_interval} guides none of the {len(schedule) - first} steps that run, "
+                f"{first} to {len(schedule) - 1} of {len(schedule)}."
+            )
+        start = None if image is None else self._encode_start(image, shape, count)
         model_schedule = schedule.float().to(device)
         interval_ends = self._interval_ends()
         interval_ends = [None] * len(schedule) if interval_ends is None else interval_ends.float().to(device)
-        first = self._first_step(strength, len(schedule))
         self._num_timesteps = len(schedule) - first
         class_labels = torch.tensor(class_ids, device=device)
-        latents = self._prepare_latents(shape, latents, generator, device, start, first)
+        latents = self._prepare_latents(shape, latents, generator, device, start if strength < 1 else None, first)
         step_options = self._step_options(eta=eta, generator=generator, return_dict=False)
+
+        for index in range(first):  # a guider that averages over the steps begins with the first
+            set_step(guidance, scales[index], in_interval[index], index, len(schedule), schedule[index])
+            guidance.prepare_inputs({"class_labels": (class_labels, class_labels)})
 
         # 3. Denoise
         overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
@@ -1787,15 +1872,13 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                     if self._interrupt:
                         break
                     self._current_timestep = timestep
-                    self._guidance_scale = scales[index]
+                    self._guidance_scale = CurrentScale(scales[index])
                     if shared is not None and (index - first) % encoder_refresh_steps == 0:
                         shared.clear()
                         # The encoder's state is of both predictions if any step that takes it is guided.
                         steps = range(index, min(index + encoder_refresh_steps, len(schedule)))
                         guidance.keeps_both = any(in_interval[step] and scales[step] != 1 for step in steps)
-                    guidance.guidance_scale = scales[index]
-                    (guidance.enable if may_guide and in_interval[index] else guidance.disable)()
-                    guidance.set_state(index - first, self._num_timesteps, timestep)
+                    set_step(guidance, scales[index], in_interval[index], index, len(schedule), timestep)
                     model_input = latents
                     if hasattr(self.scheduler, "scale_model_input"):
                         model_input = self.scheduler.scale_model_input(latents, timestep)
@@ -1811,8 +1894,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                         tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                         changed = callback_on_step_end(self, index - first, timestep, tensors) or {}
                         check_changed(changed)
-                        if self._guidance_scale != scales[index]:  # as callbacks that end guidance set it
+                        if not isinstance(self._guidance_scale, CurrentScale):  # as callbacks that end guidance set it
                             scales[index:] = [self._guidance_scale] * (len(scales) - index)
+                            if shared is not None:
+                                shared.clear()
                         latents = changed.get("latents", latents)
                         class_labels = changed.get("class_labels", class_labels)
                         if shared is not None and class_labels is not available["class_labels"]:
@@ -1829,7 +1914,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
 # Whatever moves or changes the weights, diffusers' methods too.
 for _name in (
-    *("to", "decode_latents", "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
+    *(
+        "to",
+        "decode_latents",
+        "encode_images",
+        "enable_model_cpu_offload",
+        "enable_sequential_cpu_offload",
+        "enable_group_offload",
+    ),
     *("load_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "enable_lora", "disable_lora"),
     *("set_adapters", "delete_adapters", "set_lora_device"),
 ):
