@@ -371,7 +371,7 @@ def test_a_table_is_printed_and_json_is_written(tmp_path, monkeypatch, capsys):
     sets = [tmp_path / f"{name}.safetensors" for name in ("samples", "reference", "training")]
     for seed, path in enumerate(sets):
         Features(draw(40, seed=seed), None, None, {"name": "a"}).save(path)
-    flags = ["--samples", sets[0], "--reference", sets[1], "--training", sets[2], "--metrics", "fd_a,precision,fdr"]
+    flags = ["--samples", sets[0], "--reference", sets[1], "--training", sets[2], "--metrics", "fd,precision,fdr"]
     flags += ["--feature_extractor", "precomputed", "--bootstrap", 2, "--output", tmp_path / "a.json"]
     monkeypatch.setattr(sys, "argv", ["metrics", *map(str, flags)])
     main()
@@ -379,10 +379,11 @@ def test_a_table_is_printed_and_json_is_written(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "a.json").read_text())
     assert head.split() == ["metric", "samples", "±", "training", "images"]
     value, real = found["fd_a"], found["training images"]["fd_a"]["value"]
-    assert rows[0].split() == ["fd_a", "↓", f"{value['value']:.6g}", f"{value['ci95']:.2g}", f"{real:.6g}"]
+    assert 0.1 < value["ci95"] < 1  # two digits of it are two decimals
+    assert rows[0].split() == ["fd_a", "↓", f"{value['value']:.2f}", f"{value['ci95']:.2f}", f"{real:.2f}"]
     assert [row.split()[:2] for row in rows[1:]] == [["precision", "↑"], ["fdr", "↓"]]
     assert len(rows[2].split()) == 4  # no ratio of training images
-    assert copies.startswith("samples as near to a training image")
+    assert copies.startswith("fraction of suspects (0.01 without copies): ")
     assert protocol == found["protocol"] == protocol_line(found["recipe"])
 
 

@@ -98,6 +98,13 @@ def integer(at_least: int | None = None, at_most: int | None = None) -> Range:
     return Range(True, at_least, at_most)
 
 
+def print_text(text: str) -> None:
+    """Prints lines on a terminal of any encoding; what could change the terminal is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in text.splitlines():
+        print(printable(line).encode(encoding, "replace").decode(encoding))
+
+
 def names(text: str) -> list[str]:
     """The names of a flag, separated by commas, each once."""
     found = [name.strip() for name in text.split(",")]

@@ -543,6 +543,13 @@ def count_hooks(model: torch.nn.Module) -> int:
     return sum(len(registry.hooks) for registry in registries if registry is not None)
 
 
+def largest_scale(guidance_scale: float | Sequence[tuple[float, float]]) -> float:
+    """A guidance scale, or the largest of a table by noise level."""
+    if isinstance(guidance_scale, Sequence):
+        return max(scale for _, scale in guidance_scale)
+    return guidance_scale
+
+
 def scale_schedule(table: Sequence[tuple[float, float]]) -> Callable[[float], float]:
     """The scale at a noise level, linear between the rows `(noise level, scale)` of a table and constant beyond."""
     rows = sorted((float(level), float(scale)) for level, scale in table)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..command_line import ArgumentParser, integer, names, real, run
+from ..command_line import ArgumentParser, integer, names, print_text, real, run
 from ..evaluation.accuracy import check_classes
 from ..evaluation.cards import card_results
 from ..evaluation.extractors import PRECOMPUTED, Features, load_extractor
@@ -28,6 +28,7 @@ from ..evaluation.metrics import (
     check_same_size,
     default_metrics,
     find_metrics,
+    full_names,
     too_few_images,
 )
 from ..evaluation.protocol import protocol_line
@@ -223,25 +224,34 @@ def check_labelled(rows, names, labels):
             check_classes(labels["samples"], labels[row.against], row.against)
 
 
-def measure(args):
-    """All metrics, and the recipe they were computed by."""
-    extractor = None
+def open_extractor(args):
+    """The extractor, None for features computed elsewhere, with its description and the parts that it gives."""
     if args.feature_extractor == PRECOMPUTED:
         samples = Features.load(args.samples)
-        description, parts = samples.extractor, samples.parts
-    else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        extractor = load_extractor(args.feature_extractor, args.extractor_weights).to(device)
-        description, parts = extractor.description, extractor.parts
+        return None, samples.extractor, samples.parts
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    extractor = load_extractor(args.feature_extractor, args.extractor_weights).to(device)
+    return extractor, extractor.description, extractor.parts
+
+
+def choose_metrics(args, description, parts):
+    """The metrics by full names, the reference's statistics if there are any, and whether its images are used."""
+    statistics, use_images = open_statistics(args, description)
+    available = Available(parts, use_images, tuple(statistics.parts) if statistics else (), bool(args.training))
+    names = full_names(args.metrics or (), description["name"]) or default_metrics(description["name"], available)
+    check_metrics(names, description["name"], available, args.bootstrap)
+    return names, statistics, use_images
+
+
+def measure(args):
+    """All metrics, and the recipe they were computed by."""
+    extractor, description, parts = open_extractor(args)
     recipe = asked_recipe(args, description)
     ratios = [read_ratio(path) for path in args.fdr_results]
     check_same_sets([recipe, *(result["recipe"] for result in ratios)])
-    statistics, use_images = open_statistics(args, description)
+    names, statistics, use_images = choose_metrics(args, description, parts)
     if args.save_statistics and not use_images:
         raise ValueError(f"--save_statistics: {args.reference} is a file of statistics already.")
-    available = Available(parts, use_images, tuple(statistics.parts) if statistics else (), bool(args.training))
-    names = args.metrics or default_metrics(description["name"], available)
-    check_metrics(names, description["name"], available, args.bootstrap)
     sets = open_sets(args, extractor, use_images)
     skipped = {}
     if extractor is None:
@@ -290,7 +300,7 @@ def asked_recipe(args, description):
         "extractor": description,
         "bootstrap": args.bootstrap,
         "seed": args.seed,
-        "sampling": sampling_recipe(args.samples),
+        "sampling": {name: value for name, value in sampling_recipe(args.samples).items() if name != "classes"},
         "versions": {name: version(name) for name in ("dit_hf", "torch", "numpy")},
     }
 
@@ -321,10 +331,10 @@ def main():
         raise ValueError(f"--samples {args.samples} with --reference {args.reference}: {error}") from error
     protocol = protocol_line(recipe)
     result = json.dumps(found | {"protocol": protocol, "recipe": recipe}, indent=2, ensure_ascii=False)
-    print(result if args.json else f"{result_table(found, recipe['extractor']['name'])}\n\n{protocol}")
     if args.output:
         with writing(args.output) as partial:
             partial.write_text(result + "\n", "utf-8")
+    print_text(result if args.json else f"{result_table(found, recipe['extractor']['name'])}\n\n{protocol}")
     if args.feature_extractor != PRECOMPUTED:
         print(f"Features: {args.cache_dir}", file=sys.stderr)
     if args.update_card:

@@ -9,6 +9,7 @@ per sample, `samples.npz` in ADM's format and `recipe.json`. After an interrupti
 
 import hashlib
 import json
+import sys
 import time
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -36,6 +37,7 @@ from ..evaluation.samples import (
 from ..evaluation.sources import ImageSource
 from ..files import check_apart, check_folder, is_occupied, read_json, remove_leftovers
 from ..pipeline import DiTClassCondPipeline
+from ..pipeline_dit_class_cond import largest_scale
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import seeded_generator
 from ..training.config import GUIDANCE
@@ -180,7 +182,7 @@ def print_cost(args, pipe, settings, num_processes):
         short.images.sum().item()  # waits for a GPU
         call = (time.perf_counter() - started) / pipe.num_timesteps / args.batch_size
     first, last = settings["guidance_interval"]
-    halves = 1 + (last - first if pipe.do_classifier_free_guidance else 0)
+    halves = 1 + (last - first if largest_scale(settings["guidance_scale"]) != 1 else 0)
     pipe.scheduler.set_timesteps(settings["num_inference_steps"])
     calls = len(pipe.scheduler.timesteps)  # two a step for Heun's
     gflops = count_macs(pipe.transformer.config) / 1e9 * calls * halves
@@ -190,7 +192,9 @@ def print_cost(args, pipe, settings, num_processes):
 
 
 def main():
-    generate(parse_args(), start_accelerator())
+    accelerator = start_accelerator()
+    generate(parse_args(), accelerator)
+    accelerator.end_training()
 
 
 def generate(args, accelerator):
@@ -202,6 +206,10 @@ def generate(args, accelerator):
             print_cost(args, pipe, settings, accelerator.num_processes)
         return
     labels = asked_labels(args, pipe, args.num_samples)
+    classes = pipe.transformer.config.num_classes
+    if args.labels == "balanced" and args.num_samples < classes and accelerator.is_main_process:
+        given = f"{args.num_samples} samples are of the first {args.num_samples} of {classes} classes"
+        print(f"{given}; --labels random, or a dataset, chooses others.", file=sys.stderr)
     recipe = make_recipe(args, pipe, labels, settings)
     if accelerator.is_main_process:
         check_recorded(args, recipe)  # what is refused is refused before the lock, which writes
@@ -229,9 +237,11 @@ def make_recipe(args, pipe, labels, settings):
 
 def guidance_kind(pipe, scale):
     """What guidance takes the difference to, or why there is none."""
+    kind = "away from the null class" if pipe.guide is None else "away from a guide"
+    if pipe.guider is not None:
+        return f"{kind} by {type(pipe.guider).__name__}"
     if scale != 1:
-        kind = "away from the null class" if pipe.guide is None else "away from a guide"
-        return kind if pipe.guider is None else f"{kind} by {type(pipe.guider).__name__}"
+        return kind
     return "in the weights" if pipe.transformer.config.get("guidance_in_weights") else "none"
 
 
@@ -269,7 +279,6 @@ def sample(args, accelerator, pipe, labels, settings, recipe):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finish(args, labels, recipe, len(missing))
-    accelerator.end_training()
 
 
 def finish(args, labels, recipe, new):

@@ -153,6 +153,12 @@ def default_metrics(extractor: str, available: Available) -> list[str]:
     return [row.full_name(extractor) for row in METRICS if row.default and available.missing(row) is None]
 
 
+def full_names(names: Sequence[str], extractor: str) -> list[str]:
+    """Names of metrics as results have them: `fd` becomes `fd_efficientnet_lite0`, for Inception's features `fid`."""
+    short = {metric.name: metric.full_name(extractor) for metric in METRICS}
+    return [short.get(name, name) for name in names]
+
+
 def find_metrics(names: Sequence[str], extractor: str) -> list[Metric]:
     """
     Rows of the table by name.

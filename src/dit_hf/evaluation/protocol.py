@@ -1,5 +1,7 @@
 """The protocol of a result: one line with all that must agree before two values compare."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def protocol_line(recipe: Mapping[str, Any]) -> str:
         "reference": _reference(recipe),
         "N": recipe.get("num_samples", UNKNOWN),
         "guidance": _guidance(sampling),
-        "solver": sampling.get("scheduler", UNKNOWN),
+        "solver": _configured(sampling, "scheduler", "scheduler_config"),
         "steps": sampling.get("num_inference_steps", UNKNOWN),
         "seed": sampling.get("seed", UNKNOWN),
     }
@@ -67,17 +69,28 @@ def _reference(recipe):
         return UNKNOWN
     name, count = Path(recipe["reference"]).name, recipe.get("num_reference", UNKNOWN)
     images = f"{count} images of {name}" if isinstance(count, int) else ""
+    if images and Path(name).suffix not in (".npz", ".safetensors"):
+        images += f", split {recipe.get('split', UNKNOWN)}"
+        images += f", holdout {recipe['holdout']}" if recipe.get("holdout") else ""
     statistics = f"statistics in {name}" if recipe.get("statistics") == "file" else ""
     return " and ".join(part for part in (statistics, images) if part) or f"{name}, {UNKNOWN}"
+
+
+def _configured(sampling, name, config):
+    """A part of the recipe with a short hash of its configuration, if that is recorded."""
+    found = sampling.get(name, UNKNOWN)
+    if config not in sampling:
+        return found
+    return f"{found} (config {hashlib.sha256(json.dumps(sampling[config], sort_keys=True).encode()).hexdigest()[:8]})"
 
 
 def _guidance(sampling):
     """Scale, channels, interval, and what is guided away from."""
     scale = sampling.get("guidance_scale", UNKNOWN)
-    if scale == 1:
+    if scale == 1 and "guider" not in sampling:
         return sampling.get("guidance", "none")
     channels = sampling.get("guidance_channels", UNKNOWN)  # None stands for all
     interval = sampling.get("guidance_interval", UNKNOWN)
     between = interval if interval == UNKNOWN else f"{interval[0]:g} to {interval[1]:g}"
-    kind = sampling.get("guidance", f"null policy {UNKNOWN}")
+    kind = _configured({"guidance": f"null policy {UNKNOWN}"} | sampling, "guidance", "guider")
     return f"scale {scale}, channels {channels or 'all'}, interval {between}, {kind}"

@@ -1,5 +1,6 @@
 """A result as a table for the terminal."""
 
+import math
 from typing import Any
 
 from .metrics import find_metrics
@@ -18,23 +19,32 @@ def result_table(found: dict[str, Any], extractor: str) -> str:
     """
     real = found.get("training images", {})
     names = [name for name, result in found.items() if "value" in result]
-    rows = [["metric", "", "samples", "±", *(["training images"] if real else [])]]
+    intervals = any("ci95" in found[name] for name in names)
+    rows = [["metric", "", "samples", *(["±"] if intervals else []), *(["training images"] if real else [])]]
     for name, metric in zip(names, find_metrics(names, extractor), strict=True):
         arrow = "↑" if metric.higher_is_better else "↓"
-        rows.append([name, arrow, _number(found[name], "value", 6), _number(found[name], "ci95", 2)])
+        decimals = _decimals(found[name])
+        rows.append([name, arrow, _number(found[name], "value", decimals)])
+        if intervals:
+            rows[-1].append(_number(found[name], "ci95", decimals))
         if real:
-            rows[-1].append(_number(real.get(name, {}), "value", 6))
+            rows[-1].append(_number(real.get(name, {}), "value", decimals))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if "mean fdr" in found:
         mean = found["mean fdr"]
         lines.append(f"mean fdr of {', '.join(mean['extractors'])}: {mean['mean']:.6g}")
     if "fraction of suspects" in (nearest := found.get("nearest training image", {})):
-        lines.append(
-            f"samples as near to a training image as a copy: {nearest['fraction of suspects']:.3g} (0.01: none)"
-        )
+        lines.append(f"fraction of suspects (0.01 without copies): {nearest['fraction of suspects']:.3g}")
     return "\n".join(lines)
 
 
-def _number(result, key, digits):
-    return f"{result[key]:.{digits}g}" if key in result else ""
+def _decimals(result):
+    """Two significant digits of the interval, or five of the value."""
+    unit, digits = (result["ci95"], 2) if result.get("ci95") else (result["value"], 5)
+    finite = math.isfinite(unit) and unit != 0
+    return max(0, digits - 1 - math.floor(math.log10(abs(unit)))) if finite else digits
+
+
+def _number(result, key, decimals):
+    return f"{result[key]:.{decimals}f}" if key in result else ""

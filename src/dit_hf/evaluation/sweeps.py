@@ -1,11 +1,14 @@
 """Grids of sampling settings: their cells, the table of their metrics, and a plot."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
+# What follows the name of a metric in a row, for half the width of its 95 % interval.
+INTERVAL = " ±"
 # How a setting is shown, and as which number it is plotted.
 AXES = {
     "guidance_scale": ("guidance scale", float),
@@ -35,7 +38,9 @@ def cell_name(cell: Mapping[str, Any]) -> str:
 
 def shown(value: Any) -> str:
     """A setting in a table or a name; an interval is `0.0-0.5`."""
-    return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return "-".join(map(str, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
@@ -49,15 +54,22 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) ->
     Returns:
         `str`: a table in Markdown.
     """
-    names = [name for name in rows[0] if name not in metrics] + list(metrics)
-    numbers = [[f"{row[name]:.4g}" if name in metrics else shown(row[name]) for name in names] for row in rows]
-    lines = [names, ["---"] * len(names), *numbers]
+    settings = [name for name in rows[0] if name.removesuffix(INTERVAL) not in metrics]
+    lines = [[*settings, *metrics], ["---"] * (len(settings) + len(metrics))]
+    lines += [[shown(row[name]) for name in settings] + [_measured(row, name) for name in metrics] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _measured(row, name):
+    """A value with its interval, if there is one."""
+    interval = row.get(name + INTERVAL)
+    return f"{row[name]:.4g}" if interval is None else f"{row[name]:.4g} ± {interval:.2g}"
+
+
 def best(rows: Sequence[Mapping[str, Any]], metric: str, higher_is_better: bool = False) -> list[dict[str, Any]]:
-    """The rows in the order of a metric, the best first."""
-    return sorted(map(dict, rows), key=lambda row: -row[metric] if higher_is_better else row[metric])
+    """The rows in the order of a metric, the best first; NaN comes last."""
+    sign = -1 if higher_is_better else 1
+    return sorted(map(dict, rows), key=lambda row: (math.isnan(row[metric]), sign * row[metric]))
 
 
 def plot(rows: Sequence[Mapping[str, Any]], metric: str, path: str | Path) -> bool:
@@ -91,10 +103,12 @@ def plot(rows: Sequence[Mapping[str, Any]], metric: str, path: str | Path) -> bo
     else:
         axes.set_ylabel(AXES[names[1]][0])
         values = [[shown_at[x, y] for x in places[names[0]]] for y in places[names[1]]]
+        axes.set_xticks(places[names[0]])
+        axes.set_yticks(places[names[1]])
         contours = axes.contourf(places[names[0]], places[names[1]], values, levels=12, cmap="viridis")
         figure.colorbar(contours, label=metric)
         axes.plot(*zip(*shown_at, strict=True), ".", color="white")
-        axes.plot(*next(iter(shown_at)), "*", color="red", markersize=14, label="best")
-        axes.legend()
+        axes.plot(*next(iter(shown_at)), "*", color="red", markersize=14, clip_on=False)
+        axes.set_title("the best is starred", fontsize=9)
     figure.savefig(path, dpi=130)
     return True

@@ -21,7 +21,7 @@ from ..files import printable
 from ..mixing import mix_classes
 from ..optimization import SPEED_PRESETS, SpeedPresetName, speed_preset
 from ..pipeline import DiTClassCondPipeline
-from ..pipeline_dit_class_cond import takes_jumps
+from ..pipeline_dit_class_cond import largest_scale, takes_jumps
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import drawn_classes, seeded_generator
 from .settings import MAX_STEPS, OWN_SAMPLER, Settings
@@ -106,7 +106,7 @@ class ImageGenerator:
         return Settings(
             [self.classes[index] for index in drawn_classes(len(self.classes), OPENING_CLASSES)],
             steps=min(call["num_inference_steps"], MAX_STEPS),
-            guidance_scale=min(call["guidance_scale"], self.max_scale),
+            guidance_scale=min(largest_scale(call["guidance_scale"]), self.max_scale),
             guidance_start=start,
             guidance_end=end,
         )

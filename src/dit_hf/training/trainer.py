@@ -245,7 +245,11 @@ class Trainer:
         if validate is not None:
             record |= self._validate(validate, step, record)
             self.accelerator.print(json.dumps(record))
-            saved = self.best.improves(record) or saved
+            try:
+                saved = self.best.improves(record) or saved
+            except ValueError:
+                self._save(step, record)
+                raise
         if saved:
             self._save(step, record)
         else:
