@@ -280,6 +280,7 @@ def test_a_table_and_a_guider_are_saved(tmp_path):
     table = [[0.5, 4.0], [0.25, 1.0]]
     pipe = build(guider=guider, recommended_call={"guidance_scale": table, "num_inference_steps": 3})
     pipe.save_pretrained(tmp_path)
+    assert "| guider | PerturbedAttentionGuidance |" in (tmp_path / "README.md").read_text()
     loaded = [
         DiTClassCondPipeline.from_pretrained(tmp_path),
         DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True),

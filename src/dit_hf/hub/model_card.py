@@ -359,6 +359,8 @@ def _describe(model, title, facts, results, region, files):
             "scheduler": type(model.scheduler).__name__,
             "vae": type(model.vae).__name__ if model.vae else "none",
         }
+        optional = {"guide": model.guide, "guider": model.guider}
+        shown |= {name: type(part).__name__ for name, part in optional.items() if part is not None}
     parts.append("## Model\n\n" + _table(shown))
     if training := _table(facts.recipe) if facts.recipe else _section(region, "Training"):
         if LOSS in files and f"({LOSS})" not in training:
