@@ -6,26 +6,13 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, tiny_transformer, tiny_vae
 from PIL import Image
 from testing_utils.scripts import run_forked
 from testing_utils.training_runs import run
-from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from dit_hf import DiTClassCondPipeline, make_scheduler
 from dit_hf.evaluation.sweeps import best, cell_name, grid, markdown_table, plot
-
-
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory):
-    """A tiny DINOv2 with random weights, as transformers saves it."""
-    folder = tmp_path_factory.mktemp("extractor") / "dino"
-    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
-    torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +29,9 @@ def command(pipeline, workspace, folder, *flags):
     return [sys.executable, ROOT / "examples" / "evaluate" / "sweep.py", *map(str, words)]
 
 
-def test_a_sweep_measures_every_cell_and_resumes(pipeline, workspace, dino, tmp_path):
+def test_a_sweep_measures_every_cell_and_resumes(pipeline, workspace, tmp_path):
     flags = ["--guidance_scale", 1, 3, "--num_inference_steps", 1, 2, "--guidance_interval", "0,0.5"]
-    flags += ["--held_out_extractor", dino, "--metrics", "kid", "--bootstrap", 2]
+    flags += ["--held_out_extractor", "efficientnet-lite2", "--metrics", "kid", "--bootstrap", 2]
     result = run_forked(command(pipeline, workspace, tmp_path, *flags))
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "sweep" / "results.json").read_text())
@@ -55,14 +42,16 @@ def test_a_sweep_measures_every_cell_and_resumes(pipeline, workspace, dino, tmp_
     cell = tmp_path / "sweep" / name
     recipe = json.loads((cell / "recipe.json").read_text())
     assert (recipe["guidance_scale"], recipe["guidance_interval"]) == (3.0, [0.0, 0.5])
-    nearest = min(rows, key=lambda row: row["fd_dino"])
-    settings = {name: value for name, value in nearest.items() if name.split(" ")[0] not in ("kid", "fd_dino")}
-    assert found["best"]["fd_dino"]["cell"] == settings
+    nearest = min(rows, key=lambda row: row["fd_efficientnet_lite2"])
+    settings = {
+        name: value for name, value in nearest.items() if name.split(" ")[0] not in ("kid", "fd_efficientnet_lite2")
+    }
+    assert found["best"]["fd_efficientnet_lite2"]["cell"] == settings
     table = (tmp_path / "sweep" / "table.md").read_text()
     assert result.stdout.startswith(table) and len(table.splitlines()) == 6
     assert "Best by kid, with new noise: dit-hf sample" in result.stdout
     measured = json.loads((cell / "metrics.json").read_text())
-    assert sorted(measured["extractors"]) == sorted([str(dino), "efficientnet-lite0"])
+    assert sorted(measured["extractors"]) == ["efficientnet-lite0", "efficientnet-lite2"]
     assert Image.open(tmp_path / "sweep" / "plot.png").size[0] > 300
     # A cell that lost its end is completed by two processes, and all others keep their images.
     kept, lost = cell / "images" / "000001.png", cell / "images" / "000005.png"

