@@ -427,7 +427,7 @@ def test_shards_that_hold_something_else(workspace, tmp_path, change, message):
     ("changes", "message"),
     [
         ({"shards": [{"file": "../shard-00000.safetensors", "count": 20, "sha256": "0"}]}, "names other files"),
-        ({"shards": [{"file": "shard-00000.safetensors", "count": 10**12, "sha256": "0"}]}, "'shards' is missing, or"),
+        ({"shards": [{"file": "shard-00000.safetensors", "count": 10**12, "sha256": "0"}]}, "'shards' is missing or"),
         ({"count": 10**9}, "'count' is not the sum"),
         ({"classes": ["dark", "dark"]}, "'classes'"),
         ({"latents_std": [1.0, 1.0, 0.0, 1.0]}, "'latents_std'"),

@@ -122,7 +122,7 @@ REFUSED = {
             ({"quantization_config": {"quant_method": value}}, [CONFIG, "quantized"])
             for value in ([], "x", None, "gguf")
         ),
-        *(({name: 1}, [CONFIG, name, "no option"]) for name in ("self", "dtype")),
+        *(({name: 1}, [CONFIG, name, "is not an option"]) for name in ("self", "dtype")),
         *(({name: 10**400}, [CONFIG, name]) for name in ("mlp_ratio", "class_dropout_prob", "num_layers")),
         ({"num_layers": 900}, [CONFIG, "900", "tensors"]),
         ({"_use_default_values": 3}, [CONFIG, "_use_default_values"]),

