@@ -34,9 +34,12 @@ def sample(pipe, **options):
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_a_strength_of_one_is_sampling_without_an_image(recipe):
     pipe = build(recipe)
+    pipe.register_to_config(recommended_call={"guidance_interval": (0.0, 0.3)})
     expected = sample(pipe)
     assert torch.equal(sample(pipe, image=IMAGES, strength=1), expected)
     assert torch.equal(sample(pipe), expected)
+    whole = {"guidance_interval": (0.0, 1.0)}
+    assert torch.equal(sample(pipe, image=IMAGES), sample(pipe, image=IMAGES, **whole))
     assert not torch.allclose(sample(pipe, image=IMAGES, strength=0.5), expected, atol=1e-2)
     # The first input of the model is the image with the noise of its timestep.
     inputs = []

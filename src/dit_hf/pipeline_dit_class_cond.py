@@ -531,7 +531,7 @@ class CurrentScale(float):
 
 
 def set_step(guidance: Any, scale: float, is_guided: bool, step: int, steps: int, timestep: torch.Tensor) -> None:
-    """Tells a guider the step, its scale, and whether it guides there; one that its owner disabled never does."""
+    """Tells a guider the step, the step's scale, and whether it guides there."""
     guidance.guidance_scale = float(scale)
     (guidance.enable if is_guided else guidance.disable)()
     guidance.set_state(step, steps, timestep)
@@ -1757,7 +1757,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 How many of the first channels are guided. The paper's results guide 3 of 4.
             guidance_interval (`tuple[float, float]`, *optional*):
                 Fractions of the trajectory, counted in model evaluations, 0 the first: guidance from `start` to before
-                `end`. Outside only the conditional half is computed.
+                `end`. Outside only the conditional half is computed. The recommended one is not used with a guider, a
+                scale by noise level, or a `strength` below 1.
             num_inference_steps (`int`, *optional*): Steps; the scheduler's spacing.
             timesteps (`list[int]`, *optional*): Timesteps in place of the scheduler's own, if it takes them.
             sigmas (`list[float]`, *optional*):
@@ -1785,8 +1786,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 C, H, W)`: one, or one per label.
             strength (`float`, *optional*):
                 With `image`, the part of the steps that is run, above 0, at most 1; 0.8 if not given. 1 ignores the
-                image. `guidance_interval` and a guider's start and stop are counted on all steps; the recommended
-                interval does not apply.
+                image. `guidance_interval` and a guider's start and stop are counted on all steps.
 
         Returns:
             `ImagePipelineOutput` or `tuple`: `images`.
@@ -1809,11 +1809,13 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         # 1. Check everything before any compute
         class_ids = self.resolve_class_labels(class_labels)
         count = self._check_count("num_images_per_label", num_images_per_label, MAX_IMAGES)
+        strength = self._check_strength(strength, image)
         settings = self.resolve_call(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_channels=guidance_channels,
-            guidance_interval=(0.0, 1.0) if image is not None and guidance_interval is None else guidance_interval,
+            # The recommended one may lie before the first step that runs.
+            guidance_interval=(0.0, 1.0) if strength < 1 and guidance_interval is None else guidance_interval,
             guider=guider,
         )
         guider = self.guider if guider is None else guider
@@ -1830,7 +1832,6 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._check_scheduler(timesteps, sigmas, eta)
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         encoder_refresh_steps = self._check_encoder_refresh(encoder_refresh_steps, guider)
-        strength = self._check_strength(strength, image)
         shape = self._check_size(height, width, latents, len(class_ids) * count)
         class_ids = [label for label in class_ids for _ in range(count)]
         self._interrupt = False
