@@ -192,8 +192,9 @@ def print_cost(args, pipe, settings, num_processes):
 
 
 def main():
+    args = parse_args()
     accelerator = start_accelerator()
-    generate(parse_args(), accelerator)
+    generate(args, accelerator)
     accelerator.end_training()
 
 
