@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from dit_hf.training.lora import add_lora
 from dit_hf.training.losses import adaptive_loss
 from dit_hf.training.objectives import OBJECTIVES, MeanFlowObjective, SoFlowObjective, VelocityObjective
 from dit_hf.training.objectives.flow_maps import Points
+from dit_hf.training.objectives.times import Constant
 
 
 KINDS = {"meanflow": MeanFlowObjective, "soflow": SoFlowObjective}
@@ -375,11 +377,17 @@ def test_settings_are_those_of_the_objective():
                 kind(**wrong)
 
 
-def test_the_flag_of_solution_steps_reaches_the_objective():
+def test_the_flags_of_soflow_reach_the_objective():
     flags = {"flow_matching_ratio": 0.5, "target_guidance_scale": 2.0, "target_guidance_mix": 1.0}
     flags |= {"target_guidance_start": 0.0, "target_guidance_end": 1.0, "target_guided": "all"}
-    objective = OBJECTIVES["soflow"].build(None, {"class_dropout_prob": 0.1}, solution_steps=[0.2, 0.05], **flags)
+    build = partial(OBJECTIVES["soflow"].build, None, {"class_dropout_prob": 0.1}, **flags)
+    objective = build(solution_steps=[0.2, 0.05], jumps_to_data=True)
     assert objective.step(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.2, 0.05])
     assert (objective.flow_matching_ratio, objective.guidance_scale) == (0.5, 2.0)
-    default = OBJECTIVES["soflow"].build(None, {"class_dropout_prob": 0.1}, solution_steps=[0.1, 0.002], **flags)
-    assert default == SoFlowObjective(0.5, 2.0)
+    time, until = objective.draw_time(400, seeded_generator(0)).unbind(dim=1)
+    jumps = ~objective.is_velocity(400)
+    assert (until[jumps] == 0).all() and (until[~jumps] == time[~jumps]).all()
+    assert time[jumps].quantile(torch.tensor([0.1, 0.5, 0.9])).tolist() == pytest.approx([0.1, 0.5, 0.9], abs=0.1)
+    assert build(solution_steps=[0.1, 0.002], jumps_to_data=False) == SoFlowObjective(0.5, 2.0)
+    with pytest.raises(ValueError, match="time"):
+        Constant(1.5)

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from testing_utils.training_runs import HOLD
 
 from dit_hf.training.guard import MIN_HISTORY, LossGuard, TrainingStopped, check_losses
-from dit_hf.training.running import on_main, only_run, start_accelerator
+from dit_hf.training.running import lock_folder, run_on_main, start_accelerator
 
 
 def settled(policy="skip", **options):
@@ -114,11 +114,11 @@ def test_processes_that_do_not_know_of_each_other_are_refused():
 def test_a_folder_is_one_runs_and_a_dead_run_leaves_no_lock(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match="in use by another run"), only_run(tmp_path):
+    with pytest.raises(ValueError, match="in use by another run"), lock_folder(tmp_path):
         pass
     other.kill()
     other.wait()
-    with only_run(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
@@ -127,7 +127,7 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path):
     for name in (".lock", ".lock_holder"):
         (tmp_path / name).unlink(missing_ok=True)
         (tmp_path / name).symlink_to(tmp_path / "mine.txt")
-        with pytest.raises(ValueError, match=f"{name} is a link"), only_run(tmp_path):
+        with pytest.raises(ValueError, match=f"{name} is a link"), lock_folder(tmp_path):
             pass
         (tmp_path / name).unlink()
     assert (tmp_path / "mine.txt").read_text() == "mine"
@@ -176,4 +176,4 @@ def test_what_the_main_process_refuses_ends_it():
         raise TrainingStopped("no")
 
     with pytest.raises(TrainingStopped, match="no"):
-        on_main(start_accelerator(), refuse)
+        run_on_main(start_accelerator(), refuse)

@@ -21,7 +21,7 @@ from dit_hf.training.ema import WeightAverage
 from dit_hf.training.guard import TrainingStopped
 from dit_hf.training.objectives import LogitNormal, MinSNR, Objective, VelocityObjective
 from dit_hf.training.records import check_same_settings, record_settings
-from dit_hf.training.running import StopRequest, only_run
+from dit_hf.training.running import StopRequest, lock_folder
 from dit_hf.training.trainer import Trainer
 
 
@@ -222,7 +222,7 @@ def test_signal_handlers_are_restored(tmp_path):
 
 
 def test_a_folder_can_be_held_twice_by_one_process(tmp_path):
-    with only_run(tmp_path), only_run(tmp_path):
+    with lock_folder(tmp_path), lock_folder(tmp_path):
         pass
     train(tmp_path)
 

@@ -21,7 +21,7 @@ from dit_hf.command_line import ArgumentParser, integer, run
 from dit_hf.data.images import load_image_dataset, load_unlabelled_folder
 from dit_hf.data.reader import ImageReader
 from dit_hf.files import check_apart, check_folder, is_occupied, writing_folder
-from dit_hf.pipeline_dit_class_cond import find_class
+from dit_hf.pipeline_dit_class_cond import ClassNames
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.config import GUIDANCE
 from dit_hf.training.validation import check_sampling
@@ -59,7 +59,7 @@ def main():
     pipe = DiTClassCondPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
     if not pipe.id2label:
         raise ValueError(f"{args.pretrained_model_name_or_path} names no classes; save it with `id2label`.")
-    if find_class(pipe.id2label, args.class_name) is not None:  # among the synonyms, and in any case, too
+    if ClassNames(pipe.id2label).find(args.class_name) is not None:  # among the synonyms, and in any case, too
         raise ValueError(f"The model has a class {args.class_name!r} already; choose another --class_name.")
     names = [args.class_name, *pipe.id2label.values()]
     check_names(names)

@@ -48,7 +48,7 @@ from dit_hf.training.records import (
     record_settings,
     truncate_log,
 )
-from dit_hf.training.running import StopRequest, only_run, start_accelerator
+from dit_hf.training.running import StopRequest, lock_folder, start_accelerator
 
 
 SETTINGS_FILE, LOG_FILE = "training_config.json", "train_log.jsonl"
@@ -190,7 +190,7 @@ def main():
     print(json.dumps(vars(args), indent=2, default=str))
     images, held_out = read_images(args)
     SeededBatches(len(images), args.train_batch_size)  # too large a batch, before the work
-    with only_run(args.output_dir), StopRequest() as stop:
+    with lock_folder(args.output_dir), StopRequest() as stop:
         step = Training(args, accelerator, images, held_out).run(stop)
     if step < args.max_train_steps:
         print(f"Stopped at step {step} by {Signals(stop.signal).name}; run the same command again to resume.")

@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import safe_open
 
 from .files import check_file, read_json, reading
-from .pipeline_dit_class_cond import OPTIONAL, check_id2label, check_train_timesteps, shown
+from .pipeline_dit_class_cond import OPTIONAL_COMPONENTS, check_id2label, check_train_timesteps, shown
 from .schedulers import try_scheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 from .scheduling_flow_match_truncated_euler import FlowMatchTruncatedEulerScheduler
@@ -79,10 +79,10 @@ def read_index(path: str | Path, transformers: Mapping[str, Sequence[str]] = Map
     index = read_config(path)
     if len(index) > MAX_COMPONENTS:
         raise ValueError(f"{path} has {len(index):,} entries; at most {MAX_COMPONENTS} are read.")
-    for name in ("transformer", "scheduler", *OPTIONAL):
-        entry = index.get(name, [None, None] if name in OPTIONAL else None)
+    for name in ("transformer", "scheduler", *OPTIONAL_COMPONENTS):
+        entry = index.get(name, [None, None] if name in OPTIONAL_COMPONENTS else None)
         pair = entry if isinstance(entry, list) and len(entry) == 2 else []
-        none = name in OPTIONAL and pair == [None, None]
+        none = name in OPTIONAL_COMPONENTS and pair == [None, None]
         if not none and not (pair and all(isinstance(word, str) and word.isidentifier() for word in pair)):
             raise ValueError(f'{path} has {name}: {entry!r}; it must be a library and a class, ["diffusers", "…"].')
         if name in transformers and not none and pair[1] not in transformers[name]:

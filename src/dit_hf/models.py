@@ -25,7 +25,7 @@ from .presets import DDT_PRESETS, JIT_PRESETS, PRESETS, DDTPresetName, JiTPreset
 logger = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that say where a config lies.
-CONFIG_ARGUMENTS = (*("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies"),)
+CONFIG_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
 def _check_memory_option(low_cpu_mem_usage):

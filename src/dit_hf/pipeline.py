@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 # Then saved folders name the library `dit_hf`, and a repository that does so is not taken for a mistake.
 LOADABLE_CLASSES.setdefault("dit_hf", LOADABLE_CLASSES["diffusers"])
 
-COMPONENTS = ("transformer", "scheduler", *pipeline_dit_class_cond.OPTIONAL)
+COMPONENTS = ("transformer", "scheduler", *pipeline_dit_class_cond.OPTIONAL_COMPONENTS)
 # Bases of the classes that diffusers accepts as a component; a model if it is not named.
 BASES = {"scheduler": "SchedulerMixin", "guider": "BaseGuidance"}
 # Components given to the `from_pretrained` under way, for which diffusers would look up the class in the index.

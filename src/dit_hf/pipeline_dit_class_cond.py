@@ -72,7 +72,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 # Components that a pipeline may lack.
-OPTIONAL = ("vae", "guide", "guider")
+OPTIONAL_COMPONENTS = ("vae", "guide", "guider")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 LEARNED_VARIANCE = ("learned", "learned_range")
 # Settings of a call that neither the caller nor `recommended_call` gives.
@@ -83,12 +83,12 @@ CALL_DEFAULTS = {
     "guidance_interval": (0.0, 1.0),
 }
 AUTOGUIDANCE_SCALE = 1.5
-# Schedulers of diffusers that go wrong from the middle of their schedule on.
-START_AT_NOISE = ("LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler")
+# Schedulers of diffusers that can't start in the middle of their schedule.
+NO_IMAGE_TO_IMAGE = ("LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler")
 # How far back towards noise an image is taken, if the caller gives none.
-STRENGTH = 0.8
-# Options that a guide has as the transformer, with their defaults where not every model has them.
-GUIDE_SHARES = {"in_channels": None, "num_classes": None, "noise_scale": 1.0, "interval_embedding": False}
+DEFAULT_STRENGTH = 0.8
+# Options in which guide and transformer must agree, and their defaults where not every model has them.
+SHARED_GUIDE_OPTIONS = {"in_channels": None, "num_classes": None, "noise_scale": 1.0, "interval_embedding": False}
 
 OVERFLOW_HINT = (
     "Try float32 or bfloat16 weights, another scheduler or fewer steps than the training's timesteps, and a smaller "
@@ -100,7 +100,7 @@ MAX_TRAIN_TIMESTEPS = 2**17
 MAX_IMAGES = 2**20
 MAX_GUIDANCE_SCALE = 1000
 MAX_LORA_ALPHA = 2**20
-MAX_PIXELS = 2**16
+MAX_SIDE = 2**16  # pixels
 MAX_LATENT_VALUES = 2**30
 # What diffusers' `AutoencoderRAE` adds to the deviations of latents, which contain RAE's own epsilon.
 RAE_EPSILON = 1e-5
@@ -117,12 +117,12 @@ _IN_CALL: set[int] = set()
 
 
 @contextmanager
-def _held(find):
-    """Gives what `find` returns to this thread, all at once: no thread waits for one with another in its hands."""
+def _locked(get_objects):
+    """Locks the objects that `get_objects` returns for this thread, all at once, so that threads can't deadlock."""
     thread, found = threading.get_ident(), []
 
     def are_free():
-        found[:] = find()
+        found[:] = get_objects()
         return all({thread}.issuperset(_HOLDERS.get(id(each), ())) for each in found)
 
     with _RELEASED:
@@ -155,9 +155,9 @@ def has_values(value: Any) -> bool:
     """False for a tensor that is sparse, nested, quantized, complex, on meta, or of 8-bit floats; else True."""
     if not isinstance(value, torch.Tensor):
         return True
-    plain = value.layout == torch.strided and not value.is_nested and not value.is_quantized
-    small = value.is_floating_point() and value.element_size() == 1
-    return plain and not small and not value.is_complex() and value.device.type != "meta"
+    is_dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+    is_float8 = value.is_floating_point() and value.element_size() == 1
+    return is_dense and not is_float8 and not value.is_complex() and value.device.type != "meta"
 
 
 def is_finite(value: Any) -> bool:
@@ -318,11 +318,6 @@ def nearest_names(name: str, known: Mapping[str, int]) -> list[str]:
     return list(nearest.values())[:3]
 
 
-def find_class(id2label: Mapping[int, str], name: str) -> int | None:
-    """The id of an entry of `id2label` or a synonym, as [`ClassNames.find`] has it."""
-    return ClassNames(id2label).find(name)
-
-
 def check_id2label(id2label: Any) -> dict[int, str]:
     """Class names with numbers as keys, which JSON makes strings, in order; `ValueError` names an invalid entry."""
     if id2label is None:
@@ -364,7 +359,7 @@ def is_guider(part: Any) -> bool:
 
 def check_component(name: str, part: Any) -> None:
     """Raises `ValueError` for what can't be that component of a pipeline."""
-    if part is None and name in OPTIONAL:
+    if part is None and name in OPTIONAL_COMPONENTS:
         return
     if name == "guider":
         fits, what = is_guider(part), "guider, such as diffusers.AdaptiveProjectedGuidance()"
@@ -377,17 +372,17 @@ def check_component(name: str, part: Any) -> None:
         raise ValueError(f"`{name}` is {given}; it must be a diffusers {what}.")
 
 
-def check_changed(tensors: Any) -> None:
-    """Raises `ValueError` for what a callback returns, unless it is a dictionary of tensors."""
-    if not isinstance(tensors, Mapping) or not all(isinstance(each, torch.Tensor) for each in tensors.values()):
+def check_callback_outputs(outputs: Any) -> None:
+    """Raises `ValueError` unless a step callback returned a dictionary of tensors."""
+    if not isinstance(outputs, Mapping) or not all(isinstance(each, torch.Tensor) for each in outputs.values()):
         raise ValueError(
-            f"`callback_on_step_end` returned {shown(tensors)}; it must be None or a dictionary of tensors."
+            f"`callback_on_step_end` returned {shown(outputs)}; it must be None or a dictionary of tensors."
         )
 
 
 def check_guide(guide: Mapping, transformer: Mapping) -> None:
     """Raises `ValueError` for the config of a guide that predicts for other latents or classes than a transformer."""
-    for name, default in GUIDE_SHARES.items():
+    for name, default in SHARED_GUIDE_OPTIONS.items():
         guiding, guided = guide.get(name, default), transformer.get(name, default)
         if guiding != guided:
             raise ValueError(
@@ -397,14 +392,14 @@ def check_guide(guide: Mapping, transformer: Mapping) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value that was given, for one line of a message."""
+    """`repr` of a value on one line, at most 200 characters of it, for error messages."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 @contextmanager
-def errors_of_values(what: str) -> Iterator[None]:
-    """Whatever a library raises for a file or values that it can't use, as a `ValueError` that says so."""
+def raise_value_error(what: str) -> Iterator[None]:
+    """Re-raises an exception of a library as a `ValueError` that begins with `what`."""
     try:
         yield
     except (OSError, ImportError, MemoryError):
@@ -591,12 +586,12 @@ class DiTLoraLoaderMixin(LoraBaseMixin):  # type: ignore[misc,valid-type]
         kwargs = {"use_safetensors": True, "return_lora_metadata": True} | kwargs
         source = pretrained_model_name_or_path_or_dict
         named = "The adapters" if isinstance(source, Mapping) else f"The adapters of {source}"
-        with errors_of_values(f"{named} can't be read"):
+        with raise_value_error(f"{named} can't be read"):
             weights, metadata = SD3LoraLoaderMixin.lora_state_dict(source, **kwargs)
         check_adapters(weights, metadata, f"{self.transformer_name}.", dict(self.transformer.named_modules()))
         before = set(getattr(self.transformer, "peft_config", {}))
         try:
-            with errors_of_values(f"{named} can't be put on the transformer"):
+            with raise_value_error(f"{named} can't be put on the transformer"):
                 self.transformer.load_lora_adapter(
                     dict(weights),
                     prefix=self.transformer_name,
@@ -668,7 +663,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "transformer->guide->vae"
-    _optional_components = [*OPTIONAL]
+    _optional_components = [*OPTIONAL_COMPONENTS]
     _callback_tensor_inputs = ["latents", "class_labels"]
 
     def __init__(
@@ -698,7 +693,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             raise ValueError(f"`recommended_call` is {shown(recommended_call)}; it must be a dictionary.")
         if unknown := sorted(map(str, (recommended_call or {}).keys() - CALL_DEFAULTS.keys())):
             raise ValueError(f"`recommended_call` has {unknown[0]!r}; it may hold {', '.join(CALL_DEFAULTS)}.")
-        with errors_of_values("`recommended_call` can't be saved"):
+        with raise_value_error("`recommended_call` can't be saved"):
             json.dumps(dict(recommended_call or {}))
         self.register_to_config(id2label=self.id2label or None, recommended_call=recommended_call)
         self._check_vae()
@@ -725,15 +720,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if not isinstance(pipeline, DiffusionPipeline):
             raise ValueError(f"`pipeline` is a {type(pipeline).__name__}; it must be a diffusers pipeline.")
         names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
-        known = {name: pipeline.config[name] for name in names if name in pipeline.config} | pipeline.components
+        arguments = {name: pipeline.config[name] for name in names if name in pipeline.config} | pipeline.components
         scheduler = kwargs.pop("scheduler", None)  # the pipeline's own tells what the model was trained for
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"`dtype` is {shown(dtype)}; it must be a torch.dtype.")
-        again = cls(**({name: known[name] for name in names if name in known} | kwargs))
+        new_pipeline = cls(**({name: arguments[name] for name in names if name in arguments} | kwargs))
         if scheduler is not None:
-            again.scheduler = scheduler
-        return again if dtype is None else again.to(dtype)
+            new_pipeline.scheduler = scheduler
+        return new_pipeline if dtype is None else new_pipeline.to(dtype)
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -744,9 +739,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """
-        Inside of it the pipeline and its components belong to one thread; others wait until it leaves. A call,
-        decoding, moving, offloading, setting a component and whatever loads or changes adapters do that by themselves;
-        to do several of them as one, put them inside.
+        Context manager that reserves the pipeline and its components for this thread; other threads wait. Calls,
+        decoding, moving, offloading, setting components and changing adapters lock by themselves; use this to run
+        several of them as one.
 
         Example:
 
@@ -756,7 +751,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             ...     pipe.scheduler = make_scheduler("flow_heun")
             ...     image = pipe("sloth", num_inference_steps=4).images[0]
         """
-        with _held(lambda: [self, *(part for part in self.components.values() if part is not None)]):
+        with _locked(lambda: [self, *(part for part in self.components.values() if part is not None)]):
             yield
 
     @contextmanager
@@ -776,12 +771,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 _IN_CALL.difference_update(parts)
 
     def __setattr__(self, name, value):
-        if name in ("transformer", "scheduler", *OPTIONAL) and name in vars(self):
+        if name in ("transformer", "scheduler", *OPTIONAL_COMPONENTS) and name in vars(self):
             if value is not None:  # to free its memory; a call asks for what it needs
                 check_component(name, value)
             if name == "vae" and value is not None and is_rae(value):
                 correct_rae(value)
-            with _held(lambda: [self]):
+            with _locked(lambda: [self]):
                 if vars(self)[name] is None:
                     del vars(self)[name]
                     self.register_modules(**{name: value})  # or it would be missing where the pipeline is saved
@@ -932,9 +927,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 not given.
 
         Returns:
-            `dict`: all four: those given, else the guider's scale, else those of `recommended_call`, else 50 steps at
-            scale 4, or 1.5 with a guide, or 1 for a model without a null class or with guidance in its weights. A
-            guider, and a scale by noise level, go without the recommended interval.
+            `dict`: all four settings. In order of precedence: the given ones, the guider's scale, `recommended_call`,
+            50 steps at scale 4 (1.5 with a guide; 1 for a model without a null class or with guidance in its weights).
+            The recommended interval is not used with a guider or a scale by noise level.
 
         Raises:
             ValueError: if a setting is unknown or out of range.
@@ -1115,7 +1110,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         hooks_before = count_hooks(self.transformer)
         prediction = torch.ones(1, self.transformer.config.in_channels, 16, 16)
         guider = copy.deepcopy(guider)
-        with errors_of_values(f"{type(guider).__name__} can't guide this pipeline"):
+        with raise_value_error(f"{type(guider).__name__} can't guide this pipeline"):
             for step, (scale, is_guided) in enumerate(zip(scales, in_interval, strict=True)):
                 set_step(guider, scale, is_guided, step, len(scales), torch.zeros(()))
                 batches = guider.prepare_inputs({"class_labels": labels})
@@ -1180,9 +1175,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                     f"{name} has {option}=True, which limits samples to the range of pixels, and this model works on "
                     f"latents; set it with {option}=False."
                 )
-        draws = isinstance(self.scheduler, FlowMatchLCMScheduler) or name == "FlowMatchSDEScheduler"
+        adds_noise = isinstance(self.scheduler, FlowMatchLCMScheduler) or name == "FlowMatchSDEScheduler"
         noise_scale = self.transformer.config.get("noise_scale", 1.0)
-        if noise_scale != 1 and (draws or config.get("stochastic_sampling")):
+        if noise_scale != 1 and (adds_noise or config.get("stochastic_sampling")):
             raise ValueError(
                 f"{name} adds noise of standard deviation 1 between steps, and the model was trained with "
                 f"{noise_scale}; use a sampler without noise, such as 'flow_heun'."
@@ -1210,7 +1205,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             raise ValueError(f"`eta` is {eta}, but {name} has no such parameter; leave it at 0.")
 
     def _check_diffusion(self):
-        """Refuses a scheduler with betas that are NaN or above 1, or other timesteps than these."""
+        """Refuses a scheduler whose `alphas_cumprod` leave [0, 1] or are not one per training timestep."""
         name, config = type(self.scheduler).__name__, self.scheduler.config
         check_train_timesteps(name, config)
         alphas = getattr(self.scheduler, "alphas_cumprod", None)
@@ -1233,7 +1228,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         largest = self.scheduler.config.get("num_train_timesteps", math.inf) if argument == "timesteps" else math.inf
         descending = all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
         if not descending or values[0] > largest or values[-1] < 0:
-            raise ValueError(f"{given}; it must be descending, without repetitions, from at most {largest} to 0.")
+            raise ValueError(
+                f"{given}; it must be descending, without repetitions, "
+                + ("down to 0 at the lowest." if largest == math.inf else f"from at most {largest} to 0.")
+            )
 
     def _check_schedule(self, num_inference_steps):
         """Refuses a schedule that the scheduler can't run: one that divides by zero or goes beyond its tables."""
@@ -1352,7 +1350,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         sizes = {"height": height, "width": width}
         multiple = factor * patch_size
         for argument, pixels in sizes.items():
-            sizes[argument] = None if pixels is None else self._check_count(argument, pixels, MAX_PIXELS, multiple)
+            sizes[argument] = None if pixels is None else self._check_count(argument, pixels, MAX_SIDE, multiple)
         if latents is not None and height is None and width is None and latents.ndim == 4:
             sizes = dict(zip(sizes, (side * factor for side in latents.shape[-2:]), strict=True))
         sides = [(pixels or config.sample_size * factor) // factor for pixels in sizes.values()]
@@ -1448,18 +1446,18 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         """The part of the steps that is run; 1 without an image."""
         if image is None and strength is not None:
             raise ValueError(f"`strength` is {shown(strength)}, but no `image` was given; give both or neither.")
-        strength = (STRENGTH if image is not None else 1) if strength is None else strength
+        strength = (DEFAULT_STRENGTH if image is not None else 1) if strength is None else strength
         if not is_finite(strength) or not 0 < float(strength) <= 1:
             raise ValueError(f"`strength` is {shown(strength)}; it must be a number above 0, at most 1.")
         adds_noise = any(hasattr(self.scheduler, name) for name in ("scale_noise", "add_noise"))
-        if strength < 1 and (type(self.scheduler).__name__ in START_AT_NOISE or not adds_noise):
+        if strength < 1 and (type(self.scheduler).__name__ in NO_IMAGE_TO_IMAGE or not adds_noise):
             raise ValueError(
                 f"`image` was given, but {type(self.scheduler).__name__} begins with pure noise only; use another "
                 "scheduler, such as 'dpm++' or 'flow_euler' of `dit_hf.make_scheduler`."
             )
         return float(strength)
 
-    def _encode_start(self, image, shape, count):
+    def _encode_init_image(self, image, shape, count):
         """Latents of a shape, of the images to start from, each `count` times."""
         is_tensor = isinstance(image, torch.Tensor) and has_values(image) and image.ndim == 4
         channels, sides = shape[1], [side * self.vae_scale_factor for side in shape[2:]]
@@ -1522,7 +1520,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             return torch.zeros_like(schedule)
         return torch.cat([schedule[1:], schedule.new_zeros(1)])
 
-    def _predict(self, guidance, model_input, class_labels, times, guidance_channels=None, position=None, shared=None):
+    def _predict(
+        self, guidance, model_input, class_labels, times, guidance_channels=None, position=None, encoder_cache=None
+    ):
         """
         What the scheduler steps by, `(B, C, H, W)` or with the variance that it takes `(B, 2C, H, W)`, float32: the
         first channels as a guider combines the predictions it asks for, the rest of the conditional one.
@@ -1536,7 +1536,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             # Unconditional first: the order diffusers' caches expect.
             labels = torch.cat([batch.class_labels for batch in reversed(batches)])
             inputs, context = torch.cat([model_input] * len(batches)), "guided" if len(batches) > 1 else "conditional"
-            outputs = evaluate(self.transformer, inputs, labels, context=context, shared=shared).chunk(len(batches))
+            outputs = evaluate(self.transformer, inputs, labels, context=context, encoder_cache=encoder_cache).chunk(
+                len(batches)
+            )
             outputs = outputs[::-1]
         else:
             outputs = [
@@ -1558,16 +1560,16 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             return evaluate(self.transformer, model_input, batch.class_labels, context=context)
 
     @staticmethod
-    def _evaluate(model, model_input, class_labels, times, context, position=None, shared=None):
-        """What a model predicts, float32; its encoder's state is taken from `shared` if it is there, or put there."""
+    def _evaluate(model, model_input, class_labels, times, context, position=None, encoder_cache=None):
+        """What a model predicts, float32; its encoder's state is read from `encoder_cache`, or written to it."""
         times = {name: time.expand(len(model_input)) for name, time in times.items() if time is not None}
         if "kwargs" not in inspect.signature(model.cache_context).parameters:
             position = None  # before diffusers 0.41 caches don't ask
         with model.cache_context(context, **(position or {})):
             inputs = {"hidden_states": model_input.to(model.dtype), "class_labels": class_labels}
-            output = model(**inputs, return_dict=False, **times, **(shared or {}))
-        if shared is not None:
-            shared["encoder_state"] = output[1]
+            output = model(**inputs, return_dict=False, **times, **(encoder_cache or {}))
+        if encoder_cache is not None:
+            encoder_cache["encoder_state"] = output[1]
         return output[0].float()
 
     @torch.no_grad()
@@ -1666,11 +1668,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         size = self.transformer.config.sample_size * self.vae_scale_factor
         multiple = self.vae_scale_factor * self.transformer.config.patch_size
         sides = {"height": size if height is None else height, "width": size if width is None else width}
-        sides = {name: self._check_count(name, pixels, MAX_PIXELS, multiple) for name, pixels in sides.items()}
+        sides = {name: self._check_count(name, pixels, MAX_SIDE, multiple) for name, pixels in sides.items()}
         images = image if isinstance(image, (list, tuple)) else [image]
         if all(hasattr(each, "convert") for each in images):  # PIL's
             image = [on_white(each) for each in images]
-        with errors_of_values("`image` can't be read; give a PIL image, an array, a tensor, or a list of these"):
+        with raise_value_error("`image` can't be read; give a PIL image, an array, a tensor, or a list of these"):
             pixels = self.image_processor.preprocess(image, **sides)
         channels = self.transformer.config.in_channels if self.vae is None else self.vae.config.get("in_channels", 3)
         if pixels.ndim != 4 or pixels.shape[1] != channels:
@@ -1748,16 +1750,16 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             class_labels (`int`, `str`, None, `list` of these, or `torch.Tensor` of shape `(B,)`):
                 Class ids or names (see `labels`); None is the null class.
             guidance_scale (`float`, `list` of pairs or `Callable`, *optional*):
-                Classifier-free guidance, or away from the guide if there is one, at most 1000: 0 is what it leads
-                away from, without a class or the guide's, 1 is no guidance. A table of pairs (noise level, scale),
-                linear in between, or a function of the noise level: 1 is pure noise, 0 the data (the timestep over
-                `num_train_timesteps`). The pipeline's recommended one if not given (see `resolve_call`), as the next
-                three.
+                Scale of classifier-free guidance, or of autoguidance if the pipeline has a guide, from 0 to 1000. 1
+                disables guidance; 0 gives the prediction without a class, or the guide's. A list of pairs (noise
+                level, scale) is interpolated linearly; a function is called with the noise level, from 1 for pure
+                noise to 0 for the data (the timestep over `num_train_timesteps`). The pipeline's recommended scale if
+                not given (see `resolve_call`), as the next three.
             guidance_channels (`int`, *optional*):
                 How many of the first channels are guided. The paper's results guide 3 of 4.
             guidance_interval (`tuple[float, float]`, *optional*):
-                Fractions of the trajectory, counted in model evaluations, 0 the first: guidance from `start` to before
-                `end`. Outside only the conditional half is computed. The recommended one is not used with a guider, a
+                Guidance is applied from `start` to before `end`, as fractions of the model evaluations. Outside, only
+                the prediction for the class is computed. The recommended one is not used with a guider, a
                 scale by noise level, or a `strength` below 1.
             num_inference_steps (`int`, *optional*): Steps; the scheduler's spacing.
             timesteps (`list[int]`, *optional*): Timesteps in place of the scheduler's own, if it takes them.
@@ -1838,17 +1840,18 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
         # 2. Prepare schedule, labels and noise
         device = getattr(self, "_execution_device", self.device)
-        # The scheduler's part stays on the CPU, where its tables are, and the model's goes to the device at once:
-        # looking up a GPU's timestep waits for the GPU, and so does taking one there. Some are float64, which not
-        # every device has.
-        with errors_of_values(f"{type(self.scheduler).__name__} can't make this schedule"):
+        # The schedule stays on the CPU with the scheduler's tables: looking up a timestep on a GPU would synchronise,
+        # and some are float64, which not every device has. The model's copy is moved once.
+        with raise_value_error(f"{type(self.scheduler).__name__} can't make this schedule"):
             schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas, "cpu")
         self._check_schedule(num_inference_steps)
         first = self._first_step(strength, len(schedule))
         scales = self._scales(settings["guidance_scale"], schedule, guider)
         may_guide = guider is None or getattr(guider, "_enabled", True)
-        starts, ends = guidance_interval
-        in_interval = [may_guide and starts <= step / len(schedule) < ends for step in range(len(schedule))]
+        interval_start, interval_end = guidance_interval
+        in_interval = [
+            may_guide and interval_start <= step / len(schedule) < interval_end for step in range(len(schedule))
+        ]
         guidance = ScaleGuidance() if guider is None else copy.deepcopy(guider)
         if guider is not None:
             self._check_guider(guider, scales, in_interval)
@@ -1858,13 +1861,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 f"`guidance_interval` {guidance_interval} guides none of the {len(schedule) - first} steps that run, "
                 f"{first} to {len(schedule) - 1} of {len(schedule)}."
             )
-        start = None if image is None else self._encode_start(image, shape, count)
+        init_latents = None if image is None else self._encode_init_image(image, shape, count)
         model_schedule = schedule.float().to(device)
         interval_ends = self._interval_ends()
         interval_ends = [None] * len(schedule) if interval_ends is None else interval_ends.float().to(device)
         self._num_timesteps = len(schedule) - first
         class_labels = torch.tensor(class_ids, device=device)
-        latents = self._prepare_latents(shape, latents, generator, device, start if strength < 1 else None, first)
+        latents = self._prepare_latents(
+            shape, latents, generator, device, init_latents if strength < 1 else None, first
+        )
         step_options = self._step_options(eta=eta, generator=generator, return_dict=False)
 
         for index in range(first):  # a guider that averages over the steps begins with the first
@@ -1873,7 +1878,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
         # 3. Denoise
         overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
-        shared: dict | None = {} if encoder_refresh_steps > 1 else None
+        encoder_cache: dict | None = {} if encoder_refresh_steps > 1 else None
         with self._trajectory():
             with self.progress_bar(total=self._num_timesteps) as progress_bar:
                 for index, timestep in enumerate(schedule[first:], start=first):
@@ -1881,8 +1886,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                         break
                     self._current_timestep = timestep
                     self._guidance_scale = CurrentScale(scales[index])
-                    if shared is not None and (index - first) % encoder_refresh_steps == 0:
-                        shared.clear()
+                    if encoder_cache is not None and (index - first) % encoder_refresh_steps == 0:
+                        encoder_cache.clear()
                         # The encoder's state is of both predictions if any step that takes it is guided.
                         steps = range(index, min(index + encoder_refresh_steps, len(schedule)))
                         guidance.keeps_both = any(in_interval[step] and scales[step] != 1 for step in steps)
@@ -1893,7 +1898,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                     position = self._position(index, model_schedule)
                     times = {"timestep": model_schedule[index], "r_timestep": interval_ends[index]}
                     output = self._predict(
-                        guidance, model_input, class_labels, times, guidance_channels, position, shared
+                        guidance, model_input, class_labels, times, guidance_channels, position, encoder_cache
                     )
                     overflows |= ~torch.isfinite(output).flatten(1).all(dim=1)  # a scheduler that clips would hide it
                     latents = self.scheduler.step(output, timestep, latents, **step_options)[0]
@@ -1901,15 +1906,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                         available = {"latents": latents, "class_labels": class_labels}
                         tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                         changed = callback_on_step_end(self, index - first, timestep, tensors) or {}
-                        check_changed(changed)
+                        check_callback_outputs(changed)
                         if not isinstance(self._guidance_scale, CurrentScale):  # as callbacks that end guidance set it
                             scales[index:] = [self._guidance_scale] * (len(scales) - index)
-                            if shared is not None:
-                                shared.clear()
+                            if encoder_cache is not None:
+                                encoder_cache.clear()
                         latents = changed.get("latents", latents)
                         class_labels = changed.get("class_labels", class_labels)
-                        if shared is not None and class_labels is not available["class_labels"]:
-                            shared.clear()
+                        if encoder_cache is not None and class_labels is not available["class_labels"]:
+                            encoder_cache.clear()
                         if len(latents) != len(overflows):  # the callback alone knows which of them are left
                             overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
                     progress_bar.update()

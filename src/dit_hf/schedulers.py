@@ -23,7 +23,13 @@ try:
 except ImportError:  # before diffusers 0.39
     FlowMapEulerDiscreteScheduler = None  # type: ignore[assignment,misc]
 
-from .pipeline_dit_class_cond import check_train_timesteps, errors_of_values, shown, takes_variance, trained_prediction
+from .pipeline_dit_class_cond import (
+    check_train_timesteps,
+    raise_value_error,
+    shown,
+    takes_variance,
+    trained_prediction,
+)
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 from .scheduling_flow_match_truncated_euler import FlowMatchTruncatedEulerScheduler
 
@@ -122,7 +128,7 @@ def make_scheduler(name: SchedulerRecipe, **overrides: Any) -> SchedulerMixin:
         if unknown := sorted(overrides.keys() - inspect.signature(scheduler_class).parameters.keys()):
             raise TypeError(f"{scheduler_class.__name__}, the recipe {name!r}, has no option {unknown[0]!r}.")
         check_train_timesteps(scheduler_class.__name__, config)
-        with errors_of_values(f"The recipe {name!r} can't be run with {shown(overrides)}"):
+        with raise_value_error(f"The recipe {name!r} can't be run with {shown(overrides)}"):
             try_scheduler(scheduler_class, config)
     return scheduler_class(**config)
 

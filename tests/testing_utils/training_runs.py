@@ -24,8 +24,8 @@ TRAIN_DIT = ROOT / "examples" / "train_class_cond" / "train_dit.py"
 
 HOLD = """
 import sys, time
-from dit_hf.training.running import only_run
-with only_run(sys.argv[1]):
+from dit_hf.training.running import lock_folder
+with lock_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -3,7 +3,7 @@
     dit-hf convert --checkpoint_path DiT-XL-2-256x256.pt --output_dir dit-xl-2-256 --vae stabilityai/sd-vae-ft-mse \
         --id2label imagenet.json
 
-Expected: the time it takes to read and write the weights, and six forward passes. Every dimension is read off the
+Expected: the time to read and write the weights, and three forward passes. Every dimension is read off the
 weights. An original autoencoder becomes the folder of an `AutoencoderKL` or `AutoencoderRAE`.
 """
 

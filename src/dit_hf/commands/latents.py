@@ -13,7 +13,7 @@ from ..pipeline_dit_class_cond import is_rae
 from ..training.alignment import load_encoder
 from ..training.data import ImageData, latent_size, write_latents
 from ..training.model import image_resolution, load_vae
-from ..training.running import only_run, start_accelerator
+from ..training.running import lock_folder, start_accelerator
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +95,7 @@ def main() -> None:
     reader = data.reader()
     accelerator.print(reader.describe())
     encoder = load_encoder(args.alignment_encoder).to(accelerator.device) if args.features else None
-    with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
+    with lock_folder(args.output_dir) if accelerator.is_main_process else nullcontext():
         write_latents(accelerator, vae, data, reader, args.output_dir, encoder, args.shard_size)
         if accelerator.is_main_process:
             index = verify_latents(args.output_dir)

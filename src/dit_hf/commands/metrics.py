@@ -69,15 +69,17 @@ def parse_args(flags=None):
     parser.add_argument(
         "--feature_extractor",
         default="efficientnet-lite0",
-        help="efficientnet-lite0, inception, a vision model of transformers (id or folder), or precomputed.",
+        help="efficientnet-lite0, efficientnet-lite2, inception, a vision model of transformers (id or folder), or "
+        "precomputed.",
     )
     parser.add_argument("--extractor_weights", type=Path, help="TensorFlow-ported weights for inception.")
-    titles = ", ".join(metric.full_name("EXTRACTOR") for metric in METRICS)
+    metric_names = ", ".join(metric.full_name("EXTRACTOR") for metric in METRICS)
+    defaults = ", ".join(metric.name for metric in METRICS if metric.default)
     parser.add_argument(
         "--metrics",
         type=names,
-        help=f"Metrics, separated by commas: {titles}; with inception fid, sfid, is, kid. By default all that the "
-        "extractor and the reference allow, without density, coverage and the accuracies.",
+        help=f"Metrics, separated by commas: {metric_names}; with inception also fid. By default {defaults}, as far "
+        "as the extractor and the reference allow.",
     )
     parser.add_argument(
         "--bootstrap",
@@ -201,7 +203,7 @@ def read_features(args, extractor, sources, labels):
     return features
 
 
-def enough_images(args, names, extractor, counts):
+def select_computable(args, names, extractor, counts):
     """The metrics that there are enough images for; those that were asked for must be."""
     if counts.get("training", 2) < 2:
         raise ValueError("--training holds one image; at least 2 are needed.")
@@ -255,7 +257,7 @@ def measure(args):
     sets = open_sets(args, extractor, use_images)
     skipped = {}
     if extractor is None:
-        names = enough_images(
+        names = select_computable(
             args, names, description["name"], {name: len(part.features) for name, part in sets.items()}
         )
     else:
@@ -266,7 +268,9 @@ def measure(args):
         needed = {"samples", "reference", "training"} if any(row.labels for row in rows) else set()
         labels = read_images(args, sets, statistics, needed | ({"samples", "training"} if args.training else set()))
         check_labelled(rows, names, labels)
-        names = enough_images(args, names, description["name"], {name: source.count for name, source in sets.items()})
+        names = select_computable(
+            args, names, description["name"], {name: source.count for name, source in sets.items()}
+        )
         skipped = {name: source.skipped for name, source in sets.items()}
         sets = read_features(args, extractor, sets, labels)
     reference, training = sets.get("reference"), sets.get("training")

@@ -42,7 +42,7 @@ from ..schedulers import make_scheduler, trained_options
 from ..seeds import seeded_generator
 from ..training.config import GUIDANCE
 from ..training.records import check_same_settings, record_settings
-from ..training.running import only_run, start_accelerator
+from ..training.running import lock_folder, start_accelerator
 from ..training.validation import check_sampling
 
 
@@ -214,7 +214,7 @@ def generate(args, accelerator):
     recipe = make_recipe(args, pipe, labels, settings)
     if accelerator.is_main_process:
         check_recorded(args, recipe)  # what is refused is refused before the lock, which writes
-    with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
+    with lock_folder(args.output_dir) if accelerator.is_main_process else nullcontext():
         sample(args, accelerator, pipe, labels, settings, recipe)
 
 

@@ -45,7 +45,7 @@ from ..training.objectives import OBJECTIVES, choose_objective
 from ..training.optimizer import build_optimizer
 from ..training.plan import training_plan
 from ..training.result import check_hub, logged_metrics, save_pipeline, training_facts
-from ..training.running import local_share, on_main, only_run, start_accelerator
+from ..training.running import local_share, lock_folder, run_on_main, start_accelerator
 from ..training.settings import check_resume, run_settings
 from ..training.speed import check_speed
 from ..training.trainer import Trainer
@@ -56,8 +56,8 @@ from .train_flags import parse_args
 
 logger = logging.get_logger(__name__)
 
-# Models whose times are scaled by more are not smooth in them.
-TIMES_FOR_DERIVATIVES = 0.01
+# Above this, the derivative with respect to time is too noisy for MeanFlow.
+MAX_TIMESTEP_SCALE = 0.01
 # Flags that make a run what it is, beside the fields of `TrainingConfig`, the transformer, the objective and the data.
 COMPARED = ("lora_rank", "lora_alpha", "freeze", "alignment_encoder", "alignment_depth", "cache_latents")
 # And those that decide which images there are, if there are images. The fingerprint tells only that they have changed.
@@ -146,10 +146,10 @@ class Training:
         """Refuses or warns of what the objective does not go well with."""
         if self.objective.forward_mode and self.args.float8:
             raise ValueError(f"--float8 can't be differentiated as --objective {self.args.objective} needs; omit it.")
-        if self.objective.forward_mode and self.transformer.config.timestep_scale > TIMES_FOR_DERIVATIVES:
+        if self.objective.forward_mode and self.transformer.config.timestep_scale > MAX_TIMESTEP_SCALE:
             logger.warning(
-                "The model multiplies its times by 1000, and so the derivative by time, which makes the targets of "
-                "meanflow noisy; soflow suits this model better."
+                f"The model multiplies its times by {1000 * self.transformer.config.timestep_scale:g}, and with "
+                "them the derivative by time: MeanFlow's targets will be noisy. Use --objective soflow."
             )
         if (
             self.args.mixed_precision != "no"
@@ -203,7 +203,7 @@ class Training:
             check_hub(args.hub_model_id)
         settings = run_settings(self.config, self.transformer, self.objective, accelerator, self.facts)
         if checkpoint := check_resume(self.config, settings):
-            on_main(accelerator, lambda: check_resumable(checkpoint))  # before the images are encoded
+            run_on_main(accelerator, lambda: check_resumable(checkpoint))  # before the images are encoded
 
     def open(self, folder):
         """A cache of latents, whose checksums the processes of this machine share."""
@@ -347,7 +347,7 @@ def main() -> None:
         training.print_plan()
         return
     training.read()
-    with only_run(args.output_dir) if accelerator.is_main_process else nullcontext():
+    with lock_folder(args.output_dir) if accelerator.is_main_process else nullcontext():
         if args.report_to:
             simple = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str)}
             accelerator.init_trackers("dit_hf", config=simple)

@@ -52,7 +52,9 @@ IGNORED = (
 
 def parse_args() -> argparse.Namespace:
     """The command line; a recipe sets what is not given."""
-    parser = ArgumentParser(description="Trains a class-conditional DiT on the latents of an image dataset.")
+    parser = ArgumentParser(
+        description="Trains a class-conditional diffusion transformer on the latents or pixels of an image dataset."
+    )
     add_data_arguments(parser)
     add_model_arguments(parser)
     add_training_arguments(parser)
@@ -142,7 +144,10 @@ def add_training_arguments(parser):
         "--objective", choices=OBJECTIVES, help="Training objective; by default velocity, for a JiT clamped_velocity."
     )
     train.add_argument(
-        "--time_sampling", choices=TIME_SAMPLERS, default="logit_normal", help="Distribution of sigma for velocity."
+        "--time_sampling",
+        choices=TIME_SAMPLERS,
+        default="logit_normal",
+        help="Distribution of sigma, for velocity and clamped_velocity.",
     )
     train.add_argument("--time_mean", type=real(), help="Mean of the logit of sigma; by default 0, for a JiT 0.8.")
     train.add_argument(
@@ -152,9 +157,16 @@ def add_training_arguments(parser):
     train.add_argument(
         "--snr_gamma", type=SNR_GAMMA, help="Bound of min-SNR weights for epsilon, at most 1e6; by default none."
     )
-    train.add_argument("--cosine_loss", action="store_true", help="Add LightningDiT's direction loss to velocity.")
     train.add_argument(
-        "--flow_matching_ratio", type=FRACTION, default=0.75, help="Fraction of samples whose two times are equal."
+        "--cosine_loss",
+        action="store_true",
+        help="Add LightningDiT's direction loss, for velocity and clamped_velocity.",
+    )
+    train.add_argument(
+        "--flow_matching_ratio",
+        type=FRACTION,
+        default=0.75,
+        help="Fraction of samples that train the velocity, for meanflow and soflow.",
     )
     train.add_argument(
         "--target_guidance_scale", type=GUIDANCE, default=1.0, help="Guidance that is trained into the weights."
@@ -184,6 +196,11 @@ def add_training_arguments(parser):
         default=[0.1, 0.002],
         metavar=("FIRST", "LAST"),
         help="Distance of the points that SoFlow compares, as a fraction of the jump, at the first and the last step.",
+    )
+    train.add_argument(
+        "--jumps_to_data",
+        action="store_true",
+        help="Train SoFlow's jumps from uniform noise levels to the data, the only ones that flow_lcm makes.",
     )
     train.add_argument(
         "--proj_coeff",
@@ -298,10 +315,13 @@ def add_output_arguments(parser):
         "--resume_from_checkpoint",
         default="latest",
         metavar="{latest,never,PATH}",
-        help="Checkpoint of OUTPUT_DIR to resume from; `never` refuses a folder that holds one.",
+        help="Checkpoint to resume from: latest, or the newest by name; `never` refuses a folder with checkpoints.",
     )
     output.add_argument(
-        "--validation_steps", type=RANGES["validation_steps"], default=500, help="Steps between sample grids."
+        "--validation_steps",
+        type=RANGES["validation_steps"],
+        default=500,
+        help="Steps between validations: a sample grid, and metrics if there are any.",
     )
     output.add_argument(
         "--logging_steps",
@@ -316,7 +336,9 @@ def add_output_arguments(parser):
     output.add_argument("--validation_classes", type=COUNT, default=10, help="Rows of a sample grid.")
     output.add_argument("--validation_images_per_class", type=COUNT, default=8, help="Columns of a sample grid.")
     output.add_argument(
-        "--validation_inference_steps", type=COUNT, help="Sampler steps of a grid; by default 25, for flow maps 1."
+        "--validation_inference_steps",
+        type=COUNT,
+        help="Sampling steps of validation samples; by default 25, for flow maps 1.",
     )
     output.add_argument("--validation_split", help="Split of held-out images to compare the samples with.")
     output.add_argument(
@@ -337,7 +359,9 @@ def add_output_arguments(parser):
     output.add_argument(
         "--validation_images", type=COUNT, default=1000, help="Maximum number of images of --validation_split."
     )
-    output.add_argument("--guidance_scale", type=GUIDANCE, default=3.0, help="Guidance scale of a grid, at most 1000.")
+    output.add_argument(
+        "--guidance_scale", type=GUIDANCE, default=3.0, help="Guidance scale of validation samples, at most 1000."
+    )
     output.add_argument("--dry_run", action="store_true", help="Print the cost of the run and write nothing.")
     output.add_argument("--report_to", help="Tracker of accelerate: tensorboard, wandb ...")
     output.add_argument(

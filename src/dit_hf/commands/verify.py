@@ -2,7 +2,7 @@
 
     dit-hf verify --checkpoint_path DiT-XL-2-256x256.pt --pretrained_model_name_or_path dit-xl-2-256
 
-Expected: two forward passes each way of two samples; exit code 2 if a difference is more than rounding.
+Expected: three forward passes of a batch of two; exit code 2 if a difference is more than rounding.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from ..bundled import resolve_vae
 from ..dtypes import DTYPE_ARGUMENT
 from ..hub import check_available
 from ..model_folders import accept_old_encoders
-from ..pipeline_dit_class_cond import correct_rae, errors_of_values, is_rae, rae_scale, spatial_factor
+from ..pipeline_dit_class_cond import correct_rae, is_rae, rae_scale, raise_value_error, spatial_factor
 from ..pipeline_dit_class_cond import latent_channels as stated_channels
 
 
@@ -78,7 +78,7 @@ def load_autoencoder(
         raise ValueError(f"{source} holds {name}; pass an autoencoder of diffusers, such as AutoencoderKL.")
     accept_old_encoders(model_class)
     options = {DTYPE_ARGUMENT: dtype, "output_loading_info": True}
-    with errors_of_values(f"{source} can't be loaded as {name}"):
+    with raise_value_error(f"{source} can't be loaded as {name}"):
         vae, loaded = model_class.from_pretrained(source, subfolder=subfolder, **options)
     try:
         check_autoencoder(vae)

@@ -2,8 +2,8 @@
 
 Shapes: `B` batch, `H W` pixels, `C_k h_k w_k` the k-th stage.
 
-Fréchet distances of these features are called `fd_efficientnet_lite0`; they compare with each other, never with
-published FID.
+Fréchet distances of these features are named after the network, such as `fd_efficientnet_lite0`. They are not
+comparable with published FID, nor across networks.
 """
 
 import torch
@@ -17,7 +17,7 @@ STAGE_BLOCKS = (0, 2, 4, 10)
 
 class EfficientNetLite0(nn.Module):
     """
-    A frozen EfficientNet-Lite0, or another version, with ImageNet weights (Apache-2.0), in eval mode.
+    A frozen EfficientNet-Lite0 or -Lite2 with ImageNet weights (Apache-2.0), in eval mode.
 
     Args:
         resolution (`int`, defaults to 112):

@@ -41,7 +41,8 @@ class Metric:
             the second is a `GaussianStatistics`, for `against="both"` the second and the third are. Returns a number,
             or a number and its standard deviation, or with `per_image` a tensor of one number per image, or a
             dictionary of such tensors by `name`: it is then called once for all rows that have it.
-        needs (`str`, defaults to `"features"`): The part of `Features` it is computed of, or `"spatial"`, `"logits"`.
+        needs (`str`, defaults to `"features"`):
+            The field of `Features` it is computed from: `"features"`, `"spatial"` or `"logits"`.
         against (`str`, *optional*):
             `"reference"`, the reference's images, `"statistics"`, for which their mean and covariance are enough,
             `"training"`, the training images, `"both"`, the statistics of the reference and of the training images,
@@ -251,7 +252,8 @@ def compute_metrics(
         metrics (`Sequence[str]`): Names from `METRICS`, such as `"fid"` or `"fd_efficientnet_lite0"`, `"precision"`.
         bootstrap (`int`, defaults to 0): Redrawn sets for the confidence intervals; none with 0.
         seed (`int`, defaults to 0): Of the redrawn sets.
-        training (`Features`, *optional*): With labels; `accuracy` is that of a linear probe on them.
+        training (`Features`, *optional*):
+            Of the training images. `accuracy` also needs their labels, and trains a linear probe on them.
         statistics (`ReferenceStatistics`, *optional*):
             Of the reference, as ADM's reference files hold them; Fréchet distances take them rather than `reference`.
 

@@ -15,14 +15,14 @@ from huggingface_hub import CommitOperationAdd, create_commit, create_repo, hf_h
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 
 from ..files import check_file, check_folder, check_links, check_path, first_line, printable
-from ..pipeline_dit_class_cond import OPTIONAL
+from ..pipeline_dit_class_cond import OPTIONAL_COMPONENTS
 from .connection import check_answers, hub_answers, unreachable, without_secrets
 from .model_card import CardFacts, build_card, join_cards, read_card, source_repo
 
 
 logger = logging.get_logger(__name__)
 
-COMPONENTS = ("transformer", "scheduler", *OPTIONAL)
+COMPONENTS = ("transformer", "scheduler", *OPTIONAL_COMPONENTS)
 # What is saved: the card, configurations, weights, and this package's code.
 SAVED = re.compile(
     r"model_index\.json"

@@ -7,7 +7,7 @@ from typing import Any
 
 from .checkpointing import checkpoint_step, list_checkpoints
 from .records import read_log
-from .running import on_main
+from .running import run_on_main
 from .settings import LOG_FILE
 
 
@@ -77,7 +77,7 @@ class BestCheckpoint:
             steps = {*map(checkpoint_step, list_checkpoints(self.output_dir)), *saved} & self.values.keys()
             return max(sorted(steps), key=lambda step: self.sign * self.values[step], default=None)
 
-        return on_main(self.accelerator, find) if self.metric is not None else None
+        return run_on_main(self.accelerator, find) if self.metric is not None else None
 
     def describe(self, step: int) -> str:
         """A line on the best checkpoint; on the main process."""

@@ -17,7 +17,7 @@ from ..command_line import Range, integer
 from ..files import PARTIAL, is_write_error, reading, remove, write_problem
 from .guard import WINDOW
 from .records import BEFORE_CHECKPOINT
-from .running import on_main
+from .running import run_on_main
 from .saved_state import (
     MANIFEST,
     STATES,
@@ -248,7 +248,7 @@ def load_checkpoint(accelerator, checkpoint: Path, states: Mapping[str, Any]) ->
         verify_checkpoint(checkpoint)
 
     try:
-        on_main(accelerator, check)
+        run_on_main(accelerator, check)
         with weights_only(checkpoint), reading(checkpoint, "checkpoint"), accelerate_files(checkpoint) as folder:
             options = [_options(optimizer) for optimizer in accelerator._optimizers]
             accelerator.load_state(str(folder))

@@ -87,8 +87,8 @@ class TrainingConfig:
         checkpointing_steps (`int`, defaults to 500): Steps between checkpoints.
         checkpoints_total_limit (`int`, *optional*, defaults to 2): Checkpoints that are kept.
         resume_from_checkpoint (`str` or `Path`, defaults to `"latest"`):
-            `"latest"` resumes from the newest checkpoint, if there is one; a checkpoint's folder or name resumes from
-            that one; `"never"` refuses a folder that holds checkpoints.
+            `"latest"` resumes from the newest checkpoint, if there is one; a checkpoint's folder or name is
+            accepted if it is the newest one; `"never"` refuses a folder that holds checkpoints.
         validation_steps (`int`, defaults to 500): Steps between calls of the validation.
         metric_for_best_model (`str`, *optional*):
             A name that the validation returns. A step that is better than all checkpoints gets a checkpoint, and the

@@ -16,7 +16,7 @@ from ..data.latents import DECODER, SHARD_SIZE, CachedLatents, cache_latents, ch
 from ..data.reader import ImageReader
 from ..data.shards import check_cache, known_fingerprint, record_dates
 from ..pipeline_dit_class_cond import is_rae
-from .running import on_main
+from .running import run_on_main
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ def write_latents(
     fingerprint, every = known_fingerprint(folder, settings)
     is_there = check_cache(folder, fingerprint, settings)
     # It also waits, before the main process writes.
-    on_main(accelerator, lambda: check_images(folder, reader, shard_size, every))
+    run_on_main(accelerator, lambda: check_images(folder, reader, shard_size, every))
     if is_there and every:
-        on_main(accelerator, lambda: record_dates(folder, settings))
+        run_on_main(accelerator, lambda: record_dates(folder, settings))
     if is_there:
         return
     rank, size = accelerator.process_index, accelerator.num_processes

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..files import check_file, reading, writing
 
 
-# Relative standard deviations of the two profiles that are kept.
-KEPT = (0.05, 0.10)
+# Relative standard deviations (sigma_rel) of the two averages.
+PROFILE_WIDTHS = (0.05, 0.10)
 SNAPSHOT = re.compile(r"ema-([1-9]\d{0,14})-(0\.05|0\.10)\.safetensors")
 
 
@@ -146,8 +146,8 @@ class PowerAverages:
     def __init__(self, parameters: Iterable[torch.nn.Parameter]):
         parameters = list(parameters)
         self._steps = torch.tensor(0)
-        self.averages = {width: [weight.detach().clone() for weight in parameters] for width in KEPT}
-        self._exponents = {width: profile_exponent(width) for width in KEPT}
+        self.averages = {width: [weight.detach().clone() for weight in parameters] for width in PROFILE_WIDTHS}
+        self._exponents = {width: profile_exponent(width) for width in PROFILE_WIDTHS}
 
     @property
     def steps(self) -> int:
@@ -156,7 +156,7 @@ class PowerAverages:
 
     def step(self, parameters: Iterable[torch.nn.Parameter], taken: torch.Tensor | None = None) -> None:
         """Updates the averages with the weights after an optimizer step; `taken` as for [`WeightAverage`]."""
-        taken = _one(self.averages[KEPT[0]]) if taken is None else taken
+        taken = _one(self.averages[PROFILE_WIDTHS[0]]) if taken is None else taken
         self._steps = self._steps.to(taken.device) + taken.long()
         parameters = list(parameters)
         for width, averages in self.averages.items():

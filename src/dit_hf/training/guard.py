@@ -19,9 +19,9 @@ WINDOW = 200
 # What a guard keeps beside the recent losses.
 COUNTS = ("in_a_row", "skipped", "draw_offset", "rewound_to", "rewinds")
 # A run of this many steps tells whether the loss has fallen; a shorter one only whether it has doubled.
-LONG = 200
-# Standard errors of a difference of losses that are no noise.
-CLEAR = 3.0
+LONG_RUN_STEPS = 200
+# A difference of losses below this many standard errors is noise.
+NOISE_STANDARD_ERRORS = 3.0
 
 
 class TrainingStopped(ValueError):
@@ -179,8 +179,9 @@ class LossGuard:
 def check_losses(losses: Sequence[float], must_fall: bool = False) -> None:
     """
     Refuses a run that has made the model worse: whose loss has clearly risen if it had to fall, or doubled if not.
-    The medians of its first and its last tenth, at least 5 steps each, are compared; less than `CLEAR` standard errors
-    is noise, but not ten times the loss. A long run whose loss has not fallen is warned of.
+    The medians of its first and its last tenth, at least 5 steps each, are compared; less than
+    `NOISE_STANDARD_ERRORS` standard errors is noise, but not ten times the loss. A long run whose loss has not
+    fallen gives a warning.
 
     Args:
         losses (`Sequence[float]`): Of all steps that were taken; fewer than 10 tell nothing.
@@ -194,8 +195,8 @@ def check_losses(losses: Sequence[float], must_fall: bool = False) -> None:
     if len(losses) < 2 * window:
         return
     (first, first_error), (last, last_error) = _level(losses[:window]), _level(losses[-window:])
-    long = len(losses) >= LONG
-    noise = CLEAR * math.hypot(first_error, last_error)
+    long = len(losses) >= LONG_RUN_STEPS
+    noise = NOISE_STANDARD_ERRORS * math.hypot(first_error, last_error)
     bound = min((1 if long and must_fall else 2) * first + noise, 10 * first)  # a loss that leaps looks like noise
     if first > 0 and not last < bound:  # one below 0 has no scale
         raise TrainingStopped(

@@ -312,7 +312,6 @@ def new_transformer(preset: str | None, config_file: str | Path | None = None, *
     model_class = trained_class(preset, config_file, None)
     if config_file is None:
         return model_class.from_preset(preset, **config)
-    assert config_file is not None  # or there would be no class
     given = read_json(config_file)
     given.pop("_class_name", None)
     if clash := sorted(config.keys() & given.keys()):

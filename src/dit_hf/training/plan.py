@@ -45,6 +45,8 @@ def training_plan(
         started = time.perf_counter()
         for _ in range(config.gradient_accumulation_steps):
             accelerator.backward(objective.loss(wrapped, batch).mean())
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize(accelerator.device)
         seconds.append(time.perf_counter() - started)
     step = statistics.median(seconds[1:])  # the first one warms up
     trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)

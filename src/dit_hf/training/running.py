@@ -23,9 +23,9 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP"
 
 
 @contextmanager
-def only_run(output_dir: str | Path) -> Iterator[None]:
+def lock_folder(output_dir: str | Path) -> Iterator[None]:
     """
-    Holds a folder for this process. The operating system releases the lock when the process ends, however it ends.
+    Locks a folder for this process. The operating system releases the lock when the process ends, however it ends.
 
     Args:
         output_dir (`str` or `Path`): Created if it does not exist.
@@ -135,24 +135,24 @@ class DeepSpeedAccelerator(Accelerator):
         return self.engine.optimizer.scaled_global_norm()
 
 
-def on_main(accelerator: Accelerator, check: Callable[[], Any]) -> Any:
+def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     """
-    Runs a check on the main process alone; what it refuses ends all processes.
+    Runs a function on the main process alone; its result is returned, or its error raised, on every process.
 
     Args:
         accelerator (`accelerate.Accelerator`): The processes, all of which have to call this.
-        check (`Callable`): Raises what is to be raised.
+        function (`Callable`): Takes no arguments.
 
     Returns:
-        What the check returns, on every process.
+        What the function returns, on every process.
 
     Raises:
-        ValueError, OSError: of the check.
+        ValueError, OSError: of the function.
     """
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            outcome[0] = check()
+            outcome[0] = function()
         except (ValueError, OSError) as error:
             outcome[1] = error
     broadcast_object_list(outcome)

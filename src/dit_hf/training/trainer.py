@@ -32,7 +32,7 @@ from .objectives import Objective
 from .optimizer import build_optimizer
 from .prefetch import Prefetcher
 from .records import append_record, begin, read_losses, record_settings, truncate_log
-from .running import StopRequest, on_main, only_run, start_accelerator
+from .running import StopRequest, lock_folder, run_on_main, start_accelerator
 from .settings import LOG_FILE, SETTINGS_FILE, check_resume, run_settings
 from .speed import speed_up
 from .validation import averaged_weights
@@ -177,7 +177,7 @@ class Trainer:
 
     def train(self, validate: Callable[[int], dict[str, float]] | None = None, must_fall: bool = False) -> int:
         """
-        Trains until `max_train_steps`, or until SIGTERM or Ctrl-C; writes a checkpoint in either case.
+        Trains until `max_train_steps`, or until SIGTERM, SIGHUP or Ctrl-C; saves a checkpoint in either case.
 
         Args:
             validate (`Callable`, *optional*):
@@ -193,12 +193,13 @@ class Trainer:
         Raises:
             ValueError: if another process trains in the output folder.
             TrainingStopped:
-                if the loss does not recover, see [`LossGuard`], has doubled, or the weights are not finite.
+                if the loss does not recover (see [`LossGuard`]) or has doubled, every step was skipped, or the weights
+                are not finite.
         """
         config, main = self.config, self.accelerator.is_main_process
         pinned = self.accelerator.device.type == "cuda"
         batches = Prefetcher(self.draw, self.num_workers, config.max_train_steps, pinned)
-        with only_run(self.output_dir) if main else nullcontext(), StopRequest() as stop, batches:
+        with lock_folder(self.output_dir) if main else nullcontext(), StopRequest() as stop, batches:
             step = self._start()
             progress = tqdm(total=config.max_train_steps, initial=step, mininterval=10, disable=not main)
             self._started = time.time()
@@ -267,7 +268,7 @@ class Trainer:
         return self.metrics
 
     def _save(self, step, record):
-        """A checkpoint, and before it what a run that is killed in between would not come back for."""
+        """Writes log and EMA snapshots, then the checkpoint: a resumed run would not write the former again."""
         if self.profiles is not None:
             record["snapshot"] = self.profiles.steps
         self._log(record)
@@ -282,7 +283,7 @@ class Trainer:
         finite = torch.stack([part.detach().isfinite().all() for part in parts]).all().to(self.accelerator.device)
         if not self.accelerator.gather(finite[None]).all():
             kept = list_checkpoints(self.output_dir)
-            before = f"{kept[-1].name} is of before" if kept else "there is no checkpoint before"
+            before = f"{kept[-1].name} is the last checkpoint before it" if kept else "there is no checkpoint before"
             raise TrainingStopped(
                 f"The weights are not finite after step {step}; {before}. A lower learning rate may help."
             )
@@ -295,7 +296,7 @@ class Trainer:
                 f"trained. {self.output_dir / LOG_FILE} has the losses."
             )
         if self.objective.loss_falls:
-            on_main(self.accelerator, lambda: check_losses(read_losses(self.output_dir / LOG_FILE), must_fall))
+            run_on_main(self.accelerator, lambda: check_losses(read_losses(self.output_dir / LOG_FILE), must_fall))
 
     def _start(self):
         """Resumes, and records the settings; returns the number of finished steps."""

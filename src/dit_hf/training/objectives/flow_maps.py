@@ -335,8 +335,8 @@ class SoFlowObjective(FlowMapObjective):
             return losses
         change = self.rate_of_change(transformer, points.at(rows), output[rows], self.step(batch["progress"][rows]))
         squared = change.square().flatten(1).mean(dim=1)
-        # The solution changes against the output, so this has the gradient of half the weighted squared rate of
-        # change, over the part of the interval that is left.
+        # d(solution)/d(output) = -(t - s): the gradient is that of half the weighted squared rate of change, times
+        # distance / (t - s).
         product = -(output[rows] * change).flatten(1).mean(dim=1)
         consistency = with_value(product * (squared + EPS).pow(-self.power), squared)
         return losses.index_copy(0, rows, consistency.to(losses.dtype))

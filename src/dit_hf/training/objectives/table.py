@@ -7,7 +7,7 @@ from .base import Objective
 from .diffusion import EpsilonObjective, MinSNR
 from .flow import ClampedVelocityObjective, VelocityObjective
 from .flow_maps import FlowMapObjective, MeanFlowObjective, SoFlowObjective
-from .times import build_time_sampler
+from .times import Constant, Uniform, build_time_sampler
 
 
 def _build_velocity(scheduler, config, cosine_loss, **times):
@@ -45,10 +45,11 @@ def _flow_map(kind: type[FlowMapObjective]):
     return build
 
 
-def _build_soflow(scheduler, config, solution_steps, **flags):
+def _build_soflow(scheduler, config, solution_steps, jumps_to_data, **flags):
     first_step, last_step = solution_steps
     objective = _flow_map(SoFlowObjective)(scheduler, config, **flags)
-    return replace(objective, first_step=first_step, last_step=last_step)
+    times = {"time_sampler": Uniform(), "until_time_sampler": Constant(0.0)} if jumps_to_data else {}
+    return replace(objective, first_step=first_step, last_step=last_step, **times)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,10 @@ OBJECTIVES = {
         MeanFlowObjective, ("DiTTransformer2DModel",), FLOW_MAP_FLAGS, _flow_map(MeanFlowObjective)
     ),
     "soflow": ObjectiveRow(
-        SoFlowObjective, ("DiTTransformer2DModel",), (*FLOW_MAP_FLAGS, "solution_steps"), _build_soflow
+        SoFlowObjective,
+        ("DiTTransformer2DModel",),
+        (*FLOW_MAP_FLAGS, "solution_steps", "jumps_to_data"),
+        _build_soflow,
     ),
 }
 
