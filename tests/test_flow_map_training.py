@@ -21,9 +21,14 @@ from dit_hf.training.alignment import AlignmentHead
 from dit_hf.training.finetuning import add_interval, record_guidance
 from dit_hf.training.lora import add_lora
 from dit_hf.training.losses import adaptive_loss
-from dit_hf.training.objectives import OBJECTIVES, MeanFlowObjective, SoFlowObjective, VelocityObjective
+from dit_hf.training.objectives import (
+    OBJECTIVES,
+    DistillationObjective,
+    MeanFlowObjective,
+    SoFlowObjective,
+    VelocityObjective,
+)
 from dit_hf.training.objectives.flow_maps import Points
-from dit_hf.training.objectives.times import Constant
 
 
 KINDS = {"meanflow": MeanFlowObjective, "soflow": SoFlowObjective}
@@ -318,6 +323,7 @@ def test_a_velocity_pipeline_becomes_one_of_few_steps(workspace, tmp_path):
         ({"objective": "soflow", "target_guidance_mix": 0.5}, "--target_guidance_mix has no effect without"),
         ({"objective": "soflow", "target_guidance_start": 0.5}, "--target_guidance_start has no effect without"),
         ({"objective": "soflow", "target_guided": "jumps"}, "--target_guided has no effect without"),
+        ({"objective": "distillation"}, "distillation needs --pretrained_model_name_or_path"),
         ({"objective": "meanflow", "float8": ""}, "--float8 can't be differentiated as --objective meanflow needs"),
     ],
 )
@@ -377,17 +383,57 @@ def test_settings_are_those_of_the_objective():
                 kind(**wrong)
 
 
-def test_the_flags_of_soflow_reach_the_objective():
-    flags = {"flow_matching_ratio": 0.5, "target_guidance_scale": 2.0, "target_guidance_mix": 1.0}
-    flags |= {"target_guidance_start": 0.0, "target_guidance_end": 1.0, "target_guided": "all"}
-    build = partial(OBJECTIVES["soflow"].build, None, {"class_dropout_prob": 0.1}, **flags)
-    objective = build(solution_steps=[0.2, 0.05], jumps_to_data=True)
+def test_the_flags_of_few_step_objectives_reach_them():
+    flags = {"flow_matching_ratio": 0.5, "target_guidance_scale": 2.0}
+    flags |= {"target_guidance_start": 0.2, "target_guidance_end": 0.9}
+    model = tiny_transformer(interval_embedding=True, learn_sigma=False)
+    build = partial(OBJECTIVES["soflow"].build, None, model, target_guidance_mix=1.0, target_guided="all", **flags)
+    objective = build(solution_steps=[0.2, 0.05])
     assert objective.step(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.2, 0.05])
-    assert (objective.flow_matching_ratio, objective.guidance_scale) == (0.5, 2.0)
-    time, until = objective.draw_time(400, seeded_generator(0)).unbind(dim=1)
-    jumps = ~objective.is_velocity(400)
-    assert (until[jumps] == 0).all() and (until[~jumps] == time[~jumps]).all()
-    assert time[jumps].quantile(torch.tensor([0.1, 0.5, 0.9])).tolist() == pytest.approx([0.1, 0.5, 0.9], abs=0.1)
-    assert build(solution_steps=[0.1, 0.002], jumps_to_data=False) == SoFlowObjective(0.5, 2.0)
-    with pytest.raises(ValueError, match="time"):
-        Constant(1.5)
+    assert build(solution_steps=[0.1, 0.002]) == SoFlowObjective(0.5, 2.0, 1.0, 0.2, 0.9)
+    distillation = OBJECTIVES["distillation"].build(None, model, **flags)
+    assert replace(distillation, teacher=model) == DistillationObjective(model, 0.5, 2.0, 0.2, 0.9)
+    assert distillation.teacher is not model and not any(
+        part.requires_grad for part in distillation.teacher.parameters()
+    )
+    model.register_to_config(guidance_in_weights=True)
+    with pytest.raises(ValueError, match="would guide twice"):
+        OBJECTIVES["distillation"].build(None, model, **flags)
+
+
+def test_the_teacher_samples_as_the_pipeline_does():
+    """The jumps of a trajectory lead from its points to the sample of the pipeline, guided where it is."""
+    model = tiny_transformer(interval_embedding=True, learn_sigma=False).eval()
+    objective = DistillationObjective(model, 0.0, guidance_scale=3.0, guidance_start=0.55)
+    noise = torch.randn(3, 4, 8, 8, generator=seeded_generator(0))
+    label, drop = torch.tensor([1, 2, 5]), torch.tensor([False, False, True])
+    one = torch.ones(3)
+    jumps = objective.jumps(Points(noise, one, one, noise, label, drop))
+    pipe = DiTClassCondPipeline(model, make_scheduler("flow_unipc"))
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 8, "guidance_scale": 3.0, "guidance_interval": (0.0, 0.5), "output_type": "latent"}
+    sample = pipe([1, 2, None], latents=noise, **call).images
+    times = jumps.time[:, None, None, None]
+    assert jumps.time.view(4, 3)[:, 0].tolist() == pytest.approx([1.0, 0.75, 0.5, 0.25], abs=1e-3)
+    assert (jumps.until == 0).all() and jumps.label.tolist() == [1, 2, 5] * 4
+    ends = jumps.noisy - times * jumps.velocity
+    assert (ends - sample.repeat(4, 1, 1, 1)).abs().max() < 1e-4 * sample.abs().max()
+    assert torch.equal(jumps.noisy[:3], noise)
+
+
+def test_distillation_is_a_mean_over_samples_whatever_the_micro_batches():
+    model = tiny_transformer(interval_embedding=True, learn_sigma=False).eval()
+    objective = DistillationObjective(model, 0.5, guidance_scale=3.0)
+    generator = seeded_generator(0)
+    batch = {"x_start": torch.randn(6, 4, 8, 8, generator=generator), "label": torch.arange(6)}
+    batch |= {"noise": torch.randn(6, 4, 8, 8, generator=generator), "time": objective.draw_time(6, generator)}
+    batch |= {"drop": torch.tensor([False, False, False, False, True, True])}
+    whole = objective.loss(model, batch)
+    parts = [objective.loss(model, {name: value[row : row + 1] for name, value in batch.items()}) for row in range(6)]
+    assert torch.allclose(whole, torch.cat(parts), rtol=1e-4)
+    # The velocity's rows are flow matching's own; no jump has a loss before the second time is trained but for the
+    # curvature of the trajectory.
+    rows = objective.is_velocity(6)
+    plain = {name: value[rows] for name, value in batch.items()} | {"time": batch["time"][rows, 0]}
+    assert torch.allclose(whole[rows], VelocityObjective().loss(model, plain), rtol=1e-4)
+    assert (whole[~rows] > 0).all()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,9 +161,11 @@ def test_times_are_drawn_as_the_flags_say():
         "time_shift": 2.0,
         "cosine_loss": False,
     }
-    jit = OBJECTIVES["clamped_velocity"].build(None, {"t_eps": 0.1, "noise_scale": 2.0}, **flags)
+    jit = OBJECTIVES["clamped_velocity"].build(
+        None, SimpleNamespace(config={"t_eps": 0.1, "noise_scale": 2.0}), **flags
+    )
     assert jit == ClampedVelocityObjective(Shifted(LogitNormal(0.8, 0.5), 2.0), t_eps=0.1, noise_scale=2.0)
-    velocity = OBJECTIVES["velocity"].build(None, {}, **flags | {"time_shift": 1.0})
+    velocity = OBJECTIVES["velocity"].build(None, None, **flags | {"time_shift": 1.0})
     assert velocity == VelocityObjective(LogitNormal(0.0, 0.5))
 
 

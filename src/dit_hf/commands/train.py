@@ -114,7 +114,7 @@ class Training:
         trained = training_scheduler(row.kind, learn_sigma, pretrained)
         self.scheduler = sampling_scheduler(trained, pretrained, args.time_shift)
         flags = {flag: getattr(args, flag) for flag in row.flags}
-        self.objective = row.build(trained, self.transformer.config, **flags)
+        self.objective = row.build(trained, self.transformer, **flags)
         record_guidance(self.transformer, self.objective.guidance_in_weights)
         self.check_objective()
 
@@ -144,6 +144,8 @@ class Training:
 
     def check_objective(self):
         """Refuses or warns of what the objective does not go well with."""
+        if self.args.objective == "distillation" and self.args.pretrained_model_name_or_path is None:
+            raise ValueError("--objective distillation needs --pretrained_model_name_or_path, the model to distil.")
         if self.objective.forward_mode and self.args.float8:
             raise ValueError(f"--float8 can't be differentiated as --objective {self.args.objective} needs; omit it.")
         if self.objective.forward_mode and self.transformer.config.timestep_scale > MAX_TIMESTEP_SCALE:

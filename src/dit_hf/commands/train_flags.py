@@ -166,7 +166,7 @@ def add_training_arguments(parser):
         "--flow_matching_ratio",
         type=FRACTION,
         default=0.75,
-        help="Fraction of samples that train the velocity, for meanflow and soflow.",
+        help="Fraction of samples that train the velocity, for meanflow, soflow and distillation.",
     )
     train.add_argument(
         "--target_guidance_scale", type=GUIDANCE, default=1.0, help="Guidance that is trained into the weights."
@@ -196,11 +196,6 @@ def add_training_arguments(parser):
         default=[0.1, 0.002],
         metavar=("FIRST", "LAST"),
         help="Distance of the points that SoFlow compares, as a fraction of the jump, at the first and the last step.",
-    )
-    train.add_argument(
-        "--jumps_to_data",
-        action="store_true",
-        help="Train SoFlow's jumps from uniform noise levels to the data, the only ones that flow_lcm makes.",
     )
     train.add_argument(
         "--proj_coeff",

@@ -32,6 +32,8 @@ def training_plan(
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     wrapped = accelerator.prepare(transformer)
+    if objective.teacher is not None:
+        accelerator.prepare_model(objective.teacher, evaluation_mode=True)
     count = config.total_batch_size // accelerator.num_processes // config.gradient_accumulation_steps
     size = transformer.config.sample_size
     latents = torch.randn(2, count, transformer.config.in_channels, size, size)

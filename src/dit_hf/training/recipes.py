@@ -62,6 +62,20 @@ RECIPES = {
         "target_guidance_mix": 0.25,
         "target_guidance_end": 0.8,
     },
+    # Ours, for small models (docs/few_steps.md): trajectories of the pretrained model and velocities, half of each.
+    "distillation": {
+        "objective": "distillation",
+        "flow_matching_ratio": 0.5,
+        "total_batch_size": 24,
+        "max_train_steps": 3000,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 50,
+        "adam_beta2": 0.99,
+        "ema_decay": 0.999,
+        "ema_warmup": True,
+        "balance_classes": True,
+    },
     # Ours (docs/log.md, the faster recipe): on emoji64 it reaches in 500 steps the distance that the paper's recipe
     # has after 5,000. The learning rate matters most, and is for models of a few million parameters.
     "fast": {

@@ -130,6 +130,9 @@ class Trainer:
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         speed_up(transformer, config, accelerator.device, accelerator.mixed_precision)
+        if self.objective.teacher is not None:
+            speed_up(self.objective.teacher, config, accelerator.device, accelerator.mixed_precision)
+            accelerator.prepare_model(self.objective.teacher, evaluation_mode=True)  # its precision and device
         self.alignment = None if alignment is None else alignment.to(accelerator.device)
         optimizer = build_optimizer(config, transformer, self.alignment)
         steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}

@@ -6,6 +6,7 @@ row of [`OBJECTIVES`]; `Trainer` takes any instance.
 
 from .base import Objective
 from .diffusion import EpsilonObjective, MinSNR
+from .distillation import DistillationObjective
 from .flow import ClampedVelocityObjective, VelocityObjective
 from .flow_maps import GUIDED, FlowMapObjective, MeanFlowObjective, SoFlowObjective
 from .table import OBJECTIVES, choose_objective
@@ -17,6 +18,7 @@ __all__ = [
     "OBJECTIVES",
     "TIME_SAMPLERS",
     "ClampedVelocityObjective",
+    "DistillationObjective",
     "EpsilonObjective",
     "FlowMapObjective",
     "LogitNormal",

@@ -7,7 +7,7 @@ Classifier-free guidance is put into the targets, so sampling needs none.
 Shapes: `B` samples, `C` latent channels, `h w` latent size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -73,9 +73,49 @@ class Points:
         times = self.time[rows], self.until[rows]
         return Points(self.noisy[rows], *times, self.velocity[rows], self.label[rows], drop)
 
+    @classmethod
+    def cat(cls, parts: Sequence["Points"]) -> "Points":
+        """All points of several batches, one batch after the other."""
+        columns: dict[str, Any] = {entry.name: [getattr(part, entry.name) for part in parts] for entry in fields(cls)}
+        for name, column in columns.items():
+            columns[name] = None if column[0] is None else torch.cat(column)
+        return cls(**columns)
+
+
+class FlowMap(StraightPath):
+    """A network with two times, whose velocity and jumps are rows of one batch."""
+
+    flow_matching_ratio: float
+    # Arguments of a new model: its times are not multiplied by 1000, as derivatives by time would be.
+    transformer_config: ClassVar[dict[str, Any]] = {"interval_embedding": True, "timestep_scale": 0.001}
+    few_steps: ClassVar[bool] = True
+
+    def is_velocity(self, count: int) -> torch.Tensor:
+        """Which places of a batch are trained on the velocity: evenly spread, so each slice has as many. `(count,)`"""
+        places = torch.arange(count + 1, dtype=torch.float64)
+        # A product of decimals may miss a whole number by its rounding.
+        return (places * self.flow_matching_ratio + 1e-6).floor().diff() > 0
+
+    def predict(self, transformer: Callable[..., Any], points: Points) -> torch.Tensor:
+        """u at the points, `(B, C, h, w)`; without the variance of a SiT."""
+        times = {"r_timestep": self.timestep(points.until), "force_drop_ids": points.drop}
+        output = transformer(points.noisy, self.timestep(points.time), points.label, **times, return_dict=False)[0]
+        return output[:, : points.noisy.shape[1]]
+
+    def points(self, batch: dict[str, torch.Tensor]) -> Points:
+        """The points of a batch; they leave in the direction of their sample."""
+        time, until = batch["time"].unbind(dim=1)
+        noisy = self.add_noise(batch["x_start"], batch["noise"], time)
+        return Points(noisy, time, until, batch["noise"] - batch["x_start"], batch["label"], batch.get("drop"))
+
+    def sample_losses(self, output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The adaptively weighted squared error to `target`, the mean over a sample's values."""
+        error = (output - batch["target"]).square().flatten(1).mean(dim=1)
+        return with_value(adaptive_loss(error, EPS, 1.0), error)
+
 
 @dataclass(frozen=True)
-class FlowMapObjective(StraightPath):
+class FlowMapObjective(FlowMap):
     """
     What MeanFlow and SoFlow have in common.
 
@@ -98,9 +138,6 @@ class FlowMapObjective(StraightPath):
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     guided: str = "all"
-    # Arguments of a new model: its times are not multiplied by 1000, as derivatives by time would be.
-    transformer_config: ClassVar[dict[str, Any]] = {"interval_embedding": True, "timestep_scale": 0.001}
-    few_steps: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("flow_matching_ratio", "guidance_mix", "guidance_start", "guidance_end"):
@@ -138,12 +175,6 @@ class FlowMapObjective(StraightPath):
             for name, value in values.items()
         }
 
-    def is_velocity(self, count: int) -> torch.Tensor:
-        """Which places of a batch are trained on the velocity: evenly spread, so each slice has as many. `(count,)`"""
-        places = torch.arange(count + 1, dtype=torch.float64)
-        # A product of decimals may miss a whole number by its rounding.
-        return (places * self.flow_matching_ratio + 1e-6).floor().diff() > 0
-
     def scale(self, time: torch.Tensor) -> torch.Tensor:
         """The effective scale of the guidance at a noise level, `(B,)`."""
         is_guided = (time >= self.guidance_start) & (time <= self.guidance_end)
@@ -156,18 +187,6 @@ class FlowMapObjective(StraightPath):
             return mix * scale, (1 - mix) * scale, 1 - scale
         # The network's own velocity is guided already.
         return mix * scale, torch.full_like(time, 1 - mix), mix * (1 - scale)
-
-    def predict(self, transformer: Callable[..., Any], points: Points) -> torch.Tensor:
-        """u at the points, `(B, C, h, w)`; without the variance of a SiT."""
-        times = {"r_timestep": self.timestep(points.until), "force_drop_ids": points.drop}
-        output = transformer(points.noisy, self.timestep(points.time), points.label, **times, return_dict=False)[0]
-        return output[:, : points.noisy.shape[1]]
-
-    def points(self, batch: dict[str, torch.Tensor]) -> Points:
-        """The points of a batch; they leave in the direction of their sample."""
-        time, until = batch["time"].unbind(dim=1)
-        noisy = self.add_noise(batch["x_start"], batch["noise"], time)
-        return Points(noisy, time, until, batch["noise"] - batch["x_start"], batch["label"], batch.get("drop"))
 
     @torch.no_grad()
     def guide(self, transformer: Callable[..., Any], points: Points, rows: torch.Tensor) -> Points:
@@ -340,11 +359,6 @@ class SoFlowObjective(FlowMapObjective):
         product = -(output[rows] * change).flatten(1).mean(dim=1)
         consistency = with_value(product * (squared + EPS).pow(-self.power), squared)
         return losses.index_copy(0, rows, consistency.to(losses.dtype))
-
-    def sample_losses(self, output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The adaptively weighted squared error to `target`, the mean over a sample's values."""
-        error = (output - batch["target"]).square().flatten(1).mean(dim=1)
-        return with_value(adaptive_loss(error, EPS, 1.0), error)
 
     @torch.no_grad()
     def rate_of_change(

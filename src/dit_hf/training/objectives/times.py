@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ...command_line import real
-from ..config import FRACTION, POSITIVE
+from ..config import POSITIVE
 
 
 @dataclass(frozen=True)
@@ -19,23 +19,6 @@ class Uniform:
 
     def __str__(self):
         return "uniform"
-
-
-@dataclass(frozen=True)
-class Constant:
-    """One time for all samples; `ValueError` if it is outside [0, 1]."""
-
-    time: float
-
-    def __post_init__(self):
-        FRACTION.check("time", self.time)
-
-    def __call__(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Times of shape `(count,)`."""
-        return torch.full((count,), self.time)
-
-    def __str__(self):
-        return f"constant({self.time})"
 
 
 @dataclass(frozen=True)
