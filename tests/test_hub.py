@@ -58,7 +58,7 @@ def python(code, environment, **extra):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def draw(load, places, environment, installed=True, **extra):
+def generate(load, places, environment, installed=True, **extra):
     """
     (hash of the image, module of the pipeline's class, whether the package was imported) of each place, in a fresh
     process.
@@ -107,16 +107,16 @@ def test_the_five_ways_give_one_image(published):
         "with the package, remote code": (one_line, True),
         "auto model": (auto, False),
     }
-    images = {name: draw(load, places, environment, installed) for name, (load, installed) in ways.items()}
-    assert all(len(drawn) == len(places) for drawn in images.values())
-    assert len({image for drawn in images.values() for image, *_ in drawn}) == 1, images
-    for name, drawn in images.items():
-        for _, module, imported in drawn:
+    images = {name: generate(load, places, environment, installed) for name, (load, installed) in ways.items()}
+    assert all(len(generated) == len(places) for generated in images.values())
+    assert len({image for generated in images.values() for image, *_ in generated}) == 1, images
+    for name, generated in images.items():
+        for _, module, imported in generated:
             assert (imported == "True") == (name == "installed class"), name
             assert module.startswith("dit_hf" if name == "installed class" else "diffusers_modules"), name
     # From the cache, without a server to ask.
     before = len(hub.requests)
-    (offline,) = draw(ours, places[:1], environment, HF_HUB_OFFLINE="1")
+    (offline,) = generate(ours, places[:1], environment, HF_HUB_OFFLINE="1")
     assert offline[0] == images["installed class"][0][0]
     assert len(hub.requests) == before
 
@@ -191,9 +191,9 @@ def test_saving_what_was_loaded_loses_nothing(published, tmp_path):
     ours = "from dit_hf import DiTClassCondPipeline; pipe = DiTClassCondPipeline.from_pretrained({0})"
     folders = [home / "folder", tmp_path / "remote", tmp_path / "ours"]
     saves = [f"; pipe.save_pretrained({str(folder)!r})" for folder in folders[1:]]
-    (first,) = draw(load + saves[0], folders[:1], environment, installed=False)
-    (second,) = draw(ours + saves[1], folders[:1], environment)
-    (third,) = draw(load, folders[2:], environment, installed=False)
+    (first,) = generate(load + saves[0], folders[:1], environment, installed=False)
+    (second,) = generate(ours + saves[1], folders[:1], environment)
+    (third,) = generate(load, folders[2:], environment, installed=False)
     assert first[0] == second[0] == third[0]
 
     def content(place):

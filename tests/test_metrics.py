@@ -25,7 +25,7 @@ from dit_hf.evaluation.statistics import GaussianStatistics, gaussian
 from dit_hf.evaluation.training_images import evaluate, matched_training_images
 
 
-def draw(count, dim=12, seed=0, shift=0.0):
+def random_features(count, dim=12, seed=0, shift=0.0):
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(dim, dim, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     return torch.randn(count, dim, generator=generator, dtype=torch.float64) @ mixing + shift
@@ -60,7 +60,7 @@ def test_metrics_are_torch_fidelitys():
 
 def test_monge_distance_is_numpys(monkeypatch):
     """Sets of different sizes: each image is repeated until they are equally many; all parts and blocks count."""
-    samples, reference = draw(14, dim=5).numpy(), draw(8, dim=5, seed=1, shift=0.4).numpy()
+    samples, reference = random_features(14, dim=5).numpy(), random_features(8, dim=5, seed=1, shift=0.4).numpy()
     directions = torch.randn(1000, 5, generator=torch.Generator().manual_seed(2020)).double().numpy()
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     sorted_sets = [np.sort(part @ directions.T, axis=0) for part in (samples, reference)]
@@ -83,7 +83,7 @@ def test_distance_of_known_gaussians():
 
 
 def test_distance_is_scipys():
-    samples, reference = draw(200), draw(150, seed=1, shift=0.3)
+    samples, reference = random_features(200), random_features(150, seed=1, shift=0.3)
     covariances = [np.cov(part.numpy(), rowvar=False) for part in (samples, reference)]
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
     shift = (samples.mean(0) - reference.mean(0)).square().sum().item()
@@ -94,7 +94,7 @@ def test_distance_is_scipys():
 
 def test_distance_with_few_images_is_exact_and_warns():
     """tr (C C')^½ is the sum of singular values of the cross-product of centred features."""
-    samples, reference = draw(8, dim=30), draw(10, dim=30, seed=1)
+    samples, reference = random_features(8, dim=30), random_features(10, dim=30, seed=1)
     centred = [(part - part.mean(0)) / (len(part) - 1) ** 0.5 for part in (samples, reference)]
     cross = np.linalg.svd((centred[0] @ centred[1].T).numpy(), compute_uv=False).sum()
     shift = (samples.mean(0) - reference.mean(0)).square().sum()
@@ -107,7 +107,7 @@ def test_distance_with_few_images_is_exact_and_warns():
 
 
 def test_statistics_do_not_depend_on_order_or_batches():
-    features = draw(101) + 1e4  # a large mean would cost raw sums of squares their digits
+    features = random_features(101) + 1e4  # a large mean would cost raw sums of squares their digits
     whole = gaussian(features)
     batches = GaussianStatistics(12)
     for batch in features.flip(0).split(7):
@@ -139,16 +139,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 def test_bad_statistics_are_named():
     with pytest.raises(ValueError, match=r"shape \(3, 4\).*\(images, 12\)"):
         GaussianStatistics(12).update(torch.zeros(3, 4))
-    features = draw(5)
+    features = random_features(5)
     features[3, 2] = float("nan")
     with pytest.raises(ValueError, match="image 3 are not finite"):
         gaussian(features)
     with pytest.raises(ValueError, match="at least 2 images; there are 1"):
-        _ = gaussian(draw(1)).covariance
+        _ = gaussian(random_features(1)).covariance
     with pytest.raises(ValueError, match=r"shape \(5,\).*\(images, channels\)"):
-        gaussian(draw(5)[:, 0])
+        gaussian(random_features(5)[:, 0])
     with pytest.raises(ValueError, match="different extractors"):
-        frechet_distance(gaussian(draw(50)), gaussian(draw(50, dim=8)))
+        frechet_distance(gaussian(random_features(50)), gaussian(random_features(50, dim=8)))
     with pytest.raises(ValueError, match="eigenvalue -1"):
         GaussianStatistics.from_moments(torch.zeros(2), torch.diag(torch.tensor([4.0, -1.0]))).root()
 
@@ -174,7 +174,7 @@ def test_inception_score_is_numpys():
 
 
 def test_kernel_distance_is_the_double_sum():
-    samples, reference = draw(9, dim=4).numpy(), draw(7, dim=4, seed=1, shift=0.2).numpy()
+    samples, reference = random_features(9, dim=4).numpy(), random_features(7, dim=4, seed=1, shift=0.2).numpy()
 
     def kernel(x, y):
         return (x @ y / 4 + 1) ** 3
@@ -191,7 +191,7 @@ def test_kernel_distance_is_the_double_sum():
 
 def test_kernel_distance_of_a_redrawn_set():
     """An image that was drawn twice makes no pair with itself."""
-    samples, reference = draw(6, dim=4), draw(5, dim=4, seed=1)
+    samples, reference = random_features(6, dim=4), random_features(5, dim=4, seed=1)
     rows = torch.tensor([0, 0, 0, 2, 3, 3])
     kernel = (samples[rows] @ samples[rows].T / 4 + 1) ** 3
     pairs = rows[:, None] != rows
@@ -205,14 +205,14 @@ def test_kernel_distance_of_a_redrawn_set():
 
 
 def test_kernel_distance_in_blocks(monkeypatch):
-    samples, reference = draw(40), draw(33, seed=1)
+    samples, reference = random_features(40), random_features(33, seed=1)
     whole = kernel_distance(samples, reference)
     monkeypatch.setattr("dit_hf.evaluation.pairs.BLOCK", 7)
     assert kernel_distance(samples, reference) == pytest.approx(whole, rel=1e-9)
 
 
 def test_precision_and_recall_are_numpys(monkeypatch):
-    samples, reference = draw(31, dim=3), draw(27, dim=3, seed=1, shift=1.0)
+    samples, reference = random_features(31, dim=3), random_features(27, dim=3, seed=1, shift=1.0)
     a, b = samples.numpy(), reference.numpy()
     to_a, to_b, between = (np.linalg.norm(x[:, None] - y[None], axis=2) for x, y in ((a, a), (b, b), (a, b)))
     radius_a, radius_b = np.sort(to_a, axis=1)[:, 3], np.sort(to_b, axis=1)[:, 3]
@@ -235,13 +235,13 @@ def test_precision_and_recall_are_numpys(monkeypatch):
 
 @pytest.mark.parametrize("metric", [kernel_distance, monge_distance, precision_recall, nearest_neighbours])
 def test_metrics_of_pairs_name_bad_sets(metric):
-    bad = draw(9)
+    bad = random_features(9)
     bad[4, 2] = float("inf")
     for sets, message in (
-        ((draw(9), draw(9, dim=8)), "12 feature channels, the reference 8"),
-        ((bad, draw(9)), r"\(samples\) are not finite"),
-        ((draw(9), bad), r"\(reference\) are not finite"),
-        ((draw(1), draw(9)), r"\(samples\).*at least 2 images"),
+        ((random_features(9), random_features(9, dim=8)), "12 feature channels, the reference 8"),
+        ((bad, random_features(9)), r"\(samples\) are not finite"),
+        ((random_features(9), bad), r"\(reference\) are not finite"),
+        ((random_features(1), random_features(9)), r"\(samples\).*at least 2 images"),
     ):
         with pytest.raises(ValueError, match=message):
             metric(*sets)
@@ -249,14 +249,18 @@ def test_metrics_of_pairs_name_bad_sets(metric):
 
 def test_copies_of_training_images_are_found(monkeypatch):
     monkeypatch.setattr("dit_hf.evaluation.pairs.BLOCK", 10)
-    training = draw(50)
+    training = random_features(50)
     distances, indices = nearest_neighbours(torch.stack([training[17], training[4] + 0.01]), training)
     assert indices.tolist() == [17, 4]
     assert distances[0] == 0 < distances[1]
 
 
 def features(count, seed=0, shift=0.0, extractor="a", **options):
-    parts = draw(count, seed=seed, shift=shift), draw(count, 5, seed), draw(count, 6, seed)
+    parts = (
+        random_features(count, seed=seed, shift=shift),
+        random_features(count, 5, seed),
+        random_features(count, 6, seed),
+    )
     return Features(*parts, {"name": extractor}, **options)
 
 
@@ -390,7 +394,9 @@ def test_no_metric_depends_on_the_order_of_images():
     names = [f"class {index // 6}" for index in range(60)]
     sets = [features(60, seed, 0.3 * seed, labels=names) for seed in range(3)]
     for part in sets:  # sure of a class each, sorted by class
-        part.logits = 8.0 * torch.nn.functional.one_hot(torch.arange(60) // 6, 10) + draw(60, 10, seed=5).sigmoid()
+        part.logits = (
+            8.0 * torch.nn.functional.one_hot(torch.arange(60) // 6, 10) + random_features(60, 10, seed=5).sigmoid()
+        )
     permutation = torch.randperm(60, generator=torch.Generator().manual_seed(3))
     permuted = [part.select(permutation) for part in sets]
     every = [metric.full_name("a") for metric in METRICS]

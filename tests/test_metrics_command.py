@@ -36,7 +36,7 @@ FD, SFD = "fd_efficientnet_lite0", "sfd_efficientnet_lite0"
 SCRIPT = ROOT / "examples" / "evaluate" / "compute_metrics.py"
 
 
-def draw(count, dim=12, seed=0):
+def random_features(count, dim=12, seed=0):
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -102,9 +102,9 @@ def test_bad_sources_are_named(images):
         with pytest.raises(ValueError, match=f"{name}.npz.*{message}"):
             reference_statistics(folder / f"{name}.npz")
     assert reference_statistics(folder / "images.npz") is None
-    few = GaussianStatistics.from_moments(torch.zeros(12), torch.cov(draw(5).T))
+    few = GaussianStatistics.from_moments(torch.zeros(12), torch.cov(random_features(5).T))
     with pytest.warns(UserWarning, match="reference"):  # the rank of a covariance tells of how few images it is
-        frechet_distance(gaussian(draw(50)), few)
+        frechet_distance(gaussian(random_features(50)), few)
     PILImage.new("RGB", (8, 8)).save(folder / "folder" / "999.png")
     with pytest.raises(ValueError, match="999.png.*another size, 16×16 and 8×8 pixels: pass --resolution"):
         list(ImageSource(folder / "folder").batches())
@@ -112,7 +112,7 @@ def test_bad_sources_are_named(images):
     assert cropped.shape == (13, 3, 8, 8)
     assert torch.equal(cropped[0], to_tensor(center_crop(PILImage.fromarray(pixels[0]), 8)))
     assert torch.equal(cropped[:12], torch.cat(list(ImageSource(folder / "images.npz", resolution=8).batches())))
-    save_file({"features": draw(4)}, folder / "words.safetensors", metadata={"extractor": "{"})
+    save_file({"features": random_features(4)}, folder / "words.safetensors", metadata={"extractor": "{"})
     for name in ("images.npz", "words.safetensors"):
         with pytest.raises(ValueError, match=f"{name} can't be read as features"):
             Features.load(folder / name)
@@ -201,8 +201,8 @@ def test_metrics_go_into_the_card_with_their_recipe(images):
     DiTClassCondPipeline(
         tiny_transformer(num_classes=2, learn_sigma=False), make_scheduler("flow_euler"), tiny_vae(), {0: "a", 1: "b"}
     ).save_pretrained(folder / "pipe")
-    Features(draw(40), None, None, {"name": str(folder / "dinov2")}).save(folder / "a.safetensors")
-    Features(draw(50, seed=1), None, None, {"name": str(folder / "dinov2")}).save(folder / "b.safetensors")
+    Features(random_features(40), None, None, {"name": str(folder / "dinov2")}).save(folder / "a.safetensors")
+    Features(random_features(50, seed=1), None, None, {"name": str(folder / "dinov2")}).save(folder / "b.safetensors")
     flags = ("--feature_extractor", "precomputed", "--metrics", "fd_dinov2,kid", "--bootstrap", 0)
     with HubServer() as hub:
         environment = os.environ | hub.environment(folder / "home")
@@ -351,7 +351,7 @@ def test_the_command_knows_a_new_row_and_its_defaults(tmp_path, monkeypatch, cap
     """The metrics of the command are the table's; those of inception's features have their published names."""
     sets = [tmp_path / f"{index}.safetensors" for index in range(2)]
     for seed, path in enumerate(sets):
-        Features(draw(40, seed=seed), None, draw(40, 5, seed), {"name": "inception"}).save(path)
+        Features(random_features(40, seed=seed), None, random_features(40, 5, seed), {"name": "inception"}).save(path)
     flags = ("--samples", sets[0], "--reference", sets[1], "--feature_extractor", "precomputed", "--bootstrap", 0)
     found = command_in_process(monkeypatch, capsys, *flags)
     assert list(found) == ["fid", "is", "kid", "precision", "recall", "protocol", "recipe"]
@@ -370,7 +370,7 @@ def test_a_table_is_printed_and_json_is_written(tmp_path, monkeypatch, capsys):
     """One line for each metric, with the interval and the training images' value; then the protocol."""
     sets = [tmp_path / f"{name}.safetensors" for name in ("samples", "reference", "training")]
     for seed, path in enumerate(sets):
-        Features(draw(40, seed=seed), None, None, {"name": "a"}).save(path)
+        Features(random_features(40, seed=seed), None, None, {"name": "a"}).save(path)
     flags = ["--samples", sets[0], "--reference", sets[1], "--training", sets[2], "--metrics", "fd,precision,fdr"]
     flags += ["--feature_extractor", "precomputed", "--bootstrap", 2, "--output", tmp_path / "a.json"]
     monkeypatch.setattr(sys, "argv", ["metrics", *map(str, flags)])
@@ -394,7 +394,7 @@ def test_the_mean_ratio_takes_results_of_other_extractors(tmp_path, monkeypatch,
     ratios = {}
     for extractor, more in (("a", ["--output", tmp_path / "a.json"]), ("b", ["--fdr_results", tmp_path / "a.json"])):
         for seed, path in enumerate(sets):
-            Features(draw(40, seed=seed) ** (1 + len(ratios)), None, None, {"name": extractor}).save(path)
+            Features(random_features(40, seed=seed) ** (1 + len(ratios)), None, None, {"name": extractor}).save(path)
         found = command_in_process(monkeypatch, capsys, *flags, *more)
         ratios[extractor] = found["fdr"]["value"]
     assert found["mean fdr"] == {"mean": pytest.approx(sum(ratios.values()) / 2), "extractors": ratios}

@@ -152,21 +152,21 @@ def test_each_image_depends_on_its_own_generator_only(name):
     build, options = STOCHASTIC[name]
     options = {"num_inference_steps": 4, "output_type": "latent"} | options
 
-    def draw(labels, seeds, **kwargs):
+    def generate(labels, seeds, **kwargs):
         pipe = tiny_pipeline(build())
         return pipe(labels, generator=[torch.Generator().manual_seed(s) for s in seeds], **options, **kwargs).images
 
     def assert_same(actual, expected):
         assert (actual - expected).norm() < 1e-4 * expected.norm()  # the batch size changes the order of sums
 
-    batch = draw([3, 5, 3], [11, 12, 13])
+    batch = generate([3, 5, 3], [11, 12, 13])
     assert not torch.allclose(batch[0], batch[2], rtol=0.1)
     for index, (label, seed) in enumerate([(3, 11), (5, 12), (3, 13)]):
-        assert_same(draw(label, [seed])[0], batch[index])
-    assert_same(draw([3, 3, 5], [13, 11, 12])[[1, 2, 0]], batch)
-    pairs = draw([5, 3], [21, 12, 11, 13], num_images_per_label=2)
+        assert_same(generate(label, [seed])[0], batch[index])
+    assert_same(generate([3, 3, 5], [13, 11, 12])[[1, 2, 0]], batch)
+    pairs = generate([5, 3], [21, 12, 11, 13], num_images_per_label=2)
     assert_same(pairs[[2, 1, 3]], batch)
-    assert_same(draw([3, 5, 3], [11, 12, 99])[:2], batch[:2])
+    assert_same(generate([3, 5, 3], [11, 12, 99])[:2], batch[:2])
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
@@ -395,12 +395,12 @@ def test_caches_skip_work_in_the_pipeline():
     calls = []
     pipe.transformer.transformer_blocks[-1].attn.to_q.register_forward_hook(lambda *args: calls.append(1))
 
-    def draw():
+    def generate():
         calls.clear()
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         return pipe([3], num_inference_steps=8, latents=latents, output_type="latent").images, len(calls)
 
-    plain, count = draw()
+    plain, count = generate()
     assert count == 8
     configs = (
         FirstBlockCacheConfig(threshold=10.0),
@@ -413,11 +413,11 @@ def test_caches_skip_work_in_the_pipeline():
     )
     for config in configs:
         pipe.transformer.enable_cache(config)
-        cached, fewer = draw()
+        cached, fewer = generate()
         assert fewer < count, type(config).__name__
         assert cached.isfinite().all()
         pipe.transformer.disable_cache()
-        assert torch.equal(draw()[0], plain)
+        assert torch.equal(generate()[0], plain)
     assert pipe.current_timestep is None
 
 

@@ -330,15 +330,15 @@ def test_what_a_callback_returns_is_checked(returned):
 
 
 def test_labels_that_a_callback_gives_unasked_count():
-    def draw(label, callback, wanted=["latents"]):
+    def generate(label, callback, wanted=["latents"]):
         options = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.manual_seed(0)}
         options["callback_on_step_end_tensor_inputs"] = wanted
         return tiny_pipeline()(label, **options, callback_on_step_end=callback).images
 
-    unasked = draw(1, lambda *args: {"class_labels": torch.tensor([5])})
-    asked = draw(1, lambda *args: {"class_labels": torch.tensor([5])}, ["latents", "class_labels"])
+    unasked = generate(1, lambda *args: {"class_labels": torch.tensor([5])})
+    asked = generate(1, lambda *args: {"class_labels": torch.tensor([5])}, ["latents", "class_labels"])
     assert torch.equal(unasked, asked)
-    assert not torch.allclose(unasked, draw(1, None))
+    assert not torch.allclose(unasked, generate(1, None))
 
 
 class Cutoff(PipelineCallback):

@@ -90,7 +90,7 @@ def test_shell_snippets_are_known():
     assert len(README.splitlines()) < 150
 
 
-def test_make_demo_draws_the_grid(checkout):
+def test_make_demo_generates_the_grid(checkout):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     recipe = subprocess.run(
         ["make", "-n", "demo"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True

@@ -71,27 +71,27 @@ def direct(address, route, session="mine", data=()):
     return httpx.post(f"{address}/gradio_api/{route}", json={"data": list(data), "session_hash": session})
 
 
-def pixels(pictures):
-    return np.stack([np.asarray(Image.open(picture["image"])) for picture in pictures])
+def pixels(gallery):
+    return np.stack([np.asarray(Image.open(picture["image"])) for picture in gallery])
 
 
-def test_the_same_settings_give_the_same_pictures_here_and_by_the_snippet(address, model, tmp_path, monkeypatch):
+def test_the_same_settings_give_the_same_images_here_and_by_the_snippet(address, model, tmp_path, monkeypatch):
     monkeypatch.chdir(model.parent)  # the snippet tells the folder's name only
     client = connect(address, tmp_path)
     options = {"class_labels": ["goldfish, Carassius auratus", "shark"], "images": 2, "steps": 3}
     options |= {"guidance_end": 0.5, "sampler": "flow_heun", "mix_with": "tench, Tinca tinca", "mix_share": 0.5}
-    pictures, status, seed, snippet = answer = client.predict(**options, seed=5, api_name="/generate")
+    gallery, status, seed, snippet = answer = client.predict(**options, seed=5, api_name="/generate")
     assert str(model.parent) not in repr(answer)
     assert status == "Images: 4, steps: 3, seed: 5."
-    assert [picture["caption"] for picture in pictures] == ["goldfish", "goldfish", "shark", "shark"]
+    assert [picture["caption"] for picture in gallery] == ["goldfish", "goldfish", "shark", "shark"]
     again = client.predict(**options, seed=5, api_name="/generate")[0]
     other = client.predict(**options, seed=6, api_name="/generate")[0]
-    assert np.array_equal(pixels(pictures), pixels(again))
-    assert not np.array_equal(pixels(pictures), pixels(other))
+    assert np.array_equal(pixels(gallery), pixels(again))
+    assert not np.array_equal(pixels(gallery), pixels(other))
     found = {}
     exec(snippet, found)
-    assert np.array_equal(pixels(pictures), np.stack([np.asarray(image) for image in found["images"]]))
-    settings = json.loads(Image.open(pictures[0]["image"]).text["dit_hf"])
+    assert np.array_equal(pixels(gallery), np.stack([np.asarray(image) for image in found["images"]]))
+    settings = json.loads(Image.open(gallery[0]["image"]).text["dit_hf"])
     assert settings | options == settings
     assert settings["seed"] == seed == 5
     assert (settings["model"], settings["version"]) == ("tiny", __version__)
@@ -101,9 +101,9 @@ def test_the_same_settings_give_the_same_pictures_here_and_by_the_snippet(addres
 
 def test_a_picture_is_drawn_again_from_its_own_settings(address, model, tmp_path):
     options = {"class_labels": ["goldfish, Carassius auratus", "shark"], "images": 2, "steps": 3, "seed": 5}
-    pictures = connect(address, tmp_path).predict(**options, api_name="/generate")[0]
+    gallery = connect(address, tmp_path).predict(**options, api_name="/generate")[0]
     pipe = DiTClassCondPipeline.from_pretrained(model)
-    for index, picture in enumerate(pictures):
+    for index, picture in enumerate(gallery):
         picture = Image.open(picture["image"])
         known = json.loads(picture.text["dit_hf"])
         assert known["index"] == index
@@ -119,17 +119,17 @@ def test_a_picture_is_drawn_again_from_its_own_settings(address, model, tmp_path
 
 def test_every_sampler_goes_by_the_shift_of_the_model(address, model, tmp_path, monkeypatch):
     monkeypatch.chdir(model.parent)
-    client, drawn = connect(address, tmp_path), {}
+    client, generated = connect(address, tmp_path), {}
     for sampler in ("default", "flow_euler", "flow_heun", "flow_dpm++", "flow_unipc"):
         options = {"class_labels": "shark", "images": 1, "steps": 4, "seed": 3, "sampler": sampler}
-        pictures, _, _, snippet = client.predict(**options, api_name="/generate")
+        gallery, _, _, snippet = client.predict(**options, api_name="/generate")
         found = {}
         exec(snippet, found)
         config = found["pipe"].scheduler.config
         assert config.get("shift", config.get("flow_shift")) == 3
-        drawn[sampler] = pixels(pictures)
-        assert np.array_equal(drawn[sampler], np.stack([np.asarray(image) for image in found["images"]]))
-    assert np.array_equal(drawn["default"], drawn["flow_euler"])
+        generated[sampler] = pixels(gallery)
+        assert np.array_equal(generated[sampler], np.stack([np.asarray(image) for image in found["images"]]))
+    assert np.array_equal(generated["default"], generated["flow_euler"])
 
 
 def test_twenty_at_once_each_get_their_own(address, model, tmp_path):
@@ -150,9 +150,9 @@ def test_twenty_at_once_each_get_their_own(address, model, tmp_path):
         together = list(pool.map(ask, range(20)))
     pipe = DiTClassCondPipeline.from_pretrained(model)
     options = {"num_inference_steps": 2, "guidance_scale": 4}
-    for index, pictures in enumerate(together):
+    for index, gallery in enumerate(together):
         alone = pipe(names[index % 3], generator=[seeded_generator(index, 0)], **options).images
-        assert np.array_equal(pictures, np.stack([np.asarray(image) for image in alone]))
+        assert np.array_equal(gallery, np.stack([np.asarray(image) for image in alone]))
 
 
 @pytest.mark.parametrize(
@@ -329,10 +329,10 @@ def test_any_model_is_served(tmp_path):
     assert generator.classes == ["crane (0)", "crane (1)"]
     assert generator.max_scale == 1
     for name in generator.samplers:
-        drawn = list(
+        generated = list(
             generator.generate(Settings(["crane (1)"], steps=3, guidance_scale=1.0, sampler=name), threading.Event())
         )
-        assert drawn[-1].finished
+        assert generated[-1].finished
         config = generator.pipe.scheduler.config
         assert (config["beta_schedule"], config["prediction_type"]) == ("squaredcos_cap_v2", "v_prediction")
     with pytest.raises(ValueError, match="number from 0 to 1"):
@@ -374,21 +374,21 @@ def test_classes_are_mixed():
     pipe = DiTClassCondPipeline(tiny_transformer(num_classes=3, learn_sigma=False), make_scheduler("flow_euler"))
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(label):
+    def generate(label):
         options = {"num_inference_steps": 2, "output_type": "latent", "generator": [seeded_generator(0)]}
         return pipe(label, guidance_scale=3.0, **options).images
 
-    plain, other = draw(1), draw(2)
+    plain, other = generate(1), generate(2)
     with mix_classes(pipe.transformer, 2, 0.0):
-        torch.testing.assert_close(draw(1), plain)
-    torch.testing.assert_close(draw(1), plain)
+        torch.testing.assert_close(generate(1), plain)
+    torch.testing.assert_close(generate(1), plain)
     with mix_classes(pipe.transformer, 2, 1.0):
-        torch.testing.assert_close(draw(1), other)  # guidance's null class is not mixed
+        torch.testing.assert_close(generate(1), other)  # guidance's null class is not mixed
     with pytest.raises(RuntimeError), mix_classes(pipe.transformer, 2, 0.5):
-        half = draw(1)
+        half = generate(1)
         raise RuntimeError
-    assert not torch.allclose(half, draw(1))
-    assert not torch.allclose(half, draw(2))
+    assert not torch.allclose(half, generate(1))
+    assert not torch.allclose(half, generate(2))
     tokens = tiny_transformer(num_classes=3, conditioning="in_context")
     tokens.compile()  # its label table, which the adaptive norms' sampler calls by itself, with it
     with pytest.raises(ValueError, match="compiled"), mix_classes(tokens, 1, 0.5):

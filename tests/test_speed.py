@@ -22,7 +22,7 @@ def tiny_pipeline(scheduler="ddim", **overrides):
     return pipe
 
 
-def draw(pipe, labels=(1, 1, 4), **options):
+def generate(pipe, labels=(1, 1, 4), **options):
     options = {"num_inference_steps": 6, "output_type": "latent"} | options
     return pipe(list(labels), generator=torch.Generator().manual_seed(0), **options).images
 
@@ -31,7 +31,7 @@ def embedded_rows(pipe, **options):
     """How many rows of time are embedded in each call of the time embedding during one call of the pipeline."""
     rows = []
     handle = pipe.transformer.time_embed.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    images = draw(pipe, **options)
+    images = generate(pipe, **options)
     handle.remove()
     return rows, images
 
@@ -81,7 +81,7 @@ def test_time_and_class_are_embedded_once_for_all_steps():
 
 def test_calls_that_are_no_step_are_computed_without_the_table():
     model, tabulated = tiny_transformer(), tabulated_pipeline()
-    draw(tabulated)
+    generate(tabulated)
     inputs = tiny_inputs()
     steps = tabulated.scheduler.timesteps[:1].float()
     with torch.no_grad():
@@ -99,10 +99,10 @@ def test_every_trajectory_has_a_table_of_its_own():
     """What a call embedded is not used by the next, whose weights and schedule may be others."""
     pipe = tabulated_pipeline()
     assert embedded_rows(pipe, num_inference_steps=1)[0] == embedded_rows(pipe, num_inference_steps=1)[0] == [3]
-    first = draw(pipe)
+    first = generate(pipe)
     with torch.no_grad():
         pipe.transformer.class_embed.weight.mul_(2)
-    assert not torch.allclose(draw(pipe), first, atol=1e-3)
+    assert not torch.allclose(generate(pipe), first, atol=1e-3)
     assert embedded_rows(pipe, num_inference_steps=4)[0] == [12]
 
 
@@ -112,7 +112,7 @@ def test_no_timestep_is_taken_to_the_device_on_the_way():
     pipe.transformer.register_forward_pre_hook(
         lambda module, inputs, options: seen.append(options["timestep"].untyped_storage().data_ptr()), with_kwargs=True
     )
-    draw(pipe, guidance_interval=(0.0, 0.5))
+    generate(pipe, guidance_interval=(0.0, 0.5))
     assert len(seen) == 6 and len(set(seen)) == 1
 
 
@@ -128,7 +128,7 @@ def test_the_table_is_made_in_parts_when_it_is_large(at_a_time, monkeypatch):
 def test_models_without_a_null_class_get_a_table_too():
     rows, images = embedded_rows(tabulated_pipeline(class_dropout_prob=0.0))
     assert rows == [12]
-    torch.testing.assert_close(images, draw(tiny_pipeline(class_dropout_prob=0.0)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(images, generate(tiny_pipeline(class_dropout_prob=0.0)), atol=1e-5, rtol=1e-5)
 
 
 def test_labels_changed_on_the_way_are_used():
@@ -137,9 +137,9 @@ def test_labels_changed_on_the_way_are_used():
 
     options = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["class_labels"]}
     pipe = tabulated_pipeline()
-    changed = draw(pipe, **options)
-    assert not torch.allclose(changed, draw(pipe), atol=1e-3)
-    expected = draw(tiny_pipeline(), **options)
+    changed = generate(pipe, **options)
+    assert not torch.allclose(changed, generate(pipe), atol=1e-3)
+    expected = generate(tiny_pipeline(), **options)
     assert (changed - expected).norm() / expected.norm() < 1e-5
 
 
@@ -165,13 +165,13 @@ def test_a_table_beside_caches_and_other_conditionings():
 def test_presets_are_undone_to_the_bit(preset):
     pipe = tiny_pipeline("flow_euler")
     weights = {name: (parameter, parameter.clone()) for name, parameter in pipe.transformer.named_parameters()}
-    scheduler, expected = pipe.scheduler, draw(pipe, guidance_scale=3.0)
+    scheduler, expected = pipe.scheduler, generate(pipe, guidance_scale=3.0)
     pipe.register_to_config(recommended_call={"guidance_scale": 3.0, "num_inference_steps": 9})
     assert dit_hf.optimize(pipe, preset=preset) is None
     steps, interval = SPEED_PRESETS[preset].num_inference_steps, SPEED_PRESETS[preset].guidance_interval
     call = {"guidance_scale": 3.0, "num_inference_steps": steps or 9, "guidance_interval": interval or (0.0, 1.0)}
     assert pipe.resolve_call() == {"guidance_channels": None} | call
-    images = draw(pipe)
+    images = generate(pipe)
     assert images.isfinite().all() and pipe.num_timesteps == 6  # what a call gives goes before
     if preset == "exact":
         torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
@@ -183,7 +183,7 @@ def test_presets_are_undone_to_the_bit(preset):
     assert pipe.scheduler is scheduler and pipe.transformer._compiled_call_impl is None
     for name, parameter in pipe.transformer.named_parameters():
         assert parameter is weights[name][0] and torch.equal(parameter, weights[name][1]), name
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(generate(pipe), expected)
 
 
 @pytest.mark.parametrize("name", ["jit", "ddt"])
@@ -213,12 +213,12 @@ def test_the_decoder_is_compiled_and_restored_too():
 def test_weights_changed_after_a_restore_are_used():
     pipe = tiny_pipeline("flow_euler")
     dit_hf.optimize(pipe, "exact")
-    first = draw(pipe)
+    first = generate(pipe)
     dit_hf.restore(pipe)
     pipe.transformer.load_state_dict(tiny_transformer(seed=1).state_dict())
-    expected = draw(pipe)
+    expected = generate(pipe)
     dit_hf.optimize(pipe, "exact")
-    torch.testing.assert_close(draw(pipe), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(generate(pipe), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(first, expected, atol=1e-2)
 
 
@@ -228,7 +228,7 @@ def test_a_preset_takes_the_place_of_another():
     dit_hf.optimize(pipe, "fastest")
     assert type(pipe.scheduler).__name__ == "UniPCMultistepScheduler"
     assert (pipe.scheduler.config.beta_end, pipe.scheduler.config.prediction_type) == (0.018, "v_prediction")
-    assert draw(pipe).isfinite().all()
+    assert generate(pipe).isfinite().all()
     dit_hf.optimize(pipe, "exact", device="cpu")
     assert pipe.transformer.transformer_blocks[0].attn.to_q.weight is weight
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
@@ -283,7 +283,7 @@ def test_int8_is_saved_and_loaded(tmp_path):
         outputs = [network(**inputs).sample for network in (quantized, again, pipe.transformer, model.eval())]
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     assert 0 < (outputs[0] - outputs[3]).norm() / outputs[3].norm() < 0.02
-    assert draw(pipe, num_inference_steps=2).isfinite().all()
+    assert generate(pipe, num_inference_steps=2).isfinite().all()
 
 
 def test_what_is_no_pipeline_is_named():

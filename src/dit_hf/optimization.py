@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 RECOMPILE_LIMIT = 64
 
 
-# Beginnings of the names of what is quantized; two streams have the second.
+# Prefixes of the modules that are quantized; models with two streams have the second.
 BLOCKS = ("transformer_blocks.", "decoder_blocks.")
 
 
@@ -59,13 +59,11 @@ def optimize(
     Args:
         pipe (`DiTClassCondPipeline`): The pipeline; if it is optimized already, that is undone first.
         preset (`str`, defaults to `"exact"`):
-            `"exact"` compiles and changes no pixel beyond rounding; `"int8"` computes the blocks in 8-bit integers
-            too;
-            `"balanced"` and `"fastest"` compute in bfloat16, which older processors are slow at, use a solver for few
-            steps, and guide in a part of them only. Their steps and interval become the pipeline's
-            `recommended_call`, so that `pipe(labels)` uses them. A model of the mean velocity over an interval keeps
-            its own sampler; one with a sampler of its velocity and guided jumps (`guidance_in_weights="jumps"`)
-            takes one jump with `"fastest"`.
+            `"exact"` compiles; images change by rounding only. `"int8"` also computes the blocks in 8-bit integers.
+            `"balanced"` and `"fastest"` compute in bfloat16, which is slow on older processors, with a few-step
+            solver that is guided in the first half. Their steps and interval become the pipeline's
+            `recommended_call`, so that `pipe(labels)` uses them. Flow maps keep their sampler; a model with guided
+            jumps (`guidance_in_weights="jumps"`) and a sampler of its velocity takes one jump with `"fastest"`.
         device (`str` or `torch.device`, *optional*): Where to move the pipeline.
 
     Raises:
@@ -238,8 +236,8 @@ def compiled_networks(pipe):
 
 def compile_network(network, device_type, bfloat16):
     """
-    As `network.compile()`, undone in the same way. On a CPU with the weights frozen, that is laid out for its kernels
-    once: they may not change any more.
+    Like `network.compile()`, and undone in the same way. On a CPU the weights are frozen, so that Inductor packs them
+    for its kernels once; they must not change afterwards.
     """
     import torch._inductor.config  # a second of imports, for those who compile
     from torch._inductor.compile_fx import compile_fx

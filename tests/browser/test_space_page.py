@@ -64,7 +64,7 @@ def status(page):
     return page.locator("#status").get_by_role("status")
 
 
-def draw(page, seed, steps=3):
+def generate(page, seed, steps=3):
     """Generates, and returns the bytes of the first image."""
     set_number(page, "number input for Images of each class", 2)
     set_number(page, "Seed", seed)
@@ -104,11 +104,11 @@ def test_the_page_opens_with_images(page):
 
 def test_a_class_is_generated_and_the_seed_decides(page):
     choose_class(page, "sloth")
-    first = draw(page, seed=1)
-    other = draw(page, seed=2)
+    first = generate(page, seed=1)
+    other = generate(page, seed=2)
     expect(page.locator(SNIPPET)).to_contain_text("seeded_generator(2, index)")
     assert other != first
-    assert draw(page, seed=1) == first
+    assert generate(page, seed=1) == first
     assert page.locator("span.caption, .caption-label").first.inner_text() == "sloth"
     # Nothing sticks out to the side.
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
@@ -129,12 +129,12 @@ def test_a_speed_preset_sets_the_controls_in_the_other_schemes(browser, address,
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         brightness = sum(int(part) for part in re.findall(r"\d+", colour)[:3]) / 3
         assert (brightness < 100) == (scheme == "dark"), colour
-        draw(page, seed=4, steps=1)
+        generate(page, seed=4, steps=1)
 
 
 def test_settings_come_back_by_one_click(page):
     reuse = page.get_by_role("button", name="Reuse settings")
-    draw(page, seed=11, steps=2)
+    generate(page, seed=11, steps=2)
     for chosen in (False, True):
         set_number(page, "Seed", 5)
         page.get_by_label("Speed", exact=True).click()
@@ -179,7 +179,7 @@ def test_drawing_is_cancelled(page):
     expect(page.locator(".caption-label")).to_have_count(8)  # previews too say what they are
     page.get_by_role("button", name="Cancel").click()
     expect(status(page)).to_contain_text("Cancelled.")
-    draw(page, seed=3, steps=1)
+    generate(page, seed=3, steps=1)
 
 
 def test_a_waiting_set_is_cancelled(browser, address):
@@ -198,7 +198,7 @@ def test_a_waiting_set_is_cancelled(browser, address):
             expect(status(first)).to_contain_text("Cancelled.")
             second.wait_for_timeout(1000)
             expect(status(second)).to_contain_text("Cancelled.")
-            draw(second, seed=2, steps=1)
+            generate(second, seed=2, steps=1)
 
 
 def test_a_double_click_draws_once(page):

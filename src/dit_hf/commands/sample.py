@@ -180,13 +180,13 @@ def print_cost(args, pipe, settings, num_processes):
         started = time.perf_counter()
         short = pipe(labels.tolist(), **settings | {"num_inference_steps": 2}, output_type="latent")
         short.images.sum().item()  # waits for a GPU
-        call = (time.perf_counter() - started) / pipe.num_timesteps / args.batch_size
+        seconds = (time.perf_counter() - started) / pipe.num_timesteps / args.batch_size
     first, last = settings["guidance_interval"]
-    halves = 1 + (last - first if largest_scale(settings["guidance_scale"]) != 1 else 0)
+    predictions = 1 + (last - first if largest_scale(settings["guidance_scale"]) != 1 else 0)
     pipe.scheduler.set_timesteps(settings["num_inference_steps"])
-    calls = len(pipe.scheduler.timesteps)  # two a step for Heun's
-    gflops = count_macs(pipe.transformer.config) / 1e9 * calls * halves
-    hours = call * calls * args.num_samples / num_processes / 3600
+    evaluations = len(pipe.scheduler.timesteps)  # two per step for Heun's
+    gflops = count_macs(pipe.transformer.config) / 1e9 * evaluations * predictions
+    hours = seconds * evaluations * args.num_samples / num_processes / 3600
     cost = {"Gflops an image": round(gflops, 2), "images": args.num_samples, "hours": round(hours, 2)}
     print(json.dumps(cost, indent=2))
 

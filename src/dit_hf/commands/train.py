@@ -105,10 +105,10 @@ class Training:
         if args.latents_dir is None:
             self.data = image_data(args)
             self.reader = self.data.reader()
-        self.found = read_index(args.latents_dir)["classes"] if self.reader is None else self.reader.names
-        self.names, self.class_ids = self.found, torch.arange(len(self.found))
+        self.data_classes = read_index(args.latents_dir)["classes"] if self.reader is None else self.reader.names
+        self.names, self.class_ids = self.data_classes, torch.arange(len(self.data_classes))
         if args.lora_rank is not None:
-            self.names, self.class_ids = classes_of_adapters(pretrained, self.found)
+            self.names, self.class_ids = classes_of_adapters(pretrained, self.data_classes)
         self.transformer = self.build_transformer()
         learn_sigma = self.transformer.config.get("learn_sigma", False)
         trained = training_scheduler(row.kind, learn_sigma, pretrained)
@@ -169,7 +169,7 @@ class Training:
         args, accelerator = self.args, self.accelerator
         self.held_out = self.encoder = self.latents = None
         if args.validation_split:
-            counts = (args.validation_split, self.found, self.class_ids, args.validation_images)
+            counts = (args.validation_split, self.data_classes, self.class_ids, args.validation_images)
             self.held_out = HeldOutMetrics(*self.data.held_out(*counts), args.validation_metrics)
         if self.reader is not None and not args.streaming:
             SeededBatches(len(self.reader.dataset), args.total_batch_size)  # too large a batch, before the work
@@ -260,7 +260,9 @@ class Training:
         latents, alignment = self.latents, None
         if args.proj_coeff:
             alignment = AlignmentHead(self.transformer, args.alignment_depth, latents.feature_dim)
-        counts = zip(self.found, latents.labels.bincount(minlength=len(self.found)).tolist(), strict=True)
+        counts = zip(
+            self.data_classes, latents.labels.bincount(minlength=len(self.data_classes)).tolist(), strict=True
+        )
         accelerator.print(f"{len(latents.labels)} images: {', '.join(f'{name} {count}' for name, count in counts)}")
         parts = (self.config, self.transformer, latents, self.objective)
         options = {"accelerator": accelerator, "class_ids": self.class_ids, "alignment": alignment}

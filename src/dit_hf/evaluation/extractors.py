@@ -260,7 +260,7 @@ def load_extractor(name: str, weights: str | Path | None = None, resolution: int
             `"efficientnet-lite0"`, `"efficientnet-lite2"`, `"inception"`, or a vision model of transformers by id or
             folder.
         weights (`str` or `Path`, *optional*): The TensorFlow-ported Inception weights.
-        resolution (`int`, defaults to 112): Pixels a side that EfficientNet-Lite resizes images to.
+        resolution (`int`, defaults to 112): Pixels per side that EfficientNet-Lite resizes images to.
 
     Returns:
         `Extractor`
@@ -301,7 +301,10 @@ def extract(images: torch.Tensor, extractor: Extractor, batch_size: int = 64) ->
         batch_size (`int`, defaults to 64): Images at once.
 
     Returns:
-        `Features`
+        `Features`: on the CPU, without labels.
+
+    Raises:
+        ValueError: if the extractor returns values that are not finite.
     """
     device = next(extractor.parameters()).device
     parts = [extractor(normalize_pixels(batch.to(device))) for batch in images.split(batch_size)]

@@ -21,7 +21,7 @@ class EfficientNetLite0(nn.Module):
 
     Args:
         resolution (`int`, defaults to 112):
-            Images are resized (bicubic, antialiased, clamped) to this many pixels a side first. The rule changes
+            Images are resized (bicubic, antialiased, clamped) to this many pixels per side first. The rule changes
             Fréchet distances by a factor of ten: compare only values of the same rule and resolution.
         version (`int`, defaults to 0): 0 or 2, with different weights.
 

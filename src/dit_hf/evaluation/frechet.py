@@ -17,7 +17,8 @@ def frechet_distance(
     Distance of two sets of features, as that of Gaussians with their means and covariances:
     |m₁ - m₂|² + tr C₁ + tr C₂ - 2 tr (C₁ C₂)^½.
 
-    Of Inception's pooled features it is FID. It falls with the number of images: compare only values of equally many.
+    Of Inception's pooled features it is FID. It falls with the number of images: compare only values of
+    sets of equal size.
 
     Args:
         samples (`torch.Tensor` of shape `(N, D)`, or `GaussianStatistics`): Features of the samples or statistics.

@@ -12,7 +12,7 @@ from .pairs import blocks, check_pair
 # torch-fidelity's defaults; the same directions give the same distance.
 DIRECTIONS, SEED = 1000, 2020
 # Directions whose projections are in memory at once.
-PART = 50
+DIRECTIONS_PER_CHUNK = 50
 
 
 def monge_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
@@ -20,8 +20,8 @@ def monge_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
     3 D times the mean, over random directions, of the squared Wasserstein-2 distance of the projected sets. The factor
     brings it to the scale of a Fréchet distance, and it sees more than means and covariances.
 
-    It falls with the number of images: compare only values of equally many. torch-fidelity drops images of the larger
-    set; here all count. For sets of equal size the two agree.
+    It falls with the number of images: compare only values of sets of equal size. torch-fidelity drops images of the
+    larger set; here all count. For sets of equal size the two agree.
 
     Args:
         features (`torch.Tensor` of shape `(N, D)`): Of the samples.
@@ -44,7 +44,7 @@ def monge_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
     check_pair(features, reference)
     rows, other_rows, weights = _coupling(len(features), len(reference))
     total = 0.0
-    for directions in _directions(features.shape[1]).split(PART):
+    for directions in _directions(features.shape[1]).split(DIRECTIONS_PER_CHUNK):
         first, second = _sorted_projections(features, directions), _sorted_projections(reference, directions)
         total += (weights @ (first[rows] - second[other_rows]).square()).sum().item()
     return 3 * features.shape[1] * total / DIRECTIONS

@@ -1,6 +1,6 @@
 """An order of images that does not depend on how their files are named or listed.
 
-Shapes: `N` images, `D` values an image.
+Shapes: `N` images, `D` values per image.
 """
 
 import torch

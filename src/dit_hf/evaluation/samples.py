@@ -40,7 +40,7 @@ def to_bytes(images: torch.Tensor, rounding: str = "round") -> torch.Tensor:
 
 def sample_images(pipe, labels: torch.Tensor, seed: int, batch_size: int = 48, **options) -> torch.Tensor:
     """
-    One image a label; image i depends on (seed, i) alone.
+    One image per label; image i depends on (seed, i) alone.
 
     Args:
         pipe (`DiTClassCondPipeline`): The pipeline.

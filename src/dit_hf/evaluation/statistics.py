@@ -99,15 +99,16 @@ class GaussianStatistics:
 
 def check_moments(mean: torch.Tensor, covariance: torch.Tensor) -> None:
     """
-    Checks a mean and a covariance that were computed elsewhere, but for the signs of the covariance's eigenvalues,
-    which [`symmetric_root`] sees.
+    Checks a mean and a covariance that were computed elsewhere, except that the covariance is positive semi-definite,
+    which [`symmetric_root`] checks.
 
     Args:
         mean (`torch.Tensor`): Should be of shape `(D,)`.
         covariance (`torch.Tensor`): Should be of shape `(D, D)`.
 
     Raises:
-        ValueError: if the shapes are others, a value is not finite, or the covariance is not symmetric.
+        ValueError: if a shape is wrong, a value is not finite, the covariance is not symmetric, or a variance is
+            negative.
     """
     if mean.ndim != 1 or len(mean) == 0 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"they are of shapes {tuple(mean.shape)} and {tuple(covariance.shape)}, not (D,) and (D, D).")

@@ -138,14 +138,14 @@ def draw_batch(
     read = latents.read(indices[process_slice], flipped[process_slice])
     mean = normalise_latents(read.pop("mean"), *latents.statistics)
     std = normalise_latents(read.pop("std"), [0.0], latents.statistics[1])
-    noise, draws = torch.empty_like(mean), torch.empty_like(mean)
+    noise, posterior_noise = torch.empty_like(mean), torch.empty_like(mean)
     for row, place in enumerate(range(*process_slice.indices(count))):
         source = batches.sample_generator(step, place)
         torch.randn(noise[row].shape, generator=source, out=noise[row])
         if std[row].any():  # a deterministic autoencoder has nothing to draw
-            torch.randn(draws[row].shape, generator=source, out=draws[row])
+            torch.randn(posterior_noise[row].shape, generator=source, out=posterior_noise[row])
         else:
-            draws[row] = 0
-    batch = {"x_start": mean + std * draws, "noise": noise}
+            posterior_noise[row] = 0
+    batch = {"x_start": mean + std * posterior_noise, "noise": noise}
     batch |= {"time": time[process_slice], "drop": dropped[process_slice]}
     return read | batch | {"progress": torch.full((len(mean),), progress)}

@@ -32,9 +32,9 @@ from .saved_state import (
 )
 
 
-# What no checkpoint may change in an optimizer, and in the trainer's states: the configuration alone decides it.
-OPTIONS = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "initial_lr")
-DECIDED = (
+# Set by the configuration alone, of the optimizer and of the trainer's states; a checkpoint must agree.
+OPTIMIZER_OPTIONS = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "initial_lr")
+CONFIGURED_STATE = (
     *(("ema", key) for key in ("decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma", "power")),
     ("schedule", "base_lrs"),
 )
@@ -252,7 +252,7 @@ def load_checkpoint(accelerator, checkpoint: Path, states: Mapping[str, Any]) ->
         with weights_only(checkpoint), reading(checkpoint, "checkpoint"), accelerate_files(checkpoint) as folder:
             options = [_options(optimizer) for optimizer in accelerator._optimizers]
             accelerator.load_state(str(folder))
-        decided = {(name, key): getattr(states[name], key) for name, key in DECIDED if name in states}
+        decided = {(name, key): getattr(states[name], key) for name, key in CONFIGURED_STATE if name in states}
         load_states(checkpoint, states)
         check_states(states, decided, checkpoint)
         steps = states["ema"].optimization_step if "ema" in states else None
@@ -264,7 +264,7 @@ def load_checkpoint(accelerator, checkpoint: Path, states: Mapping[str, Any]) ->
 
 def _options(optimizer):
     """What the configuration alone decides, of each group of parameters."""
-    return [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
+    return [{name: group[name] for name in OPTIMIZER_OPTIONS if name in group} for group in optimizer.param_groups]
 
 
 def check_optimizer(optimizer, options: list[dict[str, Any]], steps: int | None, checkpoint: Path) -> None:
@@ -311,7 +311,7 @@ def check_states(states: Mapping[str, Any], decided: Mapping[tuple[str, str], An
 
     Args:
         states (`Mapping[str, Any]`): After loading: `ema`, `schedule`, `guard` and `profiles`.
-        decided (`Mapping`): What the attributes of [`DECIDED`] were before, by state and name.
+        decided (`Mapping`): What the attributes of [`CONFIGURED_STATE`] were before, by state and name.
         checkpoint (`Path`): Named in errors.
 
     Raises:

@@ -84,8 +84,8 @@ def velocity_loss(model_output: torch.Tensor, x_start: torch.Tensor, noise: torc
 
 def min_snr_weight(timestep: torch.Tensor, scheduler, gamma: float = 5.0) -> torch.Tensor:
     """
-    What a squared error of epsilon is worth when easy timesteps are held back (Min-SNR,
-    https://arxiv.org/abs/2303.09556): min(SNR, gamma) / SNR.
+    Min-SNR weight of epsilon's squared error (https://arxiv.org/abs/2303.09556): min(SNR, gamma) / SNR, which weights
+    timesteps with little noise down.
 
     Args:
         timestep (`torch.Tensor` of shape `(B,)`, int64): Training timesteps, 0 … T-1.
@@ -118,7 +118,7 @@ def adaptive_loss(squared_error: torch.Tensor, eps: float, power: float) -> torc
 
 def with_value(loss: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """
-    A loss whose value says nothing, with the value that a log should show; the gradient stays.
+    Replaces the value of a loss, for the log, and keeps its gradient.
 
     Args:
         loss (`torch.Tensor`): Has the gradient.

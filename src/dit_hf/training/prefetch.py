@@ -21,7 +21,7 @@ class Prefetcher(AbstractContextManager):
     Args:
         draw (`Callable`): Makes the batch of a step, counted from 0; a dictionary of CPU tensors.
         num_workers (`int`): Threads; with 0 a batch is made when it is taken.
-        last_step (`int`): No step from this one on is drawn.
+        num_steps (`int`): Of the run; no batch is made beyond them.
         pin_memory (`bool`, defaults to `False`): Whether batches are put where a GPU copies from while it computes.
     """
 
@@ -29,10 +29,10 @@ class Prefetcher(AbstractContextManager):
         self,
         draw: Callable[[int], dict[str, torch.Tensor]],
         num_workers: int,
-        last_step: int,
+        num_steps: int,
         pin_memory: bool = False,
     ):
-        self.draw, self.last_step, self.pin_memory = draw, last_step, pin_memory
+        self.draw, self.num_steps, self.pin_memory = draw, num_steps, pin_memory
         self._ahead = AHEAD * num_workers
         self._pool = ThreadPoolExecutor(num_workers, "batches") if num_workers else None
         self._waiting: deque[tuple[int, Future]] = deque()
@@ -44,7 +44,7 @@ class Prefetcher(AbstractContextManager):
         if self._waiting and self._waiting[0][0] != step:
             self.clear()
         start = self._waiting[-1][0] + 1 if self._waiting else step
-        for number in range(start, min(step + 1 + self._ahead, self.last_step)):
+        for number in range(start, min(step + 1 + self._ahead, self.num_steps)):
             self._waiting.append((number, self._pool.submit(self._make, number)))
         return self._waiting.popleft()[1].result()
 

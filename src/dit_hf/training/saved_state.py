@@ -150,7 +150,7 @@ def load_states(folder: str | Path, states: Mapping[str, Any]) -> None:
                 plain[name] = load_data(source, map_location="cpu")
     for name, stateful in states.items():
         try:
-            stateful.load_state_dict(_with_tensors(_own(plain[name], _attributes(stateful)), tensors))
+            stateful.load_state_dict(_with_tensors(_known_state(plain[name], _attributes(stateful)), tensors))
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise ValueError(f"{sources[name]} does not hold the state {name!r} of this run: {error!r}") from error
 
@@ -161,13 +161,13 @@ def _attributes(stateful):
     return vars(stateful) | {name: getattr(stateful, name) for name in properties}
 
 
-def _own(state, own):
-    """Objects take over what they are given: only keys of their own, and for a number no text."""
-    state = {key: value for key, value in state.items() if key in own and isinstance(own[key], PLAIN)}
+def _known_state(state, attributes):
+    """The keys of a state that an object has as plain data; `ValueError` for a value of another type."""
+    state = {key: value for key, value in state.items() if key in attributes and isinstance(attributes[key], PLAIN)}
     for key, value in state.items():
-        kind = int | float if isinstance(own[key], float) else type(own[key])
-        if isinstance(own[key], list | int | float) and not isinstance(value, kind):
-            raise ValueError(f"{key} is {value!r}, where {own[key]!r} is usual.")
+        kind = int | float if isinstance(attributes[key], float) else type(attributes[key])
+        if isinstance(attributes[key], list | int | float) and not isinstance(value, kind):
+            raise ValueError(f"{key} is {value!r}, where {attributes[key]!r} is usual.")
     return state
 
 

@@ -1,4 +1,4 @@
-"""What makes a run the run that it is, and whether a checkpoint is of the same one."""
+"""All settings of a run, and whether a checkpoint has the same."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -29,7 +29,7 @@ def run_settings(
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """
-    What makes a run the run that it is: recorded when it starts, compared when it resumes.
+    All settings of a run, recorded when it starts and compared when it resumes.
 
     Args:
         config (`TrainingConfig`): The settings.

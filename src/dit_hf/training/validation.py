@@ -79,12 +79,12 @@ def check_sampling(pipe, **options) -> dict[str, Any]:
 
 def sample_grid(pipe, classes: list[int], columns: int, seed: int, **options):
     """
-    One row a class, from the same noise every time.
+    One row per class, from the same noise at every call.
 
     Args:
         pipe (`DiTClassCondPipeline`): The pipeline.
         classes (`list[int]`): Class ids, the rows.
-        columns (`int`): Images a class.
+        columns (`int`): Images per class.
         seed (`int`): Image i depends on (seed, i) alone.
         options: For the pipeline: `guidance_scale`, `num_inference_steps` …
 
@@ -136,7 +136,8 @@ class HeldOutMetrics:
         rows = validation_metrics(metrics)
         self.labels, self.names = labels, [row.full_name(EFFICIENTNET) for row in rows]
         few = too_few_images(self.names, EFFICIENTNET, dict.fromkeys(("samples", "reference"), len(images)))
-        for name, reason in few.items():
+        if few:
+            name, reason = next(iter(few.items()))
             raise ValueError(f"{name} {reason}; hold out more images.")
         with torch.random.fork_rng(devices=()):  # the network draws weights before it loads its own
             self.extractor = load_extractor(EFFICIENTNET)

@@ -105,5 +105,5 @@ class Objective(ABC):
         return self.sample_losses(output, batch)
 
     def settings(self) -> dict[str, Any]:
-        """What makes a run with this objective the same run when it is resumed, as JSON values."""
+        """The settings as JSON values: recorded when a run starts, compared when it resumes."""
         return {"objective": self.name}
