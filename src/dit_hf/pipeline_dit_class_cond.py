@@ -1457,6 +1457,19 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             )
         return float(strength)
 
+    def _in_interval(self, guidance_interval, scales, guider, first):
+        """Whether each step may be guided; warns if an interval guides none of the steps that run, from `first` on."""
+        may_guide, count = guider is None or getattr(guider, "_enabled", True), len(scales)
+        start, end = guidance_interval
+        in_interval = [may_guide and start <= step / count < end for step in range(count)]
+        wanted = [step for step in range(first, count) if scales[step] != 1]
+        if wanted and not any(in_interval[step] for step in wanted):
+            logger.warning(
+                f"`guidance_interval` {guidance_interval} guides none of the {count - first} steps that run, "
+                f"{first} to {count - 1} of {count}."
+            )
+        return in_interval
+
     def _encode_init_image(self, image, shape, count):
         """Latents of a shape, of the images to start from, each `count` times."""
         is_tensor = isinstance(image, torch.Tensor) and has_values(image) and image.ndim == 4
@@ -1847,20 +1860,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._check_schedule(num_inference_steps)
         first = self._first_step(strength, len(schedule))
         scales = self._scales(settings["guidance_scale"], schedule, guider)
-        may_guide = guider is None or getattr(guider, "_enabled", True)
-        interval_start, interval_end = guidance_interval
-        in_interval = [
-            may_guide and interval_start <= step / len(schedule) < interval_end for step in range(len(schedule))
-        ]
+        in_interval = self._in_interval(guidance_interval, scales, guider, first)
         guidance = ScaleGuidance() if guider is None else copy.deepcopy(guider)
         if guider is not None:
             self._check_guider(guider, scales, in_interval)
-        guided = [scale != 1 and inside for scale, inside in zip(scales, in_interval, strict=True)]
-        if any(scale != 1 for scale in scales[first:]) and not any(guided[first:]):
-            logger.warning(
-                f"`guidance_interval` {guidance_interval} guides none of the {len(schedule) - first} steps that run, "
-                f"{first} to {len(schedule) - 1} of {len(schedule)}."
-            )
         init_latents = None if image is None else self._encode_init_image(image, shape, count)
         model_schedule = schedule.float().to(device)
         interval_ends = self._interval_ends()
@@ -1903,17 +1906,16 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                     overflows |= ~torch.isfinite(output).flatten(1).all(dim=1)  # a scheduler that clips would hide it
                     latents = self.scheduler.step(output, timestep, latents, **step_options)[0]
                     if callback_on_step_end is not None:
-                        available = {"latents": latents, "class_labels": class_labels}
-                        tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                        changed = callback_on_step_end(self, index - first, timestep, tensors) or {}
-                        check_callback_outputs(changed)
-                        if not isinstance(self._guidance_scale, CurrentScale):  # as callbacks that end guidance set it
+                        given = {"latents": latents, "class_labels": class_labels}
+                        tensors = {name: given[name] for name in callback_on_step_end_tensor_inputs}
+                        outputs = callback_on_step_end(self, index - first, timestep, tensors) or {}
+                        check_callback_outputs(outputs)
+                        latents = outputs.get("latents", latents)
+                        class_labels = outputs.get("class_labels", class_labels)
+                        has_new_scale = not isinstance(self._guidance_scale, CurrentScale)  # set to end guidance
+                        if has_new_scale:
                             scales[index:] = [self._guidance_scale] * (len(scales) - index)
-                            if encoder_cache is not None:
-                                encoder_cache.clear()
-                        latents = changed.get("latents", latents)
-                        class_labels = changed.get("class_labels", class_labels)
-                        if encoder_cache is not None and class_labels is not available["class_labels"]:
+                        if encoder_cache is not None and (has_new_scale or class_labels is not given["class_labels"]):
                             encoder_cache.clear()
                         if len(latents) != len(overflows):  # the callback alone knows which of them are left
                             overflows = torch.zeros(len(latents), dtype=torch.bool, device=device)
