@@ -290,12 +290,38 @@ def test_processes_and_micro_batches_do_not_change_the_result(name, workspace, t
     torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-4, atol=1e-5)
 
 
-def test_a_velocity_pipeline_becomes_one_of_few_steps(workspace, tmp_path):
-    run(train_command(workspace, tmp_path / "flow"))
-    flow = DiTClassCondPipeline.from_pretrained(tmp_path / "flow" / "pipeline")
+@pytest.fixture(scope="module")
+def flow_flags(workspace, tmp_path_factory):
+    """Flags of a run from a pretrained velocity pipeline."""
+    folder = tmp_path_factory.mktemp("flow")
+    run(train_command(workspace, folder))
+    flow = DiTClassCondPipeline.from_pretrained(folder / "pipeline")
     flow.register_to_config(recommended_call={"num_inference_steps": 20, "guidance_scale": 4.5})
-    flow.save_pretrained(tmp_path / "flow" / "pipeline")
-    flags = {"transformer_config": None, "pretrained_model_name_or_path": tmp_path / "flow" / "pipeline", "vae": None}
+    flow.save_pretrained(folder / "pipeline")
+    return {"transformer_config": None, "pretrained_model_name_or_path": folder / "pipeline", "vae": None}
+
+
+def test_distillation_resumes_with_the_same_teacher_in_any_number_of_processes(flow_flags, workspace, tmp_path):
+    flags = {"recipe": "distillation", "target_guidance_scale": 3, "learning_rate": 1e-2, "ema_decay": 0.5}
+    flags |= {"total_batch_size": 8, "lr_warmup_steps": 1, "validation_inference_steps": None}
+    straight, killed, two = (tmp_path / name for name in ("straight", "killed", "two"))
+    run(train_command(workspace, straight, **flow_flags, **flags))
+    kill_after(train_command(workspace, killed, **flow_flags, **flags), killed / "checkpoint-4")
+    run(train_command(workspace, killed, **flow_flags, **flags))
+    weights, again = load_file(straight / WEIGHTS), load_file(killed / WEIGHTS)
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    pipe = DiTClassCondPipeline.from_pretrained(straight / "pipeline")
+    assert pipe.transformer.config.guidance_in_weights == "jumps"
+    assert pipe.config.recommended_call["num_inference_steps"] == 1
+    assert pipe("dark").images[0].size == (32, 32)
+    command = train_command(workspace, two, **flow_flags, **flags, gradient_accumulation_steps=2)
+    launch = [command[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run([*launch, *command[1:]], env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    torch.testing.assert_close(losses(straight), losses(two), rtol=1e-4, atol=1e-5)
+
+
+def test_a_velocity_pipeline_becomes_one_of_few_steps(flow_flags, workspace, tmp_path):
+    flags = dict(flow_flags)
     flags |= {"recipe": "soflow", "ema_decay": 0.5, "validation_inference_steps": None, "target_guided": "jumps"}
     result = run(train_command(workspace, tmp_path / "map", **flags))
     assert "FlowMatchEulerDiscreteScheduler is for models of many steps" in result.stderr
