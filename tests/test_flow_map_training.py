@@ -214,7 +214,7 @@ def test_jumps_alone_are_guided(kind):
         kind(guidance_mix=0.0)
 
 
-def test_a_model_of_guided_jumps_keeps_its_velocity():
+def test_a_model_of_guided_jumps_keeps_its_velocity(caplog):
     """Any scheduler and guidance scale of the velocity, as before; jumps are not guided once more."""
     model = tiny_transformer(learn_sigma=False)
     flow_map = add_interval(model)
@@ -224,6 +224,11 @@ def test_a_model_of_guided_jumps_keeps_its_velocity():
     pipes = [DiTClassCondPipeline(part, make_scheduler("flow_euler"), None, None, call) for part in (model, flow_map)]
     expected, latents = (pipe(1, **options | {"generator": [seeded_generator(0)]}).images for pipe in pipes)
     assert torch.equal(latents, expected)
+    pipes[0].scheduler = make_scheduler("flow_lcm")
+    with caplog.at_level("WARNING"):
+        pipes[0](1, num_inference_steps=1, **options)
+    assert "is for models of few steps" in caplog.text
+    caplog.clear()
     pipe = pipes[1]
     for recipe in ("flow_lcm", "flow_map"):
         pipe.scheduler = make_scheduler(recipe)
@@ -231,6 +236,7 @@ def test_a_model_of_guided_jumps_keeps_its_velocity():
         assert pipe(1, num_inference_steps=1, **options).images.isfinite().all()
         with pytest.raises(ValueError, match="would be guided twice"):
             pipe(1, guidance_scale=4.0)
+    assert "is for models of few steps" not in caplog.text
     pipe.scheduler = make_scheduler("flow_euler")
     optimize(pipe, "fastest")
     assert pipe.resolve_call()["num_inference_steps"] == 1 and pipe.resolve_call()["guidance_scale"] == 1

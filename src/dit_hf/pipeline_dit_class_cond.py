@@ -1168,6 +1168,11 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 "(its betas, or its number of timesteps); build it with "
                 f"`{name}.from_config(pipe.scheduler.config)` of that one, or by `dit_hf.make_scheduler`."
             )
+        if takes_jumps(self.scheduler) and not self._takes_jumps:
+            logger.warning(
+                f"{name} is for models of few steps, and this one predicts a velocity only: it needs many steps, as "
+                "with `dit_hf.make_scheduler('flow_euler')`."
+            )
         in_latent_space = self.vae is not None or self.transformer.config.in_channels not in (1, 3)
         for option in ("clip_sample", "thresholding"):
             if config.get(option) and in_latent_space:
