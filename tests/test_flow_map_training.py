@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +19,7 @@ from dit_hf.checkpoints.meanflow import MEANFLOW
 from dit_hf.checkpoints.saving import original_state_dict
 from dit_hf.checkpoints.soflow import SOFLOW
 from dit_hf.seeds import seeded_generator
-from dit_hf.training.alignment import AlignmentHead
+from dit_hf.training.alignment import AlignmentHead, check_alignment
 from dit_hf.training.finetuning import add_interval, record_guidance
 from dit_hf.training.lora import add_lora
 from dit_hf.training.losses import adaptive_loss
@@ -307,23 +309,56 @@ def flow_flags(workspace, tmp_path_factory):
     return {"transformer_config": None, "pretrained_model_name_or_path": folder / "pipeline", "vae": None}
 
 
-def test_distillation_resumes_with_the_same_teacher_in_any_number_of_processes(flow_flags, workspace, tmp_path):
-    flags = {"recipe": "distillation", "target_guidance_scale": 3, "learning_rate": 1e-2, "ema_decay": 0.5}
-    flags |= {"total_batch_size": 8, "lr_warmup_steps": 1, "validation_inference_steps": None}
+def test_distillation_resumes_with_the_same_teacher(flow_flags, workspace, tmp_path, monkeypatch, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(flow_flags["pretrained_model_name_or_path"], base)
+    flags = flow_flags | {"pretrained_model_name_or_path": base, "recipe": "distillation", "target_guidance_scale": 3}
+    flags |= {"learning_rate": 1e-2, "ema_decay": 0.5, "total_batch_size": 8, "lr_warmup_steps": 1}
+    flags |= {"validation_inference_steps": None}
     straight, killed, two = (tmp_path / name for name in ("straight", "killed", "two"))
-    run(train_command(workspace, straight, **flow_flags, **flags))
-    kill_after(train_command(workspace, killed, **flow_flags, **flags), killed / "checkpoint-4")
-    run(train_command(workspace, killed, **flow_flags, **flags))
+    run(train_command(workspace, straight, **flags))
+    kill_after(train_command(workspace, killed, **flags), killed / "checkpoint-4")
+    run(train_command(workspace, killed, **flags))
     weights, again = load_file(straight / WEIGHTS), load_file(killed / WEIGHTS)
     assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert not list(straight.glob("checkpoint-*/model_1*"))  # the teacher is in no checkpoint
     pipe = DiTClassCondPipeline.from_pretrained(straight / "pipeline")
     assert pipe.transformer.config.guidance_in_weights == "jumps"
     assert pipe.config.recommended_call["num_inference_steps"] == 1
     assert pipe("dark").images[0].size == (32, 32)
-    command = train_command(workspace, two, **flow_flags, **flags, gradient_accumulation_steps=2)
+    assert "objective | distillation" in (straight / "pipeline" / "README.md").read_text()
+    command = train_command(workspace, two, **flags, gradient_accumulation_steps=2)
     launch = [command[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run([*launch, *command[1:]], env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
     torch.testing.assert_close(losses(straight), losses(two), rtol=1e-4, atol=1e-5)
+    transformer = DiTTransformer2DModel.from_pretrained(base / "transformer")
+    with torch.no_grad():
+        transformer.proj_out.weight.mul_(1.5)
+    transformer.save_pretrained(base / "transformer")
+    assert "teacher" in refused(train_command(workspace, straight, **flags), monkeypatch, capsys)
+
+
+def test_the_teacher_runs_as_the_model_does(flow_flags, workspace, tmp_path):
+    """In its precision, compiled if it is, in a dry run too."""
+    folder = str(flow_flags["pretrained_model_name_or_path"] / "transformer")
+    script = f"""
+import torch
+from accelerate import Accelerator
+from dit_hf import DiTTransformer2DModel
+from dit_hf.training.config import TrainingConfig
+from dit_hf.training.speed import prepare_teacher
+
+model = DiTTransformer2DModel.from_pretrained({folder!r})
+config = TrainingConfig({str(tmp_path)!r}, compile_blocks=True)
+prepare_teacher(model, config, Accelerator(cpu=True, mixed_precision="bf16"))
+size = model.config.sample_size
+output = model(torch.zeros(1, model.config.in_channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+print(output[0].dtype, model.transformer_blocks[0]._compiled_call_impl is not None)
+"""
+    result = run([sys.executable, "-c", script], env=dict(os.environ))
+    assert result.stdout.split()[-2:] == ["torch.bfloat16", "True"]
+    flags = flow_flags | {"objective": "distillation", "dry_run": ""}
+    assert "seconds per step" in run(train_command(workspace, tmp_path, **flags)).stdout
 
 
 def test_a_velocity_pipeline_becomes_one_of_few_steps(flow_flags, workspace, tmp_path):
@@ -423,32 +458,69 @@ def test_the_flags_of_few_step_objectives_reach_them():
     objective = build(solution_steps=[0.2, 0.05])
     assert objective.step(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.2, 0.05])
     assert build(solution_steps=[0.1, 0.002]) == SoFlowObjective(0.5, 2.0, 1.0, 0.2, 0.9)
-    distillation = OBJECTIVES["distillation"].build(None, model, **flags)
-    assert replace(distillation, teacher=model) == DistillationObjective(model, 0.5, 2.0, 0.2, 0.9)
-    assert distillation.teacher is not model and not any(
-        part.requires_grad for part in distillation.teacher.parameters()
-    )
+    scheduler = make_scheduler("flow_lcm", shift=2.0)
+    distillation = OBJECTIVES["distillation"].build(scheduler, model, **flags)
+    assert distillation == DistillationObjective(model, 0.5, 2.0, 0.2, 0.9, 2.0)
+    json.dumps(distillation.settings())
+    assert distillation.settings()["shift"] == 2.0 and distillation.guidance_in_weights == "jumps"
+
+
+def test_distillation_checks_what_it_is_given():
+    model = tiny_transformer(interval_embedding=True, learn_sigma=False).train()
+    objective = DistillationObjective(model)
+    assert model.training and not objective.teacher.training and next(model.parameters()).requires_grad
+    assert not any(part.requires_grad for part in objective.teacher.parameters())
+    assert objective.guidance_in_weights is False
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    assert DistillationObjective(model).settings()["teacher"] != objective.settings()["teacher"]
+    time, until = DistillationObjective(model, 0.25).draw_time(400, seeded_generator(0)).unbind(dim=1)
+    velocities = time == until
+    assert velocities.sum() == 100 and (time[~velocities] == 1).all() and (until[~velocities] == 0).all()
+    assert time[velocities].median() == pytest.approx(0.5, abs=0.1)
+    for wrong, message in (
+        ({"flow_matching_ratio": 1.0}, "nothing to distil"),
+        ({"flow_matching_ratio": 2.0}, "flow_matching_ratio"),
+        ({"guidance_start": 0.9, "guidance_end": 0.1}, "nothing is guided"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DistillationObjective(model, **wrong)
+    unguided = tiny_transformer(interval_embedding=True, learn_sigma=False, class_dropout_prob=0.0)
+    with pytest.raises(ValueError, match="has no null class; pass 1"):
+        DistillationObjective(unguided, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="--proj_coeff 0.5 has no effect on distillation"):
+        check_alignment(objective, 0.5)
     model.register_to_config(guidance_in_weights=True)
-    with pytest.raises(ValueError, match="would guide twice"):
-        OBJECTIVES["distillation"].build(None, model, **flags)
+    assert DistillationObjective(model).guidance_in_weights == "jumps"
+    with pytest.raises(ValueError, match="has guidance in its weights; pass 1"):
+        DistillationObjective(model, guidance_scale=2.0)
 
 
-def test_the_teacher_samples_as_the_pipeline_does():
+@pytest.mark.parametrize(("shift", "levels"), [(1.0, [1.0, 0.75, 0.5, 0.25]), (3.0, [1.0, 0.9, 0.75, 0.5])])
+def test_the_teacher_samples_as_the_pipeline_does(shift, levels):
     """The jumps of a trajectory lead from its points to the sample of the pipeline, guided where it is."""
     model = tiny_transformer(interval_embedding=True, learn_sigma=False).eval()
-    objective = DistillationObjective(model, 0.0, guidance_scale=3.0, guidance_start=0.55)
+    # The first step of 8 is not guided, nor are the last four.
+    scheduler = make_scheduler("flow_unipc", flow_shift=shift)
+    scheduler.set_timesteps(8)
+    bounds = {
+        "guidance_start": scheduler.timesteps[3] / 1000 - 0.01,
+        "guidance_end": scheduler.timesteps[1] / 1000 + 0.01,
+    }
+    objective = DistillationObjective(
+        model, guidance_scale=3.0, shift=shift, **{k: float(v) for k, v in bounds.items()}
+    )
     noise = torch.randn(3, 4, 8, 8, generator=seeded_generator(0))
     label, drop = torch.tensor([1, 2, 5]), torch.tensor([False, False, True])
     one = torch.ones(3)
     jumps = objective.jumps(Points(noise, one, one, noise, label, drop))
-    pipe = DiTClassCondPipeline(model, make_scheduler("flow_unipc"))
+    pipe = DiTClassCondPipeline(model, make_scheduler("flow_unipc", flow_shift=shift))
     pipe.set_progress_bar_config(disable=True)
-    call = {"num_inference_steps": 8, "guidance_scale": 3.0, "guidance_interval": (0.0, 0.5), "output_type": "latent"}
-    sample = pipe([1, 2, None], latents=noise, **call).images
-    times = jumps.time[:, None, None, None]
-    assert jumps.time.view(4, 3)[:, 0].tolist() == pytest.approx([1.0, 0.75, 0.5, 0.25], abs=1e-3)
+    call = {"guidance_scale": 3.0, "guidance_interval": (0.125, 0.5), "output_type": "latent"}
+    sample = pipe([1, 2, None], latents=noise, num_inference_steps=8, **call).images
+    assert jumps.time.view(4, 3)[:, 0].tolist() == pytest.approx(levels, abs=1e-3)
     assert (jumps.until == 0).all() and jumps.label.tolist() == [1, 2, 5] * 4
-    ends = jumps.noisy - times * jumps.velocity
+    ends = jumps.noisy - jumps.time[:, None, None, None] * jumps.velocity
     assert (ends - sample.repeat(4, 1, 1, 1)).abs().max() < 1e-4 * sample.abs().max()
     assert torch.equal(jumps.noisy[:3], noise)
 
@@ -463,9 +535,15 @@ def test_distillation_is_a_mean_over_samples_whatever_the_micro_batches():
     whole = objective.loss(model, batch)
     parts = [objective.loss(model, {name: value[row : row + 1] for name, value in batch.items()}) for row in range(6)]
     assert torch.allclose(whole, torch.cat(parts), rtol=1e-4)
-    # The velocity's rows are flow matching's own; no jump has a loss before the second time is trained but for the
-    # curvature of the trajectory.
     rows = objective.is_velocity(6)
     plain = {name: value[rows] for name, value in batch.items()} | {"time": batch["time"][rows, 0]}
     assert torch.allclose(whole[rows], VelocityObjective().loss(model, plain), rtol=1e-4)
-    assert (whole[~rows] > 0).all()
+    jumps = objective.jumps(objective.points(batch).at((~rows).nonzero()[:, 0]))
+    errors = (objective.predict(model, jumps) - jumps.velocity).square().flatten(1).mean(dim=1)
+    assert torch.allclose(whole[~rows], errors.view(4, 3).mean(dim=0), rtol=1e-4)
+    # The gradient is that of the adaptive losses.
+    (gradient,) = torch.autograd.grad(whole.mean(), model.proj_out.weight)
+    of_jumps = adaptive_loss(errors, 0.01, 1.0).view(4, 3).mean(dim=0)
+    of_flows = adaptive_loss(VelocityObjective().loss(model, plain), 0.01, 1.0)
+    (expected,) = torch.autograd.grad((of_jumps.sum() + of_flows.sum()) / 6, model.proj_out.weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)

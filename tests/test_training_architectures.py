@@ -98,7 +98,7 @@ def test_a_ddt_trains_from_latents_with_shifted_times(workspace, configs, tmp_pa
          "A JiTTransformer2DModel is not trained with --objective velocity; pass --objective clamped_velocity."),
         ({"transformer_config": "jit.json", "vae": None, "recipe": "dit"}, "pass --objective clamped_velocity"),
         ({"transformer_config": "ddt.json", "objective": "epsilon"}, "pass --objective velocity."),
-        ({"objective": "clamped_velocity"}, "pass --objective velocity, epsilon, meanflow or soflow."),
+        ({"objective": "clamped_velocity"}, "pass --objective velocity, epsilon, meanflow, soflow or distillation."),
         ({"transformer_config": "ddt.json", "vae": None}, "--vae is missing"),
         ({"transformer_config": "other.json"}, "its _class_name is 'FluxTransformer2DModel', not DiT"),
         ({"transformer_config": "jit.json", "vae": None, "streaming": ""}, "trained on pixels; omit it"),

@@ -19,7 +19,7 @@ from ..files import check_apart, check_folder
 from ..hub import BackgroundUploads, publish_folder
 from ..models import DiTTransformer2DModel
 from ..pipeline import DiTClassCondPipeline
-from ..training.alignment import AlignmentHead, check_depth, load_encoder
+from ..training.alignment import AlignmentHead, check_alignment, check_depth, load_encoder
 from ..training.batches import SeededBatches, check_batch
 from ..training.checkpointing import check_resumable
 from ..training.config import TrainingConfig
@@ -91,6 +91,10 @@ class Training:
         self.model_class = trained_class(args.preset, args.transformer_config, pretrained)
         args.objective = choose_objective(args.objective, self.model_class.__name__)
         row = OBJECTIVES[args.objective]
+        if row.needs_pretrained and pretrained is None:
+            raise ValueError(
+                f"--objective {args.objective} needs --pretrained_model_name_or_path, the model to distil."
+            )
         if pretrained is not None:
             check_prediction(pretrained, row.kind)
         self.vae = load_vae(args.vae, pretrained, self.model_class)
@@ -112,7 +116,8 @@ class Training:
         self.transformer = self.build_transformer()
         learn_sigma = self.transformer.config.get("learn_sigma", False)
         trained = training_scheduler(row.kind, learn_sigma, pretrained)
-        self.scheduler = sampling_scheduler(trained, pretrained, args.time_shift)
+        own = None if row.needs_pretrained else pretrained  # the sampler of what is distilled is another
+        self.scheduler = sampling_scheduler(trained, own, args.time_shift)
         flags = {flag: getattr(args, flag) for flag in row.flags}
         self.objective = row.build(trained, self.transformer, **flags)
         record_guidance(self.transformer, self.objective.guidance_in_weights)
@@ -144,8 +149,7 @@ class Training:
 
     def check_objective(self):
         """Refuses or warns of what the objective does not go well with."""
-        if self.args.objective == "distillation" and self.args.pretrained_model_name_or_path is None:
-            raise ValueError("--objective distillation needs --pretrained_model_name_or_path, the model to distil.")
+        check_alignment(self.objective, self.args.proj_coeff)
         if self.objective.forward_mode and self.args.float8:
             raise ValueError(f"--float8 can't be differentiated as --objective {self.args.objective} needs; omit it.")
         if self.objective.forward_mode and self.transformer.config.timestep_scale > MAX_TIMESTEP_SCALE:

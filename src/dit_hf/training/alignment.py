@@ -10,9 +10,16 @@ import torch.nn.functional as F
 from ..evaluation.extractors import EFFICIENTNET, VisionModel
 from ..evaluation.features import EfficientNetLite0
 from ..models import DiTTransformer2DModel
+from .objectives import Objective
 
 
 PROJECTOR_WIDTH = 1024
+
+
+def check_alignment(objective: Objective, proj_coeff: float) -> None:
+    """`ValueError` if an objective can't be combined with the alignment: it has several outputs per sample."""
+    if proj_coeff > 0 and objective.teacher is not None:
+        raise ValueError(f"--proj_coeff {proj_coeff} has no effect on {objective.name}; pass 0.")
 
 
 class EfficientNetEncoder(nn.Module):

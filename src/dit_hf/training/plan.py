@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..complexity import count_macs
 from ..models import DiTTransformer2DModel
 from .config import TrainingConfig
 from .objectives import Objective
+from .speed import prepare_teacher
 
 
 def training_plan(
@@ -33,7 +35,7 @@ def training_plan(
         transformer.enable_gradient_checkpointing()
     wrapped = accelerator.prepare(transformer)
     if objective.teacher is not None:
-        accelerator.prepare_model(objective.teacher, evaluation_mode=True)
+        prepare_teacher(objective.teacher, replace(config, compile_blocks=False), accelerator)
     count = config.total_batch_size // accelerator.num_processes // config.gradient_accumulation_steps
     size = transformer.config.sample_size
     latents = torch.randn(2, count, transformer.config.in_channels, size, size)
@@ -51,13 +53,14 @@ def training_plan(
             torch.cuda.synchronize(accelerator.device)
         seconds.append(time.perf_counter() - started)
     step = statistics.median(seconds[1:])  # the first one warms up
+    frozen = 0 if objective.teacher is None else sum(part.numel() for part in objective.teacher.parameters())
     trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
     return {
         "parameters (M)": round(transformer.num_parameters() / 1e6, 2),
         "trained (M)": round(trained / 1e6, 2),
         "Gflops per sample, forward": round(count_macs(transformer.config) / 1e9, 3),
         # Weights; gradients, two moments and the average of what is trained; float32.
-        "memory without activations (GB)": round(4 * (transformer.num_parameters() + 4 * trained) / 1e9, 3),
+        "memory without activations (GB)": round(4 * (frozen + transformer.num_parameters() + 4 * trained) / 1e9, 3),
         "steps": config.max_train_steps,
         "seconds per step, forward and backward": round(step, 3),
         "hours": round(step * config.max_train_steps / 3600, 2),

@@ -1,8 +1,10 @@
 """What makes a training step faster on a GPU: TF32, an attention backend, float8 matrix products, compiled blocks."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
+from accelerate import Accelerator
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.utils import logging
 from torch.utils._triton import has_triton
@@ -48,6 +50,21 @@ def speed_up(
     if (is_cuda and has_triton()) if config.compile_blocks is None else config.compile_blocks:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+
+def prepare_teacher(teacher: PackagedModel, config: TrainingConfig, accelerator: Accelerator) -> None:
+    """
+    Lets the frozen network of an objective run as the model does, but not in float8. `accelerator.prepare` would write
+    it into every checkpoint.
+
+    Args:
+        teacher (`DiTTransformer2DModel`): Changed in place.
+        config (`TrainingConfig`): As of [`speed_up`].
+        accelerator (`accelerate.Accelerator`): Device, and precision by its autocast.
+    """
+    teacher.to(accelerator.device)
+    speed_up(teacher, replace(config, float8=False), accelerator.device, accelerator.mixed_precision)
+    teacher.forward = accelerator.autocast()(teacher.forward)
 
 
 def check_speed(

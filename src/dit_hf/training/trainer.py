@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..models import DiTTransformer2DModel
-from .alignment import AlignmentHead
+from .alignment import AlignmentHead, check_alignment
 from .batches import SeededBatches, check_batch, draw_batch
 from .best import BestCheckpoint
 from .checkpointing import list_checkpoints, load_checkpoint, resume_from, save_checkpoint
@@ -34,7 +34,7 @@ from .prefetch import Prefetcher
 from .records import append_record, begin, read_losses, record_settings, truncate_log
 from .running import StopRequest, lock_folder, run_on_main, start_accelerator
 from .settings import LOG_FILE, SETTINGS_FILE, check_resume, run_settings
-from .speed import speed_up
+from .speed import prepare_teacher, speed_up
 from .validation import averaged_weights
 
 
@@ -95,6 +95,7 @@ class Trainer:
             )
         if (alignment is not None) != (config.proj_coeff > 0):
             raise ValueError("An alignment head and a positive `proj_coeff` go together; pass both or neither.")
+        check_alignment(objective, config.proj_coeff)
         record_guidance(transformer, objective.guidance_in_weights)
         self.class_ids = class_ids
         balanced = latents.labels if config.balance_classes else None
@@ -131,8 +132,7 @@ class Trainer:
             transformer.enable_gradient_checkpointing()
         speed_up(transformer, config, accelerator.device, accelerator.mixed_precision)
         if self.objective.teacher is not None:
-            speed_up(self.objective.teacher, config, accelerator.device, accelerator.mixed_precision)
-            accelerator.prepare_model(self.objective.teacher, evaluation_mode=True)  # its precision and device
+            prepare_teacher(self.objective.teacher, config, accelerator)
         self.alignment = None if alignment is None else alignment.to(accelerator.device)
         optimizer = build_optimizer(config, transformer, self.alignment)
         steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...models import DiTTransformer2DModel
 from ...schedulers import SchedulerRecipe
 
 
@@ -24,7 +25,7 @@ class Objective(ABC):
         learn_sigma (`bool`): Whether a new model also predicts its variance.
         transformer_config (`dict`): Other arguments of a new model.
         few_steps (`bool`): Whether the model samples in one or two steps.
-        teacher (`torch.nn.Module`, *optional*): A frozen network that the loss evaluates.
+        teacher (`DiTTransformer2DModel`, *optional*): A frozen network that the loss evaluates.
         forward_mode (`bool`): Whether the loss takes a forward-mode derivative of the model.
         loss_falls (`bool`): Whether the value of the loss falls as the model learns.
     """
@@ -35,7 +36,7 @@ class Objective(ABC):
     learn_sigma: ClassVar[bool] = False
     transformer_config: ClassVar[dict[str, Any]] = {}
     few_steps: ClassVar[bool] = False
-    teacher: torch.nn.Module | None = None
+    teacher: DiTTransformer2DModel | None = None
     forward_mode: ClassVar[bool] = False
     loss_falls: ClassVar[bool] = True
 

@@ -3,22 +3,24 @@
 Shapes: `B` samples, `J` jumps per trajectory, `C` latent channels, `h w` latent size.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 
-from ...schedulers import SchedulerRecipe, make_scheduler
-from ..config import FRACTION, GUIDANCE
+from ...data.fingerprints import checksum
+from ...models import DiTTransformer2DModel
+from ...schedulers import SchedulerRecipe, make_scheduler, trained_options
 from .flow import NUM_TRAIN_TIMESTEPS
 from .flow_maps import FlowMap, Points
 from .times import LogitNormal
 
 
-# Steps of the teacher's solver, and after how many of them the next jump starts.
+# Steps of the teacher's solver, and the jumps that start along its trajectory, at equal distances.
 TEACHER_STEPS = 8
-STRIDE = 2
+JUMPS = 4
 
 
 @dataclass(frozen=True)
@@ -30,44 +32,57 @@ class DistillationObjective(FlowMap):
     data, so the network remains a velocity model for any scheduler and guidance scale.
 
     Args:
-        teacher (`DiTTransformer2DModel`): A frozen velocity model on the device of the samples; `Trainer` moves it.
-        flow_matching_ratio (`float`, defaults to 0.5):
+        teacher (`DiTTransformer2DModel`): The velocity model; it is copied.
+        flow_matching_ratio (`float`, defaults to 0.75):
             Fraction of samples that are trained on the velocity. The others are trajectories, with four jumps each.
         guidance_scale (`float`, defaults to 1.0): Of the teacher; 1 is no guidance.
         guidance_start (`float`, defaults to 0.0): Noise level from which the teacher is guided.
         guidance_end (`float`, defaults to 1.0): Noise level up to which the teacher is guided.
+        shift (`float`, defaults to 1.0): Of the teacher's noise levels, and so of the jumps'.
         time_sampler (`Callable`, defaults to `LogitNormal()`): Draws the times of velocities.
     """
 
-    teacher: torch.nn.Module = field()
-    flow_matching_ratio: float = 0.5
+    teacher: DiTTransformer2DModel = field(
+        repr=False, compare=False
+    )  # a field without a default; the inherited is None
+    flow_matching_ratio: float = 0.75
     guidance_scale: float = 1.0
     guidance_start: float = 0.0
     guidance_end: float = 1.0
+    shift: float = 1.0
     time_sampler: Callable[[int, torch.Generator], torch.Tensor] = LogitNormal()
     name: ClassVar[str] = "distillation"
     sampler: ClassVar[SchedulerRecipe] = "flow_lcm"
 
     def __post_init__(self):
-        for name in ("flow_matching_ratio", "guidance_start", "guidance_end"):
-            FRACTION.check(name, getattr(self, name))
-        GUIDANCE.check("guidance_scale", self.guidance_scale)
+        super().__post_init__()
         if self.flow_matching_ratio == 1:
             raise ValueError("`flow_matching_ratio` is 1, so that there is nothing to distil; lower it.")
+        config = self.teacher.config
+        if self.guidance_scale != 1 and (config.class_dropout_prob == 0 or config.guidance_in_weights is True):
+            reason = "has no null class" if config.class_dropout_prob == 0 else "has guidance in its weights"
+            raise ValueError(
+                f"The guidance scale of the target is {self.guidance_scale}, but the model to distil {reason}; pass 1."
+            )
+        object.__setattr__(self, "teacher", copy.deepcopy(self.teacher).eval().requires_grad_(False))
 
     @property
     def guidance_in_weights(self) -> bool | str:
         """`"jumps"` if the teacher is guided: the velocity is not."""
-        return False if self.guidance_scale == 1 else "jumps"
+        return "jumps" if self.guidance_scale != 1 or self.teacher.config.guidance_in_weights is True else False
 
     def settings(self) -> dict[str, Any]:
-        """All fields but the teacher, those of guidance under the names of their flags."""
+        """All fields, those of guidance under the names of their flags, and the steps; of the teacher a checksum."""
         return {
             "objective": self.name,
-            "flow_matching_ratio": self.flow_matching_ratio,
-            "target_guidance_scale": self.guidance_scale,
-            "target_guidance_start": self.guidance_start,
-            "target_guidance_end": self.guidance_end,
+            "teacher": checksum(self.teacher)[:16],
+            "teacher_steps": TEACHER_STEPS,
+            "jumps": JUMPS,
+            "shift": float(self.shift),
+            "flow_matching_ratio": float(self.flow_matching_ratio),
+            "target_guidance_scale": float(self.guidance_scale),
+            "target_guidance_start": float(self.guidance_start),
+            "target_guidance_end": float(self.guidance_end),
             "time_sampler": str(self.time_sampler),
         }
 
@@ -84,14 +99,16 @@ class DistillationObjective(FlowMap):
         """
         points = self.points(batch)
         is_trajectory = points.until < points.time
-        velocities, trajectories = (points.at(rows.nonzero()[:, 0]) for rows in (~is_trajectory, is_trajectory))
-        jumps = self.jumps(trajectories) if len(trajectories.time) else trajectories
-        both = Points.cat([velocities, jumps])
-        losses = self.sample_losses(self.predict(transformer, both), {"target": both.velocity})
-        of_velocities, of_jumps = losses.split([len(velocities.time), len(jumps.time)])
-        of_trajectories = of_jumps.view(TEACHER_STEPS // STRIDE, len(trajectories.time)).mean(dim=0)
-        order = torch.cat([(~is_trajectory).nonzero(), is_trajectory.nonzero()])[:, 0]
-        return torch.cat([of_velocities, of_trajectories])[order.argsort()]
+        flows, trajectories = (rows.nonzero()[:, 0] for rows in (~is_trajectory, is_trajectory))
+        jumps = points.at(trajectories)
+        if len(trajectories):
+            jumps = self.jumps(jumps)
+        rows = Points.cat([points.at(flows), jumps])
+        losses = self.sample_losses(self.predict(transformer, rows), {"target": rows.velocity})
+        of_flows, of_jumps = losses.split([len(flows), len(losses) - len(flows)])
+        of_trajectories = of_jumps.view(JUMPS, len(trajectories)).mean(dim=0)
+        result = losses.new_zeros(len(is_trajectory))
+        return result.index_copy(0, flows, of_flows).index_copy(0, trajectories, of_trajectories)
 
     @torch.no_grad()
     def jumps(self, start: Points) -> Points:
@@ -104,28 +121,27 @@ class DistillationObjective(FlowMap):
         Returns:
             `Points`: J·B, those of the first jump first; `velocity` is the mean velocity to the end.
         """
-        scheduler = make_scheduler("flow_unipc")
+        scheduler = make_scheduler("flow_unipc", **trained_options("flow_unipc", {"shift": self.shift}))
         scheduler.set_timesteps(TEACHER_STEPS)
-        here, passed = start, []
+        noisy, passed = start.noisy, []
         for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
-            passed.append(replace(here, time=torch.full_like(start.time, sigma.item())))
+            passed.append((noisy, torch.full_like(start.time, sigma.item())))
             level = timestep.item() / NUM_TRAIN_TIMESTEPS  # rounded, as the pipeline evaluates it
-            time = torch.full_like(start.time, level)
             is_guided = self.guidance_scale != 1 and self.guidance_start <= level <= self.guidance_end
-            velocity = self.teacher_velocity(replace(here, time=time, until=time), is_guided)
-            noisy = scheduler.step(velocity, timestep, here.noisy, return_dict=False)[0]
-            here = replace(here, noisy=noisy.to(start.noisy.dtype))
-        return Points.cat([self.jump(part, here.noisy) for part in passed[::STRIDE]])
-
-    def jump(self, start: Points, end: torch.Tensor) -> Points:
-        """The jumps from points to the data `(B, C, h, w)`."""
-        velocity = (start.noisy - end) / start.time[:, None, None, None]
-        return replace(start, until=torch.zeros_like(start.time), velocity=velocity)
+            time = torch.full_like(start.time, level)
+            velocity = self.teacher_velocity(replace(start, noisy=noisy, time=time, until=time), is_guided)
+            noisy = scheduler.step(velocity, timestep, noisy, return_dict=False)[0]
+        parts = []
+        for point, time in passed[:: TEACHER_STEPS // JUMPS]:
+            velocity = (point - noisy) / time[:, None, None, None]
+            parts.append(replace(start, noisy=point, time=time, until=torch.zeros_like(time), velocity=velocity))
+        return Points.cat(parts)
 
     def teacher_velocity(self, points: Points, is_guided: bool) -> torch.Tensor:
         """The teacher's velocity at points, `(B, C, h, w)`."""
         if not is_guided:
             return self.predict(self.teacher, points).float()
-        null = replace(points, drop=torch.ones_like(points.label, dtype=torch.bool))
-        conditional, unconditional = self.predict(self.teacher, Points.cat([points, null])).float().chunk(2)
+        keep = torch.zeros_like(points.label, dtype=torch.bool) if points.drop is None else points.drop
+        both = Points.cat([replace(points, drop=keep), replace(points, drop=torch.ones_like(keep))])
+        conditional, unconditional = self.predict(self.teacher, both).float().chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)

@@ -1,4 +1,4 @@
-"""Objectives of flow maps, which sample in one or two steps: MeanFlow and SoFlow.
+"""Objectives of flow maps, which sample in a few steps: what they have in common, MeanFlow and SoFlow.
 
 The network u(x, t, r) takes two times, t for the noisy input and r <= t for where it goes: x_r = x_t - (t - r)·u. With
 r = t it is the velocity. A part of the samples is trained on the velocity, which the targets of the others need.
@@ -78,17 +78,30 @@ class Points:
         """All points of several batches, one batch after the other."""
         columns: dict[str, Any] = {entry.name: [getattr(part, entry.name) for part in parts] for entry in fields(cls)}
         for name, column in columns.items():
-            columns[name] = None if column[0] is None else torch.cat(column)
+            columns[name] = None if all(part is None for part in column) else torch.cat(column)
         return cls(**columns)
 
 
 class FlowMap(StraightPath):
-    """A network with two times, whose velocity and jumps are rows of one batch."""
+    """What all objectives of flow maps have in common: velocities and jumps are rows of one batch."""
 
     flow_matching_ratio: float
+    guidance_scale: float
+    guidance_start: float
+    guidance_end: float
     # Arguments of a new model: its times are not multiplied by 1000, as derivatives by time would be.
     transformer_config: ClassVar[dict[str, Any]] = {"interval_embedding": True, "timestep_scale": 0.001}
     few_steps: ClassVar[bool] = True
+
+    def __post_init__(self):
+        for name in ("flow_matching_ratio", "guidance_start", "guidance_end"):
+            FRACTION.check(name, getattr(self, name))
+        GUIDANCE.check("guidance_scale", self.guidance_scale)
+        if self.guidance_start >= self.guidance_end:
+            raise ValueError(
+                f"`guidance_start` is {self.guidance_start}, which must be less than `guidance_end`, "
+                f"{self.guidance_end}, or nothing is guided."
+            )
 
     def is_velocity(self, count: int) -> torch.Tensor:
         """Which places of a batch are trained on the velocity: evenly spread, so each slice has as many. `(count,)`"""
@@ -140,16 +153,10 @@ class FlowMapObjective(FlowMap):
     guided: str = "all"
 
     def __post_init__(self):
-        for name in ("flow_matching_ratio", "guidance_mix", "guidance_start", "guidance_end"):
-            FRACTION.check(name, getattr(self, name))
-        GUIDANCE.check("guidance_scale", self.guidance_scale)
+        super().__post_init__()
+        FRACTION.check("guidance_mix", self.guidance_mix)
         if self.guided not in GUIDED:
             raise ValueError(f"`guided` is {self.guided!r}; it must be {' or '.join(GUIDED)}.")
-        if self.guidance_start >= self.guidance_end:
-            raise ValueError(
-                f"`guidance_start` is {self.guidance_start}, which must be less than `guidance_end`, "
-                f"{self.guidance_end}, or nothing is guided."
-            )
         if self.flow_matching_ratio == 1 and self.guided == "jumps":
             raise ValueError('`flow_matching_ratio` is 1, so that there are no jumps for `guided="jumps"`; lower it.')
         if self.guidance_mix == 0 and self.guided == "all":

@@ -1,6 +1,5 @@
 """The objectives that can be chosen by a flag."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -31,23 +30,21 @@ FLOW_MAP_FLAGS = (
     *("flow_matching_ratio", "target_guidance_scale", "target_guidance_mix"),
     *("target_guidance_start", "target_guidance_end", "target_guided"),
 )
-DISTILLATION_FLAGS = tuple(f for f in FLOW_MAP_FLAGS if f not in ("target_guidance_mix", "target_guided"))
-
-
-def _check_guidance(scale, transformer):
-    """Refuses guided targets of a model without a null class."""
-    if scale != 1 and transformer.config["class_dropout_prob"] == 0:
-        raise ValueError(
-            f"--target_guidance_scale {scale} needs the null class; pass a --class_dropout_prob above 0, or "
-            "--target_guidance_scale 1."
-        )
+DISTILLATION_FLAGS = (
+    *("flow_matching_ratio", "target_guidance_scale", "target_guidance_start", "target_guidance_end"),
+)
 
 
 def _flow_map(kind: type[FlowMapObjective]):
     """How an objective of flow maps is built."""
 
     def build(scheduler, transformer, flow_matching_ratio, target_guidance_scale, **guidance):
-        _check_guidance(target_guidance_scale, transformer)
+        """An objective of the kind; `ValueError` if the model has no null class for its guidance."""
+        if target_guidance_scale != 1 and transformer.config["class_dropout_prob"] == 0:
+            raise ValueError(
+                f"--target_guidance_scale {target_guidance_scale} needs the null class; pass a --class_dropout_prob "
+                "above 0, or --target_guidance_scale 1."
+            )
         return kind(flow_matching_ratio, target_guidance_scale, *(guidance[flag] for flag in FLOW_MAP_FLAGS[2:]))
 
     return build
@@ -59,29 +56,25 @@ def _build_soflow(scheduler, transformer, solution_steps, **flags):
     return replace(objective, first_step=first_step, last_step=last_step)
 
 
-def _build_distillation(scheduler, transformer, target_guidance_scale, **flags):
-    _check_guidance(target_guidance_scale, transformer)
-    if target_guidance_scale != 1 and transformer.config["guidance_in_weights"] is True:
-        raise ValueError(
-            f"--target_guidance_scale {target_guidance_scale} would guide twice: guidance is in the weights of the "
-            "pretrained model. Pass --target_guidance_scale 1."
-        )
-    teacher = copy.deepcopy(transformer).eval().requires_grad_(False)
-    guidance = (target_guidance_scale, *(flags[flag] for flag in DISTILLATION_FLAGS[2:]))
-    return DistillationObjective(teacher, flags["flow_matching_ratio"], *guidance)
+def _build_distillation(
+    scheduler, transformer, flow_matching_ratio, target_guidance_scale, target_guidance_start, target_guidance_end
+):
+    guidance = (target_guidance_scale, target_guidance_start, target_guidance_end)
+    return DistillationObjective(transformer, flow_matching_ratio, *guidance, shift=scheduler.config.shift)
 
 
 @dataclass(frozen=True)
 class ObjectiveRow:
     """
-    A row of [`OBJECTIVES`]: the class, the models that can be trained on it, the flags it takes, and how it is built
-    from a scheduler, the model and these flags.
+    A row of [`OBJECTIVES`]: the class, the models that can be trained on it, the flags it takes, how it is built from
+    a scheduler, the model and these flags, and whether it is for pretrained models only.
     """
 
     kind: type[Objective]
     models: tuple[str, ...]
     flags: tuple[str, ...]
     build: Callable[..., Objective]
+    needs_pretrained: bool = False
 
 
 FLOW_FLAGS = ("time_sampling", "time_mean", "time_std", "time_shift", "cosine_loss")
@@ -104,7 +97,7 @@ OBJECTIVES = {
         _build_soflow,
     ),
     "distillation": ObjectiveRow(
-        DistillationObjective, ("DiTTransformer2DModel",), DISTILLATION_FLAGS, _build_distillation
+        DistillationObjective, ("DiTTransformer2DModel",), DISTILLATION_FLAGS, _build_distillation, True
     ),
 }
 
