@@ -169,7 +169,10 @@ def add_training_arguments(parser):
         help="Fraction of samples that train the velocity, for meanflow, soflow and distillation.",
     )
     train.add_argument(
-        "--target_guidance_scale", type=GUIDANCE, default=1.0, help="Guidance that is trained into the weights."
+        "--target_guidance_scale",
+        type=GUIDANCE,
+        default=1.0,
+        help="Guidance that is trained into the weights; with distillation, of the teacher.",
     )
     train.add_argument(
         "--target_guidance_mix",
