@@ -20,9 +20,10 @@ from dit_hf.checkpoints.saving import original_state_dict
 from dit_hf.checkpoints.soflow import SOFLOW
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.alignment import AlignmentHead, check_alignment
-from dit_hf.training.finetuning import add_interval, record_guidance
+from dit_hf.training.finetuning import add_interval, drop_interval, record_guidance
 from dit_hf.training.lora import add_lora
 from dit_hf.training.losses import adaptive_loss
+from dit_hf.training.model import pretrained_transformer
 from dit_hf.training.objectives import (
     OBJECTIVES,
     DistillationObjective,
@@ -216,6 +217,24 @@ def test_jumps_alone_are_guided(kind):
         kind(guidance_mix=0.0)
 
 
+def test_a_flow_map_becomes_a_velocity_model_of_the_same_output(tmp_path):
+    model = tiny_transformer(interval_embedding=True, learn_sigma=False, guidance_in_weights="jumps").eval()
+    velocity_model = drop_interval(model)
+    assert velocity_model.interval_embed is None and velocity_model.config.guidance_in_weights is False
+    latents, time = torch.randn(3, 4, 8, 8, generator=seeded_generator(0)), torch.tensor([10.0, 500.0, 1000.0])
+    with torch.no_grad():
+        outputs = [part(latents, time, torch.tensor([0, 1, 2]))[0] for part in (model, velocity_model)]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    DiTClassCondPipeline(model, make_scheduler("flow_euler")).save_pretrained(tmp_path)
+    names = [str(index) for index in range(model.config.num_classes)]
+    assert pretrained_transformer(tmp_path, names, 0.1).interval_embed is None
+    assert pretrained_transformer(tmp_path, names, 0.1, interval_embedding=True).interval_embed is not None
+    # Adapters keep the jumps of the model that they are for.
+    adapted = pretrained_transformer(tmp_path, names, 0.1, lora_rank=2)
+    record_guidance(adapted, False)
+    assert adapted.config.guidance_in_weights == "jumps" and adapted.interval_embed is not None
+
+
 def test_a_model_of_guided_jumps_keeps_its_velocity(caplog):
     """Any scheduler and guidance scale of the velocity, as before; jumps are not guided once more."""
     model = tiny_transformer(learn_sigma=False)
@@ -241,7 +260,7 @@ def test_a_model_of_guided_jumps_keeps_its_velocity(caplog):
     assert "is for models of few steps" not in caplog.text
     pipe.scheduler = make_scheduler("flow_euler")
     optimize(pipe, "fastest")
-    assert pipe.resolve_call()["num_inference_steps"] == 1 and pipe.resolve_call()["guidance_scale"] == 1
+    assert pipe.resolve_call()["num_inference_steps"] == 4 and pipe.resolve_call()["guidance_scale"] == 1
     restore(pipe)
     assert pipe.resolve_call()["num_inference_steps"] == 3 and pipe.resolve_call()["guidance_scale"] == 4
     with pytest.raises(ValueError, match="`guidance_in_weights` is 'some'; it must be True, False or 'jumps'"):

@@ -127,6 +127,26 @@ def add_interval(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
     return flow_map.train(model.training)
 
 
+@torch.no_grad()
+def drop_interval(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """
+    A flow map as a velocity model: what the embedder of the second time adds to the velocity goes into a bias. The
+    output is the velocity of before, up to rounding.
+
+    Args:
+        model (`DiTTransformer2DModel`): With `interval_embedding`.
+
+    Returns:
+        `DiTTransformer2DModel`: a new model with the other weights.
+    """
+    velocity_model = type(model).from_config(model.config, interval_embedding=False, guidance_in_weights=False)
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith("interval_embed.")}
+    added = model._embed_time(model.interval_embed, torch.zeros(1), 1)[0]
+    weights["time_embed.linear_2.bias"] = weights["time_embed.linear_2.bias"] + added
+    velocity_model.load_state_dict(weights)
+    return velocity_model.train(model.training)
+
+
 def record_guidance(model: PackagedModel, guidance_in_weights: bool | str) -> None:
     """
     Writes into a model's config whether its training puts guidance into the weights; warns if that gets lost.
@@ -141,6 +161,8 @@ def record_guidance(model: PackagedModel, guidance_in_weights: bool | str) -> No
     if model.config.get("guidance_in_weights", False) == guidance_in_weights:
         return
     if getattr(model, "peft_config", None):
+        if model.config.guidance_in_weights == "jumps" and not guidance_in_weights:
+            return  # the velocity that is trained has no guidance in either case
         raise ValueError(
             f"The model's `guidance_in_weights` is {model.config.guidance_in_weights}, and the training would make it "
             f"{guidance_in_weights}, which adapters can't; train all weights."

@@ -17,7 +17,7 @@ from ..models import MODELS, DiTTransformer2DModel, JiTTransformer2DModel, Packa
 from ..pipeline_dit_class_cond import check_train_timesteps
 from ..presets import preset_config
 from ..schedulers import make_scheduler, trained_options, trained_prediction
-from .finetuning import add_interval, class_names, freeze, load_for_classes, load_trainable, match_names
+from .finetuning import add_interval, class_names, drop_interval, freeze, load_for_classes, load_trainable, match_names
 from .objectives import Objective
 
 
@@ -345,7 +345,9 @@ def pretrained_transformer(
         lora_rank (`int`, *optional*): Rank of the adapters; without it all weights are trained.
         lora_alpha (`int`, *optional*): The adapters count alpha / rank; the rank if not given.
         frozen (`list[str]`, *optional*): Beginnings of the names of parameters to keep.
-        interval_embedding (`bool`, defaults to `False`): Whether it needs a second time; see [`add_interval`].
+        interval_embedding (`bool`, defaults to `False`):
+            Whether it needs a second time, see [`add_interval`]; if not, guided jumps are dropped, see
+            [`drop_interval`].
         config: What the transformer's config must have for the data: `sample_size`, `in_channels`.
 
     Raises:
@@ -372,6 +374,9 @@ def pretrained_transformer(
                 f"{pretrained_model_name_or_path} has no second time, which adapters can't add; omit --lora_rank."
             )
         model = add_interval(model)
+    if not interval_embedding and lora_rank is None and model.config.get("guidance_in_weights") == "jumps":
+        logger.warning("Training the velocity does not train the pretrained model's jumps, so they are dropped.")
+        model = drop_interval(model)
     if lora_rank is not None:
         from .lora import add_lora  # needs peft
 
