@@ -282,7 +282,7 @@ def test_the_space_asks_for_the_gradio_that_is_tested():
 
 
 def test_a_model_of_guided_jumps_is_served_with_one_step(tmp_path):
-    """The fastest preset is one jump, which is not guided once more; every sampler works."""
+    """Its fastest preset takes jumps, which are not guided once more; every sampler works."""
     options = {"interval_embedding": True, "guidance_in_weights": "jumps", "learn_sigma": False}
     transformer = tiny_transformer(num_classes=2, **options)
     call = {"num_inference_steps": 3, "guidance_scale": 4.0}
@@ -295,7 +295,9 @@ def test_a_model_of_guided_jumps_is_served_with_one_step(tmp_path):
     )
     assert list(own.generate(Settings(["crane"], steps=1), threading.Event()))[-1].finished
     generator = ImageGenerator(str(tmp_path / "m"))
-    assert generator.speed_settings("fastest") == [1, "flow_lcm", 0.0, 1.0]
+    assert generator.speeds == ["balanced", "fastest", "1 step"]
+    assert generator.speed_settings("1 step") == [1, "flow_lcm", 0.0, 1.0]
+    assert generator.speed_settings("fastest") == [4, "flow_lcm", 0.0, 1.0]
     assert generator.speed_settings("balanced") == [8, "flow_unipc", 0.0, 0.5]
     settings = replace(generator.opening, sampler="flow_lcm", steps=1)
     assert settings.guidance_scale == 4.0 and "guidance_scale=1.0" in generator.snippet(settings)

@@ -65,7 +65,7 @@ def optimize(
             `"balanced"` and `"fastest"` compute in bfloat16, which is slow on older processors, with a few-step
             solver that is guided in the first half. Their steps and interval become the pipeline's
             `recommended_call`, so that `pipe(labels)` uses them. Flow maps keep their sampler; a model with guided
-            jumps (`guidance_in_weights="jumps"`) and a sampler of its velocity takes one jump with `"fastest"`.
+            jumps (`guidance_in_weights="jumps"`) and a sampler of its velocity takes 4 jumps with `"fastest"`.
         device (`str` or `torch.device`, *optional*): Where to move the pipeline.
 
     Raises:

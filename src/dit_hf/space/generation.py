@@ -19,12 +19,12 @@ from PIL import Image
 
 from ..files import printable
 from ..mixing import mix_classes
-from ..optimization import SPEED_PRESETS, SpeedPresetName, speed_preset
+from ..optimization import SPEED_PRESETS, SpeedPreset, speed_preset
 from ..pipeline import DiTClassCondPipeline
 from ..pipeline_dit_class_cond import largest_scale, takes_jumps
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import drawn_classes, seeded_generator
-from .settings import MAX_STEPS, OWN_SAMPLER, Settings
+from .settings import MAX_STEPS, ONE_STEP, OWN_SAMPLER, Settings
 
 
 MAX_SCALE = 20.0
@@ -35,7 +35,7 @@ MAX_MINUTES = 5.0  # per set: the next visitor waits for it
 PREVIEWS, PREVIEWED_IMAGES = 8, 8
 OPENING_CLASSES, OPENING_SECONDS = 12, 30.0  # what the page shows first, unless it would take longer
 FLOW_SAMPLERS = ("flow_euler", "flow_heun", "flow_dpm++", "flow_unipc")
-JUMP_SAMPLERS = ("flow_lcm", "flow_map")  # of flow maps
+JUMP_SAMPLERS = ("flow_lcm",)  # of flow maps; not all have learned the jumps that flow_map takes
 DIFFUSION_SAMPLERS = ("dpm++", "unipc", "ddim", "ddpm")
 
 
@@ -84,7 +84,7 @@ class ImageGenerator:
         self._schedulers |= {name: make_scheduler(name, **options) for name, options in self._overrides.items()}
         self.samplers = list(self._schedulers)
         self._lock = threading.Lock()
-        self._presets = {name: speed_preset(self.pipe, name) for name in SPEED_PRESETS}
+        self._presets: dict[str, SpeedPreset] = {name: speed_preset(self.pipe, name) for name in SPEED_PRESETS}
         self._measure()
         self.opening = self._opening_settings()
         self.opening_images = self._opening_images()
@@ -134,8 +134,16 @@ class ImageGenerator:
         found = (name for name in self.classes if text.casefold() in name.casefold() and name not in first)
         return [*first, *islice(found, MAX_FOUND)]
 
-    def speed_settings(self, name: SpeedPresetName) -> list:
-        """Steps, sampler and guidance interval of a preset of `dit_hf.optimize` that has them."""
+    @property
+    def speeds(self) -> list[str]:
+        """What `speed_settings` takes: the presets that have steps, and one step for a model with guided jumps."""
+        has_jumps = self.pipe.transformer.config.get("guidance_in_weights") == "jumps"
+        return [*(name for name, preset in SPEED_PRESETS.items() if preset.solver), *([ONE_STEP] if has_jumps else [])]
+
+    def speed_settings(self, name: str) -> list:
+        """Steps, sampler and guidance interval of one of `speeds`."""
+        if name == ONE_STEP:
+            return [1, "flow_lcm", 0.0, 1.0]
         preset = self._presets[name]
         if preset.solver is None:
             own = self.opening

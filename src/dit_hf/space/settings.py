@@ -12,6 +12,7 @@ from .._version import __version__
 
 MAX_STEPS, MAX_IMAGES, MAX_SEED = 250, 32, 2**31 - 1
 OWN_SAMPLER = "default"
+ONE_STEP = "1 step"
 METADATA = "dit_hf"
 # The controls: their names in the API, in the order in which the handlers take them, and their labels on the page.
 LABELS = {
