@@ -28,18 +28,18 @@ class DistillationObjective(FlowMap):
     """
     Knowledge distillation (https://arxiv.org/abs/2101.02388) from four points of a trajectory. A frozen copy of the
     model samples from noise in 8 guided UniPC steps, and the network u(x, t, 0) learns the jumps from sigma 1, 0.75,
-    0.5 and 0.25 of this trajectory to its end: x_0 = x_t - t·u. The other samples of a batch train the velocity on the
-    data, so the network remains a velocity model for any scheduler and guidance scale.
+    0.5 and 0.25 of this trajectory to its end: x_0 = x_t - t·u. With the other samples of a batch it learns the
+    teacher's velocity, without guidance, so it remains a velocity model for any scheduler and guidance scale.
 
     Args:
         teacher (`DiTTransformer2DModel`): The velocity model; it is copied.
         flow_matching_ratio (`float`, defaults to 0.75):
-            Fraction of samples that are trained on the velocity. The others are trajectories, with four jumps each.
+            Fraction of samples with the velocity as target. The others are trajectories, with four jumps each.
         guidance_scale (`float`, defaults to 1.0): Of the teacher; 1 is no guidance.
         guidance_start (`float`, defaults to 0.0): Noise level from which the teacher is guided.
         guidance_end (`float`, defaults to 1.0): Noise level up to which the teacher is guided.
         shift (`float`, defaults to 1.0): Of the teacher's noise levels, and so of the jumps'.
-        time_sampler (`Callable`, defaults to `LogitNormal()`): Draws the times of velocities.
+        time_sampler (`Callable`, defaults to `LogitNormal()`): Samples the times of velocities.
     """
 
     teacher: DiTTransformer2DModel = field(
@@ -68,8 +68,8 @@ class DistillationObjective(FlowMap):
 
     @property
     def guidance_in_weights(self) -> bool | str:
-        """`"jumps"` if the teacher is guided: the velocity is not."""
-        return "jumps" if self.guidance_scale != 1 or self.teacher.config.guidance_in_weights is True else False
+        """`"jumps"` if the teacher is guided by its scale, which the velocity is not; `True` if by its weights."""
+        return "jumps" if self.guidance_scale != 1 else self.teacher.config.guidance_in_weights is True
 
     def settings(self) -> dict[str, Any]:
         """All fields, those of guidance under the names of their flags, and the steps; of the teacher a checksum."""
@@ -94,16 +94,19 @@ class DistillationObjective(FlowMap):
 
     def loss(self, transformer: Callable[..., Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """
-        As [`Objective.loss`]; the values are the mean squared errors of velocities, of a trajectory's jumps on
+        As [`Objective.loss`]; the values are the mean squared errors to the teacher, of a trajectory's jumps on
         average, the gradients those of the adaptive losses.
         """
         points = self.points(batch)
         is_trajectory = points.until < points.time
         flows, trajectories = (rows.nonzero()[:, 0] for rows in (~is_trajectory, is_trajectory))
-        jumps = points.at(trajectories)
+        velocities, jumps = points.at(flows), points.at(trajectories)
+        if len(flows):
+            with torch.no_grad():
+                velocities = replace(velocities, velocity=self.teacher_velocity(velocities, is_guided=False))
         if len(trajectories):
             jumps = self.jumps(jumps)
-        rows = Points.cat([points.at(flows), jumps])
+        rows = Points.cat([velocities, jumps])
         losses = self.sample_losses(self.predict(transformer, rows), {"target": rows.velocity})
         of_flows, of_jumps = losses.split([len(flows), len(losses) - len(flows)])
         of_trajectories = of_jumps.view(JUMPS, len(trajectories)).mean(dim=0)
