@@ -51,7 +51,7 @@ def measure(part, args, known, save):
         trained = [largest] if args.quick else ["DiT-B/2", largest]
         ways = ["plain"] if args.quick else ["plain", "checkpointing"]
         presets = ["plain"] if args.quick else ["plain", "exact", "int8", "fastest"]
-        return networks.measure_memory(largest) | {
+        return networks.measure_memory(largest, 10 * seconds) | {
             "training": networks.private_memory("train", trained, ways),
             "drawing": networks.private_memory("draw", [largest], presets),
         }

@@ -168,7 +168,7 @@ elif action == "draw":
 """
 
 
-def memory(preset, folder):
+def memory(preset, folder, seconds):
     """Peak of resident memory beyond the imports, the mapped file included, of loading and a first forward pass."""
     resident = ("RssAnon", "RssFile")
     imports = imported(resident)
@@ -179,9 +179,9 @@ def memory(preset, folder):
         del model
         size = next((folder / name).glob("*.safetensors")).stat().st_size
         load = run_action("load", folder / name, name, resident) - imports
-        seconds = compare({"load": partial(first_pass, folder / name, name)}, torch.device("cpu"), 30, least=3)
+        times = compare({"load": partial(first_pass, folder / name, name)}, torch.device("cpu"), seconds, least=3)
         measured[name] = {"parameters": parameters, "file_bytes": size, "load_over_file": load / size}
-        measured[name]["load_seconds"] = seconds["load"]["seconds"]
+        measured[name]["load_seconds"] = times["load"]["seconds"]
     full = measured["our"]["file_bytes"]
     save_int8(folder / "our", folder / "int8")
     load = run_action("load", folder / "int8", "our", resident) - imports
@@ -235,9 +235,9 @@ def folder_size(folder):
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-def measure_memory(preset):
+def measure_memory(preset, seconds):
     with tempfile.TemporaryDirectory() as folder:
-        return memory(preset, Path(folder))
+        return memory(preset, Path(folder), seconds)
 
 
 def _line(row):

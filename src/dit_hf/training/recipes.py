@@ -67,7 +67,7 @@ RECIPES = {
         "objective": "distillation",
         "flow_matching_ratio": 0.5,
         "total_batch_size": 24,
-        "max_train_steps": 3000,
+        "max_train_steps": 2400,
         "learning_rate": 1e-3,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 50,
