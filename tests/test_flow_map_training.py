@@ -357,6 +357,20 @@ def test_distillation_resumes_with_the_same_teacher(flow_flags, workspace, tmp_p
     assert "teacher" in refused(train_command(workspace, straight, **flags), monkeypatch, capsys)
 
 
+def test_a_teacher_has_all_classes_and_the_null_class(flow_flags, workspace, tmp_path, monkeypatch, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(flow_flags["pretrained_model_name_or_path"], base)
+    flags = flow_flags | {"pretrained_model_name_or_path": base, "objective": "distillation"}
+    command = train_command(workspace, tmp_path / "run", **flags)
+    config = base / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"class_dropout_prob": 0.0}))
+    assert "has no null class; pass --class_dropout_prob 0" in refused(command, monkeypatch, capsys)
+    index = base / "model_index.json"
+    index.write_text(index.read_text().replace('"dark"', '"dim"'))
+    assert "has no class 'dark' of the data; fine-tune" in refused(command, monkeypatch, capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_teacher_runs_as_the_model_does(flow_flags, workspace, tmp_path):
     """In its precision, compiled if it is, in a dry run too."""
     folder = str(flow_flags["pretrained_model_name_or_path"] / "transformer")
@@ -511,6 +525,9 @@ def test_distillation_checks_what_it_is_given():
         check_alignment(objective, 0.5)
     model.register_to_config(guidance_in_weights=True)
     assert DistillationObjective(model).guidance_in_weights is True
+    model.register_to_config(guidance_in_weights="jumps")
+    assert DistillationObjective(model).guidance_in_weights is False  # its velocity is not guided
+    model.register_to_config(guidance_in_weights=True)
     with pytest.raises(ValueError, match="has guidance in its weights; pass 1"):
         DistillationObjective(model, guidance_scale=2.0)
 

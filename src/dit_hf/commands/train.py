@@ -24,7 +24,7 @@ from ..training.batches import SeededBatches, check_batch
 from ..training.checkpointing import check_resumable
 from ..training.config import TrainingConfig
 from ..training.data import checksums, latent_size, open_latents, write_latents
-from ..training.finetuning import record_guidance
+from ..training.finetuning import check_teacher, record_guidance
 from ..training.model import (
     DEFAULT_RESOLUTION,
     check_architecture,
@@ -113,6 +113,8 @@ class Training:
         self.names, self.class_ids = self.data_classes, torch.arange(len(self.data_classes))
         if args.lora_rank is not None:
             self.names, self.class_ids = classes_of_adapters(pretrained, self.data_classes)
+        if row.needs_pretrained:
+            check_teacher(pretrained, self.names, args.class_dropout_prob)
         self.transformer = self.build_transformer()
         learn_sigma = self.transformer.config.get("learn_sigma", False)
         trained = training_scheduler(row.kind, learn_sigma, pretrained)

@@ -39,7 +39,7 @@ class DistillationObjective(FlowMap):
         guidance_start (`float`, defaults to 0.0): Noise level from which the teacher is guided.
         guidance_end (`float`, defaults to 1.0): Noise level up to which the teacher is guided.
         shift (`float`, defaults to 1.0): Of the teacher's noise levels, and so of the jumps'.
-        time_sampler (`Callable`, defaults to `LogitNormal()`): Samples the times of velocities.
+        time_sampler (`Callable`, defaults to `LogitNormal()`): Draws the times of velocities.
     """
 
     teacher: DiTTransformer2DModel = field(
@@ -102,8 +102,7 @@ class DistillationObjective(FlowMap):
         flows, trajectories = (rows.nonzero()[:, 0] for rows in (~is_trajectory, is_trajectory))
         velocities, jumps = points.at(flows), points.at(trajectories)
         if len(flows):
-            with torch.no_grad():
-                velocities = replace(velocities, velocity=self.teacher_velocity(velocities, is_guided=False))
+            velocities = replace(velocities, velocity=self.teacher_velocity(velocities, is_guided=False))
         if len(trajectories):
             jumps = self.jumps(jumps)
         rows = Points.cat([velocities, jumps])
@@ -113,7 +112,6 @@ class DistillationObjective(FlowMap):
         result = losses.new_zeros(len(is_trajectory))
         return result.index_copy(0, flows, of_flows).index_copy(0, trajectories, of_trajectories)
 
-    @torch.no_grad()
     def jumps(self, start: Points) -> Points:
         """
         Samples with the teacher.
@@ -140,6 +138,7 @@ class DistillationObjective(FlowMap):
             parts.append(replace(start, noisy=point, time=time, until=torch.zeros_like(time), velocity=velocity))
         return Points.cat(parts)
 
+    @torch.no_grad()
     def teacher_velocity(self, points: Points, is_guided: bool) -> torch.Tensor:
         """The teacher's velocity at points, `(B, C, h, w)`."""
         if not is_guided:

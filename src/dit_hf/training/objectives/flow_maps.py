@@ -1,7 +1,7 @@
 """Objectives of flow maps, which sample in a few steps: what they have in common, MeanFlow and SoFlow.
 
 The network u(x, t, r) takes two times, t for the noisy input and r <= t for where it goes: x_r = x_t - (t - r)·u. With
-r = t it is the velocity. A part of the samples is trained on the velocity, which the targets of the others need.
+r = t it is the velocity. A part of the samples is trained on the velocity, which MeanFlow's and SoFlow's targets need.
 Classifier-free guidance is put into the targets, so sampling needs none.
 
 Shapes: `B` samples, `C` latent channels, `h w` latent size.
