@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,14 @@ def tiny_vae():
         norm_num_groups=4,
         mid_block_add_attention=False,
     ).eval()
+
+
+@pytest.fixture(scope="module")
+def hangup():
+    """SIGHUP has its default action here and in new processes, under nohup too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

@@ -186,7 +186,7 @@ def log():
 
 
 @pytest.fixture(scope="module")
-def address(model, folder, log):
+def address(model, folder, log, hangup):
     """A server as on the Hub; it ends with its terminal, and leaves nothing."""
     variables = {"SPACE_ID": "me/space", "GRADIO_SHARE": "True"}
     with serve(model, folder, "--queue_size", "12", app=None, log=log, end=signal.SIGHUP, **variables) as address:

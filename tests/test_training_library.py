@@ -188,7 +188,7 @@ def test_settings_are_compared_as_far_as_they_are_known(tmp_path):
         check_same_settings(tmp_path / "record.json", {"rate": 2, "new": 3}, (), {"new": 2})
 
 
-def test_signal_handlers_are_restored(tmp_path):
+def test_signal_handlers_are_restored(hangup, tmp_path):
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
 

@@ -46,6 +46,9 @@ def serve(model, folder, *flags, app=APP, log=None, end=signal.SIGTERM, **variab
                 raise AssertionError("".join(lines))
         finally:
             server.send_signal(end)
-            assert server.wait(60) == 0
+            try:
+                assert server.wait(60) == 0
+            finally:
+                server.kill()  # or leaving `Popen` would wait for one that hangs
     reader.join()
     assert "Traceback" not in (log := "".join(lines)), log
