@@ -364,10 +364,10 @@ def test_a_teacher_has_all_classes_and_the_null_class(flow_flags, workspace, tmp
     command = train_command(workspace, tmp_path / "run", **flags)
     config = base / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"class_dropout_prob": 0.0}))
-    assert "has no null class; pass --class_dropout_prob 0" in refused(command, monkeypatch, capsys)
+    assert "has no null class to distil; pass --class_dropout_prob 0" in refused(command, monkeypatch, capsys)
     index = base / "model_index.json"
     index.write_text(index.read_text().replace('"dark"', '"dim"'))
-    assert "has no class 'dark' of the data; fine-tune" in refused(command, monkeypatch, capsys)
+    assert "has no class 'dark', so it can't be distilled; fine-tune" in refused(command, monkeypatch, capsys)
     assert not (tmp_path / "run").exists()
 
 

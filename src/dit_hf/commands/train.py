@@ -24,11 +24,12 @@ from ..training.batches import SeededBatches, check_batch
 from ..training.checkpointing import check_resumable
 from ..training.config import TrainingConfig
 from ..training.data import checksums, latent_size, open_latents, write_latents
-from ..training.finetuning import check_teacher, record_guidance
+from ..training.finetuning import record_guidance
 from ..training.model import (
     DEFAULT_RESOLUTION,
     check_architecture,
     check_prediction,
+    check_teacher,
     classes_of_adapters,
     image_resolution,
     load_vae,

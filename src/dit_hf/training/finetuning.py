@@ -43,31 +43,6 @@ def load_for_classes(
     return model
 
 
-def check_teacher(pretrained_model_name_or_path: str | Path, names: list[str], class_dropout_prob: float) -> None:
-    """
-    Checks that a model to distil was trained on all classes that it will teach.
-
-    Args:
-        pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id of a pipeline.
-        names (`list[str]`): Class names of the data, by id.
-        class_dropout_prob (`float`): Of the new model; above 0 it has a null class.
-
-    Raises:
-        ValueError: if it lacks one of them, or the null class.
-    """
-    mapped = match_names(names, class_names(pretrained_model_name_or_path))
-    if None in mapped:
-        raise ValueError(
-            f"The model to distil, {pretrained_model_name_or_path}, has no class {names[mapped.index(None)]!r} of the "
-            "data; fine-tune it on them first."
-        )
-    config = DiTTransformer2DModel.load_config(pretrained_model_name_or_path, subfolder="transformer")
-    if class_dropout_prob > 0 and not config.get("class_dropout_prob"):
-        raise ValueError(
-            f"The model to distil, {pretrained_model_name_or_path}, has no null class; pass --class_dropout_prob 0."
-        )
-
-
 def load_trainable(pretrained_model_name_or_path: str | Path) -> PackagedModel:
     """A pipeline's transformer in float32, of whichever class it is."""
     place = {"subfolder": "transformer"}
