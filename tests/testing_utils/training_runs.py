@@ -1,13 +1,13 @@
 """Training runs on small data, as commands."""
 
+import contextlib
 import json
-import os
 import runpy
-import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -75,7 +75,9 @@ def run(command, **options):
     """A command that succeeds; one with options, as an environment, in a fresh interpreter."""
     if not options:
         return run_forked(command, check=True)
-    return subprocess.run(command, check=True, capture_output=True, text=True, **options)
+    result = subprocess.run(command, capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 def refused(command, monkeypatch, capsys):
@@ -99,10 +101,12 @@ def losses(output_dir):
 
 def kill_after(command, path, env=None):
     """Starts a run and kills it, and the processes it started, as soon as a file or folder exists."""
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    process = subprocess.Popen(command, env=env, **options)
+    process = psutil.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not path.exists():
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.0005)
-    os.killpg(process.pid, signal.SIGKILL)
+    processes = [*process.children(recursive=True), process]  # those of torchrun are not in its process group
+    for part in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            part.kill()
     process.wait()
