@@ -12,7 +12,7 @@ import torch
 from conftest import FIXTURES, load_golden, tiny_transformer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from testing_utils.training_runs import kill_after, losses, refused, run, train, train_command
+from testing_utils.training_runs import kill_after, losses, read_log, refused, run, train, train_command
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, optimize, restore
 from dit_hf.checkpoints.meanflow import MEANFLOW
@@ -32,6 +32,7 @@ from dit_hf.training.objectives import (
     VelocityObjective,
 )
 from dit_hf.training.objectives.flow_maps import Points
+from dit_hf.training.settings import SETTINGS_FILE
 
 
 KINDS = {"meanflow": MeanFlowObjective, "soflow": SoFlowObjective}
@@ -390,7 +391,7 @@ print(output[0].dtype, model.transformer_blocks[0]._compiled_call_impl is not No
 """
     result = run([sys.executable, "-c", script], env=dict(os.environ))
     assert result.stdout.split()[-2:] == ["torch.bfloat16", "True"]
-    flags = flow_flags | {"objective": "distillation", "dry_run": ""}
+    flags = flow_flags | {"objective": "distillation", "adversarial_weight": 1, "dry_run": ""}
     assert "seconds per step" in run(train_command(workspace, tmp_path, **flags)).stdout
 
 
@@ -435,14 +436,14 @@ def test_flags_that_do_not_fit_are_one_line(flags, message, workspace, tmp_path,
 def test_alignment_reaches_the_model(kind, tmp_path):
     """It is of the forward pass with gradient, not of those for the targets."""
     model = tiny_transformer(interval_embedding=True, learn_sigma=False, in_channels=8, sample_size=16)
-    head = AlignmentHead(model, 1, 16)
+    head = AlignmentHead(model, 1, 16, 1.0)
     generator = seeded_generator(0)
     batch = {"x_start": torch.randn(8, 8, 16, 16, generator=generator), "label": torch.arange(8)}
     objective = kind(guidance_scale=2.0, guidance_mix=0.5)
     batch |= {"noise": torch.randn(8, 8, 16, 16, generator=generator), "time": objective.draw_time(8, generator)}
     batch |= {"drop": torch.zeros(8, dtype=torch.bool), "progress": torch.zeros(8)}
     objective.loss(model.train(), batch)
-    head(torch.randn(8, 16, 4, 4, generator=generator)).sum().backward()
+    head({"features": torch.randn(8, 16, 4, 4, generator=generator)}).sum().backward()
     assert model.pos_embed.proj.weight.grad.abs().max() > 0
 
 
@@ -492,8 +493,8 @@ def test_the_flags_of_few_step_objectives_reach_them():
     assert objective.step(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.2, 0.05])
     assert build(solution_steps=[0.1, 0.002]) == SoFlowObjective(0.5, 2.0, 1.0, 0.2, 0.9)
     scheduler = make_scheduler("flow_lcm", shift=2.0)
-    distillation = OBJECTIVES["distillation"].build(scheduler, model, **flags)
-    assert distillation == DistillationObjective(model, 0.5, 2.0, 0.2, 0.9, 2.0)
+    distillation = OBJECTIVES["distillation"].build(scheduler, model, **flags, adversarial_weight=0.3)
+    assert distillation == DistillationObjective(model, 0.5, 2.0, 0.2, 0.9, 2.0, 0.3)
     json.dumps(distillation.settings())
     assert distillation.settings()["shift"] == 2.0 and distillation.guidance_in_weights == "jumps"
 
@@ -515,6 +516,7 @@ def test_distillation_checks_what_it_is_given():
         ({"flow_matching_ratio": 1.0}, "nothing to distil"),
         ({"flow_matching_ratio": 2.0}, "flow_matching_ratio"),
         ({"guidance_start": 0.9, "guidance_end": 0.1}, "nothing is guided"),
+        ({"adversarial_weight": -1.0}, "`adversarial_weight` is -1.0"),
     ):
         with pytest.raises(ValueError, match=message):
             DistillationObjective(model, **wrong)
@@ -586,3 +588,29 @@ def test_distillation_is_a_mean_over_samples_whatever_the_micro_batches():
     of_flows = adaptive_loss(error, 0.01, 1.0)
     (expected,) = torch.autograd.grad((of_jumps.sum() + of_flows.sum()) / 6, model.proj_out.weight)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_adversarial_training_resumes_and_has_its_own_teacher(flow_flags, workspace, tmp_path, monkeypatch, capsys):
+    flags = flow_flags | {"recipe": "distillation", "target_guidance_scale": 3, "ema_decay": 0.5, "lr_warmup_steps": 1}
+    flags |= {"validation_inference_steps": None, "total_batch_size": 8}
+    run(train_command(workspace, tmp_path / "first", **flags))
+    flags |= {"pretrained_teacher_model": flags["pretrained_model_name_or_path"], "adversarial_weight": 0.5}
+    flags |= {"pretrained_model_name_or_path": tmp_path / "first" / "pipeline"}
+    straight, killed, two = (tmp_path / name for name in ("straight", "killed", "two"))
+    run(train_command(workspace, straight, **flags))
+    kill_after(train_command(workspace, killed, **flags), killed / "checkpoint-4")
+    run(train_command(workspace, killed, **flags))
+    weights, again = load_file(straight / WEIGHTS), load_file(killed / WEIGHTS)
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert all(0 < line["adversarial"] < 2.5 for line in read_log(straight))
+    teachers = {json.loads((tmp_path / name / SETTINGS_FILE).read_text())["teacher"] for name in ("first", "straight")}
+    assert len(teachers) == 1
+    command = train_command(workspace, two, **flags, gradient_accumulation_steps=2)
+    launch = [command[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run([*launch, *command[1:]], env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    torch.testing.assert_close(losses(straight), losses(two), rtol=1e-4, atol=1e-5)
+    found = [[line["adversarial"] for line in read_log(folder)] for folder in (straight, two)]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    flags |= {"objective": "velocity", "recipe": None, "adversarial_weight": None, "target_guidance_scale": None}
+    message = "--pretrained_teacher_model has no effect without --objective distillation"
+    assert message in refused(train_command(workspace, tmp_path / "other", **flags), monkeypatch, capsys)

@@ -24,6 +24,7 @@ from ..training.batches import SeededBatches, check_batch
 from ..training.checkpointing import check_resumable
 from ..training.config import TrainingConfig
 from ..training.data import checksums, latent_size, open_latents, write_latents
+from ..training.discriminator import Discriminator
 from ..training.finetuning import record_guidance
 from ..training.model import (
     DEFAULT_RESOLUTION,
@@ -87,8 +88,9 @@ class Training:
         self.args, self.config, self.accelerator = args, config, accelerator
         set_seed(args.seed)
         pretrained = args.pretrained_model_name_or_path
-        if pretrained is not None:
-            check_architecture(pretrained)
+        teacher = args.pretrained_teacher_model or pretrained
+        for source in {pretrained, teacher} - {None}:
+            check_architecture(source)
         self.model_class = trained_class(args.preset, args.transformer_config, pretrained)
         args.objective = choose_objective(args.objective, self.model_class.__name__)
         row = OBJECTIVES[args.objective]
@@ -96,8 +98,8 @@ class Training:
             raise ValueError(
                 f"--objective {args.objective} needs --pretrained_model_name_or_path, the model to distil."
             )
-        if pretrained is not None:
-            check_prediction(pretrained, row.kind)
+        for source in {pretrained, teacher} - {None}:
+            check_prediction(source, row.kind)
         self.vae = load_vae(args.vae, pretrained, self.model_class)
         if not isinstance(self.vae, Pixels):  # these have nothing to compute
             self.vae.to(accelerator.device)
@@ -115,14 +117,14 @@ class Training:
         if args.lora_rank is not None:
             self.names, self.class_ids = classes_of_adapters(pretrained, self.data_classes)
         if row.needs_pretrained:
-            check_teacher(pretrained, self.names, args.class_dropout_prob)
+            check_teacher(teacher, self.names, args.class_dropout_prob)
         self.transformer = self.build_transformer()
         learn_sigma = self.transformer.config.get("learn_sigma", False)
-        trained = training_scheduler(row.kind, learn_sigma, pretrained)
+        trained = training_scheduler(row.kind, learn_sigma, teacher)
         own = None if row.needs_pretrained else pretrained  # the sampler of what is distilled is another
         self.scheduler = sampling_scheduler(trained, own, args.time_shift)
         flags = {flag: getattr(args, flag) for flag in row.flags}
-        self.objective = row.build(trained, self.transformer, **flags)
+        self.objective = row.build(trained, self.build_teacher() or self.transformer, **flags)
         record_guidance(self.transformer, self.objective.guidance_in_weights)
         self.check_objective()
 
@@ -137,11 +139,15 @@ class Training:
         default = preset_resolution(args.preset) if isinstance(self.vae, Pixels) else DEFAULT_RESOLUTION
         return image_resolution(args.resolution, self.vae, source, size, default)
 
+    @property
+    def size(self):
+        """What the transformer's config must have for the latents."""
+        return {"sample_size": latent_size(self.vae, self.args.resolution), "in_channels": latent_channels(self.vae)}
+
     def build_transformer(self):
         """A model for the dataset's classes and the VAE's latents, new or from given weights."""
         args = self.args
-        size = {"sample_size": latent_size(self.vae, args.resolution), "in_channels": latent_channels(self.vae)}
-        kind = OBJECTIVES[args.objective].kind
+        size, kind = self.size, OBJECTIVES[args.objective].kind
         if args.pretrained_model_name_or_path is not None:
             options = (args.class_dropout_prob, args.lora_rank, args.lora_alpha, args.freeze, kind.few_steps)
             return pretrained_transformer(args.pretrained_model_name_or_path, self.names, *options, **size)
@@ -149,6 +155,14 @@ class Training:
         if self.model_class is DiTTransformer2DModel:  # the others predict no variance
             classes |= {"learn_sigma": kind.learn_sigma, **kind.transformer_config}
         return new_transformer(args.preset, args.transformer_config, **size, **classes)
+
+    def build_teacher(self):
+        """The model to distil with the dataset's classes, if it is not the pretrained one."""
+        args = self.args
+        if args.pretrained_teacher_model is None:
+            return None
+        options = {"interval_embedding": OBJECTIVES[args.objective].kind.few_steps, **self.size}
+        return pretrained_transformer(args.pretrained_teacher_model, self.names, args.class_dropout_prob, **options)
 
     def check_objective(self):
         """Refuses or warns of what the objective does not go well with."""
@@ -254,7 +268,8 @@ class Training:
 
     def print_plan(self):
         """What the run would take."""
-        plan = training_plan(self.transformer, self.objective, self.config, self.accelerator)
+        parts = (self.transformer, self.objective, self.config, self.accelerator)
+        plan = training_plan(*parts, Discriminator(self.objective) if self.objective.adversarial_weight else None)
         self.accelerator.print(json.dumps(plan, indent=2))
 
     def trainer(self):
@@ -264,15 +279,18 @@ class Training:
             folder = args.output_dir / "latents"
             write_latents(accelerator, self.vae, self.data, self.reader, folder, self.encoder, args.shard_size)
             self.latents = self.open(folder)
-        latents, alignment = self.latents, None
+        latents, auxiliary = self.latents, None
         if args.proj_coeff:
-            alignment = AlignmentHead(self.transformer, args.alignment_depth, latents.feature_dim)
+            head = (args.alignment_depth, latents.feature_dim, args.proj_coeff)
+            auxiliary = AlignmentHead(self.transformer, *head)
+        elif self.objective.adversarial_weight:
+            auxiliary = Discriminator(self.objective)
         counts = zip(
             self.data_classes, latents.labels.bincount(minlength=len(self.data_classes)).tolist(), strict=True
         )
         accelerator.print(f"{len(latents.labels)} images: {', '.join(f'{name} {count}' for name, count in counts)}")
         parts = (self.config, self.transformer, latents, self.objective)
-        options = {"accelerator": accelerator, "class_ids": self.class_ids, "alignment": alignment}
+        options = {"accelerator": accelerator, "class_ids": self.class_ids, "auxiliary": auxiliary}
         return Trainer(*parts, **options, facts=self.facts, notes=vars(args))
 
     def run(self) -> int:
@@ -347,10 +365,10 @@ def main() -> None:
     if args.report_to and not accelerator.log_with:
         raise ValueError(f"--report_to {args.report_to} needs its package: `pip install {args.report_to}`.")
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if sharded and (args.proj_coeff or args.lora_rank is not None or args.dry_run):
+    if sharded and (args.proj_coeff or args.adversarial_weight or args.lora_rank is not None or args.dry_run):
         raise ValueError(
-            "--proj_coeff, --lora_rank and --dry_run work with DDP, not with sharded weights; use ddp.yaml, or omit "
-            "them."
+            "--proj_coeff, --adversarial_weight, --lora_rank and --dry_run work with DDP, not with sharded weights; "
+            "use ddp.yaml, or omit them."
         )
     training = Training(args, training_config(args, accelerator.num_processes), accelerator)
     training.print_facts()

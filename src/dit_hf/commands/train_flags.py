@@ -7,7 +7,7 @@ from pathlib import Path
 from ..bundled import resolve_pipeline
 from ..command_line import ArgumentParser, names, real
 from ..evaluation.extractors import EFFICIENTNET
-from ..training.config import COUNT, FRACTION, GUIDANCE, POSITIVE, RANGES, SCHEDULES, SNR_GAMMA
+from ..training.config import COUNT, FRACTION, GUIDANCE, POSITIVE, RANGES, SCHEDULES, SNR_GAMMA, WEIGHT
 from ..training.guard import POLICIES
 from ..training.model import PRESET_CLASSES
 from ..training.objectives import GUIDED, OBJECTIVES, TIME_SAMPLERS
@@ -46,6 +46,11 @@ IGNORED = (
         lambda args: args.target_guidance_scale == 1 and args.target_guidance_mix == 1,
         "without --target_guidance_scale",
     ),
+    (
+        "pretrained_teacher_model",
+        lambda args: args.objective is None or not OBJECTIVES[args.objective].needs_pretrained,
+        "without --objective distillation",
+    ),
     ("alignment_depth", lambda args: args.proj_coeff == 0, "without --proj_coeff"),
 )
 
@@ -73,6 +78,8 @@ def parse_args() -> argparse.Namespace:
     resolve_best_metric(parser, args)
     if args.hub_model_id is None:
         args.hub_model_id = os.path.basename(os.path.realpath(args.output_dir))
+    if args.pretrained_teacher_model is not None:
+        args.pretrained_teacher_model = resolve_pipeline(args.pretrained_teacher_model)
     if args.pretrained_model_name_or_path is not None:
         args.pretrained_model_name_or_path = resolve_pipeline(args.pretrained_model_name_or_path)
     elif args.vae is None and args.latents_dir is not None:
@@ -122,6 +129,10 @@ def add_model_arguments(parser):
     )
     size.add_argument(
         "--pretrained_model_name_or_path", help="Pipeline whose weights to start from: folder, Hub id or bundled name."
+    )
+    model.add_argument(
+        "--pretrained_teacher_model",
+        help="Pipeline to distil, as above; by default the one whose weights to start from.",
     )
     model.add_argument("--lora_rank", type=COUNT, help="Train adapters of this rank instead of all weights.")
     model.add_argument("--lora_alpha", type=COUNT, help="Scale of the adapters times their rank; by default the rank.")
@@ -199,6 +210,12 @@ def add_training_arguments(parser):
         default=[0.1, 0.002],
         metavar=("FIRST", "LAST"),
         help="Distance of the points that SoFlow compares, as a fraction of the jump, at the first and the last step.",
+    )
+    train.add_argument(
+        "--adversarial_weight",
+        type=WEIGHT,
+        default=0.0,
+        help="Weight of a discriminator on the teacher's features, for distillation, at most 1000; 0 is none.",
     )
     train.add_argument(
         "--proj_coeff",

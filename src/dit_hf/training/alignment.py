@@ -3,6 +3,8 @@
 Shapes: `B` batch, `F` the encoder's feature channels, `h w` its grid, which may differ from the tokens'.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from ..evaluation.extractors import EFFICIENTNET, VisionModel
 from ..evaluation.features import EfficientNetLite0
 from ..models import DiTTransformer2DModel
+from .auxiliary import AuxiliaryLoss
 from .objectives import Objective
 
 
@@ -82,7 +85,7 @@ def check_depth(transformer: DiTTransformer2DModel, depth: int) -> None:
         )
 
 
-class AlignmentHead(nn.Module):
+class AlignmentHead(AuxiliaryLoss):
     """
     Projects the tokens that leave one block to the encoder's features, and measures how well they agree.
 
@@ -90,13 +93,17 @@ class AlignmentHead(nn.Module):
         transformer (`DiTTransformer2DModel`): Its block gets a hook; nothing else of it changes.
         depth (`int`): The block, counted from 1.
         feature_dim (`int`): F.
+        weight (`float`): Factor of the loss, `proj_coeff`.
 
     Raises:
         ValueError: if the transformer has no such block.
     """
 
-    def __init__(self, transformer: DiTTransformer2DModel, depth: int, feature_dim: int):
+    name: ClassVar[str] = "alignment"
+
+    def __init__(self, transformer: DiTTransformer2DModel, depth: int, feature_dim: int, weight: float):
         super().__init__()
+        self.weight = weight
         check_depth(transformer, depth)
         self.grid = 2 * (transformer.config.sample_size // transformer.config.patch_size,)
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
@@ -114,15 +121,16 @@ class AlignmentHead(nn.Module):
         if torch.is_grad_enabled():  # targets may take further forward passes
             self._tokens[:] = [output[0] if isinstance(output, tuple) else output]  # beside context tokens
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """
         Args:
-            features (`torch.Tensor` of shape `(B, F, h, w)`): Of the clean images whose noisy latents went in last.
+            batch (`dict[str, torch.Tensor]`):
+                `features` of shape `(B, F, h, w)`, of the clean images whose noisy latents went in last.
 
         Returns:
             `torch.Tensor` of shape `(B,)`: one minus the mean cosine of tokens and features.
         """
         tokens = self._tokens.pop()[:, -self.grid[0] * self.grid[1] :]  # in-context conditions come first
         tokens = self.projector(tokens)
-        features = F.interpolate(features, size=self.grid, mode="bilinear", antialias=True)
+        features = F.interpolate(batch["features"], size=self.grid, mode="bilinear", antialias=True)
         return 1 - F.cosine_similarity(tokens, features.flatten(2).transpose(1, 2), dim=-1).mean(dim=1)

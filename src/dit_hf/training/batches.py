@@ -3,6 +3,7 @@
 from threading import Lock
 
 import torch
+from torch.utils.data import default_collate
 
 from ..data.latents import normalise_latents
 from ..seeds import seeded_generator
@@ -128,7 +129,7 @@ def draw_batch(
 
     Returns:
         `dict[str, torch.Tensor]`: `x_start` and `noise` of shape `(B, C, h, w)`; `time`, `label`, `drop` (bool)
-        and `progress` with first dimension B; `features` if the latents have them.
+        and `progress` with first dimension B; `features` if the latents have them; what the objective draws else.
     """
     indices, generator = batches.indices(step), batches.generator(step)
     count = len(indices)
@@ -139,6 +140,7 @@ def draw_batch(
     mean = normalise_latents(read.pop("mean"), *latents.statistics)
     std = normalise_latents(read.pop("std"), [0.0], latents.statistics[1])
     noise, posterior_noise = torch.empty_like(mean), torch.empty_like(mean)
+    others = []
     for row, place in enumerate(range(*process_slice.indices(count))):
         source = batches.sample_generator(step, place)
         torch.randn(noise[row].shape, generator=source, out=noise[row])
@@ -146,6 +148,7 @@ def draw_batch(
             torch.randn(posterior_noise[row].shape, generator=source, out=posterior_noise[row])
         else:
             posterior_noise[row] = 0
-    batch = {"x_start": mean + std * posterior_noise, "noise": noise}
+        others.append(objective.draw_sample(mean.shape[1:], source))
+    batch = {"x_start": mean + std * posterior_noise, "noise": noise, **default_collate(others)}
     batch |= {"time": time[process_slice], "drop": dropped[process_slice]}
     return read | batch | {"progress": torch.full((len(mean),), progress)}

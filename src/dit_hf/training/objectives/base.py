@@ -26,6 +26,7 @@ class Objective(ABC):
         transformer_config (`dict`): Other arguments of a new model.
         few_steps (`bool`): Whether the model samples in one or two steps.
         teacher (`DiTTransformer2DModel`, *optional*): A frozen network that the loss evaluates.
+        adversarial_weight (`float`): Factor of the loss of a [`Discriminator`], which goes to the trainer; 0 is none.
         forward_mode (`bool`): Whether the loss takes a forward-mode derivative of the model.
         loss_falls (`bool`): Whether the value of the loss falls as the model learns.
     """
@@ -37,6 +38,7 @@ class Objective(ABC):
     transformer_config: ClassVar[dict[str, Any]] = {}
     few_steps: ClassVar[bool] = False
     teacher: DiTTransformer2DModel | None = None
+    adversarial_weight: float = 0.0
     forward_mode: ClassVar[bool] = False
     loss_falls: ClassVar[bool] = True
 
@@ -57,6 +59,19 @@ class Objective(ABC):
         Returns:
             `torch.Tensor` whose first dimension is B.
         """
+
+    def draw_sample(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """
+        Draws what else the loss of one sample needs.
+
+        Args:
+            shape (`tuple[int, ...]`): Of its latents, `(C, h, w)`.
+            generator (`torch.Generator`): On the CPU.
+
+        Returns:
+            `dict[str, torch.Tensor]`: for the batch, which stacks these of all samples.
+        """
+        return {}
 
     @abstractmethod
     def add_noise(self, x_start: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:

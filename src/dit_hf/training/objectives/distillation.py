@@ -13,6 +13,7 @@ import torch
 from ...data.fingerprints import checksum
 from ...models import DiTTransformer2DModel
 from ...schedulers import SchedulerRecipe, make_scheduler, trained_options
+from ..config import WEIGHT
 from .flow import NUM_TRAIN_TIMESTEPS
 from .flow_maps import FlowMap, Points
 from .times import LogitNormal
@@ -21,6 +22,8 @@ from .times import LogitNormal
 # Steps of the teacher's solver, and the jumps that start along its trajectory, at equal distances.
 TEACHER_STEPS = 8
 JUMPS = 4
+# The most noise that a discriminator sees, as a noise level; less is more frequent.
+MAX_END_LEVEL = 0.6
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class DistillationObjective(FlowMap):
     0.5 and 0.25 of this trajectory to its end: x_0 = x_t - t·u. With the other samples of a batch it learns the
     teacher's velocity, without guidance, so it remains a velocity model for any scheduler and guidance scale.
 
+    Squared errors make the ends of long jumps soft. With `adversarial_weight` a [`Discriminator`] compares these ends,
+    with noise added again, with the teacher's samples.
+
     Args:
         teacher (`DiTTransformer2DModel`): The velocity model; it is copied.
         flow_matching_ratio (`float`, defaults to 0.75):
@@ -39,6 +45,7 @@ class DistillationObjective(FlowMap):
         guidance_start (`float`, defaults to 0.0): Noise level from which the teacher is guided.
         guidance_end (`float`, defaults to 1.0): Noise level up to which the teacher is guided.
         shift (`float`, defaults to 1.0): Of the teacher's noise levels, and so of the jumps'.
+        adversarial_weight (`float`, defaults to 0.0): Factor of the discriminator's loss; 0 is none.
         time_sampler (`Callable`, defaults to `LogitNormal()`): Draws the times of velocities.
     """
 
@@ -50,12 +57,16 @@ class DistillationObjective(FlowMap):
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     shift: float = 1.0
+    adversarial_weight: float = 0.0
     time_sampler: Callable[[int, torch.Generator], torch.Tensor] = LogitNormal()
     name: ClassVar[str] = "distillation"
     sampler: ClassVar[SchedulerRecipe] = "flow_lcm"
+    # Of the last loss, for the discriminator: which samples are trajectories, and the noisy ends of their jumps.
+    ends: list[tuple[torch.Tensor, Points, Points]] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self):
         super().__post_init__()
+        WEIGHT.check("adversarial_weight", self.adversarial_weight)
         if self.flow_matching_ratio == 1:
             raise ValueError("`flow_matching_ratio` is 1, so that there is nothing to distil; lower it.")
         config = self.teacher.config
@@ -79,6 +90,7 @@ class DistillationObjective(FlowMap):
             "teacher_steps": TEACHER_STEPS,
             "jumps": JUMPS,
             "shift": float(self.shift),
+            "adversarial_weight": float(self.adversarial_weight),
             "flow_matching_ratio": float(self.flow_matching_ratio),
             "target_guidance_scale": float(self.guidance_scale),
             "target_guidance_start": float(self.guidance_start),
@@ -91,6 +103,13 @@ class DistillationObjective(FlowMap):
         time = self.time_sampler(count, generator)
         times = torch.stack([time, time], dim=1)
         return torch.where(self.is_velocity(count)[:, None], times, torch.tensor([1.0, 0.0]))
+
+    def draw_sample(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Noise for the ends of the jumps, `(J, C, h, w)`, and its level for each of them, `(J,)`."""
+        if not self.adversarial_weight:
+            return {}
+        level = MAX_END_LEVEL * torch.rand(JUMPS, generator=generator).square()
+        return {"end_level": level, "end_noise": torch.randn((JUMPS, *shape), generator=generator)}
 
     def loss(self, transformer: Callable[..., Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """
@@ -106,11 +125,32 @@ class DistillationObjective(FlowMap):
         if len(trajectories):
             jumps = self.jumps(jumps)
         rows = Points.cat([velocities, jumps])
-        losses = self.sample_losses(self.predict(transformer, rows), {"target": rows.velocity})
+        output = self.predict(transformer, rows)
+        if self.adversarial_weight:
+            noise = {name: batch[name][trajectories] for name in ("end_level", "end_noise")}
+            student = self.noisy_ends(jumps, output[len(flows) :], noise)
+            self.ends[:] = [(trajectories, student, self.noisy_ends(jumps, jumps.velocity, noise))]
+        losses = self.sample_losses(output, {"target": rows.velocity})
         of_flows, of_jumps = losses.split([len(flows), len(losses) - len(flows)])
         of_trajectories = of_jumps.view(JUMPS, len(trajectories)).mean(dim=0)
         result = losses.new_zeros(len(is_trajectory))
         return result.index_copy(0, flows, of_flows).index_copy(0, trajectories, of_trajectories)
+
+    def noisy_ends(self, jumps: Points, velocity: torch.Tensor, batch: dict[str, torch.Tensor]) -> Points:
+        """
+        Where jumps end, with the noise of `draw_sample`.
+
+        Args:
+            jumps (`Points`): J·B, from `jumps`.
+            velocity (`torch.Tensor` of shape `(J·B, C, h, w)`): Mean velocity to the end.
+            batch (`dict[str, torch.Tensor]`): Of their B samples: `end_level` and `end_noise`.
+
+        Returns:
+            `Points`: J·B, with times as a velocity model takes them; their own velocity is unused.
+        """
+        level, noise = batch["end_level"].T.flatten(), batch["end_noise"].transpose(0, 1).flatten(0, 1)
+        ends = jumps.noisy - jumps.time[:, None, None, None] * velocity
+        return replace(jumps, noisy=self.add_noise(ends, noise, level), time=level, until=level)
 
     def jumps(self, start: Points) -> Points:
         """

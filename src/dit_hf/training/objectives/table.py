@@ -32,6 +32,7 @@ FLOW_MAP_FLAGS = (
 )
 DISTILLATION_FLAGS = (
     *("flow_matching_ratio", "target_guidance_scale", "target_guidance_start", "target_guidance_end"),
+    "adversarial_weight",
 )
 
 
@@ -56,18 +57,16 @@ def _build_soflow(scheduler, transformer, solution_steps, **flags):
     return replace(objective, first_step=first_step, last_step=last_step)
 
 
-def _build_distillation(
-    scheduler, transformer, flow_matching_ratio, target_guidance_scale, target_guidance_start, target_guidance_end
-):
-    guidance = (target_guidance_scale, target_guidance_start, target_guidance_end)
-    return DistillationObjective(transformer, flow_matching_ratio, *guidance, shift=scheduler.config.shift)
+def _build_distillation(scheduler, teacher, adversarial_weight, **flags):
+    options = {"shift": scheduler.config.shift, "adversarial_weight": adversarial_weight}
+    return DistillationObjective(teacher, *(flags[flag] for flag in DISTILLATION_FLAGS[:-1]), **options)
 
 
 @dataclass(frozen=True)
 class ObjectiveRow:
     """
     A row of [`OBJECTIVES`]: the class, the models that can be trained on it, the flags it takes, how it is built from
-    a scheduler, the model and these flags, and whether it is for pretrained models only.
+    a scheduler, the model (or its teacher) and these flags, and whether it is for pretrained models only.
     """
 
     kind: type[Objective]

@@ -1,0 +1,35 @@
+"""A loss beside that of the objective, with parameters of its own that are trained along.
+
+Shapes: `B` samples.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+import torch.nn as nn
+
+
+class AuxiliaryLoss(nn.Module, ABC):
+    """
+    What [`Trainer`] adds to the objective's loss; it is prepared, optimized and saved with the transformer.
+
+    Attributes:
+        name (`str`): Of its value in the log.
+        weight (`float`): Factor of the loss.
+    """
+
+    name: ClassVar[str]
+    weight: float
+
+    @abstractmethod
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        The loss of a micro-batch, after the objective has computed its own.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`): From [`draw_batch`].
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`
+        """

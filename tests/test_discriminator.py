@@ -1,0 +1,92 @@
+"""Adversarial distillation: the discriminator on the teacher's features."""
+
+import pytest
+import torch
+from conftest import tiny_transformer
+from torch.utils.data import default_collate
+
+from dit_hf.seeds import seeded_generator
+from dit_hf.training.discriminator import Discriminator
+from dit_hf.training.objectives import DistillationObjective
+
+
+def adversarial(**settings):
+    """A student, an adversarial objective from another model, and its discriminator."""
+    config = {"interval_embedding": True, "learn_sigma": False}
+    student, teacher = tiny_transformer(**config, seed=1).train(), tiny_transformer(**config)
+    objective = DistillationObjective(teacher, 0.5, guidance_scale=3.0, **({"adversarial_weight": 1.0} | settings))
+    torch.manual_seed(0)
+    return student, objective, Discriminator(objective)
+
+
+def adversarial_batch(objective, count=4):
+    generator = seeded_generator(0)
+    batch = {"x_start": torch.randn(count, 4, 8, 8, generator=generator), "label": torch.arange(count)}
+    batch |= {"noise": torch.randn(count, 4, 8, 8, generator=generator), "time": objective.draw_time(count, generator)}
+    batch |= {"drop": torch.zeros(count, dtype=torch.bool)}
+    return batch | default_collate([objective.draw_sample((4, 8, 8), generator) for _ in range(count)])
+
+
+def test_a_discriminator_learns_and_turns_its_gradient_around():
+    student, objective, discriminator = adversarial()
+    batch = adversarial_batch(objective)
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-3)
+    found = []
+    while not found or (found[-1] > 1 and len(found) < 100):
+        objective.loss(student, batch)
+        losses = discriminator(batch)
+        found.append(losses.sum().item() / 2)
+        assert (losses[objective.is_velocity(4)] == 0).all()
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+    assert found[0] == pytest.approx(2) and 0.1 < found[-1] < 1  # 2 is what scores of 0 give
+    assert not any(part.requires_grad or part.grad is not None for part in objective.teacher.parameters())
+    # A step along the student's negative gradient makes its samples harder to tell, and raises the loss.
+    student.zero_grad()
+    objective.loss(student, batch)
+    before = discriminator(batch).sum()
+    before.backward()
+    with torch.no_grad():
+        for part in student.parameters():
+            part -= 1e-3 * (0 if part.grad is None else part.grad)
+        objective.loss(student, batch)
+        assert discriminator(batch).sum() > before + 1e-5
+
+
+def test_a_discriminator_sees_the_teachers_tokens_of_noisy_samples():
+    student, objective, discriminator = adversarial()
+    batch = adversarial_batch(objective)
+    objective.loss(student, batch)
+    ((rows, of_student, of_teacher),) = objective.ends
+    jumps = objective.jumps(objective.points(batch).at(rows))
+    level, noise = (batch[name][rows].transpose(0, 1).flatten(0, 1) for name in ("end_level", "end_noise"))
+    assert level.min() >= 0 and level.max() <= 0.6 and torch.equal(of_student.time, level)
+    ends = jumps.noisy - jumps.time[:, None, None, None] * jumps.velocity
+    assert torch.allclose(ends, ends[: len(rows)].repeat(4, 1, 1, 1), atol=1e-5)  # all jumps end in the sample
+    level = level[:, None, None, None]
+    assert torch.allclose(of_teacher.noisy, (1 - level) * ends + level * noise, atol=1e-5)
+    ends = jumps.noisy - jumps.time[:, None, None, None] * objective.predict(student, jumps)
+    assert torch.allclose(of_student.noisy, (1 - level) * ends + level * noise, atol=1e-5)
+    seen = []
+    for block in objective.teacher.transformer_blocks:
+        block.register_forward_hook(lambda module, args, output: seen.append(output))
+    tokens = discriminator.tokens(of_student)
+    assert len(tokens) == len(seen) == len(discriminator.heads) == 2  # the model has two blocks
+    expected = torch.nn.functional.layer_norm(seen[1], seen[1].shape[-1:])
+    assert torch.equal(tokens[1][:, :, 1, 2], expected[:, tokens[1].shape[-1] + 2])
+
+
+def test_adversarial_losses_do_not_depend_on_micro_batches():
+    student, objective, discriminator = adversarial()
+    for head in discriminator.heads:
+        torch.nn.init.normal_(head[-1].weight)
+    batch = adversarial_batch(objective)
+    objective.loss(student, batch)
+    whole = discriminator(batch)
+    parts = []
+    for row in range(4):
+        part = {name: value[row : row + 1] for name, value in batch.items()}
+        objective.loss(student, part)
+        parts.append(discriminator(part))  # of the velocities, no jump
+    assert torch.allclose(whole, torch.cat(parts), rtol=1e-4)
