@@ -6,17 +6,16 @@ from conftest import tiny_transformer
 from torch.utils.data import default_collate
 
 from dit_hf.seeds import seeded_generator
-from dit_hf.training.discriminator import Discriminator
 from dit_hf.training.objectives import DistillationObjective
 
 
-def adversarial(**settings):
+def adversarial(**config):
     """A student, an adversarial objective from another model, and its discriminator."""
-    config = {"interval_embedding": True, "learn_sigma": False}
-    student, teacher = tiny_transformer(**config, seed=1).train(), tiny_transformer(**config)
-    objective = DistillationObjective(teacher, 0.5, guidance_scale=3.0, **({"adversarial_weight": 1.0} | settings))
+    student = tiny_transformer(interval_embedding=True, seed=1, **({"learn_sigma": False} | config)).train()
+    teacher = tiny_transformer(**({"learn_sigma": False} | config))
+    objective = DistillationObjective(teacher, 0.5, guidance_scale=3.0, adversarial_weight=1.0)
     torch.manual_seed(0)
-    return student, objective, Discriminator(objective)
+    return student, objective, objective.auxiliary_loss()
 
 
 def adversarial_batch(objective, count=4):
@@ -24,11 +23,14 @@ def adversarial_batch(objective, count=4):
     batch = {"x_start": torch.randn(count, 4, 8, 8, generator=generator), "label": torch.arange(count)}
     batch |= {"noise": torch.randn(count, 4, 8, 8, generator=generator), "time": objective.draw_time(count, generator)}
     batch |= {"drop": torch.zeros(count, dtype=torch.bool)}
-    return batch | default_collate([objective.draw_sample((4, 8, 8), generator) for _ in range(count)])
+    return batch | default_collate([objective.draw_sample((4, 8, 8), time, generator) for time in batch["time"]])
 
 
-def test_a_discriminator_learns_and_turns_its_gradient_around():
-    student, objective, discriminator = adversarial()
+@pytest.mark.parametrize(
+    "config", [{}, {"learn_sigma": True}, {"conditioning": "in_context"}, {"num_layers": 6}], ids=str
+)
+def test_a_discriminator_learns_and_teaches_the_student(config):
+    student, objective, discriminator = adversarial(**config)
     batch = adversarial_batch(objective)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-3)
     found = []
@@ -54,6 +56,17 @@ def test_a_discriminator_learns_and_turns_its_gradient_around():
         assert discriminator(batch).sum() > before + 1e-5
 
 
+def test_a_certain_discriminator_still_teaches_the_student():
+    student, objective, discriminator = adversarial()
+    for head in discriminator.heads:
+        torch.nn.init.normal_(head[-1].weight)
+        torch.nn.init.constant_(head[-1].bias, -5)
+    batch = adversarial_batch(objective)
+    objective.loss(student, batch)
+    discriminator(batch).sum().backward()
+    assert student.proj_out.weight.grad.abs().max() > 0
+
+
 def test_a_discriminator_sees_the_teachers_tokens_of_noisy_samples():
     student, objective, discriminator = adversarial()
     batch = adversarial_batch(objective)
@@ -61,7 +74,7 @@ def test_a_discriminator_sees_the_teachers_tokens_of_noisy_samples():
     ((rows, of_student, of_teacher),) = objective.ends
     jumps = objective.jumps(objective.points(batch).at(rows))
     level, noise = (batch[name][rows].transpose(0, 1).flatten(0, 1) for name in ("end_level", "end_noise"))
-    assert level.min() >= 0 and level.max() <= 0.6 and torch.equal(of_student.time, level)
+    assert level.min() >= 0 and level.max() <= 0.6 and level.median() < 0.3 and torch.equal(of_student.time, level)
     ends = jumps.noisy - jumps.time[:, None, None, None] * jumps.velocity
     assert torch.allclose(ends, ends[: len(rows)].repeat(4, 1, 1, 1), atol=1e-5)  # all jumps end in the sample
     level = level[:, None, None, None]

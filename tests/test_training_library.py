@@ -230,7 +230,7 @@ def test_a_folder_can_be_held_twice_by_one_process(tmp_path):
 def test_arguments_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match="`class_dropout_prob` is 0.1, but the transformer has no null class"):
         train(tmp_path, model={"class_dropout_prob": 0.0})
-    with pytest.raises(ValueError, match="`proj_coeff` is 0.5, but `auxiliary` has the weight 0.0"):
+    with pytest.raises(ValueError, match="An alignment head and a positive `proj_coeff` go together"):
         train(tmp_path, proj_coeff=0.5)
     with pytest.raises(ValueError, match="--total_batch_size 6 can't be split evenly over 2 processes"):
         check_batch(6, 2, 2)
@@ -265,8 +265,7 @@ def test_alignment_is_logged(tmp_path):
     latents.read = lambda indices, flipped: read(indices, flipped) | {"features": torch.ones(len(indices), 4, 2, 2)}
     transformer = tiny_transformer(sample_size=16, in_channels=8, learn_sigma=False)
     config = TrainingConfig(tmp_path, 4, max_train_steps=1, proj_coeff=0.5)
-    head = AlignmentHead(transformer, 1, 4, 0.5)
-    Trainer(config, transformer, latents, VelocityObjective(), auxiliary=head).train()
+    Trainer(config, transformer, latents, VelocityObjective(), alignment=AlignmentHead(transformer, 1, 4)).train()
     (line,) = read_log(tmp_path)
     assert 0 < line["alignment"] < 2
 

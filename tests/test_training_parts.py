@@ -185,7 +185,7 @@ def test_a_vision_model_with_buffers_of_its_own_measures_images(tmp_path):
 def test_alignment_teaches_a_block_the_features(name):
     transformer = tiny_design(name).train()
     torch.manual_seed(0)
-    head = AlignmentHead(transformer, 1, 6, 1.0)
+    head = AlignmentHead(transformer, 1, 6)
     features = torch.randn(3, 6, 4, 4)
     optimizer = torch.optim.Adam([*transformer.parameters(), *head.parameters()], lr=1e-3)
     found = []
@@ -204,7 +204,7 @@ def test_alignment_teaches_a_block_the_features(name):
     }
     assert touched == {"0"}  # later blocks learn nothing from it
     with pytest.raises(ValueError, match="depth is 3; the transformer has blocks 1 to 2"):
-        AlignmentHead(transformer, 3, 6, 1.0)
+        AlignmentHead(transformer, 3, 6)
 
 
 def test_samples_are_published_while_training_goes_on(workspace, tmp_path):

@@ -24,13 +24,11 @@ from ..training.batches import SeededBatches, check_batch
 from ..training.checkpointing import check_resumable
 from ..training.config import TrainingConfig
 from ..training.data import checksums, latent_size, open_latents, write_latents
-from ..training.discriminator import Discriminator
 from ..training.finetuning import record_guidance
 from ..training.model import (
     DEFAULT_RESOLUTION,
     check_architecture,
     check_prediction,
-    check_teacher,
     classes_of_adapters,
     image_resolution,
     load_vae,
@@ -50,6 +48,7 @@ from ..training.result import check_hub, logged_metrics, save_pipeline, training
 from ..training.running import local_share, lock_folder, run_on_main, start_accelerator
 from ..training.settings import check_resume, run_settings
 from ..training.speed import check_speed
+from ..training.teacher import check_teacher
 from ..training.trainer import Trainer
 from ..training.validation import HeldOutMetrics, Validation, check_sampling
 from .latents import image_data
@@ -89,16 +88,17 @@ class Training:
         set_seed(args.seed)
         pretrained = args.pretrained_model_name_or_path
         teacher = args.pretrained_teacher_model or pretrained
-        for source in {pretrained, teacher} - {None}:
+        sources = [source for source in dict.fromkeys((pretrained, teacher)) if source is not None]
+        for source in sources:
             check_architecture(source)
         self.model_class = trained_class(args.preset, args.transformer_config, pretrained)
         args.objective = choose_objective(args.objective, self.model_class.__name__)
         row = OBJECTIVES[args.objective]
         if row.needs_pretrained and pretrained is None:
             raise ValueError(
-                f"--objective {args.objective} needs --pretrained_model_name_or_path, the model to distil."
+                f"--objective {args.objective} needs --pretrained_model_name_or_path, the weights to start from."
             )
-        for source in {pretrained, teacher} - {None}:
+        for source in sources:
             check_prediction(source, row.kind)
         self.vae = load_vae(args.vae, pretrained, self.model_class)
         if not isinstance(self.vae, Pixels):  # these have nothing to compute
@@ -117,7 +117,7 @@ class Training:
         if args.lora_rank is not None:
             self.names, self.class_ids = classes_of_adapters(pretrained, self.data_classes)
         if row.needs_pretrained:
-            check_teacher(teacher, self.names, args.class_dropout_prob)
+            check_teacher(teacher, self.names, args.class_dropout_prob, self.model_class, self.vae)
         self.transformer = self.build_transformer()
         learn_sigma = self.transformer.config.get("learn_sigma", False)
         trained = training_scheduler(row.kind, learn_sigma, teacher)
@@ -140,14 +140,14 @@ class Training:
         return image_resolution(args.resolution, self.vae, source, size, default)
 
     @property
-    def size(self):
+    def latents_config(self):
         """What the transformer's config must have for the latents."""
         return {"sample_size": latent_size(self.vae, self.args.resolution), "in_channels": latent_channels(self.vae)}
 
     def build_transformer(self):
         """A model for the dataset's classes and the VAE's latents, new or from given weights."""
         args = self.args
-        size, kind = self.size, OBJECTIVES[args.objective].kind
+        size, kind = self.latents_config, OBJECTIVES[args.objective].kind
         if args.pretrained_model_name_or_path is not None:
             options = (args.class_dropout_prob, args.lora_rank, args.lora_alpha, args.freeze, kind.few_steps)
             return pretrained_transformer(args.pretrained_model_name_or_path, self.names, *options, **size)
@@ -161,8 +161,8 @@ class Training:
         args = self.args
         if args.pretrained_teacher_model is None:
             return None
-        options = {"interval_embedding": OBJECTIVES[args.objective].kind.few_steps, **self.size}
-        return pretrained_transformer(args.pretrained_teacher_model, self.names, args.class_dropout_prob, **options)
+        dropout = args.class_dropout_prob
+        return pretrained_transformer(args.pretrained_teacher_model, self.names, dropout, **self.latents_config)
 
     def check_objective(self):
         """Refuses or warns of what the objective does not go well with."""
@@ -268,8 +268,7 @@ class Training:
 
     def print_plan(self):
         """What the run would take."""
-        parts = (self.transformer, self.objective, self.config, self.accelerator)
-        plan = training_plan(*parts, Discriminator(self.objective) if self.objective.adversarial_weight else None)
+        plan = training_plan(self.transformer, self.objective, self.config, self.accelerator)
         self.accelerator.print(json.dumps(plan, indent=2))
 
     def trainer(self):
@@ -279,18 +278,15 @@ class Training:
             folder = args.output_dir / "latents"
             write_latents(accelerator, self.vae, self.data, self.reader, folder, self.encoder, args.shard_size)
             self.latents = self.open(folder)
-        latents, auxiliary = self.latents, None
+        latents, alignment = self.latents, None
         if args.proj_coeff:
-            head = (args.alignment_depth, latents.feature_dim, args.proj_coeff)
-            auxiliary = AlignmentHead(self.transformer, *head)
-        elif self.objective.adversarial_weight:
-            auxiliary = Discriminator(self.objective)
+            alignment = AlignmentHead(self.transformer, args.alignment_depth, latents.feature_dim)
         counts = zip(
             self.data_classes, latents.labels.bincount(minlength=len(self.data_classes)).tolist(), strict=True
         )
         accelerator.print(f"{len(latents.labels)} images: {', '.join(f'{name} {count}' for name, count in counts)}")
         parts = (self.config, self.transformer, latents, self.objective)
-        options = {"accelerator": accelerator, "class_ids": self.class_ids, "auxiliary": auxiliary}
+        options = {"accelerator": accelerator, "class_ids": self.class_ids, "alignment": alignment}
         return Trainer(*parts, **options, facts=self.facts, notes=vars(args))
 
     def run(self) -> int:

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from ..evaluation.extractors import EFFICIENTNET, VisionModel
 from ..evaluation.features import EfficientNetLite0
 from ..models import DiTTransformer2DModel
-from .auxiliary import AuxiliaryLoss
-from .objectives import Objective
+from .objectives import AuxiliaryLoss, Objective
 
 
 PROJECTOR_WIDTH = 1024
@@ -93,7 +92,6 @@ class AlignmentHead(AuxiliaryLoss):
         transformer (`DiTTransformer2DModel`): Its block gets a hook; nothing else of it changes.
         depth (`int`): The block, counted from 1.
         feature_dim (`int`): F.
-        weight (`float`): Factor of the loss, `proj_coeff`.
 
     Raises:
         ValueError: if the transformer has no such block.
@@ -101,9 +99,8 @@ class AlignmentHead(AuxiliaryLoss):
 
     name: ClassVar[str] = "alignment"
 
-    def __init__(self, transformer: DiTTransformer2DModel, depth: int, feature_dim: int, weight: float):
+    def __init__(self, transformer: DiTTransformer2DModel, depth: int, feature_dim: int):
         super().__init__()
-        self.weight = weight
         check_depth(transformer, depth)
         self.grid = 2 * (transformer.config.sample_size // transformer.config.patch_size,)
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim

@@ -129,7 +129,7 @@ def draw_batch(
 
     Returns:
         `dict[str, torch.Tensor]`: `x_start` and `noise` of shape `(B, C, h, w)`; `time`, `label`, `drop` (bool)
-        and `progress` with first dimension B; `features` if the latents have them; what the objective draws else.
+        and `progress` with first dimension B; `features` if the latents have them; whatever else the objective draws.
     """
     indices, generator = batches.indices(step), batches.generator(step)
     count = len(indices)
@@ -148,7 +148,7 @@ def draw_batch(
             torch.randn(posterior_noise[row].shape, generator=source, out=posterior_noise[row])
         else:
             posterior_noise[row] = 0
-        others.append(objective.draw_sample(mean.shape[1:], source))
+        others.append(objective.draw_sample(mean.shape[1:], time[place], source))
     batch = {"x_start": mean + std * posterior_noise, "noise": noise, **default_collate(others)}
     batch |= {"time": time[process_slice], "drop": dropped[process_slice]}
     return read | batch | {"progress": torch.full((len(mean),), progress)}

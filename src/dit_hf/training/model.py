@@ -399,30 +399,13 @@ def classes_of_adapters(pretrained_model_name_or_path: str | Path, names: list[s
     Raises:
         ValueError: if the pipeline lacks a class of the data.
     """
-    ids = _known_classes(pretrained_model_name_or_path, names, "and adapters can't add one; omit --lora_rank.")
+    ids = known_classes(pretrained_model_name_or_path, names, "and adapters can't add one; omit --lora_rank.")
     known = class_names(pretrained_model_name_or_path)
     return [known[key] for key in sorted(known)], torch.tensor(ids)
 
 
-def check_teacher(pretrained_model_name_or_path: str | Path, names: list[str], class_dropout_prob: float) -> None:
-    """
-    Checks that a model to distil was trained on all classes that it will teach.
-
-    Args:
-        pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id of a pipeline.
-        names (`list[str]`): The data's class names, by id.
-        class_dropout_prob (`float`): Of the new model; above 0 it has a null class.
-
-    Raises:
-        ValueError: if the pipeline lacks a class of the data, or the null class.
-    """
-    _known_classes(pretrained_model_name_or_path, names, "so it can't be distilled; fine-tune it on the data first.")
-    if class_dropout_prob > 0 and not transformer_config(pretrained_model_name_or_path).get("class_dropout_prob"):
-        raise ValueError(f"{pretrained_model_name_or_path} has no null class to distil; pass --class_dropout_prob 0.")
-
-
-def _known_classes(pretrained_model_name_or_path, names, consequence):
-    """The ids that a pipeline has for these names."""
+def known_classes(pretrained_model_name_or_path, names, consequence):
+    """The ids that a pipeline has for these names; `ValueError`, which ends with the consequence, if it lacks one."""
     ids = match_names(names, class_names(pretrained_model_name_or_path))
     if None in ids:
         raise ValueError(f"{pretrained_model_name_or_path} has no class {names[ids.index(None)]!r}, {consequence}")

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from ..models import DiTTransformer2DModel
-from .auxiliary import AuxiliaryLoss
 from .config import TrainingConfig
 from .finetuning import parameter_groups
+from .objectives import AuxiliaryLoss
 
 
 def build_optimizer(

@@ -11,7 +11,6 @@ from torch.utils.data import default_collate
 
 from ..complexity import count_macs
 from ..models import DiTTransformer2DModel
-from .auxiliary import AuxiliaryLoss
 from .config import TrainingConfig
 from .objectives import Objective
 from .speed import prepare_teacher
@@ -22,7 +21,6 @@ def training_plan(
     objective: Objective,
     config: TrainingConfig,
     accelerator: Accelerator,
-    auxiliary: AuxiliaryLoss | None = None,
 ) -> dict[str, Any]:
     """
     Size, compute, memory that is taken from the first step, and hours by three timed steps on random latents.
@@ -32,7 +30,6 @@ def training_plan(
         objective (`Objective`): Its loss.
         config (`TrainingConfig`): Batch size, micro-batches and number of steps.
         accelerator (`accelerate.Accelerator`): Device and precision.
-        auxiliary (`AuxiliaryLoss`, *optional*): Timed as well.
 
     Returns:
         `dict`: to print as JSON.
@@ -41,8 +38,8 @@ def training_plan(
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     wrapped = accelerator.prepare(transformer)
-    weight = 0.0 if auxiliary is None else auxiliary.weight
-    auxiliary = None if auxiliary is None else accelerator.prepare(auxiliary)
+    auxiliary = objective.auxiliary_loss()
+    head = None if auxiliary is None else accelerator.prepare(auxiliary)
     if objective.teacher is not None:
         prepare_teacher(objective.teacher, replace(config, compile_blocks=False), accelerator)
     count = config.total_batch_size // accelerator.num_processes // config.gradient_accumulation_steps
@@ -52,15 +49,15 @@ def training_plan(
     batch |= {"label": torch.zeros(count, dtype=torch.int64), "progress": torch.zeros(count)}
     if transformer.config.class_dropout_prob > 0:
         batch["drop"] = torch.zeros(count, dtype=torch.bool)
-    others = [objective.draw_sample(latents.shape[2:], torch.Generator()) for _ in range(count)]
+    others = [objective.draw_sample(latents.shape[2:], time, torch.Generator()) for time in batch["time"]]
     batch = {name: values.to(accelerator.device) for name, values in {**batch, **default_collate(others)}.items()}
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
         for _ in range(config.gradient_accumulation_steps):
             loss = objective.loss(wrapped, batch).mean()
-            if auxiliary is not None:
-                loss = loss + weight * auxiliary(batch).mean()
+            if auxiliary is not None and head is not None:
+                loss = loss + auxiliary.weight * head(batch).mean()
             accelerator.backward(loss)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize(accelerator.device)

@@ -26,7 +26,7 @@ from .validation import grid_path, plot_losses
 ON_CARD = (
     *("dataset_name", "train_data_dir", "holdout", "resolution", "recipe", "objective", "time_sampling", "snr_gamma"),
     *("flow_matching_ratio", "target_guidance_scale", "target_guidance_mix", "target_guidance_start"),
-    *("target_guidance_end", "target_guided", "adversarial_weight"),
+    *("target_guidance_end", "target_guided", "pretrained_teacher_model", "adversarial_weight"),
     *("cosine_loss", "proj_coeff", "alignment_encoder", "alignment_depth", "max_train_steps", "total_batch_size"),
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta2", "weight_decay", "ema_decay", "ema_warmup"),
     *("class_dropout_prob", "flip_probability", "balance_classes", "mixed_precision", "seed"),
@@ -61,6 +61,8 @@ def training_facts(
     recipe = {name: settings[name] for name in ON_CARD if settings.get(name) is not None and name not in of_others}
     if not settings.get("holdout"):
         recipe.pop("holdout", None)
+    if not settings.get("adversarial_weight"):
+        recipe.pop("adversarial_weight", None)
     if not settings.get("proj_coeff"):
         recipe = {name: value for name, value in recipe.items() if not name.startswith("alignment_")}
     recipe["steps skipped by the guard"] = skipped

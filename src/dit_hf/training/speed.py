@@ -63,6 +63,8 @@ def prepare_teacher(teacher: PackagedModel, config: TrainingConfig, accelerator:
         accelerator (`accelerate.Accelerator`): Device, and precision by its autocast.
     """
     teacher.to(accelerator.device)
+    if config.gradient_checkpointing:
+        teacher.enable_gradient_checkpointing()
     speed_up(teacher, replace(config, float8=False), accelerator.device, accelerator.mixed_precision)
     teacher.forward = accelerator.autocast()(teacher.forward)
 

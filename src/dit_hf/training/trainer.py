@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..models import DiTTransformer2DModel
-from .alignment import check_alignment
-from .auxiliary import AuxiliaryLoss
+from .alignment import AlignmentHead, check_alignment
 from .batches import SeededBatches, check_batch, draw_batch
 from .best import BestCheckpoint
 from .checkpointing import list_checkpoints, load_checkpoint, resume_from, save_checkpoint
@@ -29,7 +28,7 @@ from .config import TrainingConfig
 from .ema import PowerAverages, WeightAverage
 from .finetuning import record_guidance
 from .guard import LossGuard, TrainingStopped, check_losses
-from .objectives import Objective
+from .objectives import AuxiliaryLoss, Objective
 from .optimizer import build_optimizer
 from .prefetch import Prefetcher
 from .records import append_record, begin, read_losses, record_settings, truncate_log
@@ -61,8 +60,7 @@ class Trainer:
         accelerator (`accelerate.Accelerator`, *optional*): From [`start_accelerator`].
         class_ids (`torch.Tensor` of shape `(classes,)`, int64, *optional*):
             The model's id of each of the data's classes; the same ids if not given.
-        auxiliary (`AuxiliaryLoss`, *optional*):
-            Added to the loss: an [`AlignmentHead`] of weight `config.proj_coeff`, or a [`Discriminator`].
+        alignment (`AlignmentHead`, *optional*): Adds REPA's loss, weighted by `config.proj_coeff`.
         facts (`Mapping`, *optional*):
             What else a resumed run must have in common with this one, as JSON values; `latents` is the fingerprint of
             the data, if the data have no fingerprint.
@@ -81,7 +79,7 @@ class Trainer:
         *,
         accelerator: Accelerator | None = None,
         class_ids: torch.Tensor | None = None,
-        auxiliary: AuxiliaryLoss | None = None,
+        alignment: AlignmentHead | None = None,
         facts: Mapping[str, Any] | None = None,
         notes: Mapping[str, Any] | None = None,
     ):
@@ -95,11 +93,8 @@ class Trainer:
                 f"`class_dropout_prob` is {config.class_dropout_prob}, but the transformer has no null class; build "
                 "it with a positive `class_dropout_prob`, or train with 0."
             )
-        given = 0.0 if auxiliary is None else auxiliary.weight
-        needed = config.proj_coeff or objective.adversarial_weight
-        if given != needed:
-            name = "adversarial_weight" if objective.adversarial_weight else "proj_coeff"
-            raise ValueError(f"`{name}` is {needed}, but `auxiliary` has the weight {given}; pass one of this weight.")
+        if (alignment is not None) != (config.proj_coeff > 0):
+            raise ValueError("An alignment head and a positive `proj_coeff` go together; pass both or neither.")
         check_alignment(objective, config.proj_coeff)
         record_guidance(transformer, objective.guidance_in_weights)
         self.class_ids = class_ids
@@ -120,7 +115,10 @@ class Trainer:
                 f"--max_train_steps {config.max_train_steps}."
             )
         self.settings = {**(notes or {}), **settings}
-        self._prepare(transformer, auxiliary)
+        if alignment is not None:
+            alignment.weight = config.proj_coeff
+        self.auxiliary: AuxiliaryLoss | None = alignment or objective.auxiliary_loss()
+        self._prepare(transformer)
         metric = config.metric_for_best_model
         self.best = BestCheckpoint(self.accelerator, self.output_dir, metric, config.greater_is_better)
         self.metrics: dict[str, float] = {}
@@ -129,7 +127,7 @@ class Trainer:
         self._unread: list[tuple[int, torch.Tensor, torch.Tensor, dict[str, float]]] = []
         self._started = time.time()
 
-    def _prepare(self, transformer, auxiliary):
+    def _prepare(self, transformer):
         """Wraps what is trained with accelerate, and collects all state for the checkpoints."""
         config, accelerator = self.config, self.accelerator
         transformer.to(accelerator.device).train()
@@ -138,13 +136,15 @@ class Trainer:
         speed_up(transformer, config, accelerator.device, accelerator.mixed_precision)
         if self.objective.teacher is not None:
             prepare_teacher(self.objective.teacher, config, accelerator)
-        self.auxiliary = None if auxiliary is None else auxiliary.to(accelerator.device)
+        if self.auxiliary is not None:
+            self.auxiliary.to(accelerator.device)
         optimizer = build_optimizer(config, transformer, self.auxiliary)
         steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
         self.schedule = get_scheduler(config.lr_scheduler, optimizer, **steps)
         self.wrapped, self.optimizer = accelerator.prepare(transformer, optimizer)
+        self.modules = [self.wrapped]
         if self.auxiliary is not None:
-            self.auxiliary = accelerator.prepare(self.auxiliary)
+            self.modules.append(accelerator.prepare(self.auxiliary))
         self.transformer = accelerator.unwrap_model(self.wrapped, keep_torch_compile=False)
         is_cuda = accelerator.device.type == "cuda"  # others may have no double precision
         self.guard = LossGuard(config.on_spike, device=accelerator.device if is_cuda else "cpu")
@@ -327,8 +327,7 @@ class Trainer:
     def _step(self, step, batch):
         """One optimizer step, unless the guard finds it bad; nothing here waits for the device that need not."""
         losses = self.backward(batch)
-        modules = (self.wrapped, *(() if self.auxiliary is None else (self.auxiliary,)))
-        parameters = [parameter for module in modules for parameter in module.parameters()]
+        parameters = [parameter for module in self.modules for parameter in module.parameters()]
         gradient_norm = torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
         gradient_norm = gradient_norm.full_tensor() if isinstance(gradient_norm, DTensor) else gradient_norm
         measured = self.guard.measure(losses[0], gradient_norm)
@@ -361,7 +360,7 @@ class Trainer:
         for step, (loss, auxiliary), row, others in zip(steps, losses, measured, facts, strict=True):
             record = {"step": step, "loss": loss}
             if self.auxiliary is not None:
-                record[self.accelerator.unwrap_model(self.auxiliary).name] = auxiliary
+                record[self.auxiliary.name] = auxiliary
             try:
                 verdict = self.guard.verdict(step, row)
             except TrainingStopped:
@@ -390,19 +389,20 @@ class Trainer:
         accelerator, count = self.accelerator, len(batch["label"])
         micro = count // self.config.gradient_accumulation_steps
         totals = torch.zeros(2, device=accelerator.device)
-        weight = self.config.proj_coeff or self.objective.adversarial_weight
         for start in range(0, count, micro):
             part = {
                 name: values[start : start + micro].to(accelerator.device, non_blocking=True)
                 for name, values in batch.items()
             }
-            with nullcontext() if start + micro == count else accelerator.no_sync(self.wrapped):
+            with ExitStack() as unsynced:
+                for module in self.modules if start + micro < count else ():
+                    unsynced.enter_context(accelerator.no_sync(module))
                 loss = self.objective.loss(self.wrapped, part).sum() / count
                 totals[0] += loss.detach()
                 if self.auxiliary is not None:
-                    auxiliary = self.auxiliary(part).sum() / count
+                    auxiliary = self.modules[1](part).sum() / count
                     totals[1] += auxiliary.detach()
-                    loss = loss + weight * auxiliary
+                    loss = loss + self.auxiliary.weight * auxiliary
                 accelerator.backward(loss)
         return accelerator.reduce(totals, "mean")
 

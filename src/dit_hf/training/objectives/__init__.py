@@ -4,6 +4,7 @@ An objective is an object with the interface of [`Objective`]. A new one is a su
 row of [`OBJECTIVES`]; `Trainer` takes any instance.
 """
 
+from .auxiliary import AuxiliaryLoss
 from .base import Objective
 from .diffusion import EpsilonObjective, MinSNR
 from .distillation import DistillationObjective
@@ -17,6 +18,7 @@ __all__ = [
     "GUIDED",
     "OBJECTIVES",
     "TIME_SAMPLERS",
+    "AuxiliaryLoss",
     "ClampedVelocityObjective",
     "DistillationObjective",
     "EpsilonObjective",

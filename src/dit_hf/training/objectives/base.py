@@ -11,6 +11,7 @@ import torch
 
 from ...models import DiTTransformer2DModel
 from ...schedulers import SchedulerRecipe
+from .auxiliary import AuxiliaryLoss
 
 
 class Objective(ABC):
@@ -26,9 +27,7 @@ class Objective(ABC):
         transformer_config (`dict`): Other arguments of a new model.
         few_steps (`bool`): Whether the model samples in one or two steps.
         teacher (`DiTTransformer2DModel`, *optional*): A frozen network that the loss evaluates.
-        adversarial_weight (`float`): Factor of the loss of a [`Discriminator`], which goes to the trainer; 0 is none.
         forward_mode (`bool`): Whether the loss takes a forward-mode derivative of the model.
-        loss_falls (`bool`): Whether the value of the loss falls as the model learns.
     """
 
     name: ClassVar[str]
@@ -38,9 +37,12 @@ class Objective(ABC):
     transformer_config: ClassVar[dict[str, Any]] = {}
     few_steps: ClassVar[bool] = False
     teacher: DiTTransformer2DModel | None = None
-    adversarial_weight: float = 0.0
     forward_mode: ClassVar[bool] = False
-    loss_falls: ClassVar[bool] = True
+
+    @property
+    def loss_falls(self) -> bool:
+        """Whether the value of the loss falls as the model learns."""
+        return True
 
     @property
     def guidance_in_weights(self) -> bool | str:
@@ -60,18 +62,25 @@ class Objective(ABC):
             `torch.Tensor` whose first dimension is B.
         """
 
-    def draw_sample(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def draw_sample(
+        self, shape: tuple[int, ...], time: torch.Tensor, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
         """
-        Draws what else the loss of one sample needs.
+        Draws further random inputs of one sample's loss.
 
         Args:
             shape (`tuple[int, ...]`): Of its latents, `(C, h, w)`.
+            time (`torch.Tensor`): The sample's row of `draw_time`.
             generator (`torch.Generator`): On the CPU.
 
         Returns:
-            `dict[str, torch.Tensor]`: for the batch, which stacks these of all samples.
+            `dict[str, torch.Tensor]`: for the batch, which stacks those of all samples.
         """
         return {}
+
+    def auxiliary_loss(self) -> AuxiliaryLoss | None:
+        """A new auxiliary loss that belongs to the objective, if there is one."""
+        return None
 
     @abstractmethod
     def add_noise(self, x_start: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:

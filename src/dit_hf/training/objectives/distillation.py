@@ -14,6 +14,9 @@ from ...data.fingerprints import checksum
 from ...models import DiTTransformer2DModel
 from ...schedulers import SchedulerRecipe, make_scheduler, trained_options
 from ..config import WEIGHT
+from ..finetuning import drop_interval
+from .auxiliary import AuxiliaryLoss
+from .discriminator import Discriminator
 from .flow import NUM_TRAIN_TIMESTEPS
 from .flow_maps import FlowMap, Points
 from .times import LogitNormal
@@ -34,8 +37,8 @@ class DistillationObjective(FlowMap):
     0.5 and 0.25 of this trajectory to its end: x_0 = x_t - t·u. With the other samples of a batch it learns the
     teacher's velocity, without guidance, so it remains a velocity model for any scheduler and guidance scale.
 
-    Squared errors make the ends of long jumps soft. With `adversarial_weight` a [`Discriminator`] compares these ends,
-    with noise added again, with the teacher's samples.
+    Squared errors blur the ends of long jumps. With an `adversarial_weight` a [`Discriminator`] learns to tell them
+    from the teacher's samples, and the jumps learn to look like these.
 
     Args:
         teacher (`DiTTransformer2DModel`): The velocity model; it is copied.
@@ -62,7 +65,9 @@ class DistillationObjective(FlowMap):
     name: ClassVar[str] = "distillation"
     sampler: ClassVar[SchedulerRecipe] = "flow_lcm"
     # Of the last loss, for the discriminator: which samples are trajectories, and the noisy ends of their jumps.
-    ends: list[tuple[torch.Tensor, Points, Points]] = field(default_factory=list, repr=False, compare=False)
+    ends: list[tuple[torch.Tensor, Points, Points]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,12 +80,19 @@ class DistillationObjective(FlowMap):
             raise ValueError(
                 f"The guidance scale of the target is {self.guidance_scale}, but the model to distil {reason}; pass 1."
             )
-        object.__setattr__(self, "teacher", copy.deepcopy(self.teacher).eval().requires_grad_(False))
+        teacher = drop_interval(self.teacher) if config.interval_embedding else copy.deepcopy(self.teacher)
+        teacher.register_to_config(guidance_in_weights=config.guidance_in_weights)
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
 
     @property
     def guidance_in_weights(self) -> bool | str:
         """`"jumps"` if the teacher is guided by its scale, which the velocity is not; `True` if by its weights."""
         return "jumps" if self.guidance_scale != 1 else self.teacher.config.guidance_in_weights is True
+
+    @property
+    def loss_falls(self) -> bool:
+        """Whether the squared error falls: not if the jumps have to look like samples, which may be farther away."""
+        return not self.adversarial_weight
 
     def settings(self) -> dict[str, Any]:
         """All fields, those of guidance under the names of their flags, and the steps; of the teacher a checksum."""
@@ -91,6 +103,7 @@ class DistillationObjective(FlowMap):
             "jumps": JUMPS,
             "shift": float(self.shift),
             "adversarial_weight": float(self.adversarial_weight),
+            "max_end_level": MAX_END_LEVEL,
             "flow_matching_ratio": float(self.flow_matching_ratio),
             "target_guidance_scale": float(self.guidance_scale),
             "target_guidance_start": float(self.guidance_start),
@@ -104,12 +117,21 @@ class DistillationObjective(FlowMap):
         times = torch.stack([time, time], dim=1)
         return torch.where(self.is_velocity(count)[:, None], times, torch.tensor([1.0, 0.0]))
 
-    def draw_sample(self, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Noise for the ends of the jumps, `(J, C, h, w)`, and its level for each of them, `(J,)`."""
+    def draw_sample(
+        self, shape: tuple[int, ...], time: torch.Tensor, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Noise for the ends of a trajectory's jumps, `(J, C, h, w)`, and its level for each, `(J,)`; 0 for others."""
         if not self.adversarial_weight:
             return {}
-        level = MAX_END_LEVEL * torch.rand(JUMPS, generator=generator).square()
-        return {"end_level": level, "end_noise": torch.randn((JUMPS, *shape), generator=generator)}
+        level, noise = torch.zeros(JUMPS), torch.zeros(JUMPS, *shape)
+        if time[1] < time[0]:
+            torch.rand(JUMPS, generator=generator, out=level).square_().mul_(MAX_END_LEVEL)
+            torch.randn(noise.shape, generator=generator, out=noise)
+        return {"end_level": level, "end_noise": noise}
+
+    def auxiliary_loss(self) -> AuxiliaryLoss | None:
+        """A new [`Discriminator`], if it has a weight."""
+        return Discriminator(self) if self.adversarial_weight else None
 
     def loss(self, transformer: Callable[..., Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """
@@ -178,12 +200,18 @@ class DistillationObjective(FlowMap):
             parts.append(replace(start, noisy=point, time=time, until=torch.zeros_like(time), velocity=velocity))
         return Points.cat(parts)
 
+    def predict_teacher(self, points: Points) -> torch.Tensor:
+        """The output of the teacher, which has one time; `(B, C, h, w)`."""
+        time = self.timestep(points.time)
+        output = self.teacher(points.noisy, time, points.label, force_drop_ids=points.drop, return_dict=False)[0]
+        return output[:, : points.noisy.shape[1]].float()
+
     @torch.no_grad()
     def teacher_velocity(self, points: Points, is_guided: bool) -> torch.Tensor:
         """The teacher's velocity at points, `(B, C, h, w)`."""
         if not is_guided:
-            return self.predict(self.teacher, points).float()
+            return self.predict_teacher(points)
         keep = torch.zeros_like(points.label, dtype=torch.bool) if points.drop is None else points.drop
         both = Points.cat([replace(points, drop=keep), replace(points, drop=torch.ones_like(keep))])
-        conditional, unconditional = self.predict(self.teacher, both).float().chunk(2)
+        conditional, unconditional = self.predict_teacher(both).chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)

@@ -325,7 +325,7 @@ class SoFlowObjective(FlowMapObjective):
     last_step: float = 0.002
     power: float = 1.0
     name: ClassVar[str] = "soflow"
-    loss_falls: ClassVar[bool] = False  # the rate of change is of an ever shorter distance
+    loss_falls = False  # the rate of change is of an ever shorter distance
     sampler: ClassVar[SchedulerRecipe] = "flow_lcm"
 
     def draw_time(self, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -59,7 +59,8 @@ def _build_soflow(scheduler, transformer, solution_steps, **flags):
 
 def _build_distillation(scheduler, teacher, adversarial_weight, **flags):
     options = {"shift": scheduler.config.shift, "adversarial_weight": adversarial_weight}
-    return DistillationObjective(teacher, *(flags[flag] for flag in DISTILLATION_FLAGS[:-1]), **options)
+    in_order = (flags[flag] for flag in DISTILLATION_FLAGS if flag != "adversarial_weight")
+    return DistillationObjective(teacher, *in_order, **options)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A loss beside that of the objective, with parameters of its own that are trained along.
+"""An auxiliary loss with its own trainable parameters, added to the objective's.
 
 Shapes: `B` samples.
 """
@@ -12,15 +12,15 @@ import torch.nn as nn
 
 class AuxiliaryLoss(nn.Module, ABC):
     """
-    What [`Trainer`] adds to the objective's loss; it is prepared, optimized and saved with the transformer.
+    What [`Trainer`] adds to the objective's loss. It is prepared, optimized and saved with the transformer.
 
     Attributes:
-        name (`str`): Of its value in the log.
+        name (`str`): Key of the value in the log.
         weight (`float`): Factor of the loss.
     """
 
     name: ClassVar[str]
-    weight: float
+    weight: float = 1.0
 
     @abstractmethod
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
