@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_transformer
+from testing_utils.training_runs import train
 from torch.utils.data import default_collate
 
 from dit_hf.seeds import seeded_generator
@@ -103,3 +104,15 @@ def test_adversarial_losses_do_not_depend_on_micro_batches():
         objective.loss(student, part)
         parts.append(discriminator(part))  # of the velocities, no jump
     assert torch.allclose(whole, torch.cat(parts), rtol=1e-4)
+
+
+def test_the_heads_depend_on_the_seed_of_the_run_alone(tmp_path):
+    model = {"interval_embedding": True}
+    teacher = tiny_transformer(sample_size=16, in_channels=8, learn_sigma=False, **model)
+    heads = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        objective = DistillationObjective(teacher, 0.5, adversarial_weight=1.0)
+        trainer = train(tmp_path / str(seed), objective, model=model, max_train_steps=1)
+        heads.append(torch.cat([weight.flatten() for weight in trainer.auxiliary.parameters()]))
+    assert torch.equal(*heads)

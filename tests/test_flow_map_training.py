@@ -391,9 +391,12 @@ def test_a_separate_teacher_is_checked(flow_flags, workspace, tmp_path, monkeypa
     change("vae/config.json", scaling_factor=0.5)
     assert "has another autoencoder than the new model" in refused(command, monkeypatch, capsys)
     change("scheduler/scheduler_config.json", prediction_type="epsilon", _class_name="DDPMScheduler")
-    assert "teacher predicts epsilon" in refused(command, monkeypatch, capsys)
+    assert "teacher predicts epsilon; only a velocity model can be distilled" in refused(command, monkeypatch, capsys)
     assert not (tmp_path / "run").exists()
     change("scheduler/scheduler_config.json", shift=3.0)
+    index = json.loads((teacher / "model_index.json").read_text()) | {"vae": [None, None]}
+    (teacher / "model_index.json").write_text(json.dumps(index))  # as converted without one
+    shutil.rmtree(teacher / "vae")
     run(command)
     settings = json.loads((tmp_path / "run" / SETTINGS_FILE).read_text())
     assert settings["shift"] == 3.0
@@ -565,6 +568,12 @@ def test_distillation_checks_what_it_is_given():
     model.register_to_config(guidance_in_weights="jumps")
     assert DistillationObjective(model).guidance_in_weights is False  # its velocity is not guided
     model.register_to_config(guidance_in_weights=True)
+    adapted = tiny_transformer(interval_embedding=True, learn_sigma=False)
+    add_lora(adapted, 2, 2)
+    objective = DistillationObjective(adapted)
+    assert "base_layer" not in " ".join(objective.teacher.state_dict()) and adapted.peft_config
+    half = tiny_transformer(interval_embedding=True, learn_sigma=False).to(torch.bfloat16)
+    assert DistillationObjective(half).teacher.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="has guidance in its weights; pass 1"):
         DistillationObjective(model, guidance_scale=2.0)
 

@@ -48,7 +48,7 @@ from ..training.result import check_hub, logged_metrics, save_pipeline, training
 from ..training.running import local_share, lock_folder, run_on_main, start_accelerator
 from ..training.settings import check_resume, run_settings
 from ..training.speed import check_speed
-from ..training.teacher import check_teacher
+from ..training.teacher import check_autoencoder, check_teacher
 from ..training.trainer import Trainer
 from ..training.validation import HeldOutMetrics, Validation, check_sampling
 from .latents import image_data
@@ -98,8 +98,8 @@ class Training:
             raise ValueError(
                 f"--objective {args.objective} needs --pretrained_model_name_or_path, the weights to start from."
             )
-        for source in sources:
-            check_prediction(source, row.kind)
+        if pretrained is not None:
+            check_prediction(pretrained, row.kind)
         self.vae = load_vae(args.vae, pretrained, self.model_class)
         if not isinstance(self.vae, Pixels):  # these have nothing to compute
             self.vae.to(accelerator.device)
@@ -117,7 +117,9 @@ class Training:
         if args.lora_rank is not None:
             self.names, self.class_ids = classes_of_adapters(pretrained, self.data_classes)
         if row.needs_pretrained:
-            check_teacher(teacher, self.names, args.class_dropout_prob, self.model_class, self.vae)
+            check_teacher(teacher, self.names, args.class_dropout_prob, self.model_class)
+        if args.pretrained_teacher_model is not None:
+            check_autoencoder(teacher, self.vae)
         self.transformer = self.build_transformer()
         learn_sigma = self.transformer.config.get("learn_sigma", False)
         trained = training_scheduler(row.kind, learn_sigma, teacher)

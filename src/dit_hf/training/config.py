@@ -174,4 +174,4 @@ MAY_CHANGE = tuple(entry.name for entry in fields(TrainingConfig) if entry.metad
 # What a setting is that the record of an older run does not have.
 DEFAULTS: dict[str, Any] = {
     entry.name: entry.default for entry in fields(TrainingConfig) if entry.default is not MISSING
-} | {"adversarial_weight": 0.0}
+}

@@ -1,8 +1,10 @@
 """A pretrained model for other classes than it was trained on."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -141,10 +143,13 @@ def drop_interval(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
     """
     velocity_model = type(model).from_config(model.config, interval_embedding=False, guidance_in_weights=False)
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith("interval_embed.")}
-    added = model._embed_time(model.interval_embed, torch.zeros(1), 1)[0]
-    weights["time_embed.linear_2.bias"] = weights["time_embed.linear_2.bias"] + added
+    embed: Any = copy.deepcopy(model.interval_embed)
+    embed.double()  # the same bits on every machine
+    added = model._embed_time(embed, torch.zeros(1, dtype=torch.float64, device=model.device), 1)[0]
+    bias = weights["time_embed.linear_2.bias"]
+    weights["time_embed.linear_2.bias"] = (bias.double() + added).to(bias.dtype)
     velocity_model.load_state_dict(weights)
-    return velocity_model.train(model.training)
+    return velocity_model.to(model.device, model.dtype).train(model.training)
 
 
 def record_guidance(model: PackagedModel, guidance_in_weights: bool | str) -> None:

@@ -17,10 +17,7 @@ from .speed import prepare_teacher
 
 
 def training_plan(
-    transformer: DiTTransformer2DModel,
-    objective: Objective,
-    config: TrainingConfig,
-    accelerator: Accelerator,
+    transformer: DiTTransformer2DModel, objective: Objective, config: TrainingConfig, accelerator: Accelerator
 ) -> dict[str, Any]:
     """
     Size, compute, memory that is taken from the first step, and hours by three timed steps on random latents.
@@ -39,7 +36,7 @@ def training_plan(
         transformer.enable_gradient_checkpointing()
     wrapped = accelerator.prepare(transformer)
     auxiliary = objective.auxiliary_loss()
-    head = None if auxiliary is None else accelerator.prepare(auxiliary)
+    weight, head = (0.0, None) if auxiliary is None else (auxiliary.weight, accelerator.prepare(auxiliary))
     if objective.teacher is not None:
         prepare_teacher(objective.teacher, replace(config, compile_blocks=False), accelerator)
     count = config.total_batch_size // accelerator.num_processes // config.gradient_accumulation_steps
@@ -56,8 +53,8 @@ def training_plan(
         started = time.perf_counter()
         for _ in range(config.gradient_accumulation_steps):
             loss = objective.loss(wrapped, batch).mean()
-            if auxiliary is not None and head is not None:
-                loss = loss + auxiliary.weight * head(batch).mean()
+            if head is not None:
+                loss = loss + weight * head(batch).mean()
             accelerator.backward(loss)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize(accelerator.device)

@@ -115,9 +115,13 @@ class Trainer:
                 f"--max_train_steps {config.max_train_steps}."
             )
         self.settings = {**(notes or {}), **settings}
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(config.seed)
+            self.auxiliary: AuxiliaryLoss | None = objective.auxiliary_loss()
         if alignment is not None:
-            alignment.weight = config.proj_coeff
-        self.auxiliary: AuxiliaryLoss | None = alignment or objective.auxiliary_loss()
+            if self.auxiliary is not None:
+                raise ValueError(f"{objective.name} has an auxiliary loss already; omit the alignment.")
+            alignment.weight, self.auxiliary = config.proj_coeff, alignment
         self._prepare(transformer)
         metric = config.metric_for_best_model
         self.best = BestCheckpoint(self.accelerator, self.output_dir, metric, config.greater_is_better)

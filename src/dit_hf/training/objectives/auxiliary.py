@@ -20,7 +20,7 @@ class AuxiliaryLoss(nn.Module, ABC):
     """
 
     name: ClassVar[str]
-    weight: float = 1.0
+    weight: float
 
     @abstractmethod
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -25,7 +25,7 @@ class Objective(ABC):
         sampler (`str`): Recipe of `make_scheduler` that samples a model trained with this objective.
         learn_sigma (`bool`): Whether a new model also predicts its variance.
         transformer_config (`dict`): Other arguments of a new model.
-        few_steps (`bool`): Whether the model samples in one or two steps.
+        few_steps (`bool`): Whether the model samples in one to four steps.
         teacher (`DiTTransformer2DModel`, *optional*): A frozen network that the loss evaluates.
         forward_mode (`bool`): Whether the loss takes a forward-mode derivative of the model.
     """

@@ -41,7 +41,7 @@ class DistillationObjective(FlowMap):
     from the teacher's samples, and the jumps learn to look like these.
 
     Args:
-        teacher (`DiTTransformer2DModel`): The velocity model; it is copied.
+        teacher (`DiTTransformer2DModel`): A velocity model, or a flow map, whose velocity is taken; it is copied.
         flow_matching_ratio (`float`, defaults to 0.75):
             Fraction of samples with the velocity as target. The others are trajectories, with four jumps each.
         guidance_scale (`float`, defaults to 1.0): Of the teacher; 1 is no guidance.
@@ -80,8 +80,13 @@ class DistillationObjective(FlowMap):
             raise ValueError(
                 f"The guidance scale of the target is {self.guidance_scale}, but the model to distil {reason}; pass 1."
             )
-        teacher = drop_interval(self.teacher) if config.interval_embedding else copy.deepcopy(self.teacher)
-        teacher.register_to_config(guidance_in_weights=config.guidance_in_weights)
+        teacher = copy.deepcopy(self.teacher)
+        if getattr(teacher, "peft_config", None):
+            teacher.fuse_lora()
+            teacher.unload_lora()
+        if config.interval_embedding:
+            teacher = drop_interval(teacher)
+            teacher.register_to_config(guidance_in_weights=config.guidance_in_weights is True)
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
 
     @property
@@ -103,7 +108,7 @@ class DistillationObjective(FlowMap):
             "jumps": JUMPS,
             "shift": float(self.shift),
             "adversarial_weight": float(self.adversarial_weight),
-            "max_end_level": MAX_END_LEVEL,
+            **({"max_end_level": MAX_END_LEVEL} if self.adversarial_weight else {}),
             "flow_matching_ratio": float(self.flow_matching_ratio),
             "target_guidance_scale": float(self.guidance_scale),
             "target_guidance_start": float(self.guidance_start),
