@@ -329,6 +329,16 @@ def flow_flags(workspace, tmp_path_factory):
     return {"transformer_config": None, "pretrained_model_name_or_path": folder / "pipeline", "vae": None}
 
 
+def resumed_run(workspace, straight, killed, flags):
+    """Weights of a run; another one that was killed and resumed has the same, to the bit."""
+    run(train_command(workspace, straight, **flags))
+    kill_after(train_command(workspace, killed, **flags), killed / "checkpoint-4")
+    run(train_command(workspace, killed, **flags))
+    weights, again = load_file(straight / WEIGHTS), load_file(killed / WEIGHTS)
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    return weights
+
+
 def test_distillation_resumes_with_the_same_teacher(flow_flags, workspace, tmp_path, monkeypatch, capsys):
     base = tmp_path / "base"
     shutil.copytree(flow_flags["pretrained_model_name_or_path"], base)
@@ -336,11 +346,7 @@ def test_distillation_resumes_with_the_same_teacher(flow_flags, workspace, tmp_p
     flags |= {"learning_rate": 1e-2, "ema_decay": 0.5, "total_batch_size": 8, "lr_warmup_steps": 1}
     flags |= {"validation_inference_steps": None}
     straight, killed, two = (tmp_path / name for name in ("straight", "killed", "two"))
-    run(train_command(workspace, straight, **flags))
-    kill_after(train_command(workspace, killed, **flags), killed / "checkpoint-4")
-    run(train_command(workspace, killed, **flags))
-    weights, again = load_file(straight / WEIGHTS), load_file(killed / WEIGHTS)
-    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    resumed_run(workspace, straight, killed, flags)
     assert not list(straight.glob("checkpoint-*/model_1*"))  # the teacher is in no checkpoint
     pipe = DiTClassCondPipeline.from_pretrained(straight / "pipeline")
     assert pipe.transformer.config.guidance_in_weights == "jumps"
@@ -641,11 +647,7 @@ def test_adversarial_training_resumes_and_has_its_own_teacher(flow_flags, worksp
     flags |= {"pretrained_teacher_model": flags["pretrained_model_name_or_path"], "adversarial_weight": 0.5}
     flags |= {"pretrained_model_name_or_path": tmp_path / "first" / "pipeline"}
     straight, killed, two = (tmp_path / name for name in ("straight", "killed", "two"))
-    run(train_command(workspace, straight, **flags))
-    kill_after(train_command(workspace, killed, **flags), killed / "checkpoint-4")
-    run(train_command(workspace, killed, **flags))
-    weights, again = load_file(straight / WEIGHTS), load_file(killed / WEIGHTS)
-    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    weights = resumed_run(workspace, straight, killed, flags)
     found = [line["adversarial"] for line in read_log(straight)]
     assert found[0] == pytest.approx(1.0, abs=1e-4)  # half of the samples are trajectories, of 2 each
     assert all(abs(value - 1) > 1e-4 for value in found[2:])  # the heads learn
