@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import tiny_transformer
 from testing_utils.training_runs import train
 from torch.utils.data import default_collate
 
 from dit_hf.seeds import seeded_generator
+from dit_hf.training.config import TrainingConfig
 from dit_hf.training.objectives import DistillationObjective
+from dit_hf.training.plan import training_plan
 
 
 def adversarial(**config):
@@ -116,3 +119,13 @@ def test_the_heads_depend_on_the_seed_of_the_run_alone(tmp_path):
         trainer = train(tmp_path / str(seed), objective, model=model, max_train_steps=1)
         heads.append(torch.cat([weight.flatten() for weight in trainer.auxiliary.parameters()]))
     assert torch.equal(*heads)
+
+
+def test_the_plan_counts_the_heads(tmp_path):
+    student, objective, discriminator = adversarial()
+    config = TrainingConfig(str(tmp_path), total_batch_size=4, max_train_steps=1)
+    plain = DistillationObjective(objective.teacher, 0.5, guidance_scale=3.0)
+    plans = [training_plan(student, part, config, Accelerator(cpu=True)) for part in (plain, objective)]
+    memory = [plan["memory without activations (GB)"] for plan in plans]
+    heads = sum(part.numel() for part in discriminator.parameters())
+    assert memory[1] - memory[0] == pytest.approx(16 * heads / 1e9, abs=0.0011) and 16 * heads > 2e6

@@ -290,9 +290,8 @@ def test_a_model_of_guided_jumps_is_served_with_one_step(tmp_path):
     DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), *parts).save_pretrained(tmp_path / "m")
     DiTClassCondPipeline(transformer, make_scheduler("flow_lcm"), *parts).save_pretrained(tmp_path / "own")
     own = ImageGenerator(str(tmp_path / "own"))  # its own sampler jumps
-    assert (
-        own.scale(Settings(["crane"], guidance_scale=3.0)) == 1.0 and own.speed_settings("fastest")[1] == OWN_SAMPLER
-    )
+    assert own.scale(Settings(["crane"], guidance_scale=3.0)) == 1.0 and own.speeds == ["1 step"]
+    assert own.opening.steps == 3 and own.opening.guidance_scale == 4.0  # for samplers of the velocity
     assert list(own.generate(Settings(["crane"], steps=1), threading.Event()))[-1].finished
     generator = ImageGenerator(str(tmp_path / "m"))
     assert generator.speeds == ["balanced", "fastest", "1 step"]

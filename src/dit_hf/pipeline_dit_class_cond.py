@@ -912,6 +912,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         """Whether the sampler goes over intervals, of a model that predicts the mean velocity over them."""
         return self.transformer.config.get("interval_embedding", False) and takes_jumps(self.scheduler)
 
+    def register_to_config(self, **kwargs):
+        """As in diffusers; the steps of a `recommended_call` are for samplers of the present scheduler's kind."""
+        super().register_to_config(**kwargs)
+        if "recommended_call" in kwargs:
+            self._recommends_jumps = self._takes_jumps
+
     @property
     def _guidance_in_weights(self):
         trained = self.transformer.config.get("guidance_in_weights", False)
@@ -929,7 +935,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         Returns:
             `dict`: all four settings. In order of precedence: the given ones, the guider's scale, `recommended_call`,
             50 steps at scale 4 (1.5 with a guide; 1 for a model without a null class or with guidance in its weights).
-            The recommended interval is not used with a guider or a scale by noise level.
+            The recommended interval is not used with a guider or a scale by noise level, and the recommended steps
+            not with a sampler of velocities if they are for jumps, or the reverse.
 
         Raises:
             ValueError: if a setting is unknown or out of range.
@@ -941,7 +948,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         settings = CALL_DEFAULTS | {"guidance_scale": scale if takes_guidance else 1.0}
         recommended = dict(self.config.get("recommended_call") or {})
         if self._guidance_in_weights and self.transformer.config.guidance_in_weights == "jumps":
-            recommended.pop("guidance_scale", None)  # it is for the velocity
+            recommended = {name: value for name, value in recommended.items() if not name.startswith("guidance")}
+        if self._takes_jumps != self._recommends_jumps:
+            recommended.pop("num_inference_steps", None)
         guider = self.guider if guider is None else guider
         if callable(recommended.get("guidance_scale")):
             raise ValueError(
@@ -1081,9 +1090,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 "class to guide away from; pass `guidance_scale=1`."
             )
         if scale > 1 and self._guidance_in_weights:
+            of_jumps = self.transformer.config.guidance_in_weights == "jumps"
+            other = ", or set a sampler of its velocity, such as `dit_hf.make_scheduler('flow_euler')`"
             raise ValueError(
                 f"`guidance_scale` is {scale}, but this model was trained to predict the guided velocity "
-                "(`guidance_in_weights`) and would be guided twice; pass `guidance_scale=1`."
+                "(`guidance_in_weights`) and would be guided twice; pass `guidance_scale=1`"
+                f"{other if of_jumps else ''}."
             )
 
     def _scales(self, guidance_scale, schedule, guider):

@@ -101,7 +101,7 @@ class ImageGenerator:
 
     def _opening_settings(self):
         """An image of each of a few classes, as the pipeline recommends: what the page shows first."""
-        call = self.pipe.resolve_call()
+        call = self.pipe.resolve_call() | (self.pipe.config.get("recommended_call") or {})  # guides other samplers
         start, end = call["guidance_interval"]
         return Settings(
             [self.classes[index] for index in drawn_classes(len(self.classes), OPENING_CLASSES)],
@@ -136,18 +136,15 @@ class ImageGenerator:
 
     @property
     def speeds(self) -> list[str]:
-        """What `speed_settings` takes: the presets that have steps, and one step for a model with guided jumps."""
-        has_jumps = self.pipe.transformer.config.get("guidance_in_weights") == "jumps"
-        return [*(name for name, preset in SPEED_PRESETS.items() if preset.solver), *([ONE_STEP] if has_jumps else [])]
+        """What `speed_settings` takes: the presets that have steps for this model, and one step for a flow map."""
+        names = [name for name, preset in self._presets.items() if preset.solver]
+        return [*names, ONE_STEP] if self.pipe.transformer.config.get("interval_embedding") else names
 
     def speed_settings(self, name: str) -> list:
         """Steps, sampler and guidance interval of one of `speeds`."""
         if name == ONE_STEP:
             return [1, "flow_lcm", 0.0, 1.0]
         preset = self._presets[name]
-        if preset.solver is None:
-            own = self.opening
-            return [own.steps, OWN_SAMPLER, own.guidance_start, own.guidance_end]
         solver = f"flow_{preset.solver}" if self.pipe.is_flow_matching else preset.solver
         return [preset.num_inference_steps, solver, *(preset.guidance_interval or (0.0, 1.0))]
 

@@ -62,12 +62,14 @@ def training_plan(
     step = statistics.median(seconds[1:])  # the first one warms up
     frozen = 0 if objective.teacher is None else sum(part.numel() for part in objective.teacher.parameters())
     trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+    heads = 0 if auxiliary is None else sum(parameter.numel() for parameter in auxiliary.parameters())
+    # Weights; gradients, two moments and the average of what is trained; the heads have no average. In float32.
+    floats = frozen + transformer.num_parameters() + 4 * trained + 4 * heads
     return {
         "parameters (M)": round(transformer.num_parameters() / 1e6, 2),
         "trained (M)": round(trained / 1e6, 2),
         "Gflops per sample, forward": round(count_macs(transformer.config) / 1e9, 3),
-        # Weights; gradients, two moments and the average of what is trained; float32.
-        "memory without activations (GB)": round(4 * (frozen + transformer.num_parameters() + 4 * trained) / 1e9, 3),
+        "memory without activations (GB)": round(4 * floats / 1e9, 3),
         "steps": config.max_train_steps,
         "seconds per step, forward and backward": round(step, 3),
         "hours": round(step * config.max_train_steps / 3600, 2),
