@@ -233,7 +233,7 @@ def test_a_flow_map_becomes_a_velocity_model_of_the_same_output(tmp_path):
     assert adapted.config.guidance_in_weights == "jumps" and adapted.interval_embed is not None
 
 
-def test_a_model_of_guided_jumps_keeps_its_velocity(caplog):
+def test_a_model_of_guided_jumps_keeps_its_velocity(caplog, tmp_path):
     """Any scheduler and guidance scale of the velocity, as before; jumps are not guided once more."""
     model = tiny_transformer(learn_sigma=False)
     flow_map = add_interval(model)
@@ -267,6 +267,8 @@ def test_a_model_of_guided_jumps_keeps_its_velocity(caplog):
     assert pipe.resolve_call()["num_inference_steps"] == 2
     pipe.scheduler = make_scheduler("flow_heun")
     assert pipe.resolve_call()["num_inference_steps"] == 50 and pipe.resolve_call()["guidance_scale"] == 4
+    pipe.save_pretrained(tmp_path)
+    assert "number of steps, 2, is not for FlowMatchHeunDiscreteScheduler" in caplog.text
     with pytest.raises(ValueError, match="`guidance_in_weights` is 'some'; it must be True, False or 'jumps'"):
         tiny_transformer(guidance_in_weights="some")
 

@@ -59,9 +59,8 @@ def push(
     Args:
         model (`DiTClassCondPipeline` or `DiTTransformer2DModel`): What to publish.
         repo_id (`str`): `"name"` or `"user/name"`.
-        commit_message, private, token, create_pr, safe_serialization, variant, subfolder, max_shard_size: As with
-        every
-            diffusers model.
+        commit_message, private, token, create_pr, safe_serialization, variant, subfolder, max_shard_size:
+            As with every diffusers model.
         card (`CardFacts`, *optional*): Facts for the card that can't be derived from the model.
 
     Returns:
