@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel
+from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.command_line import ArgumentParser, integer, run
+from dit_hf.training.finetuning import drop_interval
 
 
 NUMBERS = (9, 1898, 21841)
@@ -49,10 +50,10 @@ print(json.dumps({
 def save_model(folder: Path, num_classes: int) -> int:
     """The bundled pipeline with another label table; returns the table's size in bytes."""
     pipe = DiTClassCondPipeline.from_bundled("emoji64")
-    config = dict(pipe.transformer.config) | {"num_classes": num_classes}
+    config = dict(drop_interval(pipe.transformer).config) | {"num_classes": num_classes}
     transformer = DiTTransformer2DModel.from_config(config)
     names = {index: f"class {index}, thing {index}" for index in range(num_classes)}
-    DiTClassCondPipeline(transformer, pipe.scheduler, pipe.vae, names).save_pretrained(folder)
+    DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), pipe.vae, names).save_pretrained(folder)
     return transformer.class_embed.weight.nbytes
 
 

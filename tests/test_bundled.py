@@ -56,6 +56,11 @@ def test_pipeline_is_what_the_card_says(pipe):
     assert len(pipe.id2label) == pipe.transformer.config.num_classes == 1898
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.float32
     assert not pipe.transformer.training
+    call = pipe.resolve_call()
+    assert type(pipe.scheduler).__name__ == "FlowMatchLCMScheduler"
+    assert call["num_inference_steps"] == 4 and call["guidance_scale"] == 1
+    card = (FOLDER / "README.md").read_text()
+    assert f"{pipe.transformer.num_parameters() / 1e6:.1f} M parameters" in card and "`num_inference_steps=4`" in card
     assert json.loads((FOLDER / "model_index.json").read_text())["transformer"] == ["dit_hf", "DiTTransformer2DModel"]
 
 
@@ -77,11 +82,13 @@ def test_classes_have_names_and_synonyms(pipe):
             pipe(name)
 
 
-def test_samples_show_their_class(pipe):
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_samples_show_their_class(pipe, steps):
     """Circles have the colour of their name in the middle."""
     names = [f"{colour} circle" for colour in COLOURS]
     generators = [seeded_generator(0, index) for index in range(2 * len(names))]
-    images = pipe(names, num_images_per_label=2, generator=generators, output_type="pt").images
+    call = {"num_inference_steps": steps, "generator": generators, "output_type": "pt"}
+    images = pipe(names, num_images_per_label=2, **call).images
     middle = 255 * images[:, :, 28:36, 28:36].mean(dim=(2, 3))
     colours = torch.tensor(list(COLOURS.values()), dtype=middle.dtype)
     nearest = torch.cdist(middle, colours).argmin(dim=1)

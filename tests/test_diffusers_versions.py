@@ -13,14 +13,21 @@ import torch
 from conftest import ROOT, tiny_design, tiny_inputs
 from safetensors.torch import load_file, save_file
 
-from dit_hf import DiTClassCondPipeline, pipeline_dit_class_cond, transformer_ddt, transformer_dit, transformer_jit
+from dit_hf import (
+    DiTClassCondPipeline,
+    make_scheduler,
+    pipeline_dit_class_cond,
+    transformer_ddt,
+    transformer_dit,
+    transformer_jit,
+)
 
 
 # The oldest that works and later minors; the newest is the pinned one.
 VERSIONS = ("0.38.0", "0.39.0", "0.40.0", "0.41.0")
 TOO_OLD = "0.37.1"
 CARRIED = (transformer_dit, transformer_jit, transformer_ddt, pipeline_dit_class_cond)
-CALL = {"class_labels": "sloth", "num_inference_steps": 3, "output_type": "pt"}
+CALL = {"class_labels": "sloth", "output_type": "pt"}
 SAMPLE = """
 import sys, torch
 from diffusers import AutoModel, DiffusionPipeline
@@ -29,11 +36,13 @@ AutoModel.from_pretrained(folder, subfolder="transformer", trust_remote_code=Tru
 remote = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 assert type(remote).__module__.startswith("diffusers_modules."), type(remote)
 from dit_hf import DiTClassCondPipeline
+pipes = [remote, DiTClassCondPipeline.from_pretrained(folder)]
+images = [pipe("sloth", generator=torch.Generator().manual_seed(0), output_type="pt").images for pipe in pipes]
+from dit_hf import make_scheduler
+for pipe in pipes:
+    pipe.scheduler = make_scheduler("flow_euler")
 call = {"num_inference_steps": 3, "output_type": "pt"}
-images = [
-    pipe("sloth", generator=torch.Generator().manual_seed(0), **call).images
-    for pipe in (remote, DiTClassCondPipeline.from_pretrained(folder))
-]
+images += [pipe("sloth", generator=torch.Generator().manual_seed(0), **call).images for pipe in pipes]
 torch.save(images, output)
 """
 FORWARD = """
@@ -55,9 +64,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def image(folder):
+def images(folder):
+    """Of the jumps, and of the guided velocity."""
     pipe = DiTClassCondPipeline.from_pretrained(folder)
-    return pipe(generator=torch.Generator().manual_seed(0), **CALL).images
+    image = pipe(generator=torch.Generator().manual_seed(0), **CALL).images
+    pipe.scheduler = make_scheduler("flow_euler")
+    return image, pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=3, **CALL).images
 
 
 def with_diffusers(version):
@@ -77,11 +89,12 @@ def run_with(version, *arguments, script=SAMPLE):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_same_image_with_every_version(version, folder, image, tmp_path):
+def test_the_same_images_with_every_version(version, folder, images, tmp_path):
     """By the code in the folder, and by the package."""
     result = run_with(version, folder, tmp_path / "images.pt")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert all(torch.equal(other, image) for other in torch.load(tmp_path / "images.pt"))
+    found = torch.load(tmp_path / "images.pt")
+    assert [torch.equal(*pair) for pair in zip(found, (images[0],) * 2 + (images[1],) * 2, strict=True)] == [True] * 4
 
 
 @pytest.mark.parametrize("name", ["jit", "dit_dh"])
@@ -136,7 +149,7 @@ def test_private_names_are_optional():
 
 
 @pytest.mark.parametrize(("module", "source", "name"), OPTIONAL, ids=[name for *_, name in OPTIONAL])
-def test_sampling_works_without_an_optional_name(module, source, name, image, monkeypatch):
+def test_sampling_works_without_an_optional_name(module, source, name, monkeypatch):
     """The carried file is run as a module of its own in which the name can't be imported."""
     original = builtins.__import__
 
@@ -146,18 +159,18 @@ def test_sampling_works_without_an_optional_name(module, source, name, image, mo
         return original(imported, globals, locals, fromlist, level)
 
     monkeypatch.setattr(builtins, "__import__", without_name)
-    sample_with_the_carried_file(module, image)
+    sample_with_the_carried_file(module)
 
 
 @pytest.mark.parametrize(
     "name", ["hooks._helpers.TransformerBlockMetadata", "models._modeling_parallel.ContextParallelInput"]
 )
-def test_sampling_works_with_private_classes_of_another_signature(name, image, monkeypatch):
+def test_sampling_works_with_private_classes_of_another_signature(name, monkeypatch):
     monkeypatch.setattr(f"diffusers.{name}", type("Changed", (), {}))
-    sample_with_the_carried_file(transformer_dit, image)
+    sample_with_the_carried_file(transformer_dit)
 
 
-def sample_with_the_carried_file(module, image):
+def sample_with_the_carried_file(module):
     spec = importlib.util.spec_from_file_location("carried", module.__file__)
     carried = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(carried)
@@ -168,12 +181,14 @@ def sample_with_the_carried_file(module, image):
         assert torch.equal(transformer(**tiny_inputs()).sample, model(**tiny_inputs()).sample)
         return
     pipe = DiTClassCondPipeline.from_bundled()
+    pipe.scheduler = make_scheduler("flow_euler")
+    call = CALL | {"num_inference_steps": 3}
     # Not the fixture's: weights of a file that is mapped are aligned otherwise in memory, and round otherwise.
-    expected = pipe(generator=torch.Generator().manual_seed(0), **CALL).images
+    expected = pipe(generator=torch.Generator().manual_seed(0), **call).images
     if module is transformer_dit:
         transformer = carried.DiTTransformer2DModel(**pipe.transformer.config).eval()
         transformer.load_state_dict(pipe.transformer.state_dict())
         pipe.transformer = transformer
     else:
         pipe = carried.DiTClassCondPipeline.from_pipe(pipe)
-    assert torch.equal(pipe(generator=torch.Generator().manual_seed(0), **CALL).images, expected)
+    assert torch.equal(pipe(generator=torch.Generator().manual_seed(0), **call).images, expected)

@@ -56,7 +56,7 @@ def test_distillation_resumes_with_the_same_teacher(flow_flags, workspace, tmp_p
     assert not list(straight.glob("checkpoint-*/model_1*"))  # the teacher is in no checkpoint
     pipe = DiTClassCondPipeline.from_pretrained(straight / "pipeline")
     assert pipe.transformer.config.guidance_in_weights == "jumps"
-    assert pipe.config.recommended_call["num_inference_steps"] == 1
+    assert pipe.config.recommended_call["num_jumps"] == 4
     assert pipe("dark").images[0].size == (32, 32)
     assert "objective | distillation" in (straight / "pipeline" / "README.md").read_text()
     command = train_command(workspace, two, **flags, gradient_accumulation_steps=2)
@@ -149,10 +149,10 @@ def test_a_velocity_pipeline_becomes_one_of_few_steps(flow_flags, workspace, tmp
     pipe = DiTClassCondPipeline.from_pretrained(tmp_path / "map" / "pipeline")
     assert pipe.transformer.config.interval_embedding and pipe.transformer.config.timestep_scale == 1
     assert pipe.transformer.config.guidance_in_weights == "jumps"
-    assert pipe.config.recommended_call == {"num_inference_steps": 1, "guidance_scale": 4.5}
-    assert pipe.resolve_call()["guidance_scale"] == 1.0
+    assert pipe.config.recommended_call == {"num_inference_steps": 20, "num_jumps": 1, "guidance_scale": 4.5}
+    assert pipe.resolve_call()["guidance_scale"] == 1.0 and pipe.resolve_call()["num_inference_steps"] == 1
     pipe.scheduler = make_scheduler("flow_euler")
-    assert pipe.resolve_call()["guidance_scale"] == 4.5
+    assert pipe.resolve_call()["guidance_scale"] == 4.5 and pipe.resolve_call()["num_inference_steps"] == 20
     pipe.scheduler = make_scheduler("flow_lcm")
     assert pipe("dark").images[0].size == (32, 32)
 

@@ -114,13 +114,14 @@ def test_a_shift_changes_nothing_else_of_a_scheduler(recipe, option, tmp_path):
 
 def test_samplers_of_few_steps_are_not_kept(tmp_path, caplog):
     """A model that is trained on the velocity takes many."""
-    call = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    call = {"num_inference_steps": 25, "num_jumps": 1, "guidance_scale": 1.0}
     model = tiny_transformer(interval_embedding=True)
     DiTClassCondPipeline(model, make_scheduler("flow_map"), recommended_call=call).save_pretrained(tmp_path)
     trained = training_scheduler(VelocityObjective, False, tmp_path)
     assert type(sampling_scheduler(trained, tmp_path)) is RECIPES["flow_euler"][0]
     assert "FlowMapEulerDiscreteScheduler is for models of few steps" in caplog.text
-    assert recommended_call(tmp_path, True) == {"guidance_scale": 1.0}
+    assert recommended_call(tmp_path, True) == {"num_inference_steps": 25, "guidance_scale": 1.0}
+    assert recommended_call(tmp_path, True, num_jumps=1) == call
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     config |= {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 10**9}
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))

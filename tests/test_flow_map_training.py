@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import FIXTURES, load_golden, tiny_transformer
+from diffusers import ClassifierFreeGuidance
 from safetensors import safe_open
 from safetensors.torch import load_file
 from testing_utils.training_runs import kill_after, losses, refused, run, train, train_command
@@ -16,6 +17,7 @@ from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler, 
 from dit_hf.checkpoints.meanflow import MEANFLOW
 from dit_hf.checkpoints.saving import original_state_dict
 from dit_hf.checkpoints.soflow import SOFLOW
+from dit_hf.commands.sample import guidance_kind
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.alignment import AlignmentHead
 from dit_hf.training.finetuning import add_interval, drop_interval, record_guidance
@@ -233,12 +235,12 @@ def test_a_flow_map_becomes_a_velocity_model_of_the_same_output(tmp_path):
     assert adapted.config.guidance_in_weights == "jumps" and adapted.interval_embed is not None
 
 
-def test_a_model_of_guided_jumps_keeps_its_velocity(caplog, tmp_path):
+def test_a_model_of_guided_jumps_keeps_its_velocity(caplog):
     """Any scheduler and guidance scale of the velocity, as before; jumps are not guided once more."""
     model = tiny_transformer(learn_sigma=False)
     flow_map = add_interval(model)
     flow_map.register_to_config(guidance_in_weights="jumps")
-    call = {"num_inference_steps": 3, "guidance_scale": 4.0}
+    call = {"num_inference_steps": 3, "num_jumps": 2, "guidance_scale": 4.0}
     options = {"output_type": "latent", "generator": [seeded_generator(0)]}
     pipes = [DiTClassCondPipeline(part, make_scheduler("flow_euler"), None, None, call) for part in (model, flow_map)]
     expected, latents = (pipe(1, **options | {"generator": [seeded_generator(0)]}).images for pipe in pipes)
@@ -251,24 +253,25 @@ def test_a_model_of_guided_jumps_keeps_its_velocity(caplog, tmp_path):
     pipe = pipes[1]
     for recipe in ("flow_lcm", "flow_map"):
         pipe.scheduler = make_scheduler(recipe)
-        assert pipe.resolve_call()["num_inference_steps"] == 50  # the recommended 3 are of the velocity
+        assert pipe.resolve_call()["num_inference_steps"] == 2 and guidance_kind(pipe, 1.0) == "in the weights"
         assert pipe.resolve_call()["guidance_scale"] == 1.0 and pipe.resolve_call()["guidance_interval"] == (0, 1)
         assert pipe(1, num_inference_steps=1, **options).images.isfinite().all()
         with pytest.raises(ValueError, match="would be guided twice.*flow_euler"):
             pipe(1, guidance_scale=4.0)
     assert "is for models of few steps" not in caplog.text
     pipe.scheduler = make_scheduler("flow_euler")
+    assert guidance_kind(pipe, 1.0) == "none"
     optimize(pipe, "fastest")
     assert pipe.resolve_call()["num_inference_steps"] == 4 and pipe.resolve_call()["guidance_scale"] == 1
     restore(pipe)
     assert pipe.resolve_call()["num_inference_steps"] == 3 and pipe.resolve_call()["guidance_scale"] == 4
+    optimize(pipe, "fastest")
+    optimize(pipe, "balanced")  # in the place of the other
+    assert type(pipe.scheduler).__name__ == "UniPCMultistepScheduler" and pipe.resolve_call()["guidance_scale"] == 4
+    restore(pipe)
     pipe.scheduler = make_scheduler("flow_lcm")
-    pipe.register_to_config(recommended_call={"num_inference_steps": 2, "guidance_scale": 4.0})
-    assert pipe.resolve_call()["num_inference_steps"] == 2
-    pipe.scheduler = make_scheduler("flow_heun")
-    assert pipe.resolve_call()["num_inference_steps"] == 50 and pipe.resolve_call()["guidance_scale"] == 4
-    pipe.save_pretrained(tmp_path)
-    assert "number of steps, 2, is not for FlowMatchHeunDiscreteScheduler" in caplog.text
+    with pytest.raises(ValueError, match="guided twice; omit the guider, or set a sampler of the velocity"):
+        pipe(1, guider=ClassifierFreeGuidance(3.0), **options)
     with pytest.raises(ValueError, match="`guidance_in_weights` is 'some'; it must be True, False or 'jumps'"):
         tiny_transformer(guidance_in_weights="some")
 
@@ -305,7 +308,7 @@ def test_a_run_resumes_to_the_bit_and_samples_in_one_step(name, workspace, tmp_p
     pipe = DiTClassCondPipeline.from_pretrained(straight / "pipeline")
     assert pipe.transformer.config.guidance_in_weights and pipe.transformer.config.timestep_scale == 0.001
     assert type(pipe.scheduler) is type(make_scheduler(KINDS[name].sampler))
-    assert pipe.config.recommended_call == {"num_inference_steps": 1}
+    assert pipe.config.recommended_call == {"num_jumps": 1} and pipe.resolve_call()["num_inference_steps"] == 1
     assert pipe("light").images[0].size == (32, 32)
     card = (straight / "pipeline" / "README.md").read_text()
     assert f"objective | {name}" in card and "target_guidance_scale" in card and "time_sampling" not in card

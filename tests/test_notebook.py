@@ -37,7 +37,7 @@ def test_runs_and_trains(notebook, tmp_path, monkeypatch):
 
     outputs = [output for cell in code_cells(ran) for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 6  # five grids and the curve of losses
-    assert "flow_heun: 3 steps, 5 calls of the model" in "".join(output.get("text", "") for output in outputs)
+    assert "flow_heun: 3 steps, 5 model calls" in "".join(output.get("text", "") for output in outputs)
     assert len(list((folder / "pictures" / "cats").iterdir())) == 12
     pipe = DiTClassCondPipeline.from_pretrained(folder / "my-model")
     assert list(pipe.labels) == ["cats", "fruits", "hearts"]

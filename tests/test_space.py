@@ -285,13 +285,15 @@ def test_a_model_of_guided_jumps_is_served_with_one_step(tmp_path):
     """Its fastest preset takes jumps, which are not guided once more; every sampler works."""
     options = {"interval_embedding": True, "guidance_in_weights": "jumps", "learn_sigma": False}
     transformer = tiny_transformer(num_classes=2, **options)
-    call = {"num_inference_steps": 3, "guidance_scale": 4.0}
+    call = {"num_inference_steps": 7, "num_jumps": 3, "guidance_scale": 4.0}
     parts = (tiny_vae(), {0: "crane", 1: "shark"}, call)
     DiTClassCondPipeline(transformer, make_scheduler("flow_euler"), *parts).save_pretrained(tmp_path / "m")
     DiTClassCondPipeline(transformer, make_scheduler("flow_lcm"), *parts).save_pretrained(tmp_path / "own")
     own = ImageGenerator(str(tmp_path / "own"))  # its own sampler jumps
-    assert own.scale(Settings(["crane"], guidance_scale=3.0)) == 1.0 and own.speeds == ["1 step"]
+    assert own.scale(Settings(["crane"], guidance_scale=3.0)) == 1.0
+    assert own.speed_settings("fastest")[:2] == [3, OWN_SAMPLER]
     assert own.opening.steps == 3 and own.opening.guidance_scale == 4.0  # for samplers of the velocity
+    assert [own.sampler_steps(name) for name in ("flow_heun", "flow_lcm", OWN_SAMPLER)] == [7, 3, 3]
     assert list(own.generate(Settings(["crane"], steps=1), threading.Event()))[-1].finished
     generator = ImageGenerator(str(tmp_path / "m"))
     assert generator.speeds == ["balanced", "fastest", "1 step"]

@@ -44,8 +44,9 @@ def parse_args():
         type=integer(at_least=1),
         help="Images generated per old class; if not given, about a thousand in all, but one of each at least.",
     )
-    parser.add_argument("--guidance_scale", type=GUIDANCE, default=2.0, help="Guidance scale of the generated images.")
-    parser.add_argument("--num_inference_steps", type=integer(1, 1000), default=25, help="Their sampler steps.")
+    own = "if not given, as the pipeline recommends."
+    parser.add_argument("--guidance_scale", type=GUIDANCE, help=f"Guidance scale of the generated images; {own}")
+    parser.add_argument("--num_inference_steps", type=integer(1, 1000), help=f"Their sampler steps; {own}")
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="Their seed.")
     parser.add_argument("--output_dir", type=Path, required=True, help="A new or empty folder.")
     return parser.parse_args()

@@ -264,12 +264,6 @@ class DiTClassCondPipeline(pipeline_dit_class_cond.DiTClassCondPipeline):
         if "_before_optimization" in vars(self):
             raise ValueError("The pipeline is optimized for speed; call `dit_hf.restore(pipe)` before saving it.")
         model_folders.check_options(variant=variant, max_shard_size=max_shard_size)
-        steps = (self.config.get("recommended_call") or {}).get("num_inference_steps")
-        if steps is not None and self._takes_jumps != self._recommends_jumps:
-            logger.warning(
-                f"The recommended number of steps, {steps}, is not for {type(self.scheduler).__name__}, but the saved "
-                "pipeline will use it; set another with `register_to_config(recommended_call=...)`."
-            )
         hub.check_loads_again(self.components)
         folder = Path(save_directory)
         hub.check_save_directory(folder)

@@ -651,7 +651,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         id2label (`dict[int, str]`, *optional*): Class names; synonyms are separated by commas.
         recommended_call (`dict`, *optional*):
             Settings for calls that don't give them: `num_inference_steps`, `guidance_scale`, `guidance_channels`,
-            `guidance_interval`.
+            `guidance_interval`; and `num_jumps`, the steps of samplers that take jumps (`flow_lcm`, `flow_map`).
         guide (`DiTTransformer2DModel`, *optional*):
             A weaker model of the same latents and classes. Guidance leads away from what it predicts for the same
             class (autoguidance, https://arxiv.org/abs/2406.02507), and not from the null class.
@@ -691,8 +691,9 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._indexed_names: tuple[dict[int, str], ClassNames] | None = None
         if recommended_call is not None and not isinstance(recommended_call, Mapping):
             raise ValueError(f"`recommended_call` is {shown(recommended_call)}; it must be a dictionary.")
-        if unknown := sorted(map(str, (recommended_call or {}).keys() - CALL_DEFAULTS.keys())):
-            raise ValueError(f"`recommended_call` has {unknown[0]!r}; it may hold {', '.join(CALL_DEFAULTS)}.")
+        if unknown := sorted(map(str, (recommended_call or {}).keys() - {*CALL_DEFAULTS, "num_jumps"})):
+            known = ", ".join([*CALL_DEFAULTS, "num_jumps"])
+            raise ValueError(f"`recommended_call` has {unknown[0]!r}; it may hold {known}.")
         with raise_value_error("`recommended_call` can't be saved"):
             json.dumps(dict(recommended_call or {}))
         self.register_to_config(id2label=self.id2label or None, recommended_call=recommended_call)
@@ -912,16 +913,22 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         """Whether the sampler goes over intervals, of a model that predicts the mean velocity over them."""
         return self.transformer.config.get("interval_embedding", False) and takes_jumps(self.scheduler)
 
-    def register_to_config(self, **kwargs):
-        """As in diffusers; the steps of a `recommended_call` are for samplers of the present scheduler's kind."""
-        super().register_to_config(**kwargs)
-        if "recommended_call" in kwargs:
-            self._recommends_jumps = self._takes_jumps
+    @property
+    def _has_guided_jumps(self):
+        """Whether guidance is in the weights of the jumps only, so that the velocity can be guided."""
+        return self.transformer.config.get("guidance_in_weights") == "jumps"
 
     @property
     def _guidance_in_weights(self):
         trained = self.transformer.config.get("guidance_in_weights", False)
-        return self._takes_jumps if trained == "jumps" else trained
+        return self._takes_jumps if self._has_guided_jumps else trained
+
+    @property
+    def _velocity_hint(self):
+        """The other way out for who wants to guide guided jumps."""
+        if not self._has_guided_jumps:
+            return ""
+        return ", or set a sampler of the velocity: `pipe.scheduler = dit_hf.make_scheduler('flow_euler')`"
 
     def resolve_call(self, guider: Any = None, **given) -> dict:
         """
@@ -935,8 +942,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         Returns:
             `dict`: all four settings. In order of precedence: the given ones, the guider's scale, `recommended_call`,
             50 steps at scale 4 (1.5 with a guide; 1 for a model without a null class or with guidance in its weights).
-            The recommended interval is not used with a guider or a scale by noise level, and the recommended steps
-            not with a sampler of velocities if they are for jumps, or the reverse.
+            The recommended interval is not used with a guider or a scale by noise level, and no recommended guidance
+            with guided jumps. `num_jumps` of `recommended_call` replaces its steps with a sampler that takes jumps.
 
         Raises:
             ValueError: if a setting is unknown or out of range.
@@ -947,10 +954,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         takes_guidance = (self._has_null_class or self.guide is not None) and not self._guidance_in_weights
         settings = CALL_DEFAULTS | {"guidance_scale": scale if takes_guidance else 1.0}
         recommended = dict(self.config.get("recommended_call") or {})
-        if self._guidance_in_weights and self.transformer.config.guidance_in_weights == "jumps":
+        jumps = recommended.pop("num_jumps", None)
+        if jumps is not None:
+            self._check_count("num_jumps", jumps, MAX_STEPS)
+            recommended |= {"num_inference_steps": jumps} if self._takes_jumps else {}
+        if self._guidance_in_weights and self._has_guided_jumps:  # what is recommended is for the velocity
             recommended = {name: value for name, value in recommended.items() if not name.startswith("guidance")}
-        if self._takes_jumps != self._recommends_jumps:
-            recommended.pop("num_inference_steps", None)
         guider = self.guider if guider is None else guider
         if callable(recommended.get("guidance_scale")):
             raise ValueError(
@@ -1090,12 +1099,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 "class to guide away from; pass `guidance_scale=1`."
             )
         if scale > 1 and self._guidance_in_weights:
-            of_jumps = self.transformer.config.guidance_in_weights == "jumps"
-            other = ", or set a sampler of its velocity, such as `dit_hf.make_scheduler('flow_euler')`"
             raise ValueError(
                 f"`guidance_scale` is {scale}, but this model was trained to predict the guided velocity "
                 "(`guidance_in_weights`) and would be guided twice; pass `guidance_scale=1`"
-                f"{other if of_jumps else ''}."
+                f"{self._velocity_hint}."
             )
 
     def _scales(self, guidance_scale, schedule, guider):
@@ -1149,7 +1156,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if names and not self._has_null_class and self.guide is None:
             raise ValueError("it needs the null class, which this model was trained without")
         if names and self._guidance_in_weights:
-            raise ValueError("the model was trained to predict the guided velocity and would be guided twice")
+            raise ValueError(
+                "the model was trained to predict the guided velocity and would be guided twice; omit the guider"
+                f"{self._velocity_hint}"
+            )
         if any(name != "pred_uncond" for name in names):
             raise ValueError(
                 "where `guidance_scale` is 1, diffusers takes the null class for the perturbed model; give another one"

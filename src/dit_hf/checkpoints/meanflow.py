@@ -45,5 +45,5 @@ MEANFLOW = replace(
     scheduler="flow_map",
     trained_options=trained_guidance,
     scaling_factor=0.18125,
-    recommended_call={"num_inference_steps": 1, "guidance_scale": 1.0},
+    recommended_call={"num_jumps": 1, "guidance_scale": 1.0},
 )

@@ -243,7 +243,7 @@ def guidance_kind(pipe, scale):
         return f"{kind} by {type(pipe.guider).__name__}"
     if scale != 1:
         return kind
-    return "in the weights" if pipe.transformer.config.get("guidance_in_weights") else "none"
+    return "in the weights" if pipe._guidance_in_weights else "none"
 
 
 def check_recorded(args, recipe):

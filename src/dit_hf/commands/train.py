@@ -151,7 +151,7 @@ class Training:
         args = self.args
         size, kind = self.latents_config, OBJECTIVES[args.objective].kind
         if args.pretrained_model_name_or_path is not None:
-            options = (args.class_dropout_prob, args.lora_rank, args.lora_alpha, args.freeze, kind.few_steps)
+            options = (args.class_dropout_prob, args.lora_rank, args.lora_alpha, args.freeze, kind.num_jumps > 0)
             return pretrained_transformer(args.pretrained_model_name_or_path, self.names, *options, **size)
         classes = {"num_classes": len(self.names), "class_dropout_prob": args.class_dropout_prob}
         if self.model_class is DiTTransformer2DModel:  # the others predict no variance
@@ -239,7 +239,7 @@ class Training:
     @property
     def sampling(self):
         """The settings of the calls that sample during training."""
-        steps = self.args.validation_inference_steps or (1 if self.objective.few_steps else 25)
+        steps = self.args.validation_inference_steps or self.objective.num_jumps or 25
         return {"guidance_scale": self.args.guidance_scale if self.is_guided else 1.0, "num_inference_steps": steps}
 
     @property
@@ -251,7 +251,7 @@ class Training:
         """The pipeline that is sampled during training and saved at its end."""
         # A model whose jumps alone are guided keeps the recommended guidance of its velocity.
         guided = self.args.class_dropout_prob > 0 and self.objective.guidance_in_weights is not True
-        call = recommended_call(self.args.pretrained_model_name_or_path, guided, self.objective.few_steps)
+        call = recommended_call(self.args.pretrained_model_name_or_path, guided, self.objective.num_jumps)
         vae = None if isinstance(self.vae, Pixels) else self.vae
         pipe = DiTClassCondPipeline(transformer, self.scheduler, vae, dict(enumerate(self.names)), call)
         pipe.set_progress_bar_config(disable=True)

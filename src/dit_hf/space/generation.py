@@ -21,7 +21,7 @@ from ..files import printable
 from ..mixing import mix_classes
 from ..optimization import SPEED_PRESETS, SpeedPreset, speed_preset
 from ..pipeline import DiTClassCondPipeline
-from ..pipeline_dit_class_cond import largest_scale, takes_jumps
+from ..pipeline_dit_class_cond import CALL_DEFAULTS, largest_scale, takes_jumps
 from ..schedulers import make_scheduler, trained_options
 from ..seeds import drawn_classes, seeded_generator
 from .settings import MAX_STEPS, ONE_STEP, OWN_SAMPLER, Settings
@@ -89,10 +89,19 @@ class ImageGenerator:
         self.opening = self._opening_settings()
         self.opening_images = self._opening_images()
 
+    @property
+    def is_flow_map(self) -> bool:
+        """Whether the model predicts mean velocities, so that it may take jumps."""
+        return self.pipe.transformer.config.get("interval_embedding", False)
+
+    @property
+    def _recommended(self):
+        return self.pipe.config.get("recommended_call") or {}
+
     def _sampler_overrides(self):
         """Samplers that fit the model, with the options of its own scheduler's diffusion or flow."""
         samplers = FLOW_SAMPLERS if self.pipe.is_flow_matching else DIFFUSION_SAMPLERS
-        if self.pipe.transformer.config.get("interval_embedding"):
+        if self.is_flow_map:
             samplers = (*samplers, *JUMP_SAMPLERS)
         overrides = {name: trained_options(name, self.pipe.scheduler.config) for name in samplers}
         if "ddpm" in overrides and not self.pipe.transformer.config.get("learn_sigma"):
@@ -101,7 +110,9 @@ class ImageGenerator:
 
     def _opening_settings(self):
         """An image of each of a few classes, as the pipeline recommends: what the page shows first."""
-        call = self.pipe.resolve_call() | (self.pipe.config.get("recommended_call") or {})  # guides other samplers
+        call = self.pipe.resolve_call()
+        # Jumps ignore the guidance of the velocity, which the controls show for other samplers.
+        call |= {name: value for name, value in self._recommended.items() if name.startswith("guidance")}
         start, end = call["guidance_interval"]
         return Settings(
             [self.classes[index] for index in drawn_classes(len(self.classes), OPENING_CLASSES)],
@@ -137,16 +148,26 @@ class ImageGenerator:
     @property
     def speeds(self) -> list[str]:
         """What `speed_settings` takes: the presets that have steps for this model, and one step for a flow map."""
-        names = [name for name, preset in self._presets.items() if preset.solver]
-        return [*names, ONE_STEP] if self.pipe.transformer.config.get("interval_embedding") else names
+        names = [name for name, preset in SPEED_PRESETS.items() if preset.solver]
+        return [*names, ONE_STEP] if self.is_flow_map else names
 
     def speed_settings(self, name: str) -> list:
         """Steps, sampler and guidance interval of one of `speeds`."""
         if name == ONE_STEP:
             return [1, "flow_lcm", 0.0, 1.0]
         preset = self._presets[name]
+        if preset.solver is None:
+            own = self.opening
+            return [own.steps, OWN_SAMPLER, own.guidance_start, own.guidance_end]
         solver = f"flow_{preset.solver}" if self.pipe.is_flow_matching else preset.solver
         return [preset.num_inference_steps, solver, *(preset.guidance_interval or (0.0, 1.0))]
+
+    def sampler_steps(self, name: str) -> int:
+        """The recommended number of steps of a sampler: jumps take fewer."""
+        jumps = self.is_flow_map and takes_jumps(self._schedulers[name])
+        call = CALL_DEFAULTS | self._recommended
+        steps = call["num_jumps"] if jumps and "num_jumps" in call else call["num_inference_steps"]
+        return min(steps, MAX_STEPS)
 
     def scale(self, settings: Settings) -> float:
         """The guidance scale of a set; jumps that were trained with guidance take none."""

@@ -98,7 +98,7 @@ def scheduler_config(pretrained_model_name_or_path: str | Path) -> dict[str, Any
 
 
 def recommended_call(
-    pretrained_model_name_or_path: str | Path | None, guided: bool, few_steps: bool = False
+    pretrained_model_name_or_path: str | Path | None, guided: bool, num_jumps: int = 0
 ) -> dict[str, Any] | None:
     """
     The settings of a call that a pipeline recommends, for the pipeline that is trained from it.
@@ -106,18 +106,17 @@ def recommended_call(
     Args:
         pretrained_model_name_or_path (`str` or `Path`, *optional*): Folder or Hub id of a pipeline.
         guided (`bool`): Whether sampling is guided; if not, the settings of guidance are omitted.
-        few_steps (`bool`, defaults to `False`): Whether the trained model samples in one or two steps.
+        num_jumps (`int`, defaults to 0): Recommended steps of the trained model with a sampler that takes jumps.
 
     Returns:
         `dict`, or `None` if nothing is recommended.
     """
-    own_steps = {"num_inference_steps": 1} if few_steps else {}
+    jumps = {"num_jumps": num_jumps} if num_jumps else {}
     if pretrained_model_name_or_path is None:
-        return own_steps or None
+        return jumps or None
     index = DiffusionPipeline.load_config(pretrained_model_name_or_path)
-    call = index.get("recommended_call") or {}
-    if takes_few_steps(scheduler_config(pretrained_model_name_or_path)) != few_steps:
-        call = {name: value for name, value in call.items() if name != "num_inference_steps"} | own_steps
+    call = {name: value for name, value in (index.get("recommended_call") or {}).items() if name != "num_jumps"}
+    call |= jumps
     guided = guided and (index.get("guide") or [None])[0] is None  # the scale of a guide is no other's
     return {name: value for name, value in call.items() if guided or not name.startswith("guidance")} or None
 

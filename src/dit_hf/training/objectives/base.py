@@ -25,7 +25,7 @@ class Objective(ABC):
         sampler (`str`): Recipe of `make_scheduler` that samples a model trained with this objective.
         learn_sigma (`bool`): Whether a new model also predicts its variance.
         transformer_config (`dict`): Other arguments of a new model.
-        few_steps (`bool`): Whether the model samples in one to four steps.
+        num_jumps (`int`): Recommended steps with a sampler that takes jumps; 0 for a model without them.
         teacher (`DiTTransformer2DModel`, *optional*): A frozen network that the loss evaluates.
         forward_mode (`bool`): Whether the loss takes a forward-mode derivative of the model.
     """
@@ -35,7 +35,7 @@ class Objective(ABC):
     sampler: ClassVar[SchedulerRecipe]
     learn_sigma: ClassVar[bool] = False
     transformer_config: ClassVar[dict[str, Any]] = {}
-    few_steps: ClassVar[bool] = False
+    num_jumps: ClassVar[int] = 0
     teacher: DiTTransformer2DModel | None = None
     forward_mode: ClassVar[bool] = False
 

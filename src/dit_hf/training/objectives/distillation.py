@@ -64,6 +64,7 @@ class DistillationObjective(FlowMap):
     time_sampler: Callable[[int, torch.Generator], torch.Tensor] = LogitNormal()
     name: ClassVar[str] = "distillation"
     sampler: ClassVar[SchedulerRecipe] = "flow_lcm"
+    num_jumps: ClassVar[int] = JUMPS
     # Of the last loss, for the discriminator: which samples are trajectories, and the noisy ends of their jumps.
     ends: list[tuple[torch.Tensor, Points, Points]] = field(
         default_factory=list, init=False, repr=False, compare=False

@@ -91,7 +91,7 @@ class FlowMap(StraightPath):
     guidance_end: float
     # Arguments of a new model: its times are not multiplied by 1000, as derivatives by time would be.
     transformer_config: ClassVar[dict[str, Any]] = {"interval_embedding": True, "timestep_scale": 0.001}
-    few_steps: ClassVar[bool] = True
+    num_jumps: ClassVar[int] = 1
 
     def __post_init__(self):
         for name in ("flow_matching_ratio", "guidance_start", "guidance_end"):
