@@ -148,8 +148,8 @@ class ImageGenerator:
     @property
     def speeds(self) -> list[str]:
         """What `speed_settings` takes: the presets that have steps for this model, and one step for a flow map."""
-        names = [name for name, preset in SPEED_PRESETS.items() if preset.solver]
-        return [*names, ONE_STEP] if self.is_flow_map else names
+        names = (name for name, preset in SPEED_PRESETS.items() if preset.solver)
+        return [*names, *([ONE_STEP] if self.is_flow_map else [])]
 
     def speed_settings(self, name: str) -> list:
         """Steps, sampler and guidance interval of one of `speeds`."""
