@@ -262,7 +262,7 @@ def test_a_model_of_guided_jumps_keeps_its_velocity(caplog):
     pipe.scheduler = make_scheduler("flow_euler")
     assert guidance_kind(pipe, 1.0) == "none"
     optimize(pipe, "fastest")
-    assert pipe.resolve_call()["num_inference_steps"] == 4 and pipe.resolve_call()["guidance_scale"] == 1
+    assert pipe.resolve_call()["num_inference_steps"] == 2 and pipe.resolve_call()["guidance_scale"] == 1
     restore(pipe)
     assert pipe.resolve_call()["num_inference_steps"] == 3 and pipe.resolve_call()["guidance_scale"] == 4
     optimize(pipe, "fastest")

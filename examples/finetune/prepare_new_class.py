@@ -4,7 +4,7 @@
     python examples/finetune/prepare_new_class.py --dataset_name outputs/coins --num_images 24 --class_name coins \
         --pretrained_model_name_or_path emoji64 --output_dir outputs/emoji64-coins
 
-Expected: ten minutes on 2 cores; Ctrl-C leaves nothing, and the next run removes what a kill leaves. The result has
+Expected: two minutes on 2 cores; Ctrl-C leaves nothing, and the next run removes what a kill leaves. The result has
 one folder per class, which `--train_data_dir` of the training reads; the model's own classes keep their labels by
 their names. The images of the new class are repeated until they are half of the set.
 """
@@ -45,7 +45,8 @@ def parse_args():
         help="Images generated per old class; if not given, about a thousand in all, but one of each at least.",
     )
     own = "if not given, as the pipeline recommends."
-    parser.add_argument("--guidance_scale", type=GUIDANCE, help=f"Guidance scale of the generated images; {own}")
+    scale = f"Guidance scale of the generated images, 1 for a few-step model; {own}"
+    parser.add_argument("--guidance_scale", type=GUIDANCE, help=scale)
     parser.add_argument("--num_inference_steps", type=integer(1, 1000), help=f"Their sampler steps; {own}")
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="Their seed.")
     parser.add_argument("--output_dir", type=Path, required=True, help="A new or empty folder.")

@@ -48,7 +48,7 @@ SPEED_PRESETS: dict[SpeedPresetName, SpeedPreset] = {
     "fastest":  SpeedPreset("bfloat16", "unipc",    6,  (0.0, 0.5)),
 }
 # fmt: on
-# Steps of "fastest" with guided jumps; docs/few_steps.md compares numbers of them.
+# Steps of "fastest" with guided jumps, if none are recommended; docs/few_steps.md compares numbers of them.
 JUMPS = 4
 
 
@@ -65,7 +65,8 @@ def optimize(
             `"balanced"` and `"fastest"` compute in bfloat16, which is slow on older processors, with a few-step
             solver that is guided in the first half. Their steps and interval become the pipeline's
             `recommended_call`, so that `pipe(labels)` uses them. Flow maps keep their sampler; a model with guided
-            jumps (`guidance_in_weights="jumps"`) and a sampler of its velocity takes 4 jumps with `"fastest"`.
+            jumps (`guidance_in_weights="jumps"`) and a sampler of its velocity takes its recommended number of jumps,
+            or 4, with `"fastest"`.
         device (`str` or `torch.device`, *optional*): Where to move the pipeline.
 
     Raises:
@@ -119,7 +120,8 @@ def speed_preset(pipe: DiTClassCondPipeline, name: SpeedPresetName) -> SpeedPres
         # Its own sampler takes fewer steps than any solver.
         return settings._replace(solver=None, num_inference_steps=None, guidance_interval=None)
     if name == "fastest" and config.get("guidance_in_weights") == "jumps":
-        return settings._replace(solver="lcm", num_inference_steps=JUMPS, guidance_interval=None)
+        jumps = (pipe.config.get("recommended_call") or {}).get("num_jumps", JUMPS)
+        return settings._replace(solver="lcm", num_inference_steps=jumps, guidance_interval=None)
     return settings
 
 

@@ -82,6 +82,7 @@ CALL_DEFAULTS = {
     "guidance_channels": None,
     "guidance_interval": (0.0, 1.0),
 }
+RECOMMENDED_SETTINGS = (*CALL_DEFAULTS, "num_jumps")
 AUTOGUIDANCE_SCALE = 1.5
 # Schedulers of diffusers that can't start in the middle of their schedule.
 NO_IMAGE_TO_IMAGE = ("LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler")
@@ -691,9 +692,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._indexed_names: tuple[dict[int, str], ClassNames] | None = None
         if recommended_call is not None and not isinstance(recommended_call, Mapping):
             raise ValueError(f"`recommended_call` is {shown(recommended_call)}; it must be a dictionary.")
-        if unknown := sorted(map(str, (recommended_call or {}).keys() - {*CALL_DEFAULTS, "num_jumps"})):
-            known = ", ".join([*CALL_DEFAULTS, "num_jumps"])
-            raise ValueError(f"`recommended_call` has {unknown[0]!r}; it may hold {known}.")
+        if unknown := sorted(map(str, (recommended_call or {}).keys() - {*RECOMMENDED_SETTINGS})):
+            raise ValueError(f"`recommended_call` has {unknown[0]!r}; it may hold {', '.join(RECOMMENDED_SETTINGS)}.")
         with raise_value_error("`recommended_call` can't be saved"):
             json.dumps(dict(recommended_call or {}))
         self.register_to_config(id2label=self.id2label or None, recommended_call=recommended_call)
@@ -958,7 +958,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if jumps is not None:
             self._check_count("num_jumps", jumps, MAX_STEPS)
             recommended |= {"num_inference_steps": jumps} if self._takes_jumps else {}
-        if self._guidance_in_weights and self._has_guided_jumps:  # what is recommended is for the velocity
+        if self._has_guided_jumps and self._takes_jumps:  # the recommended guidance is for the velocity
             recommended = {name: value for name, value in recommended.items() if not name.startswith("guidance")}
         guider = self.guider if guider is None else guider
         if callable(recommended.get("guidance_scale")):

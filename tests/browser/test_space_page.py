@@ -129,6 +129,7 @@ def test_a_speed_preset_sets_the_controls_in_the_other_schemes(browser, address,
         page.get_by_label("Sampler", exact=True).click()
         page.get_by_role("option", name="flow_euler").click()
         expect(steps).to_have_value("25")
+        expect(page.get_by_label("number input for Guidance until").first).to_have_value("0.5")
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         brightness = sum(int(part) for part in re.findall(r"\d+", colour)[:3]) / 3

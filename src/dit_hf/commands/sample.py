@@ -3,7 +3,7 @@
     accelerate launch --module dit_hf.commands.sample --pretrained_model_name_or_path emoji64 --num_samples 1000 \
         --output_dir outputs/samples
 
-Expected: three minutes for a thousand images of the bundled model on 2 cores. OUTPUT_DIR then holds `images/`, one PNG
+Expected: a minute for a thousand images of the bundled model on 2 cores. OUTPUT_DIR then holds `images/`, one PNG
 per sample, `samples.npz` in ADM's format and `recipe.json`. After an interruption the same command resumes.
 """
 

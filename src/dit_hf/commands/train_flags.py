@@ -353,7 +353,7 @@ def add_output_arguments(parser):
     output.add_argument(
         "--validation_inference_steps",
         type=COUNT,
-        help="Sampling steps of validation samples; by default 25, for flow maps 1.",
+        help="Sampling steps of validation samples; by default 25, for flow maps 1, for distillation 4.",
     )
     output.add_argument("--validation_split", help="Split of held-out images to compare the samples with.")
     output.add_argument(

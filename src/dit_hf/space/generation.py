@@ -111,8 +111,9 @@ class ImageGenerator:
     def _opening_settings(self):
         """An image of each of a few classes, as the pipeline recommends: what the page shows first."""
         call = self.pipe.resolve_call()
-        # Jumps ignore the guidance of the velocity, which the controls show for other samplers.
-        call |= {name: value for name, value in self._recommended.items() if name.startswith("guidance")}
+        if self.pipe._has_guided_jumps and takes_jumps(self.pipe.scheduler):
+            # They ignore the guidance of the velocity, which the controls show for other samplers.
+            call |= {name: value for name, value in self._recommended.items() if name.startswith("guidance")}
         start, end = call["guidance_interval"]
         return Settings(
             [self.classes[index] for index in drawn_classes(len(self.classes), OPENING_CLASSES)],
@@ -148,7 +149,7 @@ class ImageGenerator:
     @property
     def speeds(self) -> list[str]:
         """What `speed_settings` takes: the presets that have steps for this model, and one step for a flow map."""
-        names = (name for name, preset in SPEED_PRESETS.items() if preset.solver)
+        names = (name for name, preset in self._presets.items() if preset.solver)
         return [*names, *([ONE_STEP] if self.is_flow_map else [])]
 
     def speed_settings(self, name: str) -> list:
@@ -156,18 +157,16 @@ class ImageGenerator:
         if name == ONE_STEP:
             return [1, "flow_lcm", 0.0, 1.0]
         preset = self._presets[name]
-        if preset.solver is None:
-            own = self.opening
-            return [own.steps, OWN_SAMPLER, own.guidance_start, own.guidance_end]
         solver = f"flow_{preset.solver}" if self.pipe.is_flow_matching else preset.solver
         return [preset.num_inference_steps, solver, *(preset.guidance_interval or (0.0, 1.0))]
 
-    def sampler_steps(self, name: str) -> int:
-        """The recommended number of steps of a sampler: jumps take fewer."""
-        jumps = self.is_flow_map and takes_jumps(self._schedulers[name])
+    def sampler_settings(self, name: str) -> list:
+        """The recommended steps of a sampler of a flow map, which are fewer for jumps, and the guidance interval."""
         call = CALL_DEFAULTS | self._recommended
-        steps = call["num_jumps"] if jumps and "num_jumps" in call else call["num_inference_steps"]
-        return min(steps, MAX_STEPS)
+        steps = call["num_inference_steps"]
+        if takes_jumps(self._schedulers[name]):
+            steps = call.get("num_jumps", steps)
+        return [min(steps, MAX_STEPS), self.opening.guidance_start, self.opening.guidance_end]
 
     def scale(self, settings: Settings) -> float:
         """The guidance scale of a set; jumps that were trained with guidance take none."""

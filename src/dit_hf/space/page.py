@@ -222,9 +222,9 @@ class Page:
         """The controls of a preset."""
         return self.generator.speed_settings(name) if name in self.generator.speeds else [gr.skip()] * 4
 
-    def steps(self, sampler):
-        """The steps of a sampler that was chosen."""
-        return self.generator.sampler_steps(sampler) if sampler in self.generator.samplers else gr.skip()
+    def sampler(self, name):
+        """The steps and the guidance interval for a sampler that was chosen."""
+        return self.generator.sampler_settings(name) if name in self.generator.samplers else [gr.skip()] * 3
 
     async def cancel(self, request: gr.Request):
         """Ends this visitor's jobs; until they have ended, the browser ignores another click on Generate."""
@@ -346,7 +346,8 @@ def build(page: Page) -> gr.Blocks:
         filled = [controls[name] for name in ("steps", "sampler", "guidance_start", "guidance_end")]
         controls["speed"].input(page.speed, controls["speed"], filled, **hidden)
         if generator.is_flow_map:
-            controls["sampler"].input(page.steps, controls["sampler"], controls["steps"], **hidden)
+            set_by_sampler = [controls[name] for name in ("steps", "guidance_start", "guidance_end")]
+            controls["sampler"].input(page.sampler, controls["sampler"], set_by_sampler, **hidden)
         reuse.click(page.reuse, finished, [*inputs, controls["speed"], status], **hidden)
         gr.on(blocks.load, page.open, None, [gallery, status, finished], show_progress="hidden", **hidden)
         # When the page is opened, and whenever a control changes.
