@@ -249,6 +249,12 @@ def test_a_pipeline_carries_its_recommended_call(tmp_path):
     assert "`num_inference_steps=3`" in (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match="`recommended_call` has 'steps'"):
         tiny_pipeline(recommended_call={"steps": 4})
+    again.register_to_config(recommended_call={"num_jump": 4})
+    with pytest.raises(ValueError, match="`recommended_call` has 'num_jump'.*num_jumps"):
+        again.resolve_call()
+    again.register_to_config(recommended_call=recommended)
+    with pytest.raises(ValueError, match="`num_jumps` is 0"):
+        tiny_pipeline(recommended_call={"num_jumps": 0})
     for given, message in (
         ({"guidance": 3}, "'guidance' is not a setting"),
         ({"num_inference_steps": 0}, "is 0; it must"),

@@ -692,8 +692,6 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._indexed_names: tuple[dict[int, str], ClassNames] | None = None
         if recommended_call is not None and not isinstance(recommended_call, Mapping):
             raise ValueError(f"`recommended_call` is {shown(recommended_call)}; it must be a dictionary.")
-        if unknown := sorted(map(str, (recommended_call or {}).keys() - {*RECOMMENDED_SETTINGS})):
-            raise ValueError(f"`recommended_call` has {unknown[0]!r}; it may hold {', '.join(RECOMMENDED_SETTINGS)}.")
         with raise_value_error("`recommended_call` can't be saved"):
             json.dumps(dict(recommended_call or {}))
         self.register_to_config(id2label=self.id2label or None, recommended_call=recommended_call)
@@ -924,6 +922,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         return self._takes_jumps if self._has_guided_jumps else trained
 
     @property
+    def _what_is_guided(self):
+        if self._has_guided_jumps:
+            return "this model's jumps were trained with guidance"
+        return "this model was trained to predict the guided velocity"
+
+    @property
     def _velocity_hint(self):
         """The other way out for who wants to guide guided jumps."""
         if not self._has_guided_jumps:
@@ -954,6 +958,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         takes_guidance = (self._has_null_class or self.guide is not None) and not self._guidance_in_weights
         settings = CALL_DEFAULTS | {"guidance_scale": scale if takes_guidance else 1.0}
         recommended = dict(self.config.get("recommended_call") or {})
+        if unknown := sorted(map(str, recommended.keys() - {*RECOMMENDED_SETTINGS})):
+            raise ValueError(f"`recommended_call` has {unknown[0]!r}; it may hold {', '.join(RECOMMENDED_SETTINGS)}.")
         jumps = recommended.pop("num_jumps", None)
         if jumps is not None:
             self._check_count("num_jumps", jumps, MAX_STEPS)
@@ -1100,9 +1106,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             )
         if scale > 1 and self._guidance_in_weights:
             raise ValueError(
-                f"`guidance_scale` is {scale}, but this model was trained to predict the guided velocity "
-                "(`guidance_in_weights`) and would be guided twice; pass `guidance_scale=1`"
-                f"{self._velocity_hint}."
+                f"`guidance_scale` is {scale}, but {self._what_is_guided} (`guidance_in_weights`) and would be guided "
+                f"twice; pass `guidance_scale=1`{self._velocity_hint}."
             )
 
     def _scales(self, guidance_scale, schedule, guider):
@@ -1156,10 +1161,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if names and not self._has_null_class and self.guide is None:
             raise ValueError("it needs the null class, which this model was trained without")
         if names and self._guidance_in_weights:
-            raise ValueError(
-                "the model was trained to predict the guided velocity and would be guided twice; omit the guider"
-                f"{self._velocity_hint}"
-            )
+            raise ValueError(f"{self._what_is_guided} and would be guided twice; omit the guider{self._velocity_hint}")
         if any(name != "pred_uncond" for name in names):
             raise ValueError(
                 "where `guidance_scale` is 1, diffusers takes the null class for the perturbed model; give another one"
