@@ -79,7 +79,8 @@ def optimize(
         >>> import dit_hf
         >>> pipe = dit_hf.DiTClassCondPipeline.from_bundled("emoji64")
         >>> dit_hf.optimize(pipe, "fastest")
-        >>> image = pipe("sloth", num_inference_steps=2).images[0]
+        >>> pipe.resolve_call()["num_inference_steps"]
+        4
         >>> dit_hf.restore(pipe)
     """
     check_pipeline(pipe)
@@ -168,10 +169,13 @@ def restore(pipe: DiTClassCondPipeline) -> None:
 
         >>> import dit_hf
         >>> pipe = dit_hf.DiTClassCondPipeline.from_bundled("emoji64")
-        >>> dit_hf.optimize(pipe, "fastest")
+        >>> pipe.scheduler = dit_hf.make_scheduler("flow_euler")
+        >>> dit_hf.optimize(pipe, "balanced")
+        >>> pipe.resolve_call()["num_inference_steps"]
+        8
         >>> dit_hf.restore(pipe)
-        >>> pipe("sloth").images[0].size
-        (64, 64)
+        >>> pipe.resolve_call()["num_inference_steps"]
+        25
     """
     check_pipeline(pipe)
     with pipe._occupied():

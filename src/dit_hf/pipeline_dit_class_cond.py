@@ -923,13 +923,14 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     @property
     def _what_is_guided(self):
+        """Why guidance is refused, as the start of an error's reason."""
         if self._has_guided_jumps:
             return "this model's jumps were trained with guidance"
         return "this model was trained to predict the guided velocity"
 
     @property
     def _velocity_hint(self):
-        """The other way out for who wants to guide guided jumps."""
+        """How to sample with guidance if only the jumps have it in their weights, as the end of an error."""
         if not self._has_guided_jumps:
             return ""
         return ", or set a sampler of the velocity: `pipe.scheduler = dit_hf.make_scheduler('flow_euler')`"
