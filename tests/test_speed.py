@@ -98,12 +98,33 @@ def test_calls_that_are_no_step_are_computed_without_the_table():
 def test_every_trajectory_has_a_table_of_its_own():
     """What a call embedded is not used by the next, whose weights and schedule may be others."""
     pipe = tabulated_pipeline()
-    assert embedded_rows(pipe, num_inference_steps=1)[0] == embedded_rows(pipe, num_inference_steps=1)[0] == [3]
+    assert embedded_rows(pipe, num_inference_steps=5)[0] == embedded_rows(pipe, num_inference_steps=5)[0] == [15]
     first = generate(pipe)
     with torch.no_grad():
         pipe.transformer.class_embed.weight.mul_(2)
     assert not torch.allclose(generate(pipe), first, atol=1e-3)
-    assert embedded_rows(pipe, num_inference_steps=4)[0] == [12]
+    assert embedded_rows(pipe, num_inference_steps=7)[0] == [21]
+
+
+def test_short_trajectories_go_without_a_table_except_with_mixed_classes():
+    """The compiled network embeds the label itself, where a mixture can't reach it."""
+    pipe = tabulated_pipeline()
+    assert embedded_rows(pipe, num_inference_steps=4)[0] == [6] * 4
+    with dit_hf.mix_classes(pipe.transformer, 7, 0.5):
+        assert embedded_rows(pipe, num_inference_steps=4)[0] == [12]
+
+
+def test_mixed_classes_of_an_optimized_pipeline_are_those_of_the_pipeline():
+    pipe = tiny_pipeline("flow_euler")
+    expected = generate(pipe, num_inference_steps=2)
+    with dit_hf.mix_classes(pipe.transformer, 7, 0.5):
+        mixed = generate(pipe, num_inference_steps=2)
+    dit_hf.optimize(pipe, "exact")
+    torch.testing.assert_close(generate(pipe, num_inference_steps=2), expected, atol=1e-4, rtol=1e-4)
+    with dit_hf.mix_classes(pipe.transformer, 7, 0.5):
+        torch.testing.assert_close(generate(pipe, num_inference_steps=2), mixed, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(mixed, expected, atol=1e-2)
+    torch.testing.assert_close(generate(pipe, num_inference_steps=2), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_no_timestep_is_taken_to_the_device_on_the_way():

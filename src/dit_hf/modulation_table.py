@@ -10,6 +10,8 @@ import torch
 
 # Steps × classes whose modulation is held at a time: 200 MB for XL/2 in float32.
 ROWS = 256
+# With fewer steps the table costs more time than it saves.
+MIN_STEPS = 5
 
 
 class ModulationTable:
@@ -36,7 +38,10 @@ class ModulationTable:
             return False
         alone = inputs.get("modulation") is None and inputs.get("force_drop_ids") is None
         schedule = self.pipe.scheduler.timesteps
-        return alone and schedule is not None and bool((schedule.float() == timestep[0]).any())
+        if not alone or schedule is None or not (schedule.float() == timestep[0]).any():
+            return False
+        # Mixed classes are a hook of the embedding, which the compiled network does not have.
+        return len(schedule) >= MIN_STEPS or len(self.pipe.transformer.class_embed._forward_hooks) > 0
 
     def rows(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         """

@@ -1442,10 +1442,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             if hides_variance:
                 scheduler.register_to_config(variance_type=variance_type)
             self._current_timestep = self._trajectory_thread = None
-            for model in self._predictors:
-                if hasattr(model, "_reset_stateful_cache"):
-                    model._reset_stateful_cache()
-            self.maybe_free_model_hooks()
+            self.maybe_free_model_hooks()  # resets caches too
 
     def _set_timesteps(self, num_inference_steps, timesteps, sigmas, device):
         """The scheduler's own spacing, the caller's, or for flow matching N equal steps from noise to data."""
@@ -1506,7 +1503,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         channels, sides = shape[1], [side * self.vae_scale_factor for side in shape[2:]]
         are_pixels = self.vae is None and channels in (1, 3)
         if is_tensor and image.shape[1:] == shape[1:] and not are_pixels:
-            encoded = image.float().to(getattr(self, "_execution_device", self.device))
+            encoded = image.float().to(self._execution_device)
             self._check_finite("given latents", encoded, "They must be finite numbers.")
         else:
             encoded = self.encode_images(image, *sides)
@@ -1638,6 +1635,12 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         Raises:
             ValueError: if an image has values that are not finite.
         """
+        if isinstance(latents, torch.Tensor) and has_values(latents):
+            latents = latents.to(self._execution_device)
+        return self._decode_latents(latents, output_type, generator)
+
+    def _decode_latents(self, latents, output_type, generator):
+        """As `decode_latents`, of latents on the pipeline's device, which takes a millisecond to ask for."""
         self._check_output(output_type)
         if output_type == "latent":
             raise ValueError("`output_type` is 'latent'; decoded images are 'pil', 'np' or 'pt'.")
@@ -1653,7 +1656,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._check_finite("given latents", latents, "They must be finite numbers.")
         if self.vae is None:
             return self.image_processor.postprocess(latents, output_type=output_type)
-        latents = self._denormalize(latents.to(getattr(self, "_execution_device", self.device)).float())
+        latents = self._denormalize(latents.float())
         generators = [each for each in (generator if isinstance(generator, list) else [generator]) if each is not None]
         states = [each.get_state() for each in generators]
 
@@ -1668,8 +1671,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _without_overflow(self, run):
         """What a pass of the VAE gives; if it overflows in the VAE's type, that of a second pass in float32."""
-        output, dtype = run(), self.vae.dtype
-        if dtype == torch.float32 or torch.isfinite(output).all():
+        output = run()
+        if torch.isfinite(output).all() or (dtype := self.vae.dtype) == torch.float32:
             return output
         logger.warning(f"The VAE overflows in {dtype}; it is run in float32.")
         torch.nn.Module.to(self.vae, torch.float32)  # diffusers' own warns of what it does not do here
@@ -1724,7 +1727,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             )
         if not -1 <= float(pixels.min()) <= float(pixels.max()) <= 1:
             raise ValueError("`image` has values beyond [0, 1] or that are not finite; divide 8-bit values by 255.")
-        pixels = pixels.to(getattr(self, "_execution_device", self.device))
+        pixels = pixels.to(self._execution_device)
         if self.vae is None:
             return pixels.float()
         if not callable(getattr(self.vae, "encode", None)):
@@ -1882,7 +1885,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         self._interrupt = False
 
         # 2. Prepare schedule, labels and noise
-        device = getattr(self, "_execution_device", self.device)
+        device = self._execution_device
         # The schedule stays on the CPU with the scheduler's tables: looking up a timestep on a GPU would synchronise,
         # and some are float64, which not every device has. The model's copy is moved once.
         with raise_value_error(f"{type(self.scheduler).__name__} can't make this schedule"):
@@ -1953,7 +1956,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
             self._check_finite("latents", latents, overflows=overflows)
 
             # 4. Decode
-            images = latents if output_type == "latent" else self.decode_latents(latents, output_type, generator)
+            images = latents if output_type == "latent" else self._decode_latents(latents, output_type, generator)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
