@@ -11,6 +11,7 @@ from conftest import tiny_transformer, tiny_vae
 from diffusers import (
     AutoencoderKL,
     ConsistencyDecoderVAE,
+    DiffusionPipeline,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -25,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 
 from dit_hf import DiTClassCondPipeline, DiTTransformer2DModel, make_scheduler
 from dit_hf.optimization import quantize_blocks
+from dit_hf.pipeline_dit_class_cond import input_dtype
 from dit_hf.training.lora import add_lora, save_lora
 
 
@@ -459,6 +461,41 @@ def test_a_callback_may_drop_images(left):
         [1, 2, 3], **options, callback_on_step_end=drop, callback_on_step_end_tensor_inputs=names
     ).images
     assert len(images) == left
+
+
+def offload_models(pipe):
+    """To another device than that of the weights, which this machine need not have."""
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.transformer._hf_hook.execution_device = torch.device("meta")
+
+
+def offload_groups(pipe):
+    pipe.vae.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    for module in pipe.vae.modules():
+        if hasattr(module, "_diffusers_hook"):
+            module._diffusers_hook.get_hook("group_offloading").config.onload_device = torch.device("meta")
+
+
+PLACEMENTS = {
+    "plain": lambda pipe: None,
+    "bfloat16": lambda pipe: pipe.to(torch.bfloat16),
+    "moved": lambda pipe: pipe.to("meta"),
+    "in parts": lambda pipe: pipe.vae.to("meta"),
+    "8-bit floats": lambda pipe: pipe.vae.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16),
+    "model offload": offload_models,
+    "sequential offload": lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"),
+    "group offload": offload_groups,
+    "kept in float32": lambda pipe: setattr(pipe.vae, "_keep_in_fp32_modules", ["encoder"]) or pipe.vae.half(),
+}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_device_and_types_are_those_that_diffusers_finds(placement):
+    pipe = tiny_pipeline(vae=tiny_vae())
+    PLACEMENTS[placement](pipe)
+    assert pipe._execution_device == DiffusionPipeline._execution_device.fget(pipe)
+    for model in (pipe.transformer, pipe.vae):
+        assert input_dtype(model) == model.dtype
 
 
 def test_an_image_that_is_not_finite_is_named_and_frees_offloaded_models(monkeypatch):

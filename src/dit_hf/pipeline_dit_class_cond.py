@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,6 +151,25 @@ def one_at_a_time(method: Callable, hold: str = "exclusive") -> Callable:
             return method(self, *args, **kwargs)
 
     return call
+
+
+def has_hooks(model: torch.nn.Module) -> bool:
+    """Whether accelerate or diffusers move, cast or cache something while a model runs."""
+    modules = [model]
+    for module in modules:  # which grows; `modules()` takes twice the time
+        registry = vars(module).get("_diffusers_hook")
+        if "_hf_hook" in vars(module) or (registry is not None and registry.hooks):
+            return True
+        modules.extend(child for child in module._modules.values() if child is not None)
+    return False
+
+
+def input_dtype(model: torch.nn.Module) -> torch.dtype:
+    """`model.dtype`, for which diffusers looks for hooks more slowly."""
+    floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    if has_hooks(model) or getattr(model, "_keep_in_fp32_modules", None) or (dtype := next(floats, None)) is None:
+        return model.dtype
+    return dtype
 
 
 def has_values(value: Any) -> bool:
@@ -1426,6 +1446,15 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
                 f"`callback_on_step_end_tensor_inputs` is {shown(names)}; it must be a list of {allowed}."
             )
 
+    @property
+    def _execution_device(self):
+        """diffusers' own, which takes a millisecond; where nothing has hooks, the weights tell."""
+        models = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        if any(has_hooks(model) for model in models):
+            return super()._execution_device
+        devices = [parameter.device for model in models for parameter in islice(model.parameters(), 1)]
+        return next((device for device in devices if device.type not in ("cpu", "meta")), devices[0])
+
     @contextmanager
     def _trajectory(self):
         """Resets timestep, block caches and offloaded models when a trajectory ends, is interrupted or fails."""
@@ -1606,7 +1635,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         if "kwargs" not in inspect.signature(model.cache_context).parameters:
             position = None  # before diffusers 0.41 caches don't ask
         with model.cache_context(context, **(position or {})):
-            inputs = {"hidden_states": model_input.to(model.dtype), "class_labels": class_labels}
+            inputs = {"hidden_states": model_input.to(input_dtype(model)), "class_labels": class_labels}
             output = model(**inputs, return_dict=False, **times, **(encoder_cache or {}))
         if encoder_cache is not None:
             encoder_cache["encoder_state"] = output[1]
@@ -1754,7 +1783,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         """Pixels in [-1, 1]."""
         takes_generator = "generator" in inspect.signature(self.vae.decode).parameters
         options = {"generator": generator} if takes_generator else {}
-        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **options)[0].float()
+        pixels = self.vae.decode(latents.to(input_dtype(self.vae)), return_dict=False, **options)[0].float()
         return 2 * pixels - 1 if is_rae(self.vae) else pixels
 
     def _check_finite(self, what, values, hint=OVERFLOW_HINT, overflows=False):
