@@ -1,4 +1,6 @@
-"""Adversarial distillation: the discriminator on the teacher's features."""
+"""Adversarial distillation: the discriminator on a copy of the teacher."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils.data import default_collate
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.config import TrainingConfig
 from dit_hf.training.objectives import DistillationObjective
+from dit_hf.training.objectives.flow_maps import Points
 from dit_hf.training.plan import training_plan
 
 
@@ -60,33 +63,62 @@ def test_a_discriminator_learns_and_teaches_the_student(config):
         assert discriminator(batch).sum() > before + 1e-5
 
 
-def test_a_certain_discriminator_still_teaches_the_student():
+def test_the_student_gets_the_gradient_that_the_discriminator_gets_reversed():
     student, objective, discriminator = adversarial()
     for head in discriminator.heads:
         torch.nn.init.normal_(head[-1].weight)
-        torch.nn.init.constant_(head[-1].bias, -5)
     batch = adversarial_batch(objective)
     objective.loss(student, batch)
-    discriminator(batch).sum().backward()
-    assert student.proj_out.weight.grad.abs().max() > 0
+    ((rows, of_student, of_teacher),) = objective.ends
+    discriminator(batch).sum().backward(retain_graph=True)
+    found = [part.grad.clone() for part in (student.proj_out.weight, *discriminator.heads.parameters())]
+    found.append(discriminator.backbone.transformer_blocks[0].attn.to_q.weight.grad.clone())
+    student.zero_grad()
+    discriminator.zero_grad()
+    hinge = (1 + discriminator.scores(of_student)).relu() + (1 - discriminator.scores(of_teacher)).relu()
+    (hinge.mean(dim=(0, 2, 3)).sum() / 4).backward()  # four jumps of each
+    expected = [part.grad for part in (student.proj_out.weight, *discriminator.heads.parameters())]
+    expected.append(discriminator.backbone.transformer_blocks[0].attn.to_q.weight.grad)
+    assert all(part.abs().max() > 0 for part in expected[:1] + expected[-1:])
+    for index, (part, other) in enumerate(zip(found, expected, strict=True)):
+        torch.testing.assert_close(part, -other if index == 0 else other, atol=1e-6, rtol=1e-4)
 
 
-def test_a_discriminator_sees_the_teachers_tokens_of_noisy_samples():
+def test_the_copied_blocks_learn_at_a_third_of_the_rate_and_nothing_else_of_the_copy():
+    _, _, discriminator = adversarial()
+    heads, blocks = discriminator.parameter_groups(3e-4)
+    assert (heads["lr"], blocks["lr"]) == (3e-4, pytest.approx(1e-4, rel=0.02))
+    trained = {id(part) for group in (heads, blocks) for part in group["params"]}
+    assert trained == {id(part) for part in discriminator.parameters() if part.requires_grad}
+    names = {name.split(".")[0] for name, part in discriminator.backbone.named_parameters() if part.requires_grad}
+    assert names == {"transformer_blocks"}
+
+
+def test_a_discriminator_sees_tokens_of_noisy_samples():
     student, objective, discriminator = adversarial()
     batch = adversarial_batch(objective)
     objective.loss(student, batch)
     ((rows, of_student, of_teacher),) = objective.ends
-    jumps = objective.jumps(objective.points(batch).at(rows))
+    start = objective.points(batch).at(rows)
+    # The second half starts from noisy ends of the student's jumps.
+    first = start.noisy - objective.predict(student, start)
+    sigma = objective.solver().sigmas[4].item()
+    restart = replace(start, noisy=(1 - sigma) * first + sigma * batch["restart_noise"][rows], time=start.time * sigma)
+    jumps = objective.jumps(start).at(torch.arange(2 * len(rows)))
+    jumps = Points.cat([jumps, objective.jumps(restart, first=4)])
+    assert jumps.time[:: len(rows)].tolist() == pytest.approx([1, 0.75, 0.5, 0.25], abs=1e-3)
     level, noise = (batch[name][rows].transpose(0, 1).flatten(0, 1) for name in ("end_level", "end_noise"))
     assert level.min() >= 0 and level.max() <= 0.6 and level.median() < 0.3 and torch.equal(of_student.time, level)
     ends = jumps.noisy - jumps.time[:, None, None, None] * jumps.velocity
-    assert torch.allclose(ends, ends[: len(rows)].repeat(4, 1, 1, 1), atol=1e-5)  # all jumps end in the sample
+    for half in ends.chunk(2):  # both jumps of a trajectory end in its sample
+        assert torch.allclose(*half.chunk(2), atol=1e-5)
+    assert not torch.allclose(*ends.chunk(2), atol=1e-2)
     level = level[:, None, None, None]
     assert torch.allclose(of_teacher.noisy, (1 - level) * ends + level * noise, atol=1e-5)
     ends = jumps.noisy - jumps.time[:, None, None, None] * objective.predict(student, jumps)
     assert torch.allclose(of_student.noisy, (1 - level) * ends + level * noise, atol=1e-5)
     seen = []
-    for block in objective.teacher.transformer_blocks:
+    for block in discriminator.backbone.transformer_blocks:
         block.register_forward_hook(lambda module, args, output: seen.append(output))
     tokens = discriminator.tokens(of_student)
     assert len(tokens) == len(seen) == len(discriminator.heads) == 2  # the model has two blocks
@@ -127,5 +159,5 @@ def test_the_plan_counts_the_heads(tmp_path):
     plain = DistillationObjective(objective.teacher, 0.5, guidance_scale=3.0)
     plans = [training_plan(student, part, config, Accelerator(cpu=True)) for part in (plain, objective)]
     memory = [plan["memory without activations (GB)"] for plan in plans]
-    heads = sum(part.numel() for part in discriminator.parameters())
-    assert memory[1] - memory[0] == pytest.approx(16 * heads / 1e9, abs=0.0011) and 16 * heads > 2e6
+    count = sum((16 if part.requires_grad else 4) * part.numel() for part in discriminator.parameters())
+    assert memory[1] - memory[0] == pytest.approx(count / 1e9, abs=0.0011) and count > 2e6

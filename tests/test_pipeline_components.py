@@ -11,9 +11,9 @@ from conftest import tiny_transformer, tiny_vae
 from diffusers import (
     AutoencoderKL,
     ConsistencyDecoderVAE,
-    DiffusionPipeline,
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchHeunDiscreteScheduler,
     IPNDMScheduler,

@@ -164,7 +164,7 @@ def has_hooks(model: torch.nn.Module) -> bool:
     return False
 
 
-def input_dtype(model: torch.nn.Module) -> torch.dtype:
+def input_dtype(model: Any) -> torch.dtype:
     """`model.dtype`, for which diffusers looks for hooks more slowly."""
     floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     if has_hooks(model) or getattr(model, "_keep_in_fp32_modules", None) or (dtype := next(floats, None)) is None:

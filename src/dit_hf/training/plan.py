@@ -62,9 +62,10 @@ def training_plan(
     step = statistics.median(seconds[1:])  # the first one warms up
     frozen = 0 if objective.teacher is None else sum(part.numel() for part in objective.teacher.parameters())
     trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
-    heads = 0 if auxiliary is None else sum(parameter.numel() for parameter in auxiliary.parameters())
-    # Weights; gradients, two moments and the average of what is trained; the heads have no average. In float32.
-    floats = frozen + transformer.num_parameters() + 4 * trained + 4 * heads
+    # Weights; gradients, two moments and the average of what is trained. In float32.
+    floats = frozen + transformer.num_parameters() + 4 * trained
+    for parameter in () if auxiliary is None else auxiliary.parameters():
+        floats += (4 if parameter.requires_grad else 1) * parameter.numel()  # it has no average
     return {
         "parameters (M)": round(transformer.num_parameters() / 1e6, 2),
         "trained (M)": round(trained / 1e6, 2),

@@ -19,7 +19,7 @@ from diffusers.utils import logging
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from ..models import DiTTransformer2DModel
+from ..models import DiTTransformer2DModel, PackagedModel
 from .alignment import AlignmentHead, check_alignment
 from .batches import SeededBatches, check_batch, draw_batch
 from .best import BestCheckpoint
@@ -138,10 +138,13 @@ class Trainer:
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         speed_up(transformer, config, accelerator.device, accelerator.mixed_precision)
-        if self.objective.teacher is not None:
-            prepare_teacher(self.objective.teacher, config, accelerator)
+        others = [self.objective.teacher]
         if self.auxiliary is not None:
             self.auxiliary.to(accelerator.device)
+            others += self.auxiliary.children()
+        for model in others:
+            if isinstance(model, PackagedModel):
+                prepare_teacher(model, config, accelerator)
         optimizer = build_optimizer(config, transformer, self.auxiliary)
         steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
         self.schedule = get_scheduler(config.lr_scheduler, optimizer, **steps)

@@ -25,6 +25,8 @@ from .times import LogitNormal
 # Steps of the teacher's solver, and the jumps that start along its trajectory, at equal distances.
 TEACHER_STEPS = 8
 JUMPS = 4
+# The step at noise level 0.5, where the second of two jumps starts.
+HALF = TEACHER_STEPS // 2
 # The most noise that a discriminator sees, as a noise level; less is more frequent.
 MAX_END_LEVEL = 0.6
 
@@ -38,7 +40,9 @@ class DistillationObjective(FlowMap):
     teacher's velocity, without guidance, so it remains a velocity model for any scheduler and guidance scale.
 
     Squared errors blur the ends of long jumps. With an `adversarial_weight` a [`Discriminator`] learns to tell them
-    from the teacher's samples, and the jumps learn to look like these.
+    from the teacher's samples, and the jumps learn to look like these. Those from sigma 0.5 and 0.25 are then of
+    trajectories that start where sampling in two jumps does: at the end of the student's jump from noise, with noise
+    of level 0.5.
 
     Args:
         teacher (`DiTTransformer2DModel`): A velocity model, or a flow map, whose velocity is taken; it is copied.
@@ -126,14 +130,18 @@ class DistillationObjective(FlowMap):
     def draw_sample(
         self, shape: tuple[int, ...], time: torch.Tensor, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """Noise for the ends of a trajectory's jumps, `(J, C, h, w)`, and its level for each, `(J,)`; 0 for others."""
+        """
+        Noise for the ends of a trajectory's jumps, `(J, C, h, w)`, and its level for each, `(J,)`, and noise for the
+        student's jump, `(C, h, w)`; 0 for others.
+        """
         if not self.adversarial_weight:
             return {}
-        level, noise = torch.zeros(JUMPS), torch.zeros(JUMPS, *shape)
+        level, noise, restart = torch.zeros(JUMPS), torch.zeros(JUMPS, *shape), torch.zeros(shape)
         if time[1] < time[0]:
             torch.rand(JUMPS, generator=generator, out=level).square_().mul_(MAX_END_LEVEL)
             torch.randn(noise.shape, generator=generator, out=noise)
-        return {"end_level": level, "end_noise": noise}
+            torch.randn(shape, generator=generator, out=restart)
+        return {"end_level": level, "end_noise": noise, "restart_noise": restart}
 
     def auxiliary_loss(self) -> AuxiliaryLoss | None:
         """A new [`Discriminator`], if it has a weight."""
@@ -151,7 +159,11 @@ class DistillationObjective(FlowMap):
         if len(flows):
             velocities = replace(velocities, velocity=self.teacher_velocity(velocities, is_guided=False))
         if len(trajectories):
-            jumps = self.jumps(jumps)
+            start, jumps = jumps, self.jumps(jumps)
+            if self.adversarial_weight:
+                restart = self.restart(transformer, start, batch["restart_noise"][trajectories])
+                early = jumps.at((jumps.time > restart.time[0]).nonzero()[:, 0])
+                jumps = Points.cat([early, self.jumps(restart, HALF)])
         rows = Points.cat([velocities, jumps])
         output = self.predict(transformer, rows)
         if self.adversarial_weight:
@@ -180,20 +192,35 @@ class DistillationObjective(FlowMap):
         ends = jumps.noisy - jumps.time[:, None, None, None] * velocity
         return replace(jumps, noisy=self.add_noise(ends, noise, level), time=level, until=level)
 
-    def jumps(self, start: Points) -> Points:
+    @torch.no_grad()
+    def restart(self, transformer: Callable[..., Any], start: Points, noise: torch.Tensor) -> Points:
+        """The ends of the student's jumps from pure noise, with noise for the teacher's second half."""
+        level = torch.full_like(start.time, self.solver().sigmas[HALF].item())
+        end = start.noisy - self.predict(transformer, start)
+        return replace(start, noisy=self.add_noise(end, noise, level), time=level)
+
+    def solver(self) -> Any:
+        """The teacher's sampler at its first step."""
+        scheduler = make_scheduler("flow_unipc", **trained_options("flow_unipc", {"shift": self.shift}))
+        scheduler.set_timesteps(TEACHER_STEPS)
+        return scheduler
+
+    def jumps(self, start: Points, first: int = 0) -> Points:
         """
         Samples with the teacher.
 
         Args:
-            start (`Points`): B of them, pure noise.
+            start (`Points`): B of them, pure noise, or samples with as much noise as the first step takes.
+            first (`int`, defaults to 0): Step to start with.
 
         Returns:
-            `Points`: J·B, those of the first jump first; `velocity` is the mean velocity to the end.
+            `Points`: those of the first jump first, B for every second step; `velocity` is the mean velocity to the
+            end.
         """
-        scheduler = make_scheduler("flow_unipc", **trained_options("flow_unipc", {"shift": self.shift}))
-        scheduler.set_timesteps(TEACHER_STEPS)
+        scheduler = self.solver()
+        scheduler.set_begin_index(first)
         noisy, passed = start.noisy, []
-        for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+        for timestep, sigma in zip(scheduler.timesteps[first:], scheduler.sigmas[first:], strict=False):
             passed.append((noisy, torch.full_like(start.time, sigma.item())))
             level = timestep.item() / NUM_TRAIN_TIMESTEPS  # rounded, as the pipeline evaluates it
             is_guided = self.guidance_scale != 1 and self.guidance_start <= level <= self.guidance_end
