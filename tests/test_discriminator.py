@@ -1,5 +1,6 @@
 """Adversarial distillation: the discriminator on a copy of the teacher."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from dit_hf.training.config import TrainingConfig
 from dit_hf.training.objectives import DistillationObjective
 from dit_hf.training.objectives.flow_maps import Points
 from dit_hf.training.plan import training_plan
+from dit_hf.training.speed import prepare_teachers
 
 
 def adversarial(**config):
@@ -86,7 +88,7 @@ def test_the_student_gets_the_gradient_that_the_discriminator_gets_reversed():
 
 def test_the_copied_blocks_learn_at_a_third_of_the_rate_and_nothing_else_of_the_copy():
     _, _, discriminator = adversarial()
-    heads, blocks = discriminator.parameter_groups(3e-4)
+    blocks, heads = discriminator.parameter_groups(3e-4)
     assert (heads["lr"], blocks["lr"]) == (3e-4, pytest.approx(1e-4, rel=0.02))
     trained = {id(part) for group in (heads, blocks) for part in group["params"]}
     assert trained == {id(part) for part in discriminator.parameters() if part.requires_grad}
@@ -102,10 +104,10 @@ def test_a_discriminator_sees_tokens_of_noisy_samples():
     start = objective.points(batch).at(rows)
     # The second half starts from noisy ends of the student's jumps.
     first = start.noisy - objective.predict(student, start)
-    sigma = objective.solver().sigmas[4].item()
+    jumps = objective.jumps(start)
+    sigma = jumps.time[2 * len(rows)].item()
     restart = replace(start, noisy=(1 - sigma) * first + sigma * batch["restart_noise"][rows], time=start.time * sigma)
-    jumps = objective.jumps(start).at(torch.arange(2 * len(rows)))
-    jumps = Points.cat([jumps, objective.jumps(restart, first=4)])
+    jumps = Points.cat([jumps.at(torch.arange(2 * len(rows))), objective.jumps(restart, first=4)])
     assert jumps.time[:: len(rows)].tolist() == pytest.approx([1, 0.75, 0.5, 0.25], abs=1e-3)
     level, noise = (batch[name][rows].transpose(0, 1).flatten(0, 1) for name in ("end_level", "end_noise"))
     assert level.min() >= 0 and level.max() <= 0.6 and level.median() < 0.3 and torch.equal(of_student.time, level)
@@ -153,11 +155,46 @@ def test_the_heads_depend_on_the_seed_of_the_run_alone(tmp_path):
     assert torch.equal(*heads)
 
 
-def test_the_plan_counts_the_heads(tmp_path):
-    student, objective, discriminator = adversarial()
+def test_the_plan_counts_what_the_discriminator_trains(tmp_path):
+    student, objective, discriminator = adversarial(num_layers=12)
     config = TrainingConfig(str(tmp_path), total_batch_size=4, max_train_steps=1)
     plain = DistillationObjective(objective.teacher, 0.5, guidance_scale=3.0)
     plans = [training_plan(student, part, config, Accelerator(cpu=True)) for part in (plain, objective)]
     memory = [plan["memory without activations (GB)"] for plan in plans]
     count = sum((16 if part.requires_grad else 4) * part.numel() for part in discriminator.parameters())
-    assert memory[1] - memory[0] == pytest.approx(count / 1e9, abs=0.0011) and count > 2e6
+    assert memory[1] - memory[0] == pytest.approx(count / 1e9, abs=0.0011) and count > 9e6
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "compile_blocks"])
+def test_options_of_speed_do_not_change_the_losses(option, tmp_path):
+    teacher = tiny_transformer(sample_size=16, in_channels=8, learn_sigma=False, interval_embedding=True)
+    found = []
+    for value in (False, True):
+        objective = DistillationObjective(teacher, 0.5, adversarial_weight=1.0)
+        options = {"model": {"interval_embedding": True}, "max_train_steps": 2, option: value}
+        trainer = train(tmp_path / str(value), objective, **options)
+        backbone = trainer.auxiliary.backbone
+        assert backbone.is_gradient_checkpointing == (value and option == "gradient_checkpointing")
+        is_compiled = backbone.transformer_blocks[0]._compiled_call_impl is not None
+        assert is_compiled == (value and option == "compile_blocks")
+        log = [json.loads(line) for line in (tmp_path / str(value) / "train_log.jsonl").read_text().splitlines()]
+        found.append([line[name] for line in log for name in ("loss", "adversarial")])
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and len(set(found[0])) > 2
+
+
+def test_a_second_discriminator_has_a_copy_of_its_own():
+    """Also if a trainer has prepared the teacher, whose `forward` is an attribute then."""
+    student, objective, first = adversarial()
+    prepare_teachers(objective, first, TrainingConfig("unused"), Accelerator(cpu=True))
+    second = objective.auxiliary_loss()
+    batch = adversarial_batch(objective)
+    objective.loss(student, batch)
+    second(batch).sum().backward()
+    weights = [part.backbone.transformer_blocks[0].attn.to_q.weight for part in (second, first)]
+    assert weights[0].grad is not None and weights[1].grad is None
+
+
+def test_a_half_precision_teacher_is_copied_in_float32():
+    teacher = tiny_transformer(learn_sigma=False, interval_embedding=True).half()
+    discriminator = DistillationObjective(teacher, 0.5, adversarial_weight=1.0).auxiliary_loss()
+    assert {part.dtype for part in discriminator.parameters()} == {torch.float32}

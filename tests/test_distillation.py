@@ -122,15 +122,16 @@ def test_the_teacher_runs_as_the_model_does(flow_flags, workspace, tmp_path):
     """In its precision, compiled if it is, in a dry run too."""
     folder = str(flow_flags["pretrained_model_name_or_path"] / "transformer")
     script = f"""
+from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from dit_hf import DiTTransformer2DModel
 from dit_hf.training.config import TrainingConfig
-from dit_hf.training.speed import prepare_teacher
+from dit_hf.training.speed import prepare_teachers
 
 model = DiTTransformer2DModel.from_pretrained({folder!r})
 config = TrainingConfig({str(tmp_path)!r}, compile_blocks=True)
-prepare_teacher(model, config, Accelerator(cpu=True, mixed_precision="bf16"))
+prepare_teachers(SimpleNamespace(teacher=model), None, config, Accelerator(cpu=True, mixed_precision="bf16"))
 size = model.config.sample_size
 output = model(torch.zeros(1, model.config.in_channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
 print(output[0].dtype, model.transformer_blocks[0]._compiled_call_impl is not None)

@@ -165,11 +165,12 @@ def has_hooks(model: torch.nn.Module) -> bool:
 
 
 def input_dtype(model: Any) -> torch.dtype:
-    """`model.dtype`, for which diffusers looks for hooks more slowly."""
-    floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    if has_hooks(model) or getattr(model, "_keep_in_fp32_modules", None) or (dtype := next(floats, None)) is None:
-        return model.dtype
-    return dtype
+    """The type of a model's inputs, which is `model.dtype`; diffusers looks for hooks more slowly."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in () if has_hooks(model) else model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            return parameter.dtype
+    return model.dtype
 
 
 def has_values(value: Any) -> bool:
@@ -1448,10 +1449,10 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     @property
     def _execution_device(self):
-        """diffusers' own, which takes a millisecond; where nothing has hooks, the weights tell."""
+        """Where models run; diffusers takes a millisecond to find it, and where nothing has hooks the weights tell."""
         models = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
         if any(has_hooks(model) for model in models):
-            return super()._execution_device
+            return getattr(super(), "_execution_device", self.device)
         devices = [parameter.device for model in models for parameter in islice(model.parameters(), 1)]
         return next((device for device in devices if device.type not in ("cpu", "meta")), devices[0])
 
@@ -1669,7 +1670,7 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
         return self._decode_latents(latents, output_type, generator)
 
     def _decode_latents(self, latents, output_type, generator):
-        """As `decode_latents`, of latents on the pipeline's device, which takes a millisecond to ask for."""
+        """As `decode_latents`, of latents that are on the right device."""
         self._check_output(output_type)
         if output_type == "latent":
             raise ValueError("`output_type` is 'latent'; decoded images are 'pil', 'np' or 'pt'.")
@@ -1700,8 +1701,8 @@ class DiTClassCondPipeline(DiffusionPipeline, DiTLoraLoaderMixin):
 
     def _without_overflow(self, run):
         """What a pass of the VAE gives; if it overflows in the VAE's type, that of a second pass in float32."""
-        output = run()
-        if torch.isfinite(output).all() or (dtype := self.vae.dtype) == torch.float32:
+        output, dtype = run(), input_dtype(self.vae)
+        if dtype == torch.float32 or torch.isfinite(output).all():
             return output
         logger.warning(f"The VAE overflows in {dtype}; it is run in float32.")
         torch.nn.Module.to(self.vae, torch.float32)  # diffusers' own warns of what it does not do here

@@ -13,7 +13,7 @@ from ..complexity import count_macs
 from ..models import DiTTransformer2DModel
 from .config import TrainingConfig
 from .objectives import Objective
-from .speed import prepare_teacher
+from .speed import prepare_teachers
 
 
 def training_plan(
@@ -36,9 +36,8 @@ def training_plan(
         transformer.enable_gradient_checkpointing()
     wrapped = accelerator.prepare(transformer)
     auxiliary = objective.auxiliary_loss()
+    prepare_teachers(objective, auxiliary, replace(config, compile_blocks=False), accelerator)
     weight, head = (0.0, None) if auxiliary is None else (auxiliary.weight, accelerator.prepare(auxiliary))
-    if objective.teacher is not None:
-        prepare_teacher(objective.teacher, replace(config, compile_blocks=False), accelerator)
     count = config.total_batch_size // accelerator.num_processes // config.gradient_accumulation_steps
     size = transformer.config.sample_size
     latents = torch.randn(2, count, transformer.config.in_channels, size, size)

@@ -19,7 +19,7 @@ from diffusers.utils import logging
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from ..models import DiTTransformer2DModel, PackagedModel
+from ..models import DiTTransformer2DModel
 from .alignment import AlignmentHead, check_alignment
 from .batches import SeededBatches, check_batch, draw_batch
 from .best import BestCheckpoint
@@ -34,7 +34,7 @@ from .prefetch import Prefetcher
 from .records import append_record, begin, read_losses, record_settings, truncate_log
 from .running import StopRequest, lock_folder, run_on_main, start_accelerator
 from .settings import LOG_FILE, SETTINGS_FILE, check_resume, run_settings
-from .speed import prepare_teacher, speed_up
+from .speed import prepare_teachers, speed_up
 from .validation import averaged_weights
 
 
@@ -138,13 +138,9 @@ class Trainer:
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         speed_up(transformer, config, accelerator.device, accelerator.mixed_precision)
-        others = [self.objective.teacher]
         if self.auxiliary is not None:
             self.auxiliary.to(accelerator.device)
-            others += self.auxiliary.children()
-        for model in others:
-            if isinstance(model, PackagedModel):
-                prepare_teacher(model, config, accelerator)
+        prepare_teachers(self.objective, self.auxiliary, config, accelerator)
         optimizer = build_optimizer(config, transformer, self.auxiliary)
         steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
         self.schedule = get_scheduler(config.lr_scheduler, optimizer, **steps)

@@ -25,7 +25,7 @@ from .times import LogitNormal
 # Steps of the teacher's solver, and the jumps that start along its trajectory, at equal distances.
 TEACHER_STEPS = 8
 JUMPS = 4
-# The step at noise level 0.5, where the second of two jumps starts.
+# The step where the second of two jumps starts, at noise level 0.5 without a shift.
 HALF = TEACHER_STEPS // 2
 # The most noise that a discriminator sees, as a noise level; less is more frequent.
 MAX_END_LEVEL = 0.6
@@ -41,8 +41,8 @@ class DistillationObjective(FlowMap):
 
     Squared errors blur the ends of long jumps. With an `adversarial_weight` a [`Discriminator`] learns to tell them
     from the teacher's samples, and the jumps learn to look like these. Those from sigma 0.5 and 0.25 are then of
-    trajectories that start where sampling in two jumps does: at the end of the student's jump from noise, with noise
-    of level 0.5.
+    trajectories that start where the second of two jumps does: at the end of the student's jump from noise, with noise
+    added. The sigmas are those without a `shift`.
 
     Args:
         teacher (`DiTTransformer2DModel`): A velocity model, or a flow map, whose velocity is taken; it is copied.
@@ -131,8 +131,8 @@ class DistillationObjective(FlowMap):
         self, shape: tuple[int, ...], time: torch.Tensor, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
         """
-        Noise for the ends of a trajectory's jumps, `(J, C, h, w)`, and its level for each, `(J,)`, and noise for the
-        student's jump, `(C, h, w)`; 0 for others.
+        Noise for the ends of a trajectory's jumps, `(J, C, h, w)`, its level for each, `(J,)`, and the noise that is
+        added to the student's jump from noise, `(C, h, w)`; 0 for others.
         """
         if not self.adversarial_weight:
             return {}
@@ -161,9 +161,7 @@ class DistillationObjective(FlowMap):
         if len(trajectories):
             start, jumps = jumps, self.jumps(jumps)
             if self.adversarial_weight:
-                restart = self.restart(transformer, start, batch["restart_noise"][trajectories])
-                early = jumps.at((jumps.time > restart.time[0]).nonzero()[:, 0])
-                jumps = Points.cat([early, self.jumps(restart, HALF)])
+                jumps = self.restart(transformer, start, jumps, batch["restart_noise"][trajectories])
         rows = Points.cat([velocities, jumps])
         output = self.predict(transformer, rows)
         if self.adversarial_weight:
@@ -193,17 +191,13 @@ class DistillationObjective(FlowMap):
         return replace(jumps, noisy=self.add_noise(ends, noise, level), time=level, until=level)
 
     @torch.no_grad()
-    def restart(self, transformer: Callable[..., Any], start: Points, noise: torch.Tensor) -> Points:
-        """The ends of the student's jumps from pure noise, with noise for the teacher's second half."""
-        level = torch.full_like(start.time, self.solver().sigmas[HALF].item())
+    def restart(self, transformer: Callable[..., Any], start: Points, jumps: Points, noise: torch.Tensor) -> Points:
+        """Jumps whose second half is of trajectories from the ends of the student's jumps, with noise added."""
+        middle, count = len(jumps.time) // 2, len(start.time)
+        level = jumps.time[middle : middle + count]
         end = start.noisy - self.predict(transformer, start)
-        return replace(start, noisy=self.add_noise(end, noise, level), time=level)
-
-    def solver(self) -> Any:
-        """The teacher's sampler at its first step."""
-        scheduler = make_scheduler("flow_unipc", **trained_options("flow_unipc", {"shift": self.shift}))
-        scheduler.set_timesteps(TEACHER_STEPS)
-        return scheduler
+        again = replace(start, noisy=self.add_noise(end, noise, level), time=level)
+        return Points.cat([jumps.at(slice(middle)), self.jumps(again, HALF)])
 
     def jumps(self, start: Points, first: int = 0) -> Points:
         """
@@ -217,7 +211,8 @@ class DistillationObjective(FlowMap):
             `Points`: those of the first jump first, B for every second step; `velocity` is the mean velocity to the
             end.
         """
-        scheduler = self.solver()
+        scheduler = make_scheduler("flow_unipc", **trained_options("flow_unipc", {"shift": self.shift}))
+        scheduler.set_timesteps(TEACHER_STEPS)
         scheduler.set_begin_index(first)
         noisy, passed = start.noisy, []
         for timestep, sigma in zip(scheduler.timesteps[first:], scheduler.sigmas[first:], strict=False):
