@@ -1,7 +1,4 @@
-"""Adversarial distillation: the discriminator on a copy of the teacher."""
-
-import json
-from dataclasses import replace
+"""Adversarial distillation: the discriminator on the teacher's features."""
 
 import pytest
 import torch
@@ -13,9 +10,7 @@ from torch.utils.data import default_collate
 from dit_hf.seeds import seeded_generator
 from dit_hf.training.config import TrainingConfig
 from dit_hf.training.objectives import DistillationObjective
-from dit_hf.training.objectives.flow_maps import Points
 from dit_hf.training.plan import training_plan
-from dit_hf.training.speed import prepare_teachers
 
 
 def adversarial(**config):
@@ -65,62 +60,33 @@ def test_a_discriminator_learns_and_teaches_the_student(config):
         assert discriminator(batch).sum() > before + 1e-5
 
 
-def test_the_student_gets_the_gradient_that_the_discriminator_gets_reversed():
+def test_a_certain_discriminator_still_teaches_the_student():
     student, objective, discriminator = adversarial()
     for head in discriminator.heads:
         torch.nn.init.normal_(head[-1].weight)
+        torch.nn.init.constant_(head[-1].bias, -5)
     batch = adversarial_batch(objective)
     objective.loss(student, batch)
-    ((rows, of_student, of_teacher),) = objective.ends
-    discriminator(batch).sum().backward(retain_graph=True)
-    found = [part.grad.clone() for part in (student.proj_out.weight, *discriminator.heads.parameters())]
-    found.append(discriminator.backbone.transformer_blocks[0].attn.to_q.weight.grad.clone())
-    student.zero_grad()
-    discriminator.zero_grad()
-    hinge = (1 + discriminator.scores(of_student)).relu() + (1 - discriminator.scores(of_teacher)).relu()
-    (hinge.mean(dim=(0, 2, 3)).sum() / 4).backward()  # four jumps of each
-    expected = [part.grad for part in (student.proj_out.weight, *discriminator.heads.parameters())]
-    expected.append(discriminator.backbone.transformer_blocks[0].attn.to_q.weight.grad)
-    assert all(part.abs().max() > 0 for part in expected[:1] + expected[-1:])
-    for index, (part, other) in enumerate(zip(found, expected, strict=True)):
-        torch.testing.assert_close(part, -other if index == 0 else other, atol=1e-6, rtol=1e-4)
+    discriminator(batch).sum().backward()
+    assert student.proj_out.weight.grad.abs().max() > 0
 
 
-def test_the_copied_blocks_learn_at_a_third_of_the_rate_and_nothing_else_of_the_copy():
-    _, _, discriminator = adversarial()
-    blocks, heads = discriminator.parameter_groups(3e-4)
-    assert (heads["lr"], blocks["lr"]) == (3e-4, pytest.approx(1e-4, rel=0.02))
-    trained = {id(part) for group in (heads, blocks) for part in group["params"]}
-    assert trained == {id(part) for part in discriminator.parameters() if part.requires_grad}
-    names = {name.split(".")[0] for name, part in discriminator.backbone.named_parameters() if part.requires_grad}
-    assert names == {"transformer_blocks"}
-
-
-def test_a_discriminator_sees_tokens_of_noisy_samples():
+def test_a_discriminator_sees_the_teachers_tokens_of_noisy_samples():
     student, objective, discriminator = adversarial()
     batch = adversarial_batch(objective)
     objective.loss(student, batch)
     ((rows, of_student, of_teacher),) = objective.ends
-    start = objective.points(batch).at(rows)
-    # The second half starts from noisy ends of the student's jumps.
-    first = start.noisy - objective.predict(student, start)
-    jumps = objective.jumps(start)
-    sigma = jumps.time[2 * len(rows)].item()
-    restart = replace(start, noisy=(1 - sigma) * first + sigma * batch["restart_noise"][rows], time=start.time * sigma)
-    jumps = Points.cat([jumps.at(torch.arange(2 * len(rows))), objective.jumps(restart, first=4)])
-    assert jumps.time[:: len(rows)].tolist() == pytest.approx([1, 0.75, 0.5, 0.25], abs=1e-3)
+    jumps = objective.jumps(objective.points(batch).at(rows))
     level, noise = (batch[name][rows].transpose(0, 1).flatten(0, 1) for name in ("end_level", "end_noise"))
     assert level.min() >= 0 and level.max() <= 0.6 and level.median() < 0.3 and torch.equal(of_student.time, level)
     ends = jumps.noisy - jumps.time[:, None, None, None] * jumps.velocity
-    for half in ends.chunk(2):  # both jumps of a trajectory end in its sample
-        assert torch.allclose(*half.chunk(2), atol=1e-5)
-    assert not torch.allclose(*ends.chunk(2), atol=1e-2)
+    assert torch.allclose(ends, ends[: len(rows)].repeat(4, 1, 1, 1), atol=1e-5)  # all jumps end in the sample
     level = level[:, None, None, None]
     assert torch.allclose(of_teacher.noisy, (1 - level) * ends + level * noise, atol=1e-5)
     ends = jumps.noisy - jumps.time[:, None, None, None] * objective.predict(student, jumps)
     assert torch.allclose(of_student.noisy, (1 - level) * ends + level * noise, atol=1e-5)
     seen = []
-    for block in discriminator.backbone.transformer_blocks:
+    for block in objective.teacher.transformer_blocks:
         block.register_forward_hook(lambda module, args, output: seen.append(output))
     tokens = discriminator.tokens(of_student)
     assert len(tokens) == len(seen) == len(discriminator.heads) == 2  # the model has two blocks
@@ -155,46 +121,11 @@ def test_the_heads_depend_on_the_seed_of_the_run_alone(tmp_path):
     assert torch.equal(*heads)
 
 
-def test_the_plan_counts_what_the_discriminator_trains(tmp_path):
-    student, objective, discriminator = adversarial(num_layers=12)
+def test_the_plan_counts_the_heads(tmp_path):
+    student, objective, discriminator = adversarial()
     config = TrainingConfig(str(tmp_path), total_batch_size=4, max_train_steps=1)
     plain = DistillationObjective(objective.teacher, 0.5, guidance_scale=3.0)
     plans = [training_plan(student, part, config, Accelerator(cpu=True)) for part in (plain, objective)]
     memory = [plan["memory without activations (GB)"] for plan in plans]
-    count = sum((16 if part.requires_grad else 4) * part.numel() for part in discriminator.parameters())
-    assert memory[1] - memory[0] == pytest.approx(count / 1e9, abs=0.0011) and count > 9e6
-
-
-@pytest.mark.parametrize("option", ["gradient_checkpointing", "compile_blocks"])
-def test_options_of_speed_do_not_change_the_losses(option, tmp_path):
-    teacher = tiny_transformer(sample_size=16, in_channels=8, learn_sigma=False, interval_embedding=True)
-    found = []
-    for value in (False, True):
-        objective = DistillationObjective(teacher, 0.5, adversarial_weight=1.0)
-        options = {"model": {"interval_embedding": True}, "max_train_steps": 2, option: value}
-        trainer = train(tmp_path / str(value), objective, **options)
-        backbone = trainer.auxiliary.backbone
-        assert backbone.is_gradient_checkpointing == (value and option == "gradient_checkpointing")
-        is_compiled = backbone.transformer_blocks[0]._compiled_call_impl is not None
-        assert is_compiled == (value and option == "compile_blocks")
-        log = [json.loads(line) for line in (tmp_path / str(value) / "train_log.jsonl").read_text().splitlines()]
-        found.append([line[name] for line in log for name in ("loss", "adversarial")])
-    assert found[1] == pytest.approx(found[0], rel=1e-4) and len(set(found[0])) > 2
-
-
-def test_a_second_discriminator_has_a_copy_of_its_own():
-    """Also if a trainer has prepared the teacher, whose `forward` is an attribute then."""
-    student, objective, first = adversarial()
-    prepare_teachers(objective, first, TrainingConfig("unused"), Accelerator(cpu=True))
-    second = objective.auxiliary_loss()
-    batch = adversarial_batch(objective)
-    objective.loss(student, batch)
-    second(batch).sum().backward()
-    weights = [part.backbone.transformer_blocks[0].attn.to_q.weight for part in (second, first)]
-    assert weights[0].grad is not None and weights[1].grad is None
-
-
-def test_a_half_precision_teacher_is_copied_in_float32():
-    teacher = tiny_transformer(learn_sigma=False, interval_embedding=True).half()
-    discriminator = DistillationObjective(teacher, 0.5, adversarial_weight=1.0).auxiliary_loss()
-    assert {part.dtype for part in discriminator.parameters()} == {torch.float32}
+    heads = sum(part.numel() for part in discriminator.parameters())
+    assert memory[1] - memory[0] == pytest.approx(16 * heads / 1e9, abs=0.0011) and 16 * heads > 2e6

@@ -5,7 +5,7 @@
 #     bash examples/train_class_cond/train_emoji64.sh outputs/emoji64 outputs/autoencoder/vae outputs/emoji64-run
 #
 # DATA is the output of prepare_emoji.py, VAE the folder of an autoencoder. The same command resumes. In the environment,
-# STEPS replaces the optimizer steps of the velocity model, FEW_STEPS those of each of the four distillations, BATCH
+# STEPS replaces the optimizer steps of the velocity model, FEW_STEPS those of each of the three distillations, BATCH
 # the samples of a step, PYTHON the interpreter. At the end the pipeline, in float16, and the logs are packed into files
 # of at most 15 MB: `cat OUTPUT/emoji64.tar.* | tar x`.
 set -euo pipefail
@@ -31,7 +31,6 @@ distil() {  # NAME START STEPS BATCH [FLAGS]
 distil few run 3000 24
 distil sharp-1 few 2200 16 --adversarial_weight 1 --flow_matching_ratio 0.25 --learning_rate 5e-4
 distil sharp-2 sharp-1 2600 16 --adversarial_weight 2 --flow_matching_ratio 0.25 --learning_rate 5e-4
-distil sharp-3 sharp-2 1250 16 --adversarial_weight 2 --flow_matching_ratio 0.25 --learning_rate 3e-4
 "$PYTHON" - "$OUTPUT" <<'CODE'
 import sys
 
@@ -39,13 +38,13 @@ import torch
 from dit_hf import DiTClassCondPipeline
 
 output = sys.argv[1]
-pipe = DiTClassCondPipeline.from_pretrained(f"{output}/sharp-3/pipeline")
+pipe = DiTClassCondPipeline.from_pretrained(f"{output}/sharp-2/pipeline")
 velocity = {"num_inference_steps": 25, "guidance_scale": 4.5, "guidance_interval": (0.0, 0.5)}
 pipe.register_to_config(recommended_call=velocity | {"num_jumps": 4})
 pipe.to(torch.float16).save_pretrained(f"{output}/emoji64")
 CODE
 "$PYTHON" examples/generate.py --pipeline "$OUTPUT/emoji64" --output "$OUTPUT/grid.png"
-for run in run few sharp-1 sharp-2 sharp-3; do cp "$OUTPUT/$run/train_log.jsonl" "$OUTPUT/emoji64/$run.jsonl"; done
+for run in run few sharp-1 sharp-2; do cp "$OUTPUT/$run/train_log.jsonl" "$OUTPUT/emoji64/$run.jsonl"; done
 rm -f "$OUTPUT"/emoji64.tar.*
 tar -C "$OUTPUT" -c emoji64 | split -b 15m - "$OUTPUT/emoji64.tar."
 echo "Packed: $(ls "$OUTPUT"/emoji64.tar.*)"

@@ -215,7 +215,7 @@ def add_training_arguments(parser):
         "--adversarial_weight",
         type=WEIGHT,
         default=0.0,
-        help="Weight of a discriminator made from the teacher, for distillation, at most 1000; 0 is none.",
+        help="Weight of a discriminator on the teacher's features, for distillation, at most 1000; 0 is none.",
     )
     train.add_argument(
         "--proj_coeff",

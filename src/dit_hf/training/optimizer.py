@@ -16,7 +16,7 @@ def build_optimizer(
     """AdamW for what is trained, in 8 bits if asked for."""
     groups = parameter_groups(transformer, config.learning_rate, config.layer_decay)
     if auxiliary is not None:
-        groups += auxiliary.parameter_groups(config.learning_rate)
+        groups.append({"params": list(auxiliary.parameters()), "lr": config.learning_rate})
     options: dict[str, Any] = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
     if not config.use_8bit_adam:
         return torch.optim.AdamW(groups, fused=True, **options)

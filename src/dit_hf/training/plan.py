@@ -13,7 +13,7 @@ from ..complexity import count_macs
 from ..models import DiTTransformer2DModel
 from .config import TrainingConfig
 from .objectives import Objective
-from .speed import prepare_teachers
+from .speed import prepare_teacher
 
 
 def training_plan(
@@ -36,8 +36,9 @@ def training_plan(
         transformer.enable_gradient_checkpointing()
     wrapped = accelerator.prepare(transformer)
     auxiliary = objective.auxiliary_loss()
-    prepare_teachers(objective, auxiliary, replace(config, compile_blocks=False), accelerator)
     weight, head = (0.0, None) if auxiliary is None else (auxiliary.weight, accelerator.prepare(auxiliary))
+    if objective.teacher is not None:
+        prepare_teacher(objective.teacher, replace(config, compile_blocks=False), accelerator)
     count = config.total_batch_size // accelerator.num_processes // config.gradient_accumulation_steps
     size = transformer.config.sample_size
     latents = torch.randn(2, count, transformer.config.in_channels, size, size)
@@ -61,10 +62,9 @@ def training_plan(
     step = statistics.median(seconds[1:])  # the first one warms up
     frozen = 0 if objective.teacher is None else sum(part.numel() for part in objective.teacher.parameters())
     trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
-    # Weights; gradients, two moments and the average of what is trained. In float32.
-    floats = frozen + transformer.num_parameters() + 4 * trained
-    for parameter in () if auxiliary is None else auxiliary.parameters():
-        floats += (4 if parameter.requires_grad else 1) * parameter.numel()  # it has no average
+    heads = 0 if auxiliary is None else sum(parameter.numel() for parameter in auxiliary.parameters())
+    # Weights; gradients, two moments and the average of what is trained; the heads have no average. In float32.
+    floats = frozen + transformer.num_parameters() + 4 * trained + 4 * heads
     return {
         "parameters (M)": round(transformer.num_parameters() / 1e6, 2),
         "trained (M)": round(trained / 1e6, 2),

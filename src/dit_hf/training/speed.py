@@ -13,7 +13,6 @@ from ..files import first_line
 from ..models import PackagedModel
 from ..optimization import BLOCKS, RECOMPILE_LIMIT
 from .config import TrainingConfig
-from .objectives import AuxiliaryLoss, Objective
 
 
 logger = logging.get_logger(__name__)
@@ -53,26 +52,21 @@ def speed_up(
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
-def prepare_teachers(
-    objective: Objective, auxiliary: AuxiliaryLoss | None, config: TrainingConfig, accelerator: Accelerator
-) -> None:
+def prepare_teacher(teacher: PackagedModel, config: TrainingConfig, accelerator: Accelerator) -> None:
     """
-    Lets the teacher of an objective, and a copy that an auxiliary loss trains, run as the model does, but not in
-    float8. `accelerator.prepare` would write the teacher into every checkpoint.
+    Lets the frozen network of an objective run as the model does, but not in float8. `accelerator.prepare` would write
+    it into every checkpoint.
 
     Args:
-        objective (`Objective`): Its teacher is changed in place.
-        auxiliary (`AuxiliaryLoss`, *optional*): Its models are changed in place.
+        teacher (`DiTTransformer2DModel`): Changed in place.
         config (`TrainingConfig`): As of [`speed_up`].
         accelerator (`accelerate.Accelerator`): Device, and precision by its autocast.
     """
-    for model in (objective.teacher, *(() if auxiliary is None else auxiliary.children())):
-        if isinstance(model, PackagedModel):
-            model.to(accelerator.device)
-            if config.gradient_checkpointing:
-                model.enable_gradient_checkpointing()
-            speed_up(model, replace(config, float8=False), accelerator.device, accelerator.mixed_precision)
-            model.forward = accelerator.autocast()(model.forward)
+    teacher.to(accelerator.device)
+    if config.gradient_checkpointing:
+        teacher.enable_gradient_checkpointing()
+    speed_up(teacher, replace(config, float8=False), accelerator.device, accelerator.mixed_precision)
+    teacher.forward = accelerator.autocast()(teacher.forward)
 
 
 def check_speed(

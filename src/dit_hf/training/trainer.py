@@ -34,7 +34,7 @@ from .prefetch import Prefetcher
 from .records import append_record, begin, read_losses, record_settings, truncate_log
 from .running import StopRequest, lock_folder, run_on_main, start_accelerator
 from .settings import LOG_FILE, SETTINGS_FILE, check_resume, run_settings
-from .speed import prepare_teachers, speed_up
+from .speed import prepare_teacher, speed_up
 from .validation import averaged_weights
 
 
@@ -138,9 +138,10 @@ class Trainer:
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         speed_up(transformer, config, accelerator.device, accelerator.mixed_precision)
+        if self.objective.teacher is not None:
+            prepare_teacher(self.objective.teacher, config, accelerator)
         if self.auxiliary is not None:
             self.auxiliary.to(accelerator.device)
-        prepare_teachers(self.objective, self.auxiliary, config, accelerator)
         optimizer = build_optimizer(config, transformer, self.auxiliary)
         steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
         self.schedule = get_scheduler(config.lr_scheduler, optimizer, **steps)

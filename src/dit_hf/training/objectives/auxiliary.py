@@ -4,7 +4,7 @@ Shapes: `B` samples.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -33,7 +33,3 @@ class AuxiliaryLoss(nn.Module, ABC):
         Returns:
             `torch.Tensor` of shape `(B,)`
         """
-
-    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """What the optimizer trains, and how fast: all parameters as fast as the transformer's."""
-        return [{"params": list(self.parameters()), "lr": learning_rate}]

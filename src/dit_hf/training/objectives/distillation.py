@@ -25,8 +25,6 @@ from .times import LogitNormal
 # Steps of the teacher's solver, and the jumps that start along its trajectory, at equal distances.
 TEACHER_STEPS = 8
 JUMPS = 4
-# The step where the second of two jumps starts, at noise level 0.5 without a shift.
-HALF = TEACHER_STEPS // 2
 # The most noise that a discriminator sees, as a noise level; less is more frequent.
 MAX_END_LEVEL = 0.6
 
@@ -40,9 +38,7 @@ class DistillationObjective(FlowMap):
     teacher's velocity, without guidance, so it remains a velocity model for any scheduler and guidance scale.
 
     Squared errors blur the ends of long jumps. With an `adversarial_weight` a [`Discriminator`] learns to tell them
-    from the teacher's samples, and the jumps learn to look like these. Those from sigma 0.5 and 0.25 are then of
-    trajectories that start where the second of two jumps does: at the end of the student's jump from noise, with noise
-    added. The sigmas are those without a `shift`.
+    from the teacher's samples, and the jumps learn to look like these.
 
     Args:
         teacher (`DiTTransformer2DModel`): A velocity model, or a flow map, whose velocity is taken; it is copied.
@@ -130,18 +126,14 @@ class DistillationObjective(FlowMap):
     def draw_sample(
         self, shape: tuple[int, ...], time: torch.Tensor, generator: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """
-        Noise for the ends of a trajectory's jumps, `(J, C, h, w)`, its level for each, `(J,)`, and the noise that is
-        added to the student's jump from noise, `(C, h, w)`; 0 for others.
-        """
+        """Noise for the ends of a trajectory's jumps, `(J, C, h, w)`, and its level for each, `(J,)`; 0 for others."""
         if not self.adversarial_weight:
             return {}
-        level, noise, restart = torch.zeros(JUMPS), torch.zeros(JUMPS, *shape), torch.zeros(shape)
+        level, noise = torch.zeros(JUMPS), torch.zeros(JUMPS, *shape)
         if time[1] < time[0]:
             torch.rand(JUMPS, generator=generator, out=level).square_().mul_(MAX_END_LEVEL)
             torch.randn(noise.shape, generator=generator, out=noise)
-            torch.randn(shape, generator=generator, out=restart)
-        return {"end_level": level, "end_noise": noise, "restart_noise": restart}
+        return {"end_level": level, "end_noise": noise}
 
     def auxiliary_loss(self) -> AuxiliaryLoss | None:
         """A new [`Discriminator`], if it has a weight."""
@@ -159,9 +151,7 @@ class DistillationObjective(FlowMap):
         if len(flows):
             velocities = replace(velocities, velocity=self.teacher_velocity(velocities, is_guided=False))
         if len(trajectories):
-            start, jumps = jumps, self.jumps(jumps)
-            if self.adversarial_weight:
-                jumps = self.restart(transformer, start, jumps, batch["restart_noise"][trajectories])
+            jumps = self.jumps(jumps)
         rows = Points.cat([velocities, jumps])
         output = self.predict(transformer, rows)
         if self.adversarial_weight:
@@ -190,32 +180,20 @@ class DistillationObjective(FlowMap):
         ends = jumps.noisy - jumps.time[:, None, None, None] * velocity
         return replace(jumps, noisy=self.add_noise(ends, noise, level), time=level, until=level)
 
-    @torch.no_grad()
-    def restart(self, transformer: Callable[..., Any], start: Points, jumps: Points, noise: torch.Tensor) -> Points:
-        """Jumps whose second half is of trajectories from the ends of the student's jumps, with noise added."""
-        middle, count = len(jumps.time) // 2, len(start.time)
-        level = jumps.time[middle : middle + count]
-        end = start.noisy - self.predict(transformer, start)
-        again = replace(start, noisy=self.add_noise(end, noise, level), time=level)
-        return Points.cat([jumps.at(slice(middle)), self.jumps(again, HALF)])
-
-    def jumps(self, start: Points, first: int = 0) -> Points:
+    def jumps(self, start: Points) -> Points:
         """
         Samples with the teacher.
 
         Args:
-            start (`Points`): B of them, pure noise, or samples with as much noise as the first step takes.
-            first (`int`, defaults to 0): Step to start with.
+            start (`Points`): B of them, pure noise.
 
         Returns:
-            `Points`: those of the first jump first, B for every second step; `velocity` is the mean velocity to the
-            end.
+            `Points`: J·B, those of the first jump first; `velocity` is the mean velocity to the end.
         """
         scheduler = make_scheduler("flow_unipc", **trained_options("flow_unipc", {"shift": self.shift}))
         scheduler.set_timesteps(TEACHER_STEPS)
-        scheduler.set_begin_index(first)
         noisy, passed = start.noisy, []
-        for timestep, sigma in zip(scheduler.timesteps[first:], scheduler.sigmas[first:], strict=False):
+        for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
             passed.append((noisy, torch.full_like(start.time, sigma.item())))
             level = timestep.item() / NUM_TRAIN_TIMESTEPS  # rounded, as the pipeline evaluates it
             is_guided = self.guidance_scale != 1 and self.guidance_start <= level <= self.guidance_end

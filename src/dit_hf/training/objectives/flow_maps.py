@@ -67,7 +67,7 @@ class Points:
     label: torch.Tensor
     drop: torch.Tensor | None
 
-    def at(self, rows: torch.Tensor | slice) -> "Points":
+    def at(self, rows: torch.Tensor) -> "Points":
         """The points of some rows."""
         drop = None if self.drop is None else self.drop[rows]
         times = self.time[rows], self.until[rows]
