@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import DESIGNS, tiny_design, tiny_inputs, tiny_transformer, tiny_vae
-from diffusers import FasterCacheConfig, TorchAoConfig
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, TorchAoConfig
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
 import dit_hf
@@ -106,25 +106,33 @@ def test_every_trajectory_has_a_table_of_its_own():
     assert embedded_rows(pipe, num_inference_steps=7)[0] == [21]
 
 
-def test_short_trajectories_go_without_a_table_except_with_mixed_classes():
-    """The compiled network embeds the label itself, where a mixture can't reach it."""
-    pipe = tabulated_pipeline()
-    assert embedded_rows(pipe, num_inference_steps=4)[0] == [6] * 4
-    with dit_hf.mix_classes(pipe.transformer, 7, 0.5):
-        assert embedded_rows(pipe, num_inference_steps=4)[0] == [12]
+def test_short_trajectories_go_without_a_table():
+    assert embedded_rows(tabulated_pipeline(), num_inference_steps=4)[0] == [6] * 4
 
 
-def test_mixed_classes_of_an_optimized_pipeline_are_those_of_the_pipeline():
+@pytest.mark.parametrize("way", ["short", "long", "cached", "direct"])
+def test_mixed_classes_of_an_optimized_pipeline_are_those_of_the_pipeline(way):
+    """With and without the table; the compiled network embeds the label itself, where a mixture can't reach it."""
     pipe = tiny_pipeline("flow_euler")
-    expected = generate(pipe, num_inference_steps=2)
-    with dit_hf.mix_classes(pipe.transformer, 7, 0.5):
-        mixed = generate(pipe, num_inference_steps=2)
-    dit_hf.optimize(pipe, "exact")
-    torch.testing.assert_close(generate(pipe, num_inference_steps=2), expected, atol=1e-4, rtol=1e-4)
-    with dit_hf.mix_classes(pipe.transformer, 7, 0.5):
-        torch.testing.assert_close(generate(pipe, num_inference_steps=2), mixed, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(mixed, expected, atol=1e-2)
-    torch.testing.assert_close(generate(pipe, num_inference_steps=2), expected, atol=1e-4, rtol=1e-4)
+
+    def run():
+        if way != "direct":
+            return generate(pipe, num_inference_steps=2 if way == "short" else 6)
+        with torch.no_grad():
+            return pipe.transformer(**tiny_inputs()).sample
+
+    if way == "cached":
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
+    found = []
+    for _ in range(2):
+        found.append(run())
+        with dit_hf.mix_classes(pipe.transformer, 7, 0.5):
+            found.append(run())
+        found.append(run())
+        dit_hf.optimize(pipe, "exact")
+    assert not torch.allclose(found[0], found[1], atol=1e-2)
+    for before, after in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
 
 
 def test_no_timestep_is_taken_to_the_device_on_the_way():

@@ -38,10 +38,9 @@ class ModulationTable:
             return False
         alone = inputs.get("modulation") is None and inputs.get("force_drop_ids") is None
         schedule = self.pipe.scheduler.timesteps
-        if not alone or schedule is None or not (schedule.float() == timestep[0]).any():
+        if not alone or schedule is None or len(schedule) < MIN_STEPS:
             return False
-        # Mixed classes are a hook of the embedding, which the compiled network does not have.
-        return len(schedule) >= MIN_STEPS or len(self.pipe.transformer.class_embed._forward_hooks) > 0
+        return bool((schedule.float() == timestep[0]).any())
 
     def rows(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         """

@@ -229,6 +229,8 @@ def use_modulation_table(pipe):
     def call(*args, **inputs):
         if not args and not transformer.is_cache_enabled and table.covers(inputs):
             inputs["modulation"] = table.rows(inputs["timestep"], inputs["class_labels"])
+        elif transformer.class_embed._forward_hooks:  # mixed classes, which the compiled network would ignore
+            return transformer._call_impl(*args, **inputs)
         return forward(*args, **inputs)
 
     call.embeds_classes_eagerly = True  # so `mix_classes` works
